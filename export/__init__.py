@@ -1,0 +1,1 @@
+"""Checkpoint to artifact: plan, quantize once, lower. Never imports runtime_tests or devices."""

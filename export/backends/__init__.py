@@ -1,0 +1,67 @@
+"""What a format must provide: one module here with these three functions, named in a target YAML."""
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..contract import IOContract
+from ..errors import ExportError
+from ..plan import Architecture, Plan
+from ..quantize import QuantizedModel
+from ..tokenizer import TokenizerInfo
+
+
+@dataclass(frozen=True)
+class Build:
+    """Where and for what a backend writes."""
+
+    plan: Plan
+    tokenizer: TokenizerInfo
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What a backend says about the files it wrote."""
+
+    contract: IOContract
+    facts: dict[str, int | float | str]
+    """Counts that show what the runtime will run natively: delegates, nodes, bytes of shared weights."""
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """One quantized weight as found in a finished file."""
+
+    name: str
+    qdata: NDArray[np.int8]
+    """[N, K]"""
+    scale: NDArray[np.float32]
+    """[N, K / group]; one column where the scheme is per channel."""
+
+
+class Backend(Protocol):
+    """A module of this package."""
+
+    def check(self, plan: Plan, architecture: Architecture) -> None:
+        """Raise ExportError, naming layer, rule and remedy, if the runtime would refuse the plan or get it wrong."""
+
+    def lower(self, model: QuantizedModel, build: Build) -> Lowered:
+        """Write the artifact's files into `build.folder`."""
+
+    def read_weights(self, artifact: Path, architecture: Architecture) -> Iterator[StoredWeight]:
+        """Every quantized weight of a finished artifact, under our names, fused projections taken apart."""
+
+
+def load(name: str) -> Backend:
+    """The backend module of that name; nothing else is imported."""
+    known = sorted(module.name for module in pkgutil.iter_modules(__path__) if "_" not in module.name[:1])
+    if name not in known:
+        raise ExportError(f"unknown backend {name!r} in the target YAML; known: {', '.join(known)}")
+    return cast(Backend, importlib.import_module(f"{__name__}.{name}"))

@@ -1,0 +1,162 @@
+"""manifest.json: the artifact describes itself. No torch; nothing is ever parsed from a file name.
+
+Holds no time and no machine, so that the same inputs give the same bytes.
+"""
+
+import hashlib
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from .contract import IOContract
+from .errors import ExportError
+from .plan import Architecture, Plan, Strict, explain
+
+FILE = "manifest.json"
+CARD = "README.md"
+TOOLS = ("torch", "torchao", "executorch", "coremltools", "onnx", "onnxruntime", "onnxruntime-genai", "transformers")
+ROOT = Path(__file__).parent.parent
+
+
+class FileInfo(Strict):
+    """One file of the artifact."""
+
+    sha256: str
+    bytes: int
+
+
+class CheckpointInfo(Strict):
+    """Where the weights came from."""
+
+    origin: str
+    description: str
+    sha256: dict[str, str]
+
+
+class LayerInfo(Strict):
+    """One quantized weight and what rounding did to it."""
+
+    name: str
+    bits: int
+    group_size: int
+    sqnr_db: float
+    max_abs_error: float
+
+
+class QuantizationInfo(Strict):
+    """The one quantization all targets share."""
+
+    key: str
+    bits_per_weight: float
+    layers: tuple[LayerInfo, ...]
+
+
+class TokenizerIds(Strict):
+    """Special token ids."""
+
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    has_chat_template: bool
+
+
+class SourceInfo(Strict):
+    """Our own code that made the artifact."""
+
+    commit: str
+    dirty: bool
+    sha256: str
+
+
+class Manifest(Strict):
+    """Everything a reader or a runner needs to know about an artifact folder."""
+
+    schema_version: int
+    id: str
+    plan: Plan
+    architecture: Architecture
+    checkpoint: CheckpointInfo
+    quantization: QuantizationInfo
+    contract: IOContract
+    tokenizer: TokenizerIds
+    lowering: dict[str, int | float | str]
+    tools: dict[str, str]
+    source: SourceInfo
+    files: dict[str, FileInfo]
+    """Every file but the manifest and the card, which validation rewrites."""
+
+    @property
+    def artifact_bytes(self) -> int:
+        """Size of the model itself, without tokenizer files."""
+        stem = self.plan.target.artifact
+        return sum(info.bytes for name, info in self.files.items() if name.startswith(stem))
+
+
+def write(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json`."""
+    (folder / FILE).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> Manifest:
+    """Read an artifact folder's manifest, strictly."""
+    path = folder / FILE
+    if not path.is_file():
+        raise ExportError(f"{path}: missing; give an artifact folder made by `python -m export`")
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ExportError(f"{path}: damaged or of another version: {explain(error)[:300]}") from None
+
+
+def verify_files(folder: Path, manifest: Manifest) -> None:
+    """Every file present with its recorded size and sha256, and none beside them."""
+    found = hash_files(folder)
+    for name, info in manifest.files.items():
+        if name not in found:
+            raise ExportError(f"{folder / name}: missing; build the artifact again")
+        if found[name] != info:
+            raise ExportError(f"{folder / name}: differs from manifest.json (sha256); build the artifact again")
+    if extra := sorted(found.keys() - manifest.files.keys()):
+        raise ExportError(f"{folder / extra[0]}: not listed in manifest.json; remove it or build again")
+
+
+def hash_files(folder: Path) -> dict[str, FileInfo]:
+    """Digest and size of every file below a folder but manifest and card."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in (FILE, CARD):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            found[name] = FileInfo(sha256=digest, bytes=path.stat().st_size)
+    return found
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of the installed packages that decide the bytes."""
+    found = {}
+    for tool in TOOLS:
+        try:
+            found[tool] = version(tool)
+        except PackageNotFoundError:
+            found[tool] = "not installed"
+    return found
+
+
+def source_info() -> SourceInfo:
+    """Git revision of this checkout and the hash of export/ and configs/ as they are on disk."""
+    digest = hashlib.sha256()
+    for path in sorted([*ROOT.glob("export/**/*.py"), *ROOT.glob("configs/**/*.yaml")]):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return SourceInfo(commit=git("rev-parse", "HEAD") or "unknown", dirty=bool(git("status", "--porcelain")),
+                      sha256=digest.hexdigest())
+
+
+def git(*arguments: str) -> str:
+    """Output of a git command in this checkout; empty where there is no git."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=20)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

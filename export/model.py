@@ -1,0 +1,164 @@
+"""Llama 3.2 in plain PyTorch: GQA, SwiGLU, RMSNorm, llama3 RoPE scaling. Functional in its KV cache.
+
+The reference every artifact is judged by. Module names follow Hugging Face's checkpoint, so weights (float or
+torchao-quantized) load without a map. Knows nothing about files, quantization recipes or formats.
+
+Shapes: B batch, S new tokens, T tokens in the cache, H query heads, G key/value heads, D head_dim.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .plan import Architecture, RopeScaling
+
+Cache = tuple[tuple[Tensor, Tensor], ...]
+"""Per layer: keys after RoPE and values, each [B, G, T, D]."""
+
+
+def rope_frequencies(architecture: Architecture) -> Tensor:
+    """Rotation per position of each channel pair, radians, float32 [D/2].
+
+    Llama 3 scaling as in `apply_scaling` of llama-models: low frequencies are slowed by `factor`, high ones kept,
+    those between are blended.
+    """
+    exponent = torch.arange(0, architecture.head_dim, 2, dtype=torch.float32) / architecture.head_dim
+    frequencies = 1.0 / architecture.rope_theta**exponent
+    if architecture.rope_scaling is None:
+        return frequencies
+    return scale_frequencies(frequencies, architecture.rope_scaling)
+
+
+def scale_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3's frequency scaling."""
+    wavelength = 2 * math.pi / frequencies
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    # 0 at the long-wavelength end (slowed), 1 at the short-wavelength end (kept)
+    blend = ((scaling.original_max_position_embeddings / wavelength - low) / (high - low)).clamp(0, 1)
+    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
+
+
+def rope_tables(architecture: Architecture, length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin for positions 0…length-1, float32 [length, D/2]."""
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), rope_frequencies(architecture))
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [B, heads, S, D] by cos/sin [S, D/2]; pairs are (i, i + D/2)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight, in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the cache and the new tokens."""
+
+    def __init__(self, a: Architecture) -> None:
+        super().__init__()
+        self.head_dim = a.head_dim
+        self.q_proj = nn.Linear(a.hidden_size, a.num_attention_heads * a.head_dim, bias=False)
+        self.k_proj = nn.Linear(a.hidden_size, a.num_key_value_heads * a.head_dim, bias=False)
+        self.v_proj = nn.Linear(a.hidden_size, a.num_key_value_heads * a.head_dim, bias=False)
+        self.o_proj = nn.Linear(a.num_attention_heads * a.head_dim, a.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        batch, new, _ = x.shape
+        q, k, v = (
+            proj(x).view(batch, new, -1, self.head_dim).transpose(1, 2)  # [B, heads, S, D]
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        total = k.shape[2]
+        visible = torch.ones(new, total, dtype=torch.bool, device=x.device).tril(total - new)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).reshape(batch, new, -1)), (k, v)
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, a: Architecture) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(a.hidden_size, a.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(a.hidden_size, a.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(a.intermediate_size, a.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, a: Architecture) -> None:
+        super().__init__()
+        self.self_attn = Attention(a)
+        self.mlp = MLP(a)
+        self.input_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        attended, present = self.self_attn(self.input_layernorm(x), cos, sin, past)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), present
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm: `model.` of the checkpoint."""
+
+    def __init__(self, a: Architecture) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(a.vocab_size, a.hidden_size)
+        self.layers = nn.ModuleList(Layer(a) for _ in range(a.num_hidden_layers))
+        self.norm = RMSNorm(a.hidden_size, a.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    """Tokens and cache in, logits and cache out. Built empty (meta device); `load` fills it."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            self.model = Decoder(architecture)
+            self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
+        self.architecture = architecture
+
+    def load(self, weights: dict[str, Tensor]) -> "Llama":
+        """Adopt weights by name, without a copy; every name must be given, the head too when it is tied."""
+        for name, weight in weights.items():
+            owner, _, attribute = name.rpartition(".")
+            setattr(self.get_submodule(owner), attribute, nn.Parameter(weight, requires_grad=False))
+        return self.eval()
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
+        """tokens int64 [B, S] continue the cache (None: empty). Returns logits float32 [B, S, V] and the new cache."""
+        start = cache[0][0].shape[2] if cache else 0
+        end = start + tokens.shape[1]
+        cos, sin = (table[start:end] for table in rope_tables(self.architecture, end))
+        x = self.model.embed_tokens(tokens)
+        present = []
+        for i, layer in enumerate(self.model.layers):
+            x, kv = layer(x, cos, sin, cache[i] if cache else None)
+            present.append(kv)
+        return self.lm_head(self.model.norm(x)), tuple(present)

@@ -1,0 +1,60 @@
+"""The whole flow: checkpoint → quantized once → lowered → described. Reading `export` is reading the project."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from . import artifact, backends, card, checkpoint, manifest, tokenizer
+from .backends import Build
+from .manifest import Manifest
+from .plan import Plan
+from .progress import stage
+from .quantize import QuantizedModel, quantize
+
+CACHE = manifest.ROOT / "build" / "cache"
+
+
+def export(plan: Plan, source: str | None, out: Path) -> Manifest:
+    """Build one artifact folder. Each line is one stage; each value is what the next one needs."""
+    backend = backends.load(plan.target.backend)
+    if plan.model.architecture:
+        backend.check(plan, plan.model.architecture)
+    with artifact.building(out, plan.id) as folder:
+        with stage("checkpoint"):
+            weights = checkpoint.load(plan.model, source)
+            backend.check(plan, weights.architecture)
+            build = Build(plan, tokenizer.write(weights.source, folder, weights.architecture.vocab_size), folder)
+        with stage("quantize", plan.quant.description):
+            model = quantize(weights, plan.quant, CACHE)
+        with stage("lower", plan.target.description):
+            lowered = backend.lower(model, build)
+        with stage("describe"):
+            described = describe(model, build, lowered)
+            manifest.write(folder, described)
+            card.write(folder, described, [])
+    return described
+
+
+def describe(model: QuantizedModel, build: Build, lowered: backends.Lowered) -> Manifest:
+    """The manifest of what was just written."""
+    checkpoint_info = manifest.CheckpointInfo(
+        origin=model.checkpoint.origin,
+        description=model.checkpoint.source.description,
+        sha256=model.checkpoint.sha256,
+    )
+    layers = tuple(manifest.LayerInfo(**asdict(layer)) for layer in model.layers)
+    return Manifest(
+        schema_version=1,
+        id=build.plan.id,
+        plan=build.plan,
+        architecture=model.architecture,
+        checkpoint=checkpoint_info,
+        quantization=manifest.QuantizationInfo(
+            key=model.key, bits_per_weight=round(model.bits_per_weight, 4), layers=layers
+        ),
+        contract=lowered.contract,
+        tokenizer=manifest.TokenizerIds(**build.tokenizer.model_dump()),
+        lowering=lowered.facts,
+        tools=manifest.tool_versions(),
+        source=manifest.source_info(),
+        files=manifest.hash_files(build.folder),
+    )

@@ -1,0 +1,224 @@
+"""What to build: a plan is model × recipe × target, three YAML files. Knows nothing about torch.
+
+Every key is written in every file and unknown keys are refused, so there are no defaults here that could
+differ from the ones a reader sees.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import ExportError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Strict(BaseModel):
+    """A frozen record that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RopeScaling(Strict):
+    """Llama 3 frequency scaling (transformers `rope_type: llama3`; `apply_scaling` in llama-models)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: Positive
+
+
+class Architecture(Strict):
+    """Shapes of a Llama decoder, under the names of Hugging Face's config.json."""
+
+    vocab_size: Positive
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_hidden_layers: Positive
+    num_attention_heads: Positive
+    num_key_value_heads: Positive
+    head_dim: Positive
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    max_position_embeddings: Positive
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "Architecture":
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        return self
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Name → (out_features N, in_features K) of every linear inside the layers, in execution order."""
+        d, ff = self.hidden_size, self.intermediate_size
+        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        one_layer = {
+            "self_attn.q_proj": (q, d),
+            "self_attn.k_proj": (kv, d),
+            "self_attn.v_proj": (kv, d),
+            "self_attn.o_proj": (d, q),
+            "mlp.gate_proj": (ff, d),
+            "mlp.up_proj": (ff, d),
+            "mlp.down_proj": (d, ff),
+        }
+        return {
+            f"model.layers.{i}.{name}.weight": shape
+            for i in range(self.num_hidden_layers)
+            for name, shape in one_layer.items()
+        }
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape of every tensor a checkpoint must hold; the head only when it is not tied."""
+        d, vocab = self.hidden_size, self.vocab_size
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, d)}
+        shapes |= self.linear_shapes()
+        for i in range(self.num_hidden_layers):
+            shapes[f"model.layers.{i}.input_layernorm.weight"] = (d,)
+            shapes[f"model.layers.{i}.post_attention_layernorm.weight"] = (d,)
+        shapes["model.norm.weight"] = (d,)
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (vocab, d)
+        return shapes
+
+
+class ModelSpec(Strict):
+    """Where a model comes from and the context length its artifacts are built for."""
+
+    name: str
+    source: str | None
+    """`package:NAME/FILE`, `hub:OWNER/NAME[@REVISION]`, `seed:N`; null: --source must be given."""
+    base_model: str | None
+    license: str
+    context_length: Annotated[int, Field(ge=64)]
+    """Slots of the KV cache: the longest prompt plus answer, tokens."""
+    architecture: Architecture | None
+    """null: taken from the checkpoint."""
+
+
+class WeightScheme(Strict):
+    """Symmetric integers with one bf16-representable scale per group (null: per output channel)."""
+
+    bits: Literal[4, 8]
+    group_size: Positive | None
+
+
+class QuantLimits(Strict):
+    """The most a recipe may lose: our fp32 model against our quantized model."""
+
+    max_mean_kl: float
+    min_top1: float
+
+
+class QuantRecipe(Strict):
+    """How weights become integers."""
+
+    name: str
+    description: str
+    method: Literal["none", "rtn"]
+    linear: WeightScheme | None
+    embedding: WeightScheme | None
+    head: WeightScheme | None
+    limits: QuantLimits
+
+    @model_validator(mode="after")
+    def _method_matches(self) -> "QuantRecipe":
+        quantizes = any((self.linear, self.embedding, self.head))
+        if quantizes == (self.method == "none"):
+            raise ValueError(f"method {self.method!r} contradicts the schemes of linear, embedding and head")
+        return self
+
+
+class TargetLimits(Strict):
+    """The most a lowering may differ: our quantized model against the artifact."""
+
+    max_mean_kl: float
+    min_top1: float
+    min_sqnr_db: float
+
+
+class Target(Strict):
+    """A format and the runtime that runs it."""
+
+    name: str
+    description: str
+    backend: str
+    """Module in export/backends/ that writes the artifact."""
+    session: str
+    """Module in runtime_tests/sessions/ that runs it."""
+    artifact: str
+    """File or folder the artifact is, inside the artifact folder."""
+    activations: Literal["none", "int8-per-token"]
+    """Activation quantization the runtime adds; the eager reference does the same."""
+    limits: TargetLimits
+
+
+class Plan(Strict):
+    """One artifact to build."""
+
+    model: ModelSpec
+    quant: QuantRecipe
+    target: Target
+
+    @property
+    def id(self) -> str:
+        """`MODEL_QUANT_TARGET`, the name of the default output folder."""
+        return f"{self.model.name}_{self.quant.name}_{self.target.name}"
+
+
+Record = TypeVar("Record", bound=Strict)
+
+
+def names(kind: str) -> list[str]:
+    """Every known model, recipe or target (`kind`: models, quant, targets)."""
+    return sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml"))
+
+
+def load_record(cls: type[Record], path: Path) -> Record:
+    """Read one YAML file strictly; the file's stem is the record's name."""
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ExportError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(fields, dict):
+        raise ExportError(f"{path}: expected `key: value` lines, found {type(fields).__name__}")
+    if "name" in fields:
+        raise ExportError(f"{path}: remove the key `name`; the file's name is the name")
+    try:
+        return cls.model_validate({"name": path.stem, **fields})
+    except ValidationError as error:
+        raise ExportError(f"{path}: {explain(error)}") from None
+
+
+def explain(error: ValidationError) -> str:
+    """All problems of a record in one line: `group_size: unknown key; bits: missing`."""
+    words = {"extra_forbidden": "unknown key", "missing": "missing"}
+    parts = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        what = words.get(problem["type"], problem["msg"])
+        parts.append(f"{where}: {what}" if where else what)
+    return "; ".join(parts)
+
+
+def load_named(cls: type[Record], kind: str, name: str) -> Record:
+    """Load `configs/KIND/NAME.yaml`; an unknown name lists the known ones."""
+    if name not in names(kind):
+        raise ExportError(f"unknown name {name!r} in configs/{kind}; known: {', '.join(names(kind))}")
+    return load_record(cls, CONFIGS / kind / f"{name}.yaml")
+
+
+def load_plan(model: str, quant: str, target: str) -> Plan:
+    """The plan of three names."""
+    return Plan(
+        model=load_named(ModelSpec, "models", model),
+        quant=load_named(QuantRecipe, "quant", quant),
+        target=load_named(Target, "targets", target),
+    )

@@ -1,0 +1,48 @@
+"""Progress bars and messages on stderr; silent bars when it is not a terminal."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+Item = TypeVar("Item")
+console = Console(stderr=True, highlight=False)
+
+
+def _progress() -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+
+
+def track(items: Iterable[Item], label: str) -> Iterator[Item]:
+    """Iterate with a bar."""
+    items = list(items)
+    with _progress() as bar:
+        task = bar.add_task(label, total=len(items))
+        for item in items:
+            yield item
+            bar.advance(task)
+
+
+@contextmanager
+def stage(label: str, detail: str = "") -> Iterator[None]:
+    """Run a stage with a spinner and end it with one line: label, detail, seconds."""
+    started = time.perf_counter()
+    if console.is_terminal:
+        with console.status(f"{label} {detail}"):
+            yield
+    else:
+        yield
+    console.print(f"  {label:<10} {time.perf_counter() - started:6.1f} s  {detail}")

@@ -1,0 +1,230 @@
+"""Recipe → integers and scales, once for all targets. torchao chooses them; backends only re-encode them.
+
+The common scheme that every runtime holds exactly: symmetric integers, one scale per group or channel, the scale
+rounded to bf16 *before* the integers are chosen (bf16 scales of at least 2⁻¹⁷ are exact in fp16 and fp32 too).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torchao.quantization import IntxUnpackedToInt8Tensor, MappingType
+from torchao.quantization.quant_primitives import choose_qparams_affine
+
+from .checkpoint import Checkpoint
+from .errors import ExportError
+from .model import Llama
+from .plan import Architecture, QuantRecipe, WeightScheme
+from .progress import track
+
+SMALLEST_SCALE = 2.0**-17
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+INT_TYPES = {4: torch.int4, 8: torch.int8}
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """What rounding one weight did."""
+
+    name: str
+    bits: int
+    group_size: int
+    sqnr_db: float
+    max_abs_error: float
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """The one quantized model: integers in a memory-mapped file, the rest read from the checkpoint."""
+
+    checkpoint: Checkpoint
+    recipe: QuantRecipe
+    key: str
+    """Content address: checkpoint bytes, recipe, quantizer."""
+    store: Path | None
+    """safetensors with `NAME.qdata` int8 [N, K] and `NAME.scale` float32 [N, K/group]; None: nothing quantized."""
+    layers: tuple[LayerError, ...]
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.checkpoint.architecture
+
+    def read(self, name: str) -> torch.Tensor:
+        """One weight: a torchao IntxUnpackedToInt8Tensor where quantized, else float32. The tied head is the embedding."""
+        if name == HEAD and self.architecture.tie_word_embeddings:
+            name = EMBEDDING
+        scheme = scheme_of(self.recipe, name)
+        if scheme is None or self.store is None:
+            return self.checkpoint.read(name)
+        with safe_open(self.store, framework="pt") as file:
+            return as_torchao(file.get_tensor(f"{name}.qdata"), file.get_tensor(f"{name}.scale"), scheme)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits (integers and 16-bit scales; float tensors at 32) per parameter, tied weights once."""
+        bits = parameters = 0.0
+        for name, shape in self.architecture.tensor_shapes().items():
+            count = torch.Size(shape).numel()
+            scheme = scheme_of(self.recipe, name)
+            parameters += count
+            bits += count * (32 if scheme is None else scheme.bits + 16 / (scheme.group_size or shape[-1]))
+        return bits / parameters
+
+
+def scheme_of(recipe: QuantRecipe, name: str) -> WeightScheme | None:
+    """The scheme a recipe gives to a tensor; norms are never quantized."""
+    if name == EMBEDDING:
+        return recipe.embedding
+    if name == HEAD:
+        return recipe.head
+    return None if "norm" in name else recipe.linear
+
+
+def quantized_names(architecture: Architecture, recipe: QuantRecipe) -> list[str]:
+    """Every tensor the recipe quantizes, in execution order."""
+    return [name for name in architecture.tensor_shapes() if scheme_of(recipe, name)]
+
+
+def check(recipe: QuantRecipe, architecture: Architecture) -> None:
+    """Refuse a group that does not divide, naming the layer, before any work."""
+    if architecture.tie_word_embeddings and recipe.embedding != recipe.head:
+        raise ExportError(f"recipe {recipe.name!r}: embedding and head are tied, so their schemes must be equal")
+    for name in quantized_names(architecture, recipe):
+        scheme, columns = scheme_of(recipe, name), architecture.tensor_shapes()[name][-1]
+        if scheme and scheme.group_size and columns % scheme.group_size:
+            raise ExportError(
+                f"recipe {recipe.name!r}: {name} has {columns} input features, which groups of {scheme.group_size} "
+                "do not divide; use a recipe with a group size that does (int4-g32)"
+            )
+
+
+def quantize(checkpoint: Checkpoint, recipe: QuantRecipe, cache: Path) -> QuantizedModel:
+    """Quantize every tensor of the recipe, one at a time; a stored result of the same inputs is reused."""
+    check(recipe, checkpoint.architecture)
+    key = content_key(checkpoint, recipe)
+    if recipe.method == "none":
+        return QuantizedModel(checkpoint, recipe, key, None, ())
+    store = cache / f"quantized-{key[:16]}.safetensors"
+    if not store.is_file():
+        write_store(store, key, checkpoint, recipe)
+    return QuantizedModel(checkpoint, recipe, key, store, stored_errors(store, key))
+
+
+def write_store(store: Path, key: str, checkpoint: Checkpoint, recipe: QuantRecipe) -> None:
+    """Quantize into `store`, complete or not at all."""
+    tensors: dict[str, torch.Tensor] = {}
+    errors: list[LayerError] = []
+    for name in track(quantized_names(checkpoint.architecture, recipe), "quantize"):
+        scheme = scheme_of(recipe, name)
+        assert scheme is not None
+        weight = checkpoint.read(name)
+        quantized = round_to_nearest(weight, scheme)
+        tensors[f"{name}.qdata"], tensors[f"{name}.scale"] = quantized.qdata, quantized.scale
+        errors.append(layer_error(name, weight, quantized))
+    store.parent.mkdir(parents=True, exist_ok=True)
+    partial = store.with_name(f"{store.name}.{os.getpid()}.part")
+    try:
+        save_file(tensors, partial, {"key": key, "errors": json.dumps([asdict(error) for error in errors])})
+        partial.replace(store)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def stored_errors(store: Path, key: str) -> tuple[LayerError, ...]:
+    """Per-layer errors kept beside the integers; a store of other inputs is refused."""
+    try:
+        with safe_open(store, framework="pt") as file:
+            metadata = file.metadata()
+    except Exception as error:
+        raise ExportError(f"{store}: damaged ({error}); delete it and build again") from None
+    if metadata.get("key") != key:
+        raise ExportError(f"{store}: made from other inputs; delete it and build again")
+    return tuple(LayerError(**fields) for fields in json.loads(metadata["errors"]))
+
+
+def round_to_nearest(weight: torch.Tensor, scheme: WeightScheme) -> IntxUnpackedToInt8Tensor:
+    """torchao's symmetric affine choice with the scale rounded to bf16 first."""
+    block = (1, scheme.group_size or weight.shape[-1])
+    low, high = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
+    scale, zero = choose_qparams_affine(
+        weight,
+        MappingType.SYMMETRIC,
+        block,
+        target_dtype=torch.int8,
+        quant_min=low,
+        quant_max=high,
+        eps=SMALLEST_SCALE,
+        zero_point_dtype=torch.int8,
+        keepdim=True,
+    )
+    return IntxUnpackedToInt8Tensor.from_hp(
+        weight,
+        block,
+        INT_TYPES[scheme.bits],
+        intx_choose_qparams_algorithm=None,
+        custom_scale=scale.to(torch.bfloat16).to(torch.float32),
+        custom_zero_point=zero,
+    )
+
+
+def as_torchao(
+    qdata: torch.Tensor, scale: torch.Tensor, scheme: WeightScheme, activations: str | None = None
+) -> IntxUnpackedToInt8Tensor:
+    """Integers and scales as the torchao tensor that computes with them."""
+    return IntxUnpackedToInt8Tensor(
+        qdata=qdata,
+        scale=scale,
+        zero_point=torch.zeros_like(scale, dtype=torch.int8),
+        target_dtype=INT_TYPES[scheme.bits],
+        block_size=(1, qdata.shape[1] // scale.shape[1]),
+        dtype=torch.float32,
+        activation_quantization=activations,
+    )
+
+
+def layer_error(name: str, weight: torch.Tensor, quantized: IntxUnpackedToInt8Tensor) -> LayerError:
+    """Signal-to-quantization-noise ratio of the weight itself, dB, and its largest error."""
+    error = quantized.dequantize() - weight
+    noise = max(float(error.square().sum()), 1e-30)
+    sqnr = 10 * torch.log10(weight.square().sum().clamp(min=1e-30) / noise)
+    bits = {torch.int4: 4, torch.int8: 8}[quantized.target_dtype]
+    return LayerError(name, bits, quantized.block_size[1], round(float(sqnr), 3), float(error.abs().max()))
+
+
+def content_key(checkpoint: Checkpoint, recipe: QuantRecipe) -> str:
+    """sha256 over everything that decides the integers."""
+    inputs = {
+        "weights": checkpoint.sha256 or checkpoint.origin,
+        "architecture": checkpoint.architecture.model_dump(),
+        "recipe": recipe.model_dump(exclude={"name", "description", "limits"}),
+        "torchao": version("torchao"),
+        "quantizer": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+    }
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def eager(weight_of: Callable[[str], torch.Tensor], architecture: Architecture, activations: str) -> Llama:
+    """The PyTorch model of these weights; `activations` as in the target YAML (int8 per token: linears only)."""
+    return Llama(architecture).load(dict(eager_weights(weight_of, architecture, activations)))
+
+
+def eager_weights(
+    weight_of: Callable[[str], torch.Tensor], architecture: Architecture, activations: str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Named weights for `Llama.load`, linears wrapped with the activation quantization the runtime adds."""
+    names = list(architecture.tensor_shapes())
+    for name in names if HEAD in names else [*names, HEAD]:
+        weight: Any = weight_of(EMBEDDING if name == HEAD and architecture.tie_word_embeddings else name)
+        if activations == "int8-per-token" and name != EMBEDDING and isinstance(weight, IntxUnpackedToInt8Tensor):
+            bits = 4 if weight.target_dtype == torch.int4 else 8
+            scheme = WeightScheme(bits=bits, group_size=None)
+            weight = as_torchao(weight.qdata, weight.scale, scheme, "int8_asym_per_token")
+        yield name, weight

@@ -1,0 +1,107 @@
+"""Where weights come from: one file per kind of checkpoint, one protocol for all.
+
+Tensor names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`), whatever the file calls them.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from ..errors import ExportError
+from ..plan import Architecture
+
+
+class Source(Protocol):
+    """An opened checkpoint. Tensors are read one at a time, so memory stays at one tensor."""
+
+    @property
+    def description(self) -> str:
+        """What was found, for people: `GGUF Q4_1, 272 tensors`."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """Shapes as the checkpoint states them."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Name → shape of every tensor in the checkpoint."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files whose bytes decide the result; empty for seeded weights."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor as float32, freshly allocated."""
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Write tokenizer files (and generation defaults, when the checkpoint has them) into a folder."""
+
+
+def locate(spec: str) -> Path | str:
+    """A `source` string of a model YAML or of --source: a local path, or a `hub:`/`seed:` string unchanged."""
+    if spec.startswith("package:"):
+        return package_file(spec.removeprefix("package:"))
+    if spec.startswith(("hub:", "seed:")):
+        return spec
+    path = Path(spec).expanduser()
+    if path.exists():
+        return path.resolve()
+    if spec.count("/") == 1 and not spec.startswith((".", "/", "~")):
+        return f"hub:{spec}"
+    raise ExportError(f"{spec}: no such file or folder (and not a hub id like owner/name)")
+
+
+def package_file(spec: str) -> Path:
+    """`NAME/FILE` → the file inside an installed Python package, found without importing it."""
+    import importlib.util
+
+    package, _, file = spec.partition("/")
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise ExportError(f"package {package!r} is not installed: run `make setup`, or give --source")
+    path = Path(found.submodule_search_locations[0]) / file
+    if not path.is_file():
+        raise ExportError(f"{path}: missing; reinstall the package {package!r}")
+    return path
+
+
+def open_source(spec: str, expected: Architecture | None) -> Source:
+    """Open what `spec` names. `expected` gives the shapes of seeded weights.
+
+    Raises ExportError: nothing there, unreadable, or a kind we do not read.
+    """
+    place = locate(spec)
+    if isinstance(place, str) and place.startswith("seed:"):
+        from .seeded import SeededSource
+
+        if expected is None:
+            raise ExportError(f"source {spec!r} needs an architecture in the model YAML")
+        return SeededSource(place.removeprefix("seed:"), expected)
+    if isinstance(place, str):
+        from .huggingface import download
+
+        place = download(place.removeprefix("hub:"))
+    if place.is_dir():
+        from .huggingface import FolderSource
+
+        return FolderSource(place)
+    if place.suffix == ".gguf":
+        from .gguf_file import GgufSource
+
+        return GgufSource(place)
+    raise ExportError(f"{place}: not a checkpoint we read; give a Hugging Face folder or a .gguf file")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_shape(source: str, name: str, got: tuple[int, ...], want: tuple[int, ...]) -> None:
+    """Refuse a tensor whose shape is not the architecture's."""
+    if got != want:
+        raise ExportError(f"{source}: tensor {name} has shape {list(got)}, the architecture needs {list(want)}")

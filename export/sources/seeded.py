@@ -1,0 +1,62 @@
+"""Random weights from a seed, for tests and for full-size trials without a checkpoint."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..errors import ExportError
+from ..plan import Architecture
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+class SeededSource:
+    """Weights drawn per tensor name, so each is the same whatever is read before it."""
+
+    def __init__(self, seed: str, architecture: Architecture) -> None:
+        if not seed.isdecimal():
+            raise ExportError(f"source 'seed:{seed}': the seed must be a whole number")
+        self.seed = seed
+        self.architecture = architecture
+        self.description = f"random weights, seed {seed}"
+        self.files: tuple[Path, ...] = ()
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self.architecture.tensor_shapes()
+
+    def read(self, name: str) -> torch.Tensor:
+        """N(0, 1/in_features), the usual initialization; norms 1 ± 0.1. A wide embedding keeps top-1 margins wide."""
+        shape = self.shapes[name]
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
+        if "norm" in name:
+            return 1 + 0.1 * values
+        if name == "model.embed_tokens.weight":
+            return values
+        return values * shape[-1] ** -0.5
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """A byte-level tokenizer with Llama-like special tokens; needs a vocabulary of at least 261."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        special = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+        tokenizer.add_special_tokens(special)
+        if tokenizer.get_vocab_size() > self.architecture.vocab_size:
+            raise ExportError(
+                f"vocab_size {self.architecture.vocab_size}: the byte tokenizer needs {tokenizer.get_vocab_size()}"
+            )
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>", chat_template=CHAT_TEMPLATE
+        )
+        fast.save_pretrained(folder)

@@ -1,0 +1,50 @@
+"""Tokenizer files of an artifact, and the token ids its runtimes must know."""
+
+from pathlib import Path
+from typing import Any
+
+from .errors import ExportError
+from .plan import Strict
+from .sources import Source
+
+
+class TokenizerInfo(Strict):
+    """Special token ids, as runners need them."""
+
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    """Every id that ends an answer (Llama 3.2 Instruct has three)."""
+    has_chat_template: bool
+
+
+def write(source: Source, folder: Path, vocab_size: int) -> TokenizerInfo:
+    """Write the checkpoint's tokenizer into the artifact folder and read the ids back from what was written."""
+    source.write_tokenizer(folder)
+    tokenizer = load(folder)
+    ids = read_generation_ids(folder)
+    eos = ids.get("eos_token_id", tokenizer.eos_token_id)
+    bos = ids.get("bos_token_id", tokenizer.bos_token_id)
+    if eos is None:
+        raise ExportError(f"{folder}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
+    eos_ids = tuple(eos) if isinstance(eos, list) else (eos,)
+    if len(tokenizer) > vocab_size or max(eos_ids) >= vocab_size:
+        raise ExportError(f"tokenizer has {len(tokenizer)} tokens, the model's vocab_size is {vocab_size}: not a pair")
+    return TokenizerInfo(bos_id=bos, eos_ids=eos_ids, has_chat_template=bool(tokenizer.chat_template))
+
+
+def read_generation_ids(folder: Path) -> dict[str, Any]:
+    """bos and eos ids of generation_config.json, when there is one."""
+    from .sources.huggingface import read_json
+
+    path = folder / "generation_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def load(folder: Path) -> Any:
+    """The transformers tokenizer of an artifact or model folder, offline."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ExportError(f"{folder}: tokenizer files do not load ({' '.join(str(error).split())})") from None
