@@ -34,8 +34,10 @@ def main(
     folder = out or Path("build") / plan.id
     console.print(f"[bold]{plan.id}[/bold]")
     built = export(plan, source, folder)
-    print(f"{folder}: {plan.target.artifact} {built.artifact_bytes / 1e6:.1f} MB, "
-          f"{built.quantization.bits_per_weight:.2f} bits per weight")
+    print(
+        f"{folder}: {plan.target.artifact} {built.artifact_bytes / 1e6:.1f} MB, "
+        f"{built.quantization.bits_per_weight:.2f} bits per weight"
+    )
 
 
 def run() -> int:

@@ -54,9 +54,7 @@ def refuse_other_architecture(name: str, want: Architecture, got: Architecture, 
     differ = [key for key in Architecture.model_fields if getattr(want, key) != getattr(got, key)]
     if differ:
         pairs = ", ".join(f"{key} {getattr(got, key)!r} (expected {getattr(want, key)!r})" for key in differ)
-        raise ExportError(
-            f"{origin}: not the shapes of {name}: {pairs}; use the model `llama` for other shapes"
-        )
+        raise ExportError(f"{origin}: not the shapes of {name}: {pairs}; use the model `llama` for other shapes")
 
 
 def check_tensors(source: Source, architecture: Architecture, origin: str) -> None:

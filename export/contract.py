@@ -26,6 +26,15 @@ class KVLayout(Strict):
     """Slots; positions 0…context_length-1 can be fed."""
 
 
+class TokenizerIds(Strict):
+    """Special token ids, as runners need them."""
+
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    """Every id that ends an answer (Llama 3.2 Instruct has three)."""
+    has_chat_template: bool
+
+
 class IOContract(Strict):
     """The artifact's interface."""
 

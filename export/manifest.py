@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from .contract import IOContract
+from .contract import IOContract, TokenizerIds
 from .errors import ExportError
 from .plan import Architecture, Plan, Strict, explain
 
@@ -51,14 +51,6 @@ class QuantizationInfo(Strict):
     key: str
     bits_per_weight: float
     layers: tuple[LayerInfo, ...]
-
-
-class TokenizerIds(Strict):
-    """Special token ids."""
-
-    bos_id: int | None
-    eos_ids: tuple[int, ...]
-    has_chat_template: bool
 
 
 class SourceInfo(Strict):
@@ -149,8 +141,11 @@ def source_info() -> SourceInfo:
     digest = hashlib.sha256()
     for path in sorted([*ROOT.glob("export/**/*.py"), *ROOT.glob("configs/**/*.yaml")]):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return SourceInfo(commit=git("rev-parse", "HEAD") or "unknown", dirty=bool(git("status", "--porcelain")),
-                      sha256=digest.hexdigest())
+    return SourceInfo(
+        commit=git("rev-parse", "HEAD") or "unknown",
+        dirty=bool(git("status", "--porcelain")),
+        sha256=digest.hexdigest(),
+    )
 
 
 def git(*arguments: str) -> str:

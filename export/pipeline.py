@@ -1,6 +1,5 @@
 """The whole flow: checkpoint → quantized once → lowered → described. Reading `export` is reading the project."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 from . import artifact, backends, card, checkpoint, manifest, tokenizer
@@ -41,7 +40,6 @@ def describe(model: QuantizedModel, build: Build, lowered: backends.Lowered) -> 
         description=model.checkpoint.source.description,
         sha256=model.checkpoint.sha256,
     )
-    layers = tuple(manifest.LayerInfo(**asdict(layer)) for layer in model.layers)
     return Manifest(
         schema_version=1,
         id=build.plan.id,
@@ -49,10 +47,10 @@ def describe(model: QuantizedModel, build: Build, lowered: backends.Lowered) -> 
         architecture=model.architecture,
         checkpoint=checkpoint_info,
         quantization=manifest.QuantizationInfo(
-            key=model.key, bits_per_weight=round(model.bits_per_weight, 4), layers=layers
+            key=model.key, bits_per_weight=round(model.bits_per_weight, 4), layers=model.layers
         ),
         contract=lowered.contract,
-        tokenizer=manifest.TokenizerIds(**build.tokenizer.model_dump()),
+        tokenizer=build.tokenizer,
         lowering=lowered.facts,
         tools=manifest.tool_versions(),
         source=manifest.source_info(),

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,24 +21,14 @@ from torchao.quantization.quant_primitives import choose_qparams_affine
 
 from .checkpoint import Checkpoint
 from .errors import ExportError
+from .manifest import LayerInfo
 from .model import Llama
 from .plan import Architecture, QuantRecipe, WeightScheme
 from .progress import track
 
 SMALLEST_SCALE = 2.0**-17
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-INT_TYPES = {4: torch.int4, 8: torch.int8}
-
-
-@dataclass(frozen=True)
-class LayerError:
-    """What rounding one weight did."""
-
-    name: str
-    bits: int
-    group_size: int
-    sqnr_db: float
-    max_abs_error: float
+INT_TYPES: dict[int, torch.dtype] = {4: torch.int4, 8: torch.int8}  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -51,7 +41,7 @@ class QuantizedModel:
     """Content address: checkpoint bytes, recipe, quantizer."""
     store: Path | None
     """safetensors with `NAME.qdata` int8 [N, K] and `NAME.scale` float32 [N, K/group]; None: nothing quantized."""
-    layers: tuple[LayerError, ...]
+    layers: tuple[LayerInfo, ...]
 
     @property
     def architecture(self) -> Architecture:
@@ -65,7 +55,7 @@ class QuantizedModel:
         if scheme is None or self.store is None:
             return self.checkpoint.read(name)
         with safe_open(self.store, framework="pt") as file:
-            return as_torchao(file.get_tensor(f"{name}.qdata"), file.get_tensor(f"{name}.scale"), scheme)
+            return as_torchao(file.get_tensor(f"{name}.qdata"), file.get_tensor(f"{name}.scale"), scheme.bits)
 
     @property
     def bits_per_weight(self) -> float:
@@ -121,7 +111,7 @@ def quantize(checkpoint: Checkpoint, recipe: QuantRecipe, cache: Path) -> Quanti
 def write_store(store: Path, key: str, checkpoint: Checkpoint, recipe: QuantRecipe) -> None:
     """Quantize into `store`, complete or not at all."""
     tensors: dict[str, torch.Tensor] = {}
-    errors: list[LayerError] = []
+    errors: list[LayerInfo] = []
     for name in track(quantized_names(checkpoint.architecture, recipe), "quantize"):
         scheme = scheme_of(recipe, name)
         assert scheme is not None
@@ -132,13 +122,13 @@ def write_store(store: Path, key: str, checkpoint: Checkpoint, recipe: QuantReci
     store.parent.mkdir(parents=True, exist_ok=True)
     partial = store.with_name(f"{store.name}.{os.getpid()}.part")
     try:
-        save_file(tensors, partial, {"key": key, "errors": json.dumps([asdict(error) for error in errors])})
+        save_file(tensors, partial, {"key": key, "errors": json.dumps([error.model_dump() for error in errors])})
         partial.replace(store)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def stored_errors(store: Path, key: str) -> tuple[LayerError, ...]:
+def stored_errors(store: Path, key: str) -> tuple[LayerInfo, ...]:
     """Per-layer errors kept beside the integers; a store of other inputs is refused."""
     try:
         with safe_open(store, framework="pt") as file:
@@ -147,7 +137,7 @@ def stored_errors(store: Path, key: str) -> tuple[LayerError, ...]:
         raise ExportError(f"{store}: damaged ({error}); delete it and build again") from None
     if metadata.get("key") != key:
         raise ExportError(f"{store}: made from other inputs; delete it and build again")
-    return tuple(LayerError(**fields) for fields in json.loads(metadata["errors"]))
+    return tuple(LayerInfo(**fields) for fields in json.loads(metadata["errors"]))
 
 
 def round_to_nearest(weight: torch.Tensor, scheme: WeightScheme) -> IntxUnpackedToInt8Tensor:
@@ -176,27 +166,38 @@ def round_to_nearest(weight: torch.Tensor, scheme: WeightScheme) -> IntxUnpacked
 
 
 def as_torchao(
-    qdata: torch.Tensor, scale: torch.Tensor, scheme: WeightScheme, activations: str | None = None
+    qdata: torch.Tensor, scale: torch.Tensor, bits: int, activations: str | None = None
 ) -> IntxUnpackedToInt8Tensor:
     """Integers and scales as the torchao tensor that computes with them."""
     return IntxUnpackedToInt8Tensor(
         qdata=qdata,
         scale=scale,
         zero_point=torch.zeros_like(scale, dtype=torch.int8),
-        target_dtype=INT_TYPES[scheme.bits],
+        target_dtype=INT_TYPES[bits],
         block_size=(1, qdata.shape[1] // scale.shape[1]),
         dtype=torch.float32,
         activation_quantization=activations,
     )
 
 
-def layer_error(name: str, weight: torch.Tensor, quantized: IntxUnpackedToInt8Tensor) -> LayerError:
+def bits_of(weight: IntxUnpackedToInt8Tensor) -> int:
+    """Bits of a quantized weight's integers."""
+    return next(bits for bits, dtype in INT_TYPES.items() if dtype == weight.target_dtype)
+
+
+def layer_error(name: str, weight: torch.Tensor, quantized: IntxUnpackedToInt8Tensor) -> LayerInfo:
     """Signal-to-quantization-noise ratio of the weight itself, dB, and its largest error."""
     error = quantized.dequantize() - weight
     noise = max(float(error.square().sum()), 1e-30)
     sqnr = 10 * torch.log10(weight.square().sum().clamp(min=1e-30) / noise)
-    bits = {torch.int4: 4, torch.int8: 8}[quantized.target_dtype]
-    return LayerError(name, bits, quantized.block_size[1], round(float(sqnr), 3), float(error.abs().max()))
+    bits = bits_of(quantized)
+    return LayerInfo(
+        name=name,
+        bits=bits,
+        group_size=quantized.block_size[1],
+        sqnr_db=round(float(sqnr), 3),
+        max_abs_error=float(error.abs().max()),
+    )
 
 
 def content_key(checkpoint: Checkpoint, recipe: QuantRecipe) -> str:
@@ -224,7 +225,5 @@ def eager_weights(
     for name in names if HEAD in names else [*names, HEAD]:
         weight: Any = weight_of(EMBEDDING if name == HEAD and architecture.tie_word_embeddings else name)
         if activations == "int8-per-token" and name != EMBEDDING and isinstance(weight, IntxUnpackedToInt8Tensor):
-            bits = 4 if weight.target_dtype == torch.int4 else 8
-            scheme = WeightScheme(bits=bits, group_size=None)
-            weight = as_torchao(weight.qdata, weight.scale, scheme, "int8_asym_per_token")
+            weight = as_torchao(weight.qdata, weight.scale, bits_of(weight), "int8_asym_per_token")
         yield name, weight

@@ -3,21 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from .contract import TokenizerIds
 from .errors import ExportError
-from .plan import Strict
 from .sources import Source
 
 
-class TokenizerInfo(Strict):
-    """Special token ids, as runners need them."""
-
-    bos_id: int | None
-    eos_ids: tuple[int, ...]
-    """Every id that ends an answer (Llama 3.2 Instruct has three)."""
-    has_chat_template: bool
-
-
-def write(source: Source, folder: Path, vocab_size: int) -> TokenizerInfo:
+def write(source: Source, folder: Path, vocab_size: int) -> TokenizerIds:
     """Write the checkpoint's tokenizer into the artifact folder and read the ids back from what was written."""
     source.write_tokenizer(folder)
     tokenizer = load(folder)
@@ -25,11 +16,13 @@ def write(source: Source, folder: Path, vocab_size: int) -> TokenizerInfo:
     eos = ids.get("eos_token_id", tokenizer.eos_token_id)
     bos = ids.get("bos_token_id", tokenizer.bos_token_id)
     if eos is None:
-        raise ExportError(f"{folder}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
+        raise ExportError(
+            f"{folder}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json"
+        )
     eos_ids = tuple(eos) if isinstance(eos, list) else (eos,)
     if len(tokenizer) > vocab_size or max(eos_ids) >= vocab_size:
         raise ExportError(f"tokenizer has {len(tokenizer)} tokens, the model's vocab_size is {vocab_size}: not a pair")
-    return TokenizerInfo(bos_id=bos, eos_ids=eos_ids, has_chat_template=bool(tokenizer.chat_template))
+    return TokenizerIds(bos_id=bos, eos_ids=eos_ids, has_chat_template=bool(tokenizer.chat_template))
 
 
 def read_generation_ids(folder: Path) -> dict[str, Any]:

@@ -10,11 +10,10 @@ from typing import Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ..contract import IOContract
+from ..contract import IOContract, TokenizerIds
 from ..errors import ExportError
 from ..plan import Architecture, Plan
 from ..quantize import QuantizedModel
-from ..tokenizer import TokenizerInfo
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Build:
     """Where and for what a backend writes."""
 
     plan: Plan
-    tokenizer: TokenizerInfo
+    tokenizer: TokenizerIds
     folder: Path
 
 

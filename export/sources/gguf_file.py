@@ -148,7 +148,9 @@ class GgufSource:
             first = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated")
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, byte_level]) if first else byte_level
         tokenizer.decoder = decoders.ByteLevel()
-        control = [token for token, kind in zip(tokens, self._get("tokenizer.ggml.token_type"), strict=True) if kind == 3]
+        control = [
+            token for token, kind in zip(tokens, self._get("tokenizer.ggml.token_type"), strict=True) if kind == 3
+        ]
         tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
         return tokenizer
 

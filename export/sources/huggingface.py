@@ -69,7 +69,7 @@ class FolderSource:
             if not single.is_file():
                 hint = "pickled weights are never loaded; " if any(self.folder.glob("*.bin")) else ""
                 raise ExportError(f"{single}: missing; {hint}save the model as safetensors")
-            return {name: single for name in self._open(single).keys()}
+            return dict.fromkeys(self._open(single).keys(), single)
         weight_map = read_json(index_path).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ExportError(f"{index_path}: no `weight_map`; the index is damaged, download it again")

@@ -1,0 +1,1 @@
+"""Artifact to evidence: run what ships, compare, measure, record."""

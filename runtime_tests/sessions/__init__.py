@@ -1,0 +1,1 @@
+"""One module per runtime, found by the name in the target YAML."""
