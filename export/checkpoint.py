@@ -21,7 +21,7 @@ class Checkpoint:
     """The source string it was opened from."""
     architecture: Architecture
     sha256: dict[str, str]
-    """File name → digest; for seeded weights the seed stands for the bytes."""
+    """File name → digest."""
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, float32; NaN or infinity is an error that names it."""
