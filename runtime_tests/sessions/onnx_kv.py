@@ -72,7 +72,8 @@ class OnnxSession:
         self.binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         self.session.run_with_iobinding(self.binding)
         self.length += new
-        return logits[0, -1].copy()
+        last: NDArray[np.float32] = logits[0, -1].copy()
+        return last
 
 
 def session_options(threads: int) -> ort.SessionOptions:
