@@ -97,10 +97,18 @@ def artifact(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def lm_eval_model(artifact):
+def untied(tmp_path_factory) -> Path:
+    """Random weights with a tied head repeat their last token with certainty; an untied head spreads its bets."""
+    out = tmp_path_factory.mktemp("onnx") / "untied"
+    export(tiny(tied=False), None, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def lm_eval_model(untied):
     from lm_eval.models.onnxruntime_genai import ONNXRuntimeGenAILM
 
-    return ONNXRuntimeGenAILM(str(artifact), max_gen_toks=12)
+    return ONNXRuntimeGenAILM(str(untied), max_gen_toks=12)
 
 
 def test_integers_and_scales_in_the_file_are_the_quantizers(artifact):
@@ -144,24 +152,29 @@ def test_a_truncated_data_file_is_refused(artifact, tmp_path):
         readback(bad)
 
 
-def test_logits_with_a_filled_cache_are_those_of_the_quantized_model(artifact):
-    kl, top1, sqnr = compare(artifact, tokens(PREFILL + DECODE))
-    limits = manifest.read(artifact).plan.target.limits
-    assert kl <= limits.max_mean_kl
+@pytest.mark.parametrize("fixture", ["artifact", "untied"])
+def test_logits_with_a_filled_cache_are_those_of_the_quantized_model(request, fixture):
+    folder = request.getfixturevalue(fixture)
+    kl, top1, sqnr = compare(folder, tokens(PREFILL + DECODE))
+    limits = manifest.read(folder).plan.target.limits
+    assert kl <= limits.max_mean_kl / 10  # two layers only
     assert top1 >= limits.min_top1
-    assert sqnr >= 25
+    assert sqnr >= 30
 
 
-def test_a_damaged_weight_shows_in_the_logits(artifact, tmp_path):
+def test_one_damaged_scale_row_shows_in_the_logits(untied, tmp_path):
     def damage(scales):
-        scales[:] *= -1
+        scales[:8] *= 2
 
-    bad = copy_with(artifact, tmp_path / "bad", "model.layers.0.self_attn.o_proj.weight.scale", damage)
-    assert compare(bad, tokens(PREFILL + DECODE))[2] < 25
+    bad = copy_with(untied, tmp_path / "bad", "model.layers.0.self_attn.o_proj.weight.scale", damage)
+    kl, _, sqnr = compare(bad, tokens(PREFILL + DECODE))
+    assert kl > manifest.read(bad).plan.target.limits.max_mean_kl / 10
+    assert sqnr < 30
 
 
-def test_the_float_recipe_is_the_float_model(tmp_path):
-    export(tiny("fp32"), None, tmp_path / "fp32")
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_float_recipe_is_the_float_model(tmp_path, tied):
+    export(tiny("fp32", tied=tied), None, tmp_path / "fp32")
     kl, top1, sqnr = compare(tmp_path / "fp32", tokens(PREFILL + DECODE))
     assert abs(kl) < 1e-6
     assert top1 == 1
@@ -171,19 +184,14 @@ def test_the_float_recipe_is_the_float_model(tmp_path):
 
 @pytest.mark.parametrize(
     ("linear", "table", "tied"),
-    [(PER_CHANNEL_8, None, True), (None, GROUPS_4, True), (None, None, False), (GROUPS_4, GROUPS_4, False)],
-    ids=["int8-linears", "int4-tied-table", "untied", "untied-int4"],
+    [(PER_CHANNEL_8, None, False), (None, GROUPS_4, True), (GROUPS_4, GROUPS_4, False)],
+    ids=["int8-linears", "int4-tied-table", "int4-untied-table"],
 )
 def test_every_scheme_keeps_integers_and_logits(tmp_path, linear, table, tied):
     folder = tmp_path / "variant"
     export(tiny(linear=linear, table=table, tied=tied), None, folder)
     assert_same_integers(folder)
     assert compare(folder, tokens(PREFILL + DECODE))[2] >= 25
-
-
-def test_an_untied_float_head_is_its_own_matrix(tmp_path):
-    export(tiny("fp32", tied=False), None, tmp_path / "fp32")
-    assert compare(tmp_path / "fp32", tokens(PREFILL + DECODE))[2] > 90
 
 
 def test_a_tied_embedding_is_stored_once(artifact):
@@ -197,8 +205,8 @@ def test_a_tied_embedding_is_stored_once(artifact):
     assert manifest.read(artifact).lowering["shared_embedding_bytes"] >= a.vocab_size * a.hidden_size
 
 
-def test_the_cache_continues_whatever_the_pieces(artifact):
-    ids, session = tokens(96), session_of(artifact)
+def test_the_cache_continues_whatever_the_pieces(untied):
+    ids, session = tokens(96), session_of(untied)
     at_once = session.feed(ids)
     session.reset()
     for start, end in ((0, 1), (1, 30), (30, 31), (31, 90), (90, 96)):
@@ -224,29 +232,37 @@ def greedy(session, prompt: list[int], count: int) -> list[int]:
     return out
 
 
-def test_onnxruntime_genai_generates_what_our_session_does(artifact):
+def test_onnxruntime_genai_generates_what_our_session_does(untied):
     import onnxruntime_genai as og
 
-    model, prompt = og.Model(str(artifact)), tokens(30, 250)
+    model, prompt = og.Model(str(untied)), tokens(30, 250)
     parameters = og.GeneratorParams(model)
-    parameters.set_search_options(max_length=62, min_length=62, do_sample=False)
+    parameters.set_search_options(max_length=62)
     generator = og.Generator(model, parameters)
     generator.append_tokens(np.array(prompt, np.int32))
     while not generator.is_done():
         generator.generate_next_token()
-    theirs = generator.get_sequence(0)[30:].tolist()
-    ours = greedy(session_of(artifact), prompt, 32)
-    assert theirs == ours
-    assert og.Tokenizer(model).decode(np.array(theirs, np.int32)) == load_tokenizer(artifact).decode(ours)
+    theirs, ours = generator.get_sequence(0)[30:].tolist(), greedy(session_of(untied), prompt, 32)
+    end = manifest.read(untied).tokenizer.eos_ids[0]
+    assert len(set(ours)) > 8, "a model that repeats itself proves nothing"
+    assert theirs == ours[: ours.index(end)], "stops at the end-of-sequence id of genai_config.json"
 
 
-def test_lm_evaluation_harness_scores_as_our_session_does(artifact, lm_eval_model):
+def test_onnxruntime_genai_reads_the_tokenizer_files(artifact):
+    import onnxruntime_genai as og
+
+    theirs, ours, text = og.Tokenizer(og.Model(str(artifact))), load_tokenizer(artifact), "Grüße aus Köln, 1 + 1 = 2"
+    assert theirs.encode(text).tolist() == ours.encode(text)
+    assert theirs.decode(theirs.encode(text)) == text
+
+
+def test_lm_evaluation_harness_scores_as_our_session_does(untied, lm_eval_model):
     from lm_eval.api.instance import Instance
 
     pairs = [("The cat sat", " on the mat"), ("Grüße aus", " Köln"), ("1 + 1 =", " 2")]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     scores = lm_eval_model.loglikelihood(requests, disable_tqdm=True)
-    session, tokenizer = session_of(artifact), load_tokenizer(artifact)
+    session, tokenizer = session_of(untied), load_tokenizer(untied)
     for (context, continuation), (score, _) in zip(pairs, scores, strict=True):
         session.reset()
         logits, total = session.feed(tokenizer.encode(context)), 0.0
@@ -256,13 +272,13 @@ def test_lm_evaluation_harness_scores_as_our_session_does(artifact, lm_eval_mode
         assert score == pytest.approx(total, rel=0.01)
 
 
-def test_lm_evaluation_harness_generates_what_our_session_does(artifact, lm_eval_model):
+def test_lm_evaluation_harness_generates_what_our_session_does(untied, lm_eval_model):
     from lm_eval.api.instance import Instance
 
-    tokenizer = load_tokenizer(artifact)
+    tokenizer = load_tokenizer(untied)
     request = Instance("generate_until", {}, ("The cat sat", {"until": [], "max_gen_toks": 12}), 0)
     text = lm_eval_model.generate_until([request], disable_tqdm=True)[0]
-    ours = greedy(session_of(artifact), tokenizer.encode("The cat sat"), 12)
+    ours = greedy(session_of(untied), tokenizer.encode("The cat sat"), 12)
     assert text == tokenizer.decode(ours, skip_special_tokens=True)
 
 
