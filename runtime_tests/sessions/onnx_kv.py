@@ -77,9 +77,14 @@ class OnnxSession:
 
 
 def session_options(threads: int) -> ort.SessionOptions:
-    """`threads` computing threads."""
+    """`threads` computing threads that sleep between operators.
+
+    Threads that spin while they wait take the cores from one another when anything else runs: on two busy cores decode
+    was 1.3 to 2 times slower with spinning, and prefill 1.1 to 1.8 times.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     return options
 
