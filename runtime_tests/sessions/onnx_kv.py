@@ -80,7 +80,7 @@ def session_options(threads: int) -> ort.SessionOptions:
     """`threads` computing threads that sleep between operators.
 
     Threads that spin while they wait take the cores from one another when anything else runs: on two busy cores decode
-    was 1.3 to 2 times slower with spinning, and prefill 1.1 to 1.8 times.
+    was 1.2 to 2 times slower with spinning, and prefill 1.1 to 1.8 times.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
