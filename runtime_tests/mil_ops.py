@@ -22,7 +22,7 @@ CAST_TYPES = {
     "fp32": torch.float32,
     "int32": torch.int32,
     "int16": torch.int16,
-    "uint16": torch.int32,  # torch computes little in uint16; values are the same
+    "uint16": torch.int32,  # as mil_package reads it
     "int8": torch.int8,
     "uint8": torch.uint8,
     "bool": torch.bool,
@@ -47,7 +47,7 @@ def require(inputs: Inputs, name: str, allowed: int) -> None:
 
 
 def dequantize(inputs: Inputs) -> Tensor:
-    """constexpr_blockwise_shift_scale: scale · (data - offset), blocks implied by the shapes; computed in the scale's dtype."""
+    """constexpr_blockwise_shift_scale: scale · (data - offset) in the scale's dtype, blocks implied by the shapes."""
     data, scale, offset = inputs["data"], inputs["scale"], inputs.get("offset")
     if offset is not None:
         data = data.to(scale.dtype) - expand(offset.to(scale.dtype), data.shape)

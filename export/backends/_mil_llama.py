@@ -11,11 +11,12 @@ Shapes: q new tokens, e slots in use after them, H query heads, G key/value head
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import coremltools as ct
 import numpy as np
 import torch
-from coremltools.converters.mil.mil import Builder as mb
+from coremltools.converters.mil.mil import Builder as mb  # noqa: N813 - coremltools' own name for it
 from coremltools.converters.mil.mil import Function, Program, Var, get_new_symbol, types
 from numpy.typing import NDArray
 from torchao.quantization import IntxUnpackedToInt8Tensor
@@ -230,7 +231,7 @@ def linear(model: QuantizedModel, x: Var, names: tuple[str, ...]) -> Var:
 
 def weight(model: QuantizedModel, names: tuple[str, ...]) -> Var:
     """The rows of these weights stacked: integers with scales as chosen, or fp16 values."""
-    parts = [model.read(name) for name in names]
+    parts: list[Any] = [model.read(name) for name in names]
     name = f"{mil_name(names)}_stored"
     if not isinstance(parts[0], IntxUnpackedToInt8Tensor):
         return mb.const(val=half(torch.cat(parts), names, exact=False), name=name)

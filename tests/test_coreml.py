@@ -1,0 +1,508 @@
+"""The Core ML package: what it stores, the convention it follows, and that its evaluator can be trusted."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from export import backends, checkpoint, pipeline
+from export.errors import ExportError
+from export.manifest import Manifest
+from export.plan import Plan, QuantRecipe, WeightScheme, load_plan
+from export.quantize import QuantizedModel, eager, quantize, quantized_names
+from runtime_tests.session import open_session
+
+ct = pytest.importorskip("coremltools")
+# coremltools leaves a temporary folder to the garbage collector
+pytestmark = pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning")
+
+PREFILL, DECODE = 64, 64
+SPEC = Path("Data/com.apple.CoreML/model.mlmodel")
+WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return load_plan("tiny", "int4-g32", "coreml")
+
+
+@pytest.fixture(scope="module")
+def built(plan, tmp_path_factory) -> tuple[Path, Manifest]:
+    folder = tmp_path_factory.mktemp("coreml") / "tiny"
+    return folder, pipeline.export(plan, None, folder)
+
+
+@pytest.fixture(scope="module")
+def package(built) -> Path:
+    return built[0] / "model.mlpackage"
+
+
+def quantized(plan: Plan) -> QuantizedModel:
+    return quantize(checkpoint.load(plan.model, None), plan.quant, pipeline.CACHE)
+
+
+@pytest.fixture(scope="module")
+def model(plan) -> QuantizedModel:
+    return quantized(plan)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> list[int]:
+    return torch.randint(0, 512, (PREFILL + DECODE,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+@pytest.fixture(scope="module")
+def wanted(model, tokens) -> torch.Tensor:
+    """Eager logits of every decode step."""
+    with torch.inference_mode():
+        return eager(model.read, model.architecture, "none")(torch.tensor([tokens]))[0][0, PREFILL - 1 :]
+
+
+@pytest.fixture
+def session(built):
+    opened = open_session(*built, threads=1)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def damaged(built, tmp_path) -> tuple[Path, Manifest]:
+    """A copy of the artifact that a test may damage."""
+    shutil.copytree(built[0], tmp_path / "copy")
+    return tmp_path / "copy", built[1]
+
+
+def teacher_forced(session, tokens: list[int]) -> torch.Tensor:
+    out = [session.feed(tokens[:PREFILL]), *(session.feed([token]) for token in tokens[PREFILL:])]
+    return torch.from_numpy(np.stack(out))
+
+
+def mean_kl(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    p, q = wanted.log_softmax(-1), found.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def sqnr_db(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    return float(10 * torch.log10(wanted.square().sum() / (wanted - found).square().sum()))
+
+
+def read_spec(package: Path) -> Any:
+    from coremltools.proto import Model_pb2
+
+    spec = Model_pb2.Model()
+    spec.ParseFromString((package / SPEC).read_bytes())
+    return spec
+
+
+def blob_of(package: Path, name: str, parameter: str) -> int:
+    """Position in weight.bin of a quantized weight's integers or scales."""
+    (block,) = read_spec(package).mlProgram.functions["main"].block_specializations.values()
+    (op,) = [op for op in block.operations if op.outputs and op.outputs[0].name == name]
+    offset = op.inputs[parameter].arguments[0].value.blobFileValue.offset
+    header = (package / WEIGHTS).read_bytes()[offset : offset + 64]
+    return int.from_bytes(header[16:24], "little")
+
+
+def flip(package: Path, position: int, mask: int) -> None:
+    data = bytearray((package / WEIGHTS).read_bytes())
+    data[position] ^= mask
+    (package / WEIGHTS).write_bytes(data)
+
+
+def differing(package: Path, model: QuantizedModel) -> list[str]:
+    stored = list(backends.load("mlpackage").read_weights(package, model.architecture))
+    assert sorted(weight.name for weight in stored) == sorted(quantized_names(model.architecture, model.recipe))
+    pairs = [(weight, model.read(weight.name)) for weight in stored]
+    return [
+        found.name
+        for found, expected in pairs
+        if not (
+            np.array_equal(found.qdata, expected.qdata.numpy()) and np.array_equal(found.scale, expected.scale.numpy())
+        )
+    ]
+
+
+# --- what is stored -------------------------------------------------------------------------------------------------
+
+
+def test_integers_and_scales_are_those_quantized_once(package, model):
+    assert differing(package, model) == []
+
+
+@pytest.mark.parametrize(("parameter", "mask"), [("scale", 0x01), ("data", 0x10)])
+def test_one_flipped_bit_is_found_by_reading_back(damaged, model, parameter, mask):
+    package = damaged[0] / "model.mlpackage"
+    flip(package, blob_of(package, "model_layers_1_self_attn_q_proj_k_proj_v_proj_stored", parameter), mask)
+    assert differing(package, model) == ["model.layers.1.self_attn.q_proj.weight"]
+
+
+def test_weights_that_are_not_fused_are_found_one_by_one(model):
+    from export.backends._mlpackage_file import linear_groups
+
+    groups = list(linear_groups(model.architecture, present=set()))
+    assert [names for names, _ in groups] == [(name,) for name in model.architecture.linear_shapes()]
+
+
+def test_tied_table_is_stored_once_and_int4_is_packed(built, package, model):
+    a = model.architecture
+    linears = sum(n * k for n, k in a.linear_shapes().values())
+    once = a.vocab_size * (a.hidden_size + 2) + linears // 2 + linears // 32 * 2
+    tables = 2 * model.checkpoint.architecture.head_dim * 2 * 256 + 2 * 4 * 256  # cos and sin fp16, slots int32
+    excess = (package / WEIGHTS).stat().st_size - once - tables
+    assert 0 <= excess < a.vocab_size * a.hidden_size // 4
+    assert built[1].lowering["embedding_and_head"] == "one table"
+    assert (built[1].lowering["int4_weights"], built[1].lowering["int8_weights"]) == (4 * a.num_hidden_layers, 1)
+
+
+def test_two_builds_are_byte_identical(built, plan, tmp_path):
+    again = pipeline.export(plan, None, tmp_path / "again")
+    assert {k: v for k, v in again.files.items() if "mlpackage" in k} == {
+        k: v for k, v in built[1].files.items() if "mlpackage" in k
+    }
+
+
+def test_follows_apples_stateful_convention(built, package, model):
+    spec, a, kv = read_spec(package), model.architecture, built[1].contract.kv
+    assert spec.specificationVersion == 9  # iOS 18, macOS 15
+    inputs = {value.name: value.type.multiArrayType for value in spec.description.input}
+    ranges = {
+        name: [(size.lowerBound, size.upperBound) for size in array.shapeRange.sizeRanges]
+        for name, array in inputs.items()
+    }
+    long = (1, kv.context_length)
+    assert ranges == {"inputIds": [(1, 1), long], "causalMask": [(1, 1), (1, 1), long, long]}
+    int32, fp16 = 131072 | 32, 65552
+    assert {name: array.dataType for name, array in inputs.items()} == {"inputIds": int32, "causalMask": fp16}
+    states = {value.name: value.type.stateType.arrayType for value in spec.description.state}
+    shape = [a.num_hidden_layers, 1, a.num_key_value_heads, kv.context_length, a.head_dim]
+    assert {name: list(array.shape) for name, array in states.items()} == {"keyCache": shape, "valueCache": shape}
+    assert {array.dataType for array in states.values()} == {fp16}
+    (output,) = spec.description.output
+    assert (output.name, output.type.multiArrayType.dataType) == ("logits", fp16)
+    assert spec.description.metadata.userDefined["plan"] == built[1].id
+    assert [tensor.name for tensor in built[1].contract.inputs] == list(ranges)
+
+
+# --- what it computes -----------------------------------------------------------------------------------------------
+
+
+def test_computes_the_quantized_model_with_a_filled_cache(session, tokens, wanted):
+    found = teacher_forced(session, tokens)
+    assert mean_kl(wanted, found) <= 1e-3
+    assert float((wanted.argmax(-1) == found.argmax(-1)).float().mean()) >= 0.98
+    assert sqnr_db(wanted, found) >= 50  # the tiny model is too sure of itself for KL to see much
+
+
+def test_pieces_equal_the_whole(session, tokens):
+    whole = torch.from_numpy(session.feed(tokens))
+    session.reset()
+    for first in range(0, len(tokens), 48):
+        pieces = session.feed(tokens[first : first + 48])
+    assert sqnr_db(whole, torch.from_numpy(pieces)) >= 55
+
+
+@pytest.mark.parametrize("state", ["keyCache", "valueCache"])
+def test_a_corrupted_cache_shows(session, tokens, wanted, state):
+    session.feed(tokens[:PREFILL])
+    session.runtime.evaluator.states[state][1, 0, :, 10:20] *= -1
+    found = torch.from_numpy(np.stack([session.feed([token]) for token in tokens[PREFILL:]]))
+    assert sqnr_db(wanted[1:], found) < 40
+
+
+def test_a_cache_not_reset_shows(session, tokens, wanted):
+    session.feed(tokens[:PREFILL][::-1])
+    session.position = 0
+    session.feed(tokens[:1])
+    session.position = PREFILL - 1  # pretend that all was fed
+    assert sqnr_db(wanted[0], torch.from_numpy(session.feed(tokens[PREFILL - 1 : PREFILL]))) < 40
+
+
+@pytest.mark.parametrize("parameter", ["scale", "data"])
+def test_a_flipped_byte_changes_the_logits(damaged, session, tokens, parameter):
+    package = damaged[0] / "model.mlpackage"
+    position = blob_of(package, "model_layers_1_self_attn_q_proj_k_proj_v_proj_stored", parameter)
+    flip(package, position + 1, 0x7F)
+    broken = open_session(*damaged, threads=1)
+    assert not np.array_equal(session.feed(tokens), broken.feed(tokens))
+
+
+def test_zeros_as_mask_are_still_causal(session, tokens):
+    """swift-transformers passes zeros of shape [1, 1, 1, e] whatever the prompt."""
+    expected = session.feed(tokens)
+    session.reset()
+    zeros = np.zeros((1, 1, 1, len(tokens)), np.float16)
+    found = session.runtime.predict(np.array([tokens], np.int32), zeros)
+    assert np.array_equal(expected, found)
+
+
+def test_context_length_is_a_limit(session):
+    session.feed([1] * 256)
+    with pytest.raises(ValueError, match="256"):
+        session.feed([1])
+
+
+def test_fp32_recipe_differs_by_fp16_rounding_only(tmp_path, tokens):
+    plan = load_plan("tiny", "fp32", "coreml")
+    described = pipeline.export(plan, None, tmp_path / "fp32")
+    model = quantized(plan)
+    with torch.inference_mode():
+        wanted = eager(model.read, model.architecture, "none")(torch.tensor([tokens]))[0][0, PREFILL - 1 :]
+    found = teacher_forced(open_session(tmp_path / "fp32", described, threads=1), tokens)
+    assert mean_kl(wanted, found) <= 1e-5
+    assert sqnr_db(wanted, found) >= 50
+    assert "rounded from float32" in str(described.lowering["float_values"])
+    assert list(backends.load("mlpackage").read_weights(tmp_path / "fp32/model.mlpackage", model.architecture)) == []
+
+
+def test_norm_survives_activations_whose_square_overflows_fp16(tmp_path):
+    from coremltools.converters.mil.mil import Builder, Function, Program, types
+
+    from export.backends._mil_llama import rms_norm
+
+    scale = torch.linspace(0.5, 2, 64)
+    fake = SimpleNamespace(read=lambda name: scale, architecture=SimpleNamespace(rms_norm_eps=1e-5))
+    program = Program()
+    with Function({"x": Builder.placeholder((1, 64), types.fp16)}, opset_version=ct.target.iOS18) as function:
+        function.set_outputs([rms_norm(fake, function.inputs["x"], "norm.weight")])
+    program.add_function("main", function)
+    x = torch.randn(1, 64).half() * 3000
+    exact = x.double() / x.double().square().mean().sqrt() * scale
+    assert torch.allclose(evaluate(program, tmp_path, {"x": x}).double(), exact, rtol=2e-3)
+
+
+@pytest.mark.slow
+def test_smollm2_lowers_and_matches(tmp_path):
+    plan = load_plan("smollm2-135m", "int4-g32", "coreml")
+    described = pipeline.export(plan, None, tmp_path / "smol")
+    model = quantized(plan)
+    assert differing(tmp_path / "smol/model.mlpackage", model) == []
+    tokens = torch.randint(0, 40000, (PREFILL + DECODE,), generator=torch.Generator().manual_seed(1)).tolist()
+    with torch.inference_mode():
+        wanted = eager(model.read, model.architecture, "none")(torch.tensor([tokens]))[0][0, PREFILL - 1 :]
+    found = teacher_forced(open_session(tmp_path / "smol", described, threads=1), tokens)
+    assert mean_kl(wanted, found) <= 1e-3
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def refused(plan: Plan, **changes: Any) -> str:
+    changed = plan.model_copy(update=changes)
+    with pytest.raises(ExportError) as error:
+        backends.load("mlpackage").check(changed, plan.model.architecture)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_refuses_activation_quantization(plan):
+    target = plan.target.model_copy(update={"activations": "int8-per-token"})
+    assert "q_proj.weight: activations 'int8-per-token'" in refused(plan, target=target)
+
+
+def test_refuses_bits_core_ml_cannot_store(plan):
+    six = WeightScheme.model_construct(bits=6, group_size=32)
+    recipe = QuantRecipe.model_construct(**{**dict(plan.quant), "linear": six})
+    assert "model.layers.0.self_attn.q_proj.weight: int6" in refused(plan, quant=recipe)
+
+
+def test_refuses_an_artifact_that_is_no_package(plan):
+    target = plan.target.model_copy(update={"artifact": "model.mlmodel"})
+    assert ".mlpackage" in refused(plan, target=target)
+
+
+def test_refuses_scales_that_fp16_would_round():
+    from export.backends._mil_llama import half
+
+    assert half(torch.tensor([2.0**-17]), ["w"], exact=True) == np.float16(2.0**-17)
+    with pytest.raises(ExportError, match="scale is not exact"):
+        half(torch.tensor([1 + 2.0**-20]), ["w"], exact=True)
+    with pytest.raises(ExportError, match="65504"):
+        half(torch.tensor([1e5]), ["w"], exact=False)
+
+
+def manifest_with(package: Path, path: str) -> None:
+    manifest = json.loads((package / "Manifest.json").read_text())
+    manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"] = path
+    (package / "Manifest.json").write_text(json.dumps(manifest))
+
+
+def test_evaluator_refuses_items_outside_the_package(damaged):
+    from runtime_tests.mil_package import PackageError, load
+
+    package = damaged[0] / "model.mlpackage"
+    shutil.copy(package / SPEC, damaged[0] / "elsewhere.mlmodel")
+    manifest_with(package, "../../elsewhere.mlmodel")
+    with pytest.raises(PackageError, match="outside"):
+        load(package)
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-9])])
+def test_evaluator_refuses_missing_or_truncated_weights(damaged, damage: Callable[[Path], object]):
+    from runtime_tests.mil_package import PackageError, load
+
+    damage(damaged[0] / "model.mlpackage" / WEIGHTS)
+    with pytest.raises(PackageError, match=r"weight\.bin"):
+        load(damaged[0] / "model.mlpackage")
+
+
+# --- the evaluator itself -------------------------------------------------------------------------------------------
+
+
+def evaluate(program: Any, folder: Path, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Save a PyMIL program, run the saved package, return its only output."""
+    from runtime_tests.mil_evaluator import Evaluator
+
+    path = folder / "program.mlpackage"
+    converted = ct.convert(
+        program,
+        minimum_deployment_target=ct.target.iOS18,
+        skip_model_load=True,
+        pass_pipeline=ct.PassPipeline.EMPTY,
+    )
+    converted.save(str(path))
+    (result,) = Evaluator(path).predict(inputs).values()
+    return result
+
+
+def random(*shape: int) -> np.ndarray:
+    return np.random.default_rng(7).standard_normal(shape).astype(np.float32)
+
+
+BUILDS: dict[str, Callable[[Any], Any]] = {
+    "gather": lambda mb: mb.gather(x=random(5, 3), indices=np.int32([[4, 0, 2]]), axis=0, batch_dims=0),
+    "slice_by_index": lambda mb: mb.slice_by_index(
+        x=random(3, 1, 4, 6),
+        begin=np.int32([1, 0, 1, 2]),
+        end=np.int32([2, 0, 4, 6]),
+        stride=np.int32([1, 1, 2, 2]),
+        end_mask=[False, True, False, False],
+        squeeze_mask=[True, False, False, False],
+    ),
+    "slice_by_size": lambda mb: mb.slice_by_size(x=random(4, 6), begin=np.int32([1, 2]), size=np.int32([2, 3])),
+    "reduce_mean": lambda mb: mb.reduce_mean(x=random(2, 3, 4), axes=[-1], keep_dims=True),
+    "rsqrt": lambda mb: mb.rsqrt(x=np.abs(random(4)), epsilon=np.float32(1e-5)),
+    "softmax": lambda mb: mb.softmax(x=random(2, 5), axis=-1),
+    "tile": lambda mb: mb.tile(x=random(1, 2, 3), reps=[1, 3, 1]),
+    "concat": lambda mb: mb.concat(values=[random(2, 3), random(4, 3)], axis=0),
+    "reshape": lambda mb: mb.reshape(x=random(2, 6), shape=[2, 3, -1]),
+    "transpose": lambda mb: mb.transpose(x=random(2, 3, 4), perm=[2, 0, 1]),
+    "minimum": lambda mb: mb.minimum(x=random(2, 1, 3), y=random(4, 1)),
+    "linear": lambda mb: mb.linear(x=random(2, 4), weight=random(3, 4), bias=random(3)),
+    "matmul": lambda mb: mb.matmul(x=random(2, 4), y=random(3, 4), transpose_y=True),
+    "attention": lambda mb: mb.scaled_dot_product_attention(
+        query=random(1, 2, 3, 8), key=random(1, 2, 5, 8), value=random(1, 2, 5, 8), attn_mask=random(1, 1, 3, 5)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_ops_agree_with_coremltools_own_values(name):
+    """coremltools folds constants with numpy code of its own: an independent oracle."""
+    from coremltools.converters.mil.mil import Builder, Function
+
+    from runtime_tests.mil_ops import OPS
+
+    with Function({}, opset_version=ct.target.iOS18):
+        built = BUILDS[name](Builder)
+    tensors = {
+        parameter: [torch.tensor(v.val) for v in var] if isinstance(var, list | tuple) else torch.tensor(var.val)
+        for parameter, var in built.op.inputs.items()
+        if var is not None
+    }
+    assert built.val is not None
+    np.testing.assert_allclose(OPS[built.op.op_type](tensors).numpy(), built.val, rtol=1e-5, atol=1e-6)
+
+
+def test_quantized_constants_agree_with_coremltools_own_decompression():
+    from coremltools.converters.mil.mil.ops.defs.iOS18.compression import constexpr_blockwise_shift_scale
+
+    from runtime_tests.mil_ops import dequantize
+    from runtime_tests.mil_package import signed_nibbles
+
+    packed = np.arange(256, dtype=np.uint8).repeat(2)[:256]
+    data = signed_nibbles(torch.from_numpy(packed), 512).reshape(4, 128)
+    low, high = (packed & 15).astype(np.int8), (packed >> 4).astype(np.int8)  # even → low half, odd → high half
+    codes = np.stack([low, high], 1).reshape(4, 128)
+    assert np.array_equal(data.numpy(), np.where(codes > 7, codes - 16, codes))
+    scale = random(4, 4).astype(np.float16)
+    expected = constexpr_blockwise_shift_scale.decompress(data.numpy(), scale, None)
+    assert np.array_equal(dequantize({"data": data, "scale": torch.from_numpy(scale)}).numpy(), expected)
+
+
+def test_slice_update_and_silu_agree_with_torch():
+    from runtime_tests.mil_ops import OPS
+
+    x, update = torch.zeros(2, 3, 4), torch.ones(3, 2)
+    given = {"begin": [1, 0, 1], "end": [2, 3, 3], "squeeze_mask": [1, 0, 0]}
+    found = OPS["slice_update"]({"x": x, "update": update, **{k: torch.tensor(v) for k, v in given.items()}})
+    assert x.sum() == 0
+    assert torch.equal(found[1, :, 1:3], update)
+    assert found.sum() == update.sum()
+    values = torch.randn(100).half()
+    assert torch.equal(OPS["silu"]({"x": values}), (values.double() * values.double().sigmoid()).half())
+
+
+class Accumulator(torch.nn.Module):
+    """A stateful model that our backend never saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.embedding, self.linear = torch.nn.Embedding(40, 32), torch.nn.Linear(32, 32)
+        self.register_buffer("cache", torch.zeros(2, 1, 4, 16, 8))
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x, new, end = self.embedding(ids), ids.shape[-1], mask.shape[-1]
+        for layer in range(2):
+            heads = self.linear(x).view(1, new, 4, 8).transpose(1, 2)
+            self.cache[layer, :, :, end - new : end, :] = heads
+            kept = self.cache[layer, :, :, :end, :]
+            mixed = torch.nn.functional.scaled_dot_product_attention(heads, kept, kept, attn_mask=mask)
+            x = x + mixed.transpose(1, 2).reshape(1, new, 32)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_runs_a_program_from_coremltools_own_front_end(tmp_path):
+    from runtime_tests.mil_evaluator import Evaluator
+
+    model = Accumulator().eval()
+    new, end = ct.RangeDim(1, 8, default=1), ct.RangeDim(1, 16, default=1)
+    traced = torch.jit.trace(model, (torch.zeros(1, 3, dtype=torch.int32), torch.zeros(1, 1, 3, 7)))
+    cache = ct.TensorType(shape=(2, 1, 4, 16, 8), dtype=np.float16)
+    converted = ct.convert(
+        traced,
+        inputs=[
+            ct.TensorType(name="ids", shape=(1, new), dtype=np.int32),
+            ct.TensorType(name="mask", shape=(1, 1, new, end), dtype=np.float16),
+        ],
+        states=[ct.StateType(wrapped_type=cache, name="cache")],
+        minimum_deployment_target=ct.target.iOS18,
+        skip_model_load=True,
+    )
+    converted.save(str(tmp_path / "foreign.mlpackage"))
+    evaluator = Evaluator(tmp_path / "foreign.mlpackage")
+    model.cache.zero_()
+    for start, ids in ((0, [3, 1, 4]), (3, [1]), (4, [5, 9])):
+        inputs = torch.tensor([ids], dtype=torch.int32), torch.zeros(1, 1, len(ids), start + len(ids))
+        (found,) = evaluator.predict({"ids": inputs[0], "mask": inputs[1].half()}).values()
+        assert sqnr_db(model(*inputs), found.float()) > 50
+
+
+def test_an_unknown_operation_is_named(tmp_path):
+    from coremltools.converters.mil.mil import Builder, Function, Program, types
+
+    from runtime_tests.mil_package import PackageError
+
+    program = Program()
+    with Function({"x": Builder.placeholder((4,), types.fp16)}, opset_version=ct.target.iOS18) as function:
+        function.set_outputs([Builder.atan(x=function.inputs["x"], name="odd")])
+    program.add_function("main", function)
+    with pytest.raises(PackageError, match=r"odd.*'atan'"):
+        evaluate(program, tmp_path, {"x": torch.ones(4).half()})
