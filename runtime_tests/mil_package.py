@@ -98,7 +98,7 @@ def model_file(package: Path) -> Path:
     try:
         manifest = json.loads((package / "Manifest.json").read_bytes())
         paths = {key: entry["path"] for key, entry in manifest["itemInfoEntries"].items()}
-        root = paths[manifest["rootModelIdentifier"]]
+        root: str = paths[manifest["rootModelIdentifier"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PackageError(f"{package}: Manifest.json is missing or damaged ({error!r})") from None
     for path in paths.values():

@@ -232,13 +232,13 @@ def test_a_flipped_byte_changes_the_logits(damaged, session, tokens, parameter):
     assert not np.array_equal(session.feed(tokens), broken.feed(tokens))
 
 
-def test_zeros_as_mask_are_still_causal(session, tokens):
-    """swift-transformers passes zeros of shape [1, 1, 1, e] whatever the prompt."""
-    expected = session.feed(tokens)
-    session.reset()
-    zeros = np.zeros((1, 1, 1, len(tokens)), np.float16)
-    found = session.runtime.predict(np.array([tokens], np.int32), zeros)
-    assert np.array_equal(expected, found)
+def test_swift_transformers_calls_give_the_same_logits(session, tokens, wanted):
+    """It passes zeros of shape [1, 1, 1, tokens + 1] as mask, also for a prompt, and so never writes slot 0."""
+    found = []
+    for first, end in [(0, PREFILL), *((i, i + 1) for i in range(PREFILL, len(tokens)))]:
+        mask = np.zeros((1, 1, 1, end + 1), np.float16)
+        found.append(session.runtime.predict(np.array([tokens[first:end]], np.int32), mask))
+    assert sqnr_db(wanted, torch.from_numpy(np.stack(found))) >= 50
 
 
 def test_context_length_is_a_limit(session):
@@ -386,6 +386,9 @@ BUILDS: dict[str, Callable[[Any], Any]] = {
     ),
     "slice_by_size": lambda mb: mb.slice_by_size(x=random(4, 6), begin=np.int32([1, 2]), size=np.int32([2, 3])),
     "reduce_mean": lambda mb: mb.reduce_mean(x=random(2, 3, 4), axes=[-1], keep_dims=True),
+    "reduce_max": lambda mb: mb.reduce_max(x=random(2, 3, 4), axes=[0, 2]),
+    "equal": lambda mb: mb.equal(x=np.float16([0, 1]), y=np.float16(0)),
+    "logical_or": lambda mb: mb.logical_or(x=np.array([True, False]), y=np.array([False, False])),
     "rsqrt": lambda mb: mb.rsqrt(x=np.abs(random(4)), epsilon=np.float32(1e-5)),
     "softmax": lambda mb: mb.softmax(x=random(2, 5), axis=-1),
     "tile": lambda mb: mb.tile(x=random(1, 2, 3), reps=[1, 3, 1]),
