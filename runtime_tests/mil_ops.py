@@ -164,7 +164,8 @@ def split(inputs: Inputs) -> tuple[Tensor, ...]:
 def concat(inputs: Inputs) -> Tensor:
     """Values one after the other; scalars count as vectors of one."""
     require(inputs, "interleave", 0)
-    return torch.cat([torch.atleast_1d(value) for value in inputs["values"]], dim=integer(inputs, "axis", 0))
+    values = [value.reshape(1) if value.dim() == 0 else value for value in inputs["values"]]
+    return torch.cat(values, dim=integer(inputs, "axis", 0))
 
 
 def reduce_mean(inputs: Inputs) -> Tensor:
