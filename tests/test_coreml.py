@@ -258,6 +258,7 @@ def test_fp32_recipe_differs_by_fp16_rounding_only(tmp_path, tokens):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")  # GGUF weights are memory-mapped
 def test_smollm2_lowers_and_matches(tmp_path):
     plan = load_plan("smollm2-135m", "int4-g32", "coreml")
     described = pipeline.export(plan, None, tmp_path / "smol")
