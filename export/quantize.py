@@ -1,8 +1,4 @@
-"""Recipe → integers and scales, once for all targets. torchao chooses them; backends only re-encode them.
-
-The common scheme that every runtime holds exactly: symmetric integers, one scale per group or channel, the scale
-rounded to bf16 *before* the integers are chosen (bf16 scales of at least 2⁻¹⁷ are exact in fp16 and fp32 too).
-"""
+"""Recipe → one quantized model for all targets, kept on disk under its content. Backends only re-encode it."""
 
 import hashlib
 import json
@@ -16,8 +12,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torchao.quantization import IntxUnpackedToInt8Tensor, MappingType
-from torchao.quantization.quant_primitives import choose_qparams_affine
+from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from .checkpoint import Checkpoint
 from .errors import ExportError
@@ -25,11 +20,11 @@ from .manifest import LayerInfo
 from .model import Llama
 from .plan import Architecture, QuantRecipe, WeightScheme
 from .progress import track
+from .rounding import Rounded, as_torchao, bits_of, round_to_nearest
 
 HERE = Path(__file__).parent
-SMALLEST_SCALE = 2.0**-17
+CODE = [HERE / "quantize.py", HERE / "rounding.py", *sorted(HERE.glob("sources/*.py"))]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-INT_TYPES: dict[int, torch.dtype] = {4: torch.int4, 8: torch.int8}  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -116,10 +111,9 @@ def write_store(store: Path, key: str, checkpoint: Checkpoint, recipe: QuantReci
     for name in track(quantized_names(checkpoint.architecture, recipe), "quantize"):
         scheme = scheme_of(recipe, name)
         assert scheme is not None
-        weight = checkpoint.read(name)
-        quantized = round_to_nearest(weight, scheme)
-        tensors[f"{name}.qdata"], tensors[f"{name}.scale"] = quantized.qdata, quantized.scale
-        errors.append(layer_error(name, weight, quantized))
+        rounded = round_to_nearest(checkpoint.read(name), scheme)
+        tensors[f"{name}.qdata"], tensors[f"{name}.scale"] = rounded.qdata, rounded.scale
+        errors.append(layer_info(name, scheme, rounded))
     store.parent.mkdir(parents=True, exist_ok=True)
     partial = store.with_name(f"{store.name}.{os.getpid()}.part")
     try:
@@ -127,6 +121,17 @@ def write_store(store: Path, key: str, checkpoint: Checkpoint, recipe: QuantReci
         partial.replace(store)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def layer_info(name: str, scheme: WeightScheme, rounded: Rounded) -> LayerInfo:
+    """What rounding did to one weight, for the manifest."""
+    return LayerInfo(
+        name=name,
+        bits=scheme.bits,
+        group_size=rounded.qdata.shape[1] // rounded.scale.shape[1],
+        sqnr_db=round(rounded.sqnr_db, 3),
+        max_abs_error=rounded.max_abs_error,
+    )
 
 
 def stored_errors(store: Path, key: str) -> tuple[LayerInfo, ...]:
@@ -141,66 +146,6 @@ def stored_errors(store: Path, key: str) -> tuple[LayerInfo, ...]:
     return tuple(LayerInfo(**fields) for fields in json.loads(metadata["errors"]))
 
 
-def round_to_nearest(weight: torch.Tensor, scheme: WeightScheme) -> IntxUnpackedToInt8Tensor:
-    """torchao's symmetric affine choice with the scale rounded to bf16 first."""
-    block = (1, scheme.group_size or weight.shape[-1])
-    low, high = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
-    scale, zero = choose_qparams_affine(
-        weight,
-        MappingType.SYMMETRIC,
-        block,
-        target_dtype=torch.int8,
-        quant_min=low,
-        quant_max=high,
-        eps=SMALLEST_SCALE,
-        zero_point_dtype=torch.int8,
-        keepdim=True,
-    )
-    return IntxUnpackedToInt8Tensor.from_hp(
-        weight,
-        block,
-        INT_TYPES[scheme.bits],
-        intx_choose_qparams_algorithm=None,
-        custom_scale=scale.to(torch.bfloat16).to(torch.float32),
-        custom_zero_point=zero,
-    )
-
-
-def as_torchao(
-    qdata: torch.Tensor, scale: torch.Tensor, bits: int, activations: str | None = None
-) -> IntxUnpackedToInt8Tensor:
-    """Integers and scales as the torchao tensor that computes with them."""
-    return IntxUnpackedToInt8Tensor(
-        qdata=qdata,
-        scale=scale,
-        zero_point=torch.zeros_like(scale, dtype=torch.int8),
-        target_dtype=INT_TYPES[bits],
-        block_size=(1, qdata.shape[1] // scale.shape[1]),
-        dtype=torch.float32,
-        activation_quantization=activations,
-    )
-
-
-def bits_of(weight: IntxUnpackedToInt8Tensor) -> int:
-    """Bits of a quantized weight's integers."""
-    return next(bits for bits, dtype in INT_TYPES.items() if dtype == weight.target_dtype)
-
-
-def layer_error(name: str, weight: torch.Tensor, quantized: IntxUnpackedToInt8Tensor) -> LayerInfo:
-    """Signal-to-quantization-noise ratio of the weight itself, dB, and its largest error."""
-    error = quantized.dequantize() - weight
-    noise = max(float(error.square().sum()), 1e-30)
-    sqnr = 10 * torch.log10(weight.square().sum().clamp(min=1e-30) / noise)
-    bits = bits_of(quantized)
-    return LayerInfo(
-        name=name,
-        bits=bits,
-        group_size=quantized.block_size[1],
-        sqnr_db=round(float(sqnr), 3),
-        max_abs_error=float(error.abs().max()),
-    )
-
-
 def content_key(checkpoint: Checkpoint, recipe: QuantRecipe) -> str:
     """sha256 over everything that decides the integers."""
     inputs = {
@@ -209,7 +154,7 @@ def content_key(checkpoint: Checkpoint, recipe: QuantRecipe) -> str:
         "architecture": checkpoint.architecture.model_dump(),
         "recipe": recipe.model_dump(exclude={"name", "description", "limits"}),
         "torchao": version("torchao"),
-        "code": [hashlib.sha256(path.read_bytes()).hexdigest() for path in [HERE / "quantize.py", *sorted(HERE.glob("sources/*.py"))]],
+        "code": [hashlib.sha256(path.read_bytes()).hexdigest() for path in CODE],
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 

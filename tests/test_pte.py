@@ -135,28 +135,35 @@ def test_same_inputs_give_the_same_bytes(folder, tmp_path):
     assert again.files == manifest.read(folder).files
 
 
-def everything(artifact) -> list[object]:
-    """The whole file, but for XNNPACK's debug handles, which count the passes that ran."""
+def contents(artifact) -> tuple[list[str], list[int], set[bytes]]:
+    """Instructions, XNNPACK nodes per delegate (in any order) and constants of a file."""
     file = readback.open_pte(artifact)
-    delegates = file.program.execution_plan[0].delegates
-    graphs = [readback.xnnpack_graph(file.segments[delegate.processed.index]) for delegate in delegates]
-    for graph in graphs:
-        for node in graph["xnodes"]:
-            node.pop("debug_handle")
-    blobs = {delegate.processed.index for delegate in delegates}
-    segments = [bytes(segment) for i, segment in enumerate(file.segments) if i not in blobs]
-    return [file.program, graphs, segments]
+    plan = file.program.execution_plan[0]
+    blobs = [delegate.processed.index for delegate in plan.delegates]
+    graphs = [readback.xnnpack_graph(file.segments[index]) for index in blobs]
+    nodes = [sorted(node["xnode_union_type"] for node in graph["xnodes"]) for graph in graphs]
+    constants = {bytes(segment) for i, segment in enumerate(file.segments) if i not in blobs}
+    return [str(instruction) for instruction in plan.chains[0].instructions], nodes, constants
 
 
-def test_fast_lowering_changes_nothing_in_the_file(folder, tmp_path, monkeypatch):
-    """Every shortcut off: torch's decompositions and executorch's own, slow passes give the same file."""
+def test_fast_lowering_changes_nothing_that_runs(folder, tmp_path, monkeypatch):
+    """Every shortcut off: torch's decompositions and executorch's slow passes give the same program and numbers."""
     from contextlib import nullcontext
 
     monkeypatch.setattr(program, "fast_lowering", nullcontext)
     monkeypatch.setattr(program, "no_decompositions", nullcontext)
     monkeypatch.setattr(program, "functionalize", lambda exported: exported)
     export(plan(), None, tmp_path / "slow")
-    assert everything(tmp_path / "slow" / "model.pte") == everything(folder / "model.pte")
+    assert contents(tmp_path / "slow" / "model.pte") == contents(folder / "model.pte")
+    ids = tokens(80)
+    for fast, slow in zip(answers(folder, ids), answers(tmp_path / "slow", ids), strict=True):
+        np.testing.assert_array_equal(fast, slow)
+
+
+def answers(folder, ids) -> list[np.ndarray]:
+    """Logits of a prefill and of each decode step after it."""
+    session = open_session(folder, manifest.read(folder), threads=2)
+    return [session.feed(ids[:16]), *(session.feed([t]) for t in ids[16:])]
 
 
 def test_lowering_is_refused_on_other_library_versions(tmp_path, monkeypatch):

@@ -1,0 +1,112 @@
+"""One float weight → torchao integers and scales, a block of rows at a time. Knows nothing about models or files.
+
+The common scheme every runtime holds exactly: symmetric integers, one scale per group or channel, the scale rounded
+to bf16 *before* the integers are chosen (bf16 scales of at least 2⁻¹⁷ are exact in fp16 and fp32 too).
+"""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import log10
+
+import torch
+from torchao.quantization import IntxUnpackedToInt8Tensor, MappingType
+from torchao.quantization.quant_primitives import choose_qparams_affine
+
+from .plan import WeightScheme
+
+SMALLEST_SCALE = 2.0**-17
+BLOCK_ELEMENTS = 2**21  # a few MB per temporary, so that a 1 GB embedding costs no more than its integers
+INT_TYPES: dict[int, torch.dtype] = {4: torch.int4, 8: torch.int8}  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Integers, scales, and what rounding cost."""
+
+    qdata: torch.Tensor
+    """int8 [N, K]"""
+    scale: torch.Tensor
+    """float32 [N, K/group], each exact in bf16 and fp16"""
+    signal: float
+    noise: float
+    max_abs_error: float
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal-to-quantization-noise ratio of the weight itself."""
+        return 10 * log10(max(self.signal, 1e-30) / max(self.noise, 1e-30))
+
+
+def round_to_nearest(weight: torch.Tensor, scheme: WeightScheme) -> Rounded:
+    """weight float32 [N, K]. Rows are independent, so blocks of them run on all cores."""
+    rows = max(1, BLOCK_ELEMENTS // weight.shape[1])
+    with one_torch_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = list(pool.map(lambda block: round_block(block, scheme), weight.split(rows)))
+    return Rounded(
+        qdata=torch.cat([part.qdata for part in parts]),
+        scale=torch.cat([part.scale for part in parts]),
+        signal=sum(part.signal for part in parts),
+        noise=sum(part.noise for part in parts),
+        max_abs_error=max(part.max_abs_error for part in parts),
+    )
+
+
+def round_block(weight: torch.Tensor, scheme: WeightScheme) -> Rounded:
+    """torchao's symmetric affine choice for some rows."""
+    block = (1, scheme.group_size or weight.shape[-1])
+    scale, zero = choose_qparams_affine(
+        weight,
+        MappingType.SYMMETRIC,
+        block,
+        target_dtype=torch.int8,
+        quant_min=-(2 ** (scheme.bits - 1)),
+        quant_max=2 ** (scheme.bits - 1) - 1,
+        eps=SMALLEST_SCALE,
+        zero_point_dtype=torch.int8,
+        keepdim=True,
+    )
+    rounded = IntxUnpackedToInt8Tensor.from_hp(
+        weight,
+        block,
+        INT_TYPES[scheme.bits],
+        intx_choose_qparams_algorithm=None,
+        custom_scale=scale.to(torch.bfloat16).to(torch.float32),
+        custom_zero_point=zero,
+    )
+    error = rounded.dequantize().sub_(weight)
+    signal, noise = (float(torch.linalg.vector_norm(x)) ** 2 for x in (weight, error))
+    return Rounded(rounded.qdata, rounded.scale, signal, noise, float(error.abs_().max()))
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Threads of our own instead of torch's: theirs wait for each other in every small operation."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def as_torchao(
+    qdata: torch.Tensor, scale: torch.Tensor, bits: int, activations: str | None = None
+) -> IntxUnpackedToInt8Tensor:
+    """Integers and scales as the torchao tensor that computes with them."""
+    return IntxUnpackedToInt8Tensor(
+        qdata=qdata,
+        scale=scale,
+        zero_point=torch.zeros_like(scale, dtype=torch.int8),
+        target_dtype=INT_TYPES[bits],
+        block_size=(1, qdata.shape[1] // scale.shape[1]),
+        dtype=torch.float32,
+        activation_quantization=activations,
+    )
+
+
+def bits_of(weight: IntxUnpackedToInt8Tensor) -> int:
+    """Bits of a quantized weight's integers."""
+    return next(bits for bits, dtype in INT_TYPES.items() if dtype == weight.target_dtype)
