@@ -31,14 +31,19 @@ class SeededSource:
         return self.architecture.tensor_shapes()
 
     def read(self, name: str) -> torch.Tensor:
-        """N(0, 1/in_features), the usual initialization; norms 1 ± 0.1. A wide embedding keeps top-1 margins wide."""
+        """N(0, 1/in_features), the usual initialization; norms 1 ± 0.1.
+
+        The layers' outputs are louder than the embedding, or a tied head would answer every token with itself.
+        """
         shape = self.shapes[name]
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         values = torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
         if "norm" in name:
             return 1 + 0.1 * values
         if name == "model.embed_tokens.weight":
-            return values
+            return 0.2 * values
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            return 4 * values * shape[-1] ** -0.5
         return values * shape[-1] ** -0.5
 
     def write_tokenizer(self, folder: Path) -> None:
