@@ -25,7 +25,9 @@ BUILD = Path("build")
 def main(
     folders: Annotated[list[Path] | None, typer.Argument(help="artifact folders; default: all of build/")] = None,
     device: Annotated[str, typer.Option(help="a name in devices/")] = "host",
-    source: Annotated[str | None, typer.Option(help="where the checkpoint is, when not where the manifest says")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="where the checkpoint is, when not where the manifest says")
+    ] = None,
     eval_name: Annotated[str, typer.Option("--eval", help="a name in configs/evals")] = "default",
 ) -> None:
     """Prove what artifacts compute and how fast: exit 0 only if every gate holds."""

@@ -17,10 +17,10 @@ def check(session: Session, context_length: int) -> list[str]:
 def reset_failures(session: Session) -> list[str]:
     """After a reset the same tokens give the same logits: nothing of the last conversation is left in the cache."""
     session.reset()
-    first = session.feed(range(1, PROBE + 1))
-    session.feed(range(PROBE + 1, 2 * PROBE))
+    first = session.feed(list(range(1, PROBE + 1))).copy()
+    session.feed(list(range(PROBE + 1, 2 * PROBE)))
     session.reset()
-    again = session.feed(range(1, PROBE + 1))
+    again = session.feed(list(range(1, PROBE + 1)))
     difference = float(np.abs(first - again).max() / np.abs(first).max())
     return [] if difference <= 1e-4 else [f"after a reset the logits differ by {difference:.1e} of the largest"]
 

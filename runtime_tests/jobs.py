@@ -8,7 +8,7 @@ from pydantic import Field, RootModel
 from export.plan import Strict
 
 
-class SourceDiffers(Exception):
+class SourceDiffersError(Exception):
     """The checkpoint that is there now is not the one the artifact was built from."""
 
 

@@ -63,7 +63,7 @@ class Case:
         return str(self.setting.cache.resolve())
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """Nothing after this can be trusted."""
 
     def __init__(self, outcome: Outcome, detail: str) -> None:
@@ -78,7 +78,7 @@ def validate(folder: Path, described: Manifest, setting: Setting) -> Record:
     try:
         examine(case)
         outcome, detail = gates.outcome_of(case.gates)
-    except Stopped as stop:
+    except StoppedError as stop:
         outcome, detail = stop.outcome, str(stop)
     code = manifest.source_info()
     return Record(
@@ -122,7 +122,7 @@ def check_files(case: Case) -> None:
         problem = checks.damaged_file(case.folder, case.manifest)
     case.gates.append(gates.count("files intact: problems", [problem] if problem else [], Outcome.DAMAGED))
     if problem:
-        raise Stopped(Outcome.DAMAGED, problem)
+        raise StoppedError(Outcome.DAMAGED, problem)
 
 
 def check_tokenizer(case: Case) -> None:
@@ -132,7 +132,7 @@ def check_tokenizer(case: Case) -> None:
         try:
             source = sources.open_source(case.origin, case.manifest.plan.model.architecture)
         except ExportError as error:
-            raise Stopped(Outcome.SOURCE_DIFFERS, str(error)) from None
+            raise StoppedError(Outcome.SOURCE_DIFFERS, str(error)) from None
         problems = checks.tokenizer_differences(case.folder, case.manifest, source, texts)
     case.gates.append(gates.count("tokenizer: differences", problems, Outcome.TOKENIZER_DIFFERS))
 
@@ -142,13 +142,13 @@ def check_weights(case: Case) -> None:
     job = jobs.WeightsJob(folder=case.folder_text, source=case.setting.source, cache=case.cache_text)
     with stage("weights"):
         found = ask(case, job, "weights")
-    detail = f"{found['values']:,} integers and scales compared" + (f", first: {found['first']}" if found["first"] else "")
+    detail = f"{found['values']:,} integers and scales compared" + (
+        f", first: {found['first']}" if found["first"] else ""
+    )
     problems = found["differing"] + len(found["missing"])
     if found["missing"]:
         detail += f", missing: {found['missing'][0]}"
-    case.gates.append(
-        gates.judge("weights: differing numbers", problems, "at most", 0, Outcome.WEIGHTS_DIFFER, detail)
-    )
+    case.gates.append(gates.judge("weights: differing numbers", problems, "at most", 0, Outcome.WEIGHTS_DIFFER, detail))
 
 
 def prepare(case: Case) -> Windows:
@@ -208,7 +208,7 @@ def compare_lowering(case: Case, windows: Windows) -> None:
     problem = accuracy.not_finite(np.load(out, mmap_mode="r"))
     case.gates.append(gates.count("logits finite: problems", [problem] if problem else [], Outcome.MISMATCH))
     if problem:
-        raise Stopped(Outcome.MISMATCH, problem)
+        raise StoppedError(Outcome.MISMATCH, problem)
     with stage("compare", "lowering"):
         lowering = compare(windows, reference_logits(case, windows, "quantized"), out)
     case.comparisons["lowering"] = lowering
@@ -217,8 +217,8 @@ def compare_lowering(case: Case, windows: Windows) -> None:
 
 def compare(windows: Windows, wanted: Path, found: Path) -> Comparison:
     """Compare two files of logits."""
-    pair = (np.load(path, mmap_mode="r") for path in (wanted, found))
-    return accuracy.compare(*pair, windows.targets, windows.domains)
+    reference_logits, logits = np.load(wanted, mmap_mode="r"), np.load(found, mmap_mode="r")
+    return accuracy.compare(reference_logits, logits, windows.targets, windows.domains)
 
 
 def check_conformance(case: Case) -> None:
@@ -239,7 +239,9 @@ def check_golden(case: Case) -> None:
     )
     with stage("golden", f"{len(answer.tokens)} tokens"):
         tokens = ask(case, job, "golden")["tokens"]
-    same = next((i for i, pair in enumerate(zip(tokens, answer.tokens, strict=False)) if len(set(pair)) > 1), len(tokens))
+    same = next(
+        (i for i, pair in enumerate(zip(tokens, answer.tokens, strict=False)) if len(set(pair)) > 1), len(tokens)
+    )
     case.gates.append(gates.judge("golden tokens", same, "at least", len(answer.tokens), Outcome.MISMATCH))
 
 
@@ -276,7 +278,7 @@ def ask(case: Case, job: jobs.Job, label: str) -> dict[str, Any]:
     with counted(label) as progress:
         ended = isolation.run(job, limit_s=case.setting.device.time_limit_s, on_progress=progress)
     if ended.outcome is not Outcome.PASS:
-        raise Stopped(ended.outcome, f"{label}: {ended.detail}")
+        raise StoppedError(ended.outcome, f"{label}: {ended.detail}")
     return ended.result
 
 

@@ -10,22 +10,24 @@ from export.errors import ExportError
 from export.manifest import Manifest
 from export.quantize import QuantizedModel, quantize, quantized_names
 
-from .jobs import SourceDiffers, WeightsJob
+from .jobs import SourceDiffersError, WeightsJob
 
 
 def rebuild(described: Manifest, source: str | None, cache: Path) -> QuantizedModel:
-    """The quantized model an artifact was made from, out of its checkpoint; raises SourceDiffers."""
+    """The quantized model an artifact was made from, out of its checkpoint; raises SourceDiffersError."""
     try:
         return requantize(described, source, cache)
     except ExportError as error:
-        raise SourceDiffers(str(error)) from None
+        raise SourceDiffersError(str(error)) from None
 
 
 def requantize(described: Manifest, source: str | None, cache: Path) -> QuantizedModel:
     """Quantize as the artifact's build did, reusing its integers; other weights or another quantizer are refused."""
     weights = checkpoint.load(described.plan.model, source or described.checkpoint.origin)
     if weights.sha256 != described.checkpoint.sha256:
-        raise ExportError(f"{weights.origin}: not the checkpoint of {described.id} (sha256); give the one with --source")
+        raise ExportError(
+            f"{weights.origin}: not the checkpoint of {described.id} (sha256); give the one with --source"
+        )
     model = quantize(weights, described.plan.quant, cache)
     if model.key != described.quantization.key:
         raise ExportError(

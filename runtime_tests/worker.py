@@ -27,7 +27,7 @@ class LoadError(Exception):
     """The artifact does not load."""
 
 
-def perform(job: jobs.Job) -> dict[str, Any]:
+def perform(job: jobs.Job) -> dict[str, Any]:  # noqa: PLR0911 – one line per kind of job
     """Do a job; the modules that need torch are imported by the jobs that need them."""
     match job:
         case jobs.LogitsJob():
@@ -91,21 +91,25 @@ def one_line(error: BaseException) -> str:
     return text if isinstance(error, ExportError) else f"{type(error).__name__}: {text}"[:500]
 
 
+def answer(job: jobs.Job) -> dict[str, Any]:
+    """Do a job. The one place that catches everything: an error is an answer here."""
+    try:
+        return {"result": perform(job)}
+    except LoadError as error:
+        return {"failed": Outcome.LOAD_FAIL.value, "error": str(error)}
+    except jobs.SourceDiffersError as error:
+        return {"failed": Outcome.SOURCE_DIFFERS.value, "error": str(error)}
+    except Exception as error:
+        return {"failed": Outcome.RUN_FAIL.value, "error": one_line(error)}
+
+
 def main() -> int:
-    """Read the job, do it, answer. The one place that catches everything: an error is an answer here."""
+    """Read the job, do it, print the answer."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     quiet_libraries()
-    job = jobs.AnyJob.model_validate_json(sys.stdin.buffer.read()).root
-    try:
-        answer: dict[str, Any] = {"result": perform(job)}
-    except LoadError as error:
-        answer = {"failed": Outcome.LOAD_FAIL.value, "error": str(error)}
-    except jobs.SourceDiffers as error:
-        answer = {"failed": Outcome.SOURCE_DIFFERS.value, "error": str(error)}
-    except Exception as error:
-        answer = {"failed": Outcome.RUN_FAIL.value, "error": one_line(error)}
-    print("\n" + json.dumps(answer), flush=True)
-    return 0 if "result" in answer else 1
+    given = answer(jobs.AnyJob.model_validate_json(sys.stdin.buffer.read()).root)
+    print("\n" + json.dumps(given), flush=True)
+    return 0 if "result" in given else 1
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def test_the_last_line_is_the_answer_whatever_a_library_prints_before(child):
 
 def test_progress_is_passed_on(child):
     seen = []
-    text = "import time; print('{\"done\": 1, \"total\": 2}', flush=True); time.sleep(0.5); print('{\"result\": {}}')"
+    text = 'import time; print(\'{"done": 1, "total": 2}\', flush=True); time.sleep(0.5); print(\'{"result": {}}\')'
     assert child(text, on_progress=lambda done, total: seen.append((done, total))).outcome is Outcome.PASS
     assert (1, 2) in seen
 
