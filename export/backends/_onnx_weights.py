@@ -1,0 +1,146 @@
+"""Weights in and out of model.onnx.data: our integers in MatMulNBits' layout. Knows nothing about the graph.
+
+Layout: `NAME.q` uint8 [N, blocks, block · bits / 8], codes offset by 2^(bits-1) so that no zero points are needed, of
+two 4-bit codes the even column in the low nibble; `NAME.scale` float32 [N, blocks]. A per-channel scheme has no block
+size onnxruntime takes, so its one scale per row is repeated over the largest blocks that divide the row.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, external_data_helper, helper
+
+from ..errors import ExportError
+from ..plan import WeightScheme
+from . import StoredWeight
+
+BLOCK_SIZES = (256, 128, 64, 32, 16)
+"""What MatMulNBits and GatherBlockQuantized take."""
+PAGE = 4096
+GRANULARITY = "granularity"
+
+
+@dataclass(frozen=True)
+class Codes:
+    """One quantized matrix [N, K], or several stacked, as initializers."""
+
+    q: str
+    scale: str
+    rows: int
+    columns: int
+    bits: int
+    block: int
+
+    @property
+    def blocks(self) -> int:
+        return self.columns // self.block
+
+    @property
+    def size_bytes(self) -> int:
+        return self.rows * (self.columns * self.bits // 8 + self.blocks * 4)
+
+
+class DataFile:
+    """Initializers, each written to the data file as it comes, so memory stays at one tensor."""
+
+    def __init__(self, file: BinaryIO, location: str) -> None:
+        self.file = file
+        self.location = location
+        self.tensors: list[Any] = []
+
+    def add(self, name: str, values: NDArray[Any], granularity: str = "") -> str:
+        """Append one array; tensors of a page or more start on a page, so that they can be memory-mapped."""
+        alignment = PAGE if values.nbytes >= PAGE else 64
+        offset = -(-self.file.tell() // alignment) * alignment
+        self.file.write(bytes(offset - self.file.tell()))
+        self.file.write(memoryview(np.ascontiguousarray(values)).cast("B"))
+        tensor = TensorProto(name=name, dims=values.shape, data_type=helper.np_dtype_to_tensor_dtype(values.dtype))
+        tensor.raw_data = b""  # set_external_data wants the field; the bytes are in the data file
+        external_data_helper.set_external_data(tensor, self.location, offset=offset, length=values.nbytes)
+        tensor.ClearField("raw_data")
+        if granularity:
+            helper.set_model_props(tensor, {GRANULARITY: granularity})
+        self.tensors.append(tensor)
+        return name
+
+    def add_codes(self, name: str, weights: Sequence[Any], scheme: WeightScheme) -> Codes:
+        """Append quantized matrices of one scheme (IntxUnpackedToInt8Tensor), stacked along their rows."""
+        columns = weights[0].shape[1]
+        block = block_size(scheme, columns)
+        repeat = 1 if scheme.group_size else columns // block
+        packed = [
+            pack(weight.qdata.numpy(), scheme.bits).reshape(len(weight), columns // block, -1) for weight in weights
+        ]
+        scales = [weight.scale.to(torch.float32).numpy().repeat(repeat, axis=1) for weight in weights]
+        q = self.add(f"{name}.q", packed[0] if len(packed) == 1 else np.concatenate(packed))
+        scale = self.add(f"{name}.scale", np.concatenate(scales), "group" if scheme.group_size else "channel")
+        return Codes(q, scale, sum(len(part) for part in packed), columns, scheme.bits, block)
+
+
+def block_size(scheme: WeightScheme, columns: int) -> int:
+    """Columns that share a scale in the file; 0 when onnxruntime has no block that fits."""
+    if scheme.group_size:
+        return scheme.group_size if scheme.group_size in BLOCK_SIZES else 0
+    return next((size for size in BLOCK_SIZES if columns % size == 0), 0)
+
+
+def pack(codes: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
+    """Signed integers [N, K] → offset codes [N, K · bits / 8]."""
+    if bits == 8:
+        return codes.view(np.uint8) ^ np.uint8(0x80)
+    unsigned = codes.view(np.uint8) + np.uint8(8)  # wraps around: -8…7 becomes 0…15
+    return unsigned[:, 0::2] | unsigned[:, 1::2] << np.uint8(4)
+
+
+def unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.int8]:
+    """The inverse of `pack`."""
+    if bits == 8:
+        return (packed ^ np.uint8(0x80)).view(np.int8)
+    codes = np.empty((packed.shape[0], 2 * packed.shape[1]), np.int8)
+    codes[:, 0::2], codes[:, 1::2] = packed & 15, packed >> 4
+    return codes - np.int8(8)
+
+
+class StoredTensors:
+    """The initializers of a finished file, memory-mapped one at a time."""
+
+    def __init__(self, tensors: Sequence[Any], folder: Path) -> None:
+        self.tensors = {tensor.name: tensor for tensor in tensors}
+        self.folder = folder
+
+    def read(self, name: str) -> NDArray[Any]:
+        """A read-only view of one initializer."""
+        tensor = self.tensors[name]
+        where = external_data_helper.ExternalDataInfo(tensor)
+        path, dtype = self.folder / where.location, helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        if path.stat().st_size < where.offset + where.length:
+            raise ExportError(f"{path}: ends before {name}; build the artifact again")
+        return np.memmap(path, dtype, "r", where.offset, tuple(tensor.dims))
+
+    def weight(self, codes: Codes) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+        """Integers [N, K] and scales [N, groups] of one stored matrix; per channel: one column."""
+        qdata = unpack(self.read(codes.q).reshape(codes.rows, -1), codes.bits)
+        scale = np.array(self.read(codes.scale))
+        if properties(self.tensors[codes.scale])[GRANULARITY] == "group":
+            return qdata, scale
+        if (scale != scale[:, :1]).any():
+            raise ExportError(f"{self.folder}: {codes.scale} differs within a channel; build the artifact again")
+        return qdata, scale[:, :1]
+
+
+def properties(tensor: Any) -> Mapping[str, str]:
+    """What we noted beside a tensor."""
+    return {entry.key: entry.value for entry in tensor.metadata_props}
+
+
+def split(qdata: NDArray[np.int8], scale: NDArray[np.float32], rows: Mapping[str, int]) -> Iterator[StoredWeight]:
+    """Take a stacked matrix apart: name → rows, in order."""
+    start = 0
+    for name, count in rows.items():
+        yield StoredWeight(name, qdata[start : start + count], scale[start : start + count])
+        start += count

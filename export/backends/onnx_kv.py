@@ -1,0 +1,158 @@
+"""ONNX for onnxruntime on CPUs: model.onnx, model.onnx.data, genai_config.json. Chooses no integers.
+
+onnxruntime-genai runs the folder as it is. Every logit position is an output, because lm-evaluation-harness scores
+prompts through onnxruntime-genai with them.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from ..contract import IOContract, KVLayout, TensorSpec
+from ..errors import ExportError
+from ..plan import Architecture, Plan
+from ..quantize import EMBEDDING, QuantizedModel, quantized_names, scheme_of
+from . import Build, Lowered, StoredWeight
+from . import _onnx_genai_config as genai
+from ._onnx_graph import build as build_graph
+from ._onnx_weights import BLOCK_SIZES, Codes, DataFile, StoredTensors, block_size, split
+
+FILE = "model.onnx"
+
+
+def check(plan: Plan, architecture: Architecture) -> None:
+    """Refuse what MatMulNBits, GatherBlockQuantized or GroupQueryAttention cannot hold."""
+    if plan.target.activations != "none":
+        raise ExportError(
+            f"target {plan.target.name!r}: activations is {plan.target.activations!r}, but onnxruntime rounds "
+            "activations itself inside MatMulNBits; set it to none"
+        )
+    if architecture.head_dim % 16:
+        raise ExportError(
+            f"head_dim {architecture.head_dim}: GroupQueryAttention rotates heads of a multiple of 16 only; "
+            "use the target executorch-xnnpack"
+        )
+    for name in quantized_names(architecture, plan.quant):
+        check_block(plan, name, architecture.tensor_shapes()[name][-1])
+
+
+def check_block(plan: Plan, name: str, columns: int) -> None:
+    """Refuse a weight whose scales cannot be laid out in blocks that onnxruntime takes."""
+    scheme = scheme_of(plan.quant, name)
+    assert scheme is not None
+    if block_size(scheme, columns):
+        return
+    sizes = ", ".join(str(size) for size in reversed(BLOCK_SIZES))
+    if scheme.group_size:
+        raise ExportError(
+            f"recipe {plan.quant.name!r}: {name} has groups of {scheme.group_size}, MatMulNBits takes {sizes}; "
+            "use one of those as group_size"
+        )
+    raise ExportError(
+        f"recipe {plan.quant.name!r}: {name} is per channel with {columns} input features, which no block size of "
+        f"MatMulNBits ({sizes}) divides; leave it in float (null)"
+    )
+
+
+def lower(model: QuantizedModel, build: Build) -> Lowered:
+    """Stream the weights to model.onnx.data, then write the graph and onnxruntime-genai's configuration."""
+    contract = contract_of(model.architecture, build.plan.model.context_length)
+    with (build.folder / f"{FILE}.data").open("wb") as file:
+        proto = build_graph(model, DataFile(file, f"{FILE}.data"), contract)
+    (build.folder / FILE).write_bytes(proto.SerializeToString(deterministic=True))
+    config = genai.genai_config(model.architecture, contract, build.tokenizer, FILE)
+    (build.folder / genai.FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    return Lowered(contract, facts(proto, model.architecture))
+
+
+def contract_of(architecture: Architecture, context_length: int) -> IOContract:
+    """Inputs and outputs as onnxruntime-genai's own builder names them."""
+    a, layers = architecture, range(architecture.num_hidden_layers)
+    kinds = [(i, kind) for i in layers for kind in ("key", "value")]
+    past, present = (
+        tuple(
+            TensorSpec(
+                name=f"{prefix}.{i}.{kind}",
+                dtype="float32",
+                shape=("batch_size", a.num_key_value_heads, length, a.head_dim),
+            )
+            for i, kind in kinds
+        )
+        for prefix, length in (("past_key_values", "past_sequence_length"), ("present", "total_sequence_length"))
+    )
+    ids = TensorSpec(name="input_ids", dtype="int64", shape=("batch_size", "sequence_length"))
+    mask = TensorSpec(name="attention_mask", dtype="int64", shape=("batch_size", "total_sequence_length"))
+    logits = TensorSpec(name="logits", dtype="float32", shape=("batch_size", "sequence_length", a.vocab_size))
+    return IOContract(
+        inputs=(ids, mask, *past),
+        outputs=(logits, *present),
+        states=(),
+        kv=KVLayout(
+            kind="io",
+            dtype="float32",
+            layers=a.num_hidden_layers,
+            kv_heads=a.num_key_value_heads,
+            head_dim=a.head_dim,
+            context_length=context_length,
+        ),
+        max_prefill=context_length,
+        logits="all",
+    )
+
+
+def facts(proto: Any, architecture: Architecture) -> dict[str, int | float | str]:
+    """Node counts, and the bytes that one copy of a tied embedding saves."""
+    counts = Counter(node.op_type for node in proto.graph.node)
+    shared = 0
+    if architecture.tie_word_embeddings:
+        stored = (tensor for tensor in proto.graph.initializer if tensor.name.startswith(EMBEDDING))
+        shared = sum(onnx.external_data_helper.ExternalDataInfo(tensor).length for tensor in stored)
+    return {
+        "nodes": sum(counts.values()),
+        "matmul_nbits_nodes": counts["MatMulNBits"],
+        "float_matmul_nodes": counts["FusedMatMul"],
+        "group_query_attention_nodes": counts["GroupQueryAttention"],
+        "shared_embedding_bytes": shared,
+    }
+
+
+def read_weights(artifact: Path, architecture: Architecture) -> Iterator[StoredWeight]:
+    """Integers and scales out of model.onnx (or its folder) by memory map; onnxruntime is not asked."""
+    path = artifact / FILE if artifact.is_dir() else artifact
+    graph = onnx.load(path, load_external_data=False).graph
+    tensors = StoredTensors(graph.initializer, path.parent)
+    seen = set()
+    for node in graph.node:
+        codes = codes_of(node, tensors)
+        if codes and codes.q not in seen:
+            seen.add(codes.q)
+            yield from split(*tensors.weight(codes), rows_of(codes, architecture))
+
+
+def codes_of(node: Any, tensors: StoredTensors) -> Codes | None:
+    """The quantized matrix a node multiplies with or gathers from."""
+    attributes = {entry.name: entry.i for entry in node.attribute}
+    if node.op_type == "MatMulNBits":
+        return Codes(
+            node.input[1], node.input[2], attributes["N"], attributes["K"], attributes["bits"], attributes["block_size"]
+        )
+    if node.op_type == "GatherBlockQuantized":
+        rows, blocks, _ = tensors.tensors[node.input[0]].dims
+        columns = blocks * attributes["block_size"]
+        scale = node.input[0].removesuffix(".q") + ".scale"
+        return Codes(node.input[0], scale, rows, columns, attributes["bits"], attributes["block_size"])
+    return None
+
+
+def rows_of(codes: Codes, architecture: Architecture) -> dict[str, int]:
+    """Our names of the stacked weights in one stored matrix, and their rows."""
+    name = codes.q.removesuffix(".q")
+    if not name.endswith(".qkv_proj.weight"):
+        return {name: codes.rows}
+    shapes = architecture.linear_shapes()
+    parts = [name.replace("qkv_proj", f"{kind}_proj") for kind in "qkv"]
+    return {part: shapes[part][0] for part in parts}
