@@ -71,7 +71,9 @@ class Evaluator:
             results = compute(arguments)
         except (IndexError, NotImplementedError, RuntimeError, ValueError) as error:
             raise PackageError(f"operation {op.name} ({op.kind}): {error}") from error
-        for (name, dtype), result in zip(op.outputs, results if isinstance(results, tuple) else (results,), strict=True):
+        for (name, dtype), result in zip(
+            op.outputs, results if isinstance(results, tuple) else (results,), strict=True
+        ):
             values[name] = result if dtype is None else result.to(dtype)
 
     def resolve(self, op: Operation, values: Mapping[str, Any]) -> Inputs:
@@ -106,7 +108,9 @@ def matmul_dtype() -> torch.dtype:
 def fold(program: Program) -> Iterator[tuple[str, Any]]:
     """Every constant by name, quantized weights dequantized once to the dtype the program declares."""
     kernels = {op.inputs["weight"][0] for op in program.operations if op.kind == "linear"}
-    others = {part for op in program.operations if op.kind != "linear" for parts in op.inputs.values() for part in parts}
+    others = {
+        part for op in program.operations if op.kind != "linear" for parts in op.inputs.values() for part in parts
+    }
     for op in program.operations:
         if op.kind != "const" and not op.kind.startswith("constexpr_"):
             continue

@@ -8,6 +8,7 @@ from typing import NamedTuple
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 440, 52, 12, 10, 34
 HEIGHT = 230
 BAR_ROW = 42
+DOT_ROW = 30
 
 
 class Bar(NamedTuple):
@@ -62,6 +63,34 @@ def bar(row: Bar, y: float, scale: float) -> list[str]:
         for sample in row.samples
     ]
     return [text(0, y + 14, row.label), text(WIDTH, y + 14, row.text, "value", "end"), track, body, *dots]
+
+
+def dots(rows: Sequence[str], series: Sequence[Series], label: str) -> str:
+    """One row per name, one dot per series on a decimal logarithmic axis."""
+    values = [value for one in series for value in one.values if value > 0]
+    if not values:
+        return svg(40, label, [text(0, 24, "all values are zero", "muted")])
+    low, high, ticks = log_axis(values)
+    left, bottom = 92, 14 + len(rows) * DOT_ROW
+
+    def place(value: float) -> float:
+        return left + (math.log10(max(value, 10**low)) - low) / (high - low) * (WIDTH - left - 24)
+
+    parts = [
+        f'<line x1="{place(tick):.1f}" x2="{place(tick):.1f}" y1="4" y2="{bottom}" class="grid"/>'
+        + text(place(tick), bottom + 16, tick_text(tick), "muted", "middle")
+        for tick in ticks
+    ]
+    for i, row in enumerate(rows):
+        y = 14 + (i + 0.5) * DOT_ROW
+        parts.append(text(left - 10, y + 4, row, "", "end"))
+        parts.append(f'<line x1="{left}" x2="{WIDTH - 24}" y1="{y}" y2="{y}" class="grid"/>')
+        parts += [
+            f'<circle cx="{place(one.values[i]):.1f}" cy="{y}" r="5.5" fill="{colour(one.colour)}">'
+            f"<title>{escape(row)}, {escape(one.label)}: {one.values[i]:.2e}</title></circle>"
+            for one in series
+        ]
+    return svg(bottom + 22, label, parts)
 
 
 def lines(series: Sequence[Series], *, label: str, x_label: str, log: bool) -> str:

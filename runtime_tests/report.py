@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from export.manifest import Manifest
 
 from . import summary
-from .plots import Bar, Series, bars, lines
+from .plots import Bar, Series, bars, dots, lines
 from .record import Outcome, Record
 
 TEMPLATE = "report.html.j2"
@@ -58,9 +58,14 @@ def table_row(record: Record) -> dict[str, str]:
     cells = dict(zip(summary.COLUMNS, summary.row(record), strict=True))
     quantization, lowering = record.accuracy.quantization, record.accuracy.lowering
     cells["quant KL"] = f"{quantization.mean_kl:.3f}" if quantization else "–"
-    cells["ppl"] = f"{lowering.perplexity:.2f} ± {lowering.perplexity_error:.2f}" if lowering else "–"
+    cells["ppl"] = with_error(lowering.perplexity, lowering.perplexity_error) if lowering else "–"
     cells["css"] = css(record.outcome)
     return cells
+
+
+def with_error(value: float, error: float) -> str:
+    """`12.34 ± 0.56`, without decimals where they would mean nothing."""
+    return f"{value:.2f} ± {error:.2f}" if value < 1e4 else f"{value:.1e} ± {error:.0e}"
 
 
 def css(outcome: Outcome) -> str:
@@ -76,16 +81,16 @@ def charts(records: Sequence[Record], manifests: Sequence[Manifest]) -> list[dic
         chart("Decode", speed_plot(records, generation=True), "Tokens per second; dots are repeats.", []),
         chart("Prefill", speed_plot(records, generation=False), "Prompt tokens per second; dots are repeats.", []),
         chart("KL per decode step", step_plot(records), "Quantized model → artifact, nats, as the cache fills.", legend),
-        chart("KL per text", domain_plot(records), "Quantized model → artifact, mean nats by domain.", []),
-        chart("Weight SQNR per layer", layer_plot(manifests), "Signal over rounding noise, dB, in execution order.",
+        chart("KL per text", domain_plot(records), "Quantized model → artifact, mean nats by domain.", legend),
+        chart("Weight SQNR per layer", layer_plot(manifests), "Signal over rounding noise of the linears, dB, in execution order.",
               layer_legend(manifests)),
     ]  # fmt: skip
     return [one for one in drawn if one["svg"]]
 
 
 def chart(title: str, svg: str, note: str, legend: Sequence[tuple[str, int]]) -> dict[str, Any]:
-    """One plot with what surrounds it."""
-    return {"title": title, "svg": svg, "note": note, "legend": legend}
+    """One plot with what surrounds it; those with a legend have axes and get more room."""
+    return {"title": title, "svg": svg, "note": note, "legend": legend, "wide": bool(legend)}
 
 
 def size_plot(records: Sequence[Record]) -> str:
@@ -122,27 +127,34 @@ def step_plot(records: Sequence[Record]) -> str:
 
 
 def domain_plot(records: Sequence[Record]) -> str:
-    """Mean KL per text, grouped by artifact."""
-    rows = []
-    for i, record in enumerate(records):
-        measured = record.accuracy.lowering
-        for domain, value in (measured.kl_by_domain if measured else {}).items():
-            rows.append(Bar(f"{domain} · {record.artifact}", value, f"{value:.1e}", (), i))
-    return bars(sorted(rows, key=lambda row: row.label), "mean KL divergence per text") if rows else ""
+    """Mean KL per text, one dot per artifact."""
+    measured = {i: record.accuracy.lowering for i, record in enumerate(records) if record.accuracy.lowering}
+    domains = list(dict.fromkeys(domain for one in measured.values() for domain in one.kl_by_domain))
+    series = [
+        Series(records[i].artifact, [one.kl_by_domain.get(domain, 0.0) for domain in domains], i)
+        for i, one in measured.items()
+    ]
+    return dots(domains, series, "mean KL divergence per text") if series else ""
 
 
 def quantizations(manifests: Sequence[Manifest]) -> dict[str, Manifest]:
     """One manifest per distinct quantization that has layers."""
-    return {m.quantization.key: m for m in reversed(manifests) if m.quantization.layers}
+    return {m.quantization.key: m for m in reversed(manifests) if linears(m)}
 
 
 def layer_plot(manifests: Sequence[Manifest]) -> str:
     """Weight SQNR per layer, one line per quantization."""
     series = [
-        Series(f"{m.plan.model.name} {m.plan.quant.name}", [layer.sqnr_db for layer in m.quantization.layers], i)
+        Series(f"{m.plan.model.name} {m.plan.quant.name}", linears(m), i)
         for i, m in enumerate(quantizations(manifests).values())
     ]
     return lines(series, label="weight SQNR per layer", x_label="quantized weight", log=False) if series else ""
+
+
+def linears(described: Manifest) -> list[float]:
+    """SQNR of the linears inside the layers; embedding and head have other bits and would flatten the plot."""
+    inside = described.architecture.linear_shapes()
+    return [layer.sqnr_db for layer in described.quantization.layers if layer.name in inside]
 
 
 def layer_legend(manifests: Sequence[Manifest]) -> list[tuple[str, int]]:

@@ -37,7 +37,9 @@ class SeededSource:
         """
         shape = self.shapes[name]
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
-        values: torch.Tensor = torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
+        values: torch.Tensor = torch.randn(
+            shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        )
         if "norm" in name:
             return 1 + 0.1 * values
         if name == "model.embed_tokens.weight":
