@@ -1,4 +1,4 @@
-"""python -m export MODEL QUANT TARGET [--source DIR_OR_HF_ID] [--out DIR]"""
+"""The build command: `python -m export MODEL QUANT TARGET [--source DIR_OR_HF_ID] [--out DIR]`."""
 
 import sys
 from pathlib import Path

@@ -44,7 +44,7 @@ def describe(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def interrupt(signum: int, frame: FrameType | None) -> None:
+def interrupt(_signum: int, _frame: FrameType | None) -> None:
     """SIGTERM cleans up as Ctrl-C does."""
     raise KeyboardInterrupt
 
@@ -56,5 +56,5 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     warnings.filterwarnings("ignore")
-    for name in ("torchao", "torch", "coremltools", "transformers", "executorch", "root"):
+    for name in ("torchao", "torch", "torch.utils._pytree", "coremltools", "transformers", "executorch", "root"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -35,10 +35,8 @@ class WindowScores:
 
 def log_softmax(logits: Floats) -> NDArray[np.float64]:
     """x - log Σ exp x over the last axis, in float64, shifted by the maximum so that nothing overflows."""
-    exact = np.asarray(logits, dtype=np.float64)
-    shifted = exact - exact.max(axis=-1, keepdims=True)
-    out: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return out
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True).astype(np.float64)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def kl_divergence(reference: Floats, candidate: Floats) -> NDArray[np.float64]:

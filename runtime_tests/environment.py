@@ -12,7 +12,7 @@ from .record import Environment
 
 
 def current() -> Environment:
-    """This machine, now."""
+    """Describe the machine this runs on, now."""
     return Environment(
         os=platform.platform(terse=True) if platform.system() != "Darwin" else f"macOS {platform.mac_ver()[0]}",
         cpu=cpu_name(),

@@ -11,8 +11,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, Any
 
 from export.manifest import ROOT
@@ -78,10 +78,8 @@ def watch(child: subprocess.Popen[bytes], out: IO[bytes], limit_s: float, on_pro
 
 def end_group(child: subprocess.Popen[bytes]) -> None:
     """Kill the child and everything it started, and collect it."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     child.wait()
 
 

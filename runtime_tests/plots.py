@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 440, 52, 12, 10, 34
 HEIGHT = 230
-BAR_ROW = 42
+BAR_ROW = 46
+TRACK = 312
 DOT_ROW = 30
 
 
@@ -22,7 +23,7 @@ class Bar(NamedTuple):
 
 
 class Series(NamedTuple):
-    """One line of a plot, over x = 0, 1, 2 …"""
+    """One line of a plot, over x = 0, 1, 2 and so on."""
 
     label: str
     values: Sequence[float]
@@ -45,15 +46,15 @@ def text(x: float, y: float, content: str, css: str = "", anchor: str = "start")
 
 
 def bars(rows: Sequence[Bar], label: str) -> str:
-    """Horizontal bars from zero: label and value above, every sample as a dot."""
+    """Horizontal bars from zero: label above, value beside, every sample as a dot."""
     largest = max([1e-12, *(max(row.value, *row.samples, 0.0) for row in rows)])
-    parts = [part for i, row in enumerate(rows) for part in bar(row, i * BAR_ROW, (WIDTH - 8) / largest)]
+    parts = [part for i, row in enumerate(rows) for part in bar(row, i * BAR_ROW, (TRACK - 4) / largest)]
     return svg(len(rows) * BAR_ROW + 4, label, parts)
 
 
 def bar(row: Bar, y: float, scale: float) -> list[str]:
     """One row of `bars`."""
-    track = f'<rect x="0" y="{y + 20}" width="{WIDTH}" height="12" rx="3" class="track"/>'
+    track = f'<rect x="0" y="{y + 20}" width="{TRACK}" height="12" rx="3" class="track"/>'
     body = (
         f'<rect x="0" y="{y + 20}" width="{max(row.value * scale, 2):.1f}" height="12" rx="3" '
         f'fill="{colour(row.colour)}"><title>{escape(row.label)}: {escape(row.text)}</title></rect>'
@@ -62,7 +63,7 @@ def bar(row: Bar, y: float, scale: float) -> list[str]:
         f'<circle cx="{sample * scale:.1f}" cy="{y + 26}" r="2.6" class="sample"><title>{sample:.4g}</title></circle>'
         for sample in row.samples
     ]
-    return [text(0, y + 14, row.label), text(WIDTH, y + 14, row.text, "value", "end"), track, body, *dots]
+    return [text(0, y + 14, row.label), text(WIDTH, y + 31, row.text, "value", "end"), track, body, *dots]
 
 
 def dots(rows: Sequence[str], series: Sequence[Series], label: str) -> str:
@@ -154,7 +155,7 @@ def linear_axis(values: Sequence[float]) -> tuple[float, float, list[float]]:
 
 
 def round_steps(span: float) -> list[float]:
-    """1, 2, 5 × powers of ten around a span."""
+    """Steps of 1, 2 and 5 times powers of ten around a span."""
     power = 10.0 ** math.floor(math.log10(span))
     return [power * factor for factor in (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)]
 

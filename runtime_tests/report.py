@@ -76,21 +76,26 @@ def css(outcome: Outcome) -> str:
 def charts(records: Sequence[Record], manifests: Sequence[Manifest]) -> list[dict[str, Any]]:
     """Every plot that has something to show: title, SVG, one line that explains it, legend."""
     legend = [(record.artifact, i) for i, record in enumerate(records)]
+    layers = layer_legend(manifests)
     drawn = [
         chart("Size", size_plot(records), "Bytes of the artifact that ships, without tokenizer files.", []),
         chart("Decode", speed_plot(records, generation=True), "Tokens per second; dots are repeats.", []),
         chart("Prefill", speed_plot(records, generation=False), "Prompt tokens per second; dots are repeats.", []),
-        chart("KL per decode step", step_plot(records), "Quantized model → artifact, nats, as the cache fills.", legend),
+        chart("KL per decode step", step_plot(records), "Quantized model → artifact, nats, filling cache.", legend),
         chart("KL per text", domain_plot(records), "Quantized model → artifact, mean nats by domain.", legend),
-        chart("Weight SQNR per layer", layer_plot(manifests), "Signal over rounding noise of the linears, dB, in execution order.",
-              layer_legend(manifests)),
-    ]  # fmt: skip
+        chart("Weight SQNR per layer", layer_plot(manifests), "Linears, in execution order, dB.", layers),
+    ]
     return [one for one in drawn if one["svg"]]
 
 
 def chart(title: str, svg: str, note: str, legend: Sequence[tuple[str, int]]) -> dict[str, Any]:
     """One plot with what surrounds it; those with a legend have axes and get more room."""
     return {"title": title, "svg": svg, "note": note, "legend": legend, "wide": bool(legend)}
+
+
+def rate(mean: float, deviation: float) -> str:
+    """`12.3 ± 0.4`, whole numbers from 100 on."""
+    return f"{mean:.1f} ± {deviation:.1f}" if mean < 100 else f"{mean:,.0f} ± {deviation:,.0f}"
 
 
 def size_plot(records: Sequence[Record]) -> str:
@@ -109,7 +114,7 @@ def speed_plot(records: Sequence[Record], *, generation: bool) -> str:
         for test in record.latency.tests if record.latency else ():
             if bool(test.n_gen) == generation:
                 suffix = "" if generation else f" · {test.n_prompt} tokens"
-                value = f"{test.avg_ts:,.1f} ± {test.stddev_ts:,.1f}"
+                value = rate(test.avg_ts, test.stddev_ts)
                 rows.append(Bar(record.artifact + suffix, test.avg_ts, value, test.samples_ts, i))
     return bars(rows, "tokens per second") if rows else ""
 

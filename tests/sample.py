@@ -33,7 +33,8 @@ def sample_record(**changes):
         fails_as=Outcome.MISMATCH, detail="",
     )  # fmt: skip
     fields = {
-        "schema_version": 1, "run_id": "20260101-000000", "artifact": "tiny_int4-g32_fake", "manifest_sha256": "ab" * 32,
+        "schema_version": 1, "run_id": "20260101-000000", "artifact": "tiny_int4-g32_fake",
+        "manifest_sha256": "ab" * 32,
         "size_bytes": 1_000_000, "bits_per_weight": 4.9, "device": "host", "emulated": False,
         "environment": environment.current(), "commit": "c" * 40, "dirty": False,
         "started_at": "2026-01-01T00:00:00+00:00", "seconds": 1.5, "gates": (gate,),

@@ -1,6 +1,7 @@
 """Random weights from a seed, for tests and for full-size trials without a checkpoint."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -45,8 +46,8 @@ class SeededSource:
         if name == "model.embed_tokens.weight":
             return 0.2 * values
         if name.endswith(("o_proj.weight", "down_proj.weight")):
-            return 4 * values * shape[-1] ** -0.5
-        return values * shape[-1] ** -0.5
+            return values * (4 / math.sqrt(shape[-1]))
+        return values / math.sqrt(shape[-1])
 
     def write_tokenizer(self, folder: Path) -> None:
         """A byte-level tokenizer with Llama-like special tokens; needs a vocabulary of at least 261."""

@@ -5,7 +5,6 @@ from safetensors.torch import save_file
 
 from export.backends import Lowered, StoredWeight
 from export.contract import IOContract, KVLayout, TensorSpec
-from export.quantize import quantized_names
 
 FAULT = "model.fault"
 
