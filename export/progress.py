@@ -45,7 +45,7 @@ def stage(label: str, detail: str = "") -> Iterator[None]:
             yield
     else:
         yield
-    console.print(f"  {label:<10} {time.perf_counter() - started:6.1f} s  {detail}")
+    console.print(f"  {label:<10} {time.perf_counter() - started:6.1f} s  {detail}", soft_wrap=True)
 
 
 @contextmanager

@@ -36,7 +36,8 @@ class WindowScores:
 def log_softmax(logits: Floats) -> NDArray[np.float64]:
     """x - log Σ exp x over the last axis, in float64, shifted by the maximum so that nothing overflows."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True).astype(np.float64)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    out: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return out
 
 
 def kl_divergence(reference: Floats, candidate: Floats) -> NDArray[np.float64]:
@@ -47,8 +48,8 @@ def kl_divergence(reference: Floats, candidate: Floats) -> NDArray[np.float64]:
 
 def negative_log_likelihood(log_probabilities: Floats, targets: NDArray[np.int64]) -> NDArray[np.float64]:
     """-log Q(next token) per position, nats."""
-    picked: NDArray[np.float64] = np.take_along_axis(log_probabilities, targets[:, None], axis=-1)[:, 0]
-    return -picked
+    picked = np.take_along_axis(log_probabilities, targets[:, None], axis=-1)[:, 0]
+    return -picked.astype(np.float64)
 
 
 def perplexity(nll: NDArray[np.float64]) -> tuple[float, float]:

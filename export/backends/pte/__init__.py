@@ -1,0 +1,72 @@
+"""ExecuTorch `.pte` for XNNPACK, loadable by ExecuTorch's own LLM runners. Knows nothing about other formats."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ...contract import IOContract, KVLayout, TensorSpec
+from ...errors import ExportError
+from ...plan import Architecture, Plan
+from ...quantize import QuantizedModel, quantized_names, scheme_of
+from .. import Build, Lowered, StoredWeight
+
+MAX_PREFILL = 512
+
+
+def check(plan: Plan, architecture: Architecture) -> None:
+    """XNNPACK's rules; each of these lowers without a warning and computes garbage, or fails at load."""
+    rule = f"{plan.quant.name} on {plan.target.name}"
+    if plan.quant.linear and plan.target.activations != "int8-per-token":
+        raise ExportError(
+            f"{rule}: XNNPACK computes weight-only linears wrongly (output = reference / scale); "
+            "set `activations: int8-per-token` in the target"
+        )
+    for name in quantized_names(architecture, plan.quant):
+        scheme = scheme_of(plan.quant, name)
+        assert scheme is not None
+        if name == "model.embed_tokens.weight":
+            if scheme.bits != 8 or scheme.group_size:
+                raise ExportError(f"{rule}: {name}: the embedding must be int8 per channel (bits: 8, group_size: null)")
+        elif scheme.bits == 8 and scheme.group_size:
+            raise ExportError(f"{rule}: {name}: XNNPACK has no int8 groups; use group_size: null")
+        elif scheme.group_size and scheme.group_size % 32:
+            raise ExportError(f"{rule}: {name}: XNNPACK needs groups of a multiple of 32, not {scheme.group_size}")
+
+
+def lower(model: QuantizedModel, build: Build) -> Lowered:
+    """Trace, partition, delegate and write `model.pte`."""
+    from . import program
+
+    context = build.plan.model.context_length
+    contract = io_contract(model.architecture, context, min(MAX_PREFILL, context))
+    facts = program.write(model, build, contract)
+    return Lowered(contract, facts)
+
+
+def read_weights(artifact: Path, architecture: Architecture) -> Iterator[StoredWeight]:
+    """Every quantized weight in the file, from XNNPACK's own flatbuffers."""
+    from . import readback
+
+    yield from readback.read_weights(artifact, architecture)
+
+
+def io_contract(a: Architecture, context_length: int, max_prefill: int) -> IOContract:
+    """Tokens and position in, last logits out; the cache is the program's own."""
+    cache = KVLayout(
+        kind="state",
+        dtype="float32",
+        layers=a.num_hidden_layers,
+        kv_heads=a.num_key_value_heads,
+        head_dim=a.head_dim,
+        context_length=context_length,
+    )
+    return IOContract(
+        inputs=(
+            TensorSpec(name="tokens", dtype="int64", shape=(1, "sequence")),
+            TensorSpec(name="input_pos", dtype="int64", shape=(1,)),
+        ),
+        outputs=(TensorSpec(name="logits", dtype="float32", shape=(1, 1, a.vocab_size)),),
+        states=(),
+        kv=cache,
+        max_prefill=max_prefill,
+        logits="last",
+    )
