@@ -1,6 +1,6 @@
 """What an artifact is judged by: logits of Hugging Face, of our fp32 model and of our quantized model, all eager.
 
-Computed in a child process, one window at a time, and kept under a key of everything that decides them.
+Computed in a child process, a few windows at a time, and kept under a key of everything that decides them.
 """
 
 import hashlib
@@ -24,6 +24,8 @@ from .weights import rebuild
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 Kind = Literal["huggingface", "fp32", "quantized"]
+PASS_BYTES = 2**28
+"""Most logits of one pass: windows go together as far as they fit, for each pass dequantizes every weight again."""
 
 
 def compute(job: ReferenceJob) -> dict[str, Any]:
@@ -34,17 +36,18 @@ def compute(job: ReferenceJob) -> dict[str, Any]:
     tokens = torch.from_numpy(np.load(job.tokens))
     shape = (tokens.shape[0], tokens.shape[1] - job.prefill, described.architecture.vocab_size)
     out = np.lib.format.open_memmap(job.out, mode="w+", dtype=np.float32, shape=shape)
+    together = max(1, PASS_BYTES // (4 * (tokens.shape[1] - 1) * shape[-1]))
     with torch.inference_mode():
-        for i, window in enumerate(tokens):
-            logits = forward(window[None, :-1])  # [1, prefill + decode, V]
-            out[i] = logits[0, job.prefill - 1 :].numpy()
-            report_progress(i + 1, len(tokens))
+        for first in range(0, len(tokens), together):
+            logits = forward(tokens[first : first + together, :-1])  # [windows, prefill + decode, V]
+            out[first : first + together] = logits[:, job.prefill - 1 :].numpy()
+            report_progress(min(first + together, len(tokens)), len(tokens))
     out.flush()
     return {"windows": len(tokens)}
 
 
 def forward_of(job: ReferenceJob, described: Manifest) -> Forward:
-    """The reference model as tokens [1, S] → logits [1, S, V]."""
+    """The reference model as tokens [B, S] → logits [B, S, V]."""
     model = rebuild(described, job.source, Path(job.cache))
     if job.kind == "huggingface":
         return hugging_face(model.checkpoint)

@@ -80,6 +80,8 @@ def validate(folder: Path, described: Manifest, setting: Setting) -> Record:
         outcome, detail = gates.outcome_of(case.gates)
     except StoppedError as stop:
         outcome, detail = stop.outcome, str(stop)
+    except ExportError as error:
+        outcome, detail = Outcome.RUN_FAIL, str(error)
     code = manifest.source_info()
     return Record(
         schema_version=1,
@@ -142,9 +144,8 @@ def check_weights(case: Case) -> None:
     job = jobs.WeightsJob(folder=case.folder_text, source=case.setting.source, cache=case.cache_text)
     with stage("weights"):
         found = ask(case, job, "weights")
-    detail = f"{found['values']:,} integers and scales compared" + (
-        f", first: {found['first']}" if found["first"] else ""
-    )
+    compared = f"{found['values']:,} integers and scales compared" if found["values"] else "nothing is quantized"
+    detail = compared + (f", first: {found['first']}" if found["first"] else "")
     problems = found["differing"] + len(found["missing"])
     if found["missing"]:
         detail += f", missing: {found['missing'][0]}"
@@ -153,7 +154,11 @@ def check_weights(case: Case) -> None:
 
 def prepare(case: Case) -> Windows:
     """Cut the evaluation's windows with the artifact's tokenizer and put them where child processes find them."""
-    windows = evaluation.cut_windows(case.setting.evaluation, tokenizer.load(case.folder), case.manifest)
+    try:
+        loaded = tokenizer.load(case.folder)
+    except ExportError as error:
+        raise StoppedError(Outcome.TOKENIZER_DIFFERS, str(error)) from None
+    windows = evaluation.cut_windows(case.setting.evaluation, loaded, case.manifest)
     np.save(case.setting.scratch / "tokens.npy", windows.tokens)
     return windows
 
