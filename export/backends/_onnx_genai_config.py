@@ -40,7 +40,7 @@ def genai_config(architecture: Architecture, contract: IOContract, tokenizer: To
 def decoder(architecture: Architecture, filename: str) -> Any:
     """Shapes, file and tensor names."""
     return {
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "session_options": session_options(),
         "filename": filename,
         "head_size": architecture.head_dim,
         "hidden_size": architecture.hidden_size,
@@ -59,3 +59,12 @@ def decoder(architecture: Architecture, filename: str) -> Any:
             "present_value_names": "present.%d.value",
         },
     }
+
+
+def session_options() -> Any:
+    """All physical cores unless the device says otherwise.
+
+    Without intra_op_num_threads, onnxruntime-genai takes half of the logical cores as if each had two threads (one
+    thread on a two-core machine); 0 leaves the choice to onnxruntime.
+    """
+    return {"log_id": "onnxruntime-genai", "intra_op_num_threads": 0, "provider_options": []}

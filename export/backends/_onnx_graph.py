@@ -16,10 +16,8 @@ from ..plan import Architecture, WeightScheme
 from ..quantize import EMBEDDING, HEAD, QuantizedModel, scheme_of
 from ._onnx_weights import Codes, DataFile
 
-CONTRIB = frozenset(
-    ("FusedMatMul", "GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits", "QuickGelu")
-    + ("SkipSimplifiedLayerNormalization",)
-)
+CONTRIB = {"FusedMatMul", "GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits", "QuickGelu"}
+CONTRIB |= {"SkipSimplifiedLayerNormalization"}
 """onnxruntime's own operators, domain com.microsoft."""
 OPSETS = (("", 21), ("com.microsoft", 1))
 IR_VERSION = 10

@@ -58,7 +58,7 @@ class DataFile:
         alignment = PAGE if values.nbytes >= PAGE else 64
         offset = -(-self.file.tell() // alignment) * alignment
         self.file.write(bytes(offset - self.file.tell()))
-        self.file.write(memoryview(np.ascontiguousarray(values)).cast("B"))
+        self.file.write(np.ascontiguousarray(values).data.cast("B"))
         tensor = TensorProto(name=name, dims=values.shape, data_type=helper.np_dtype_to_tensor_dtype(values.dtype))
         tensor.raw_data = b""  # set_external_data wants the field; the bytes are in the data file
         external_data_helper.set_external_data(tensor, self.location, offset=offset, length=values.nbytes)

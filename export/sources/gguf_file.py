@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
@@ -99,10 +100,10 @@ class GgufSource:
     def read(self, name: str) -> torch.Tensor:
         tensor = self._tensors[name]
         try:
-            values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).to(torch.float32)
+            values = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), np.float32))
         except (NotImplementedError, ValueError) as error:
             raise ExportError(f"{self.path}: tensor {tensor.name}: {one_line(error)}") from None
-        values = values.reshape(self.shapes[name]).clone()
+        values = values.reshape(self.shapes[name])
         if name.endswith("q_proj.weight"):
             return halves_apart(values, self.architecture.num_attention_heads)
         if name.endswith("k_proj.weight"):
