@@ -35,7 +35,7 @@ class Evaluator:
 
     def __init__(self, package: Path) -> None:
         self.program = load(package)
-        self.constants = dict(fold(self.program))
+        self.constants = fold(self.program)
         self.steps = list(schedule(self.program, self.constants))
         self.states: dict[str, Tensor] = {}
         self.reset()
@@ -100,31 +100,34 @@ def state_of(op: Operation) -> str:
 
 
 def matmul_dtype() -> torch.dtype:
-    """fp16 where the CPU multiplies it with fp32 sums, else fp32, which holds fp16 exactly: both round once, at the end."""
+    """fp16 where the CPU multiplies it with fp32 sums, else fp32, which holds fp16 exactly; both round the sum once."""
     native: bool = torch.ops.mkldnn._is_mkldnn_fp16_supported()
     return torch.float16 if native else torch.float32
 
 
-def fold(program: Program) -> Iterator[tuple[str, Any]]:
-    """Every constant by name, quantized weights dequantized once to the dtype the program declares."""
+def fold(program: Program) -> dict[str, Any]:
+    """Every constant by name, quantized weights dequantized once to the dtype the program declares.
+
+    A linear finds its weight under `kernel_name`, in the dtype of the matrix product, beside what other ops see.
+    """
+    constants: dict[str, Any] = {}
     kernels = {op.inputs["weight"][0] for op in program.operations if op.kind == "linear"}
-    others = {
-        part for op in program.operations if op.kind != "linear" for parts in op.inputs.values() for part in parts
-    }
-    for op in program.operations:
-        if op.kind != "const" and not op.kind.startswith("constexpr_"):
-            continue
+    others = {name for op in program.operations if op.kind != "linear" for name in variables(op)}
+    for op in filter(folded, program.operations):
         refuse_unknown(op)
-        arguments = {name: part.value for name, (part,) in op.inputs.items() if isinstance(part, Literal)}
-        value = arguments["val"] if op.kind == "const" else OPS[op.kind](arguments)
+        arguments = {
+            parameter: part.value if isinstance(part, Literal) else constants[part]
+            for parameter, (part,) in op.inputs.items()
+        }
+        value: Any = arguments["val"] if op.kind == "const" else OPS[op.kind](arguments)
         name, dtype = op.outputs[0]
-        if isinstance(value, Tensor):
-            value = value.to(dtype)
-            # each linear finds its weight in the dtype of the matrix product, beside the one other ops see
-            if name in kernels and value.dtype == torch.float16:
-                yield kernel_name(name), value.to(matmul_dtype())
-        if name in others or name not in kernels:
-            yield name, value
+        value = value.to(dtype) if isinstance(value, Tensor) else value
+        half = isinstance(value, Tensor) and value.dtype == torch.float16
+        if name in kernels and half:
+            constants[kernel_name(name)] = value.to(matmul_dtype())
+        if name in others or name not in kernels or not half:
+            constants[name] = value
+    return constants
 
 
 def kernel_name(name: str) -> str:
@@ -180,6 +183,7 @@ def in_place_updates(operations: list[Operation], last: Mapping[str, int]) -> It
     result goes straight back into the same state. Copying a whole cache per layer would cost more than the model.
     """
     readings = {op.outputs[0][0]: state_of(op) for op in operations if op.kind == "read_state"}
+    born = {name: i for i, op in enumerate(operations) for name, _ in op.outputs}
     kinds: dict[str, set[str]] = {state: set() for state in readings.values()}
     uses = Counter(name for op in operations for name in variables(op))
     for op in operations:
@@ -193,12 +197,7 @@ def in_place_updates(operations: list[Operation], last: Mapping[str, int]) -> It
             continue
         result = op.outputs[0][0]
         only_written = following.inputs["data"] == (result,) and uses[result] == 1
-        before = (name for name, owner in readings.items() if owner == state and born(operations, name) < i)
+        before = (name for name, owner in readings.items() if owner == state and born[name] < i)
         dead = all(last.get(name, 0) <= i for name in before)
         if only_written and dead and kinds[state] <= {"slice_by_index", "slice_update"}:
             yield i
-
-
-def born(operations: list[Operation], name: str) -> int:
-    """Index of the operation that makes a variable."""
-    return next(i for i, op in enumerate(operations) if any(output == name for output, _ in op.outputs))

@@ -22,7 +22,7 @@ CAST_TYPES = {
     "fp32": torch.float32,
     "int32": torch.int32,
     "int16": torch.int16,
-    "uint16": torch.int32,  # torch computes little in uint16; values are the same
+    "uint16": torch.int32,  # as mil_package reads it
     "int8": torch.int8,
     "uint8": torch.uint8,
     "bool": torch.bool,
@@ -47,11 +47,12 @@ def require(inputs: Inputs, name: str, allowed: int) -> None:
 
 
 def dequantize(inputs: Inputs) -> Tensor:
-    """constexpr_blockwise_shift_scale: scale · (data - offset), blocks implied by the shapes; computed in the scale's dtype."""
+    """constexpr_blockwise_shift_scale: scale · (data - offset) in the scale's dtype, blocks implied by the shapes."""
     data, scale, offset = inputs["data"], inputs["scale"], inputs.get("offset")
     if offset is not None:
         data = data.to(scale.dtype) - expand(offset.to(scale.dtype), data.shape)
-    return data.to(scale.dtype) * expand(scale, data.shape)
+    product: Tensor = data.to(scale.dtype) * expand(scale, data.shape)
+    return product
 
 
 def expand(blocks: Tensor, shape: torch.Size) -> Tensor:
@@ -72,7 +73,8 @@ def matmul(inputs: Inputs) -> Tensor:
     x, y = inputs["x"].float(), inputs["y"].float()
     x = x.transpose(-1, -2) if integer(inputs, "transpose_x", 0) else x
     y = y.transpose(-1, -2) if integer(inputs, "transpose_y", 0) else y
-    return x @ y
+    product: Tensor = x @ y
+    return product
 
 
 def attention(inputs: Inputs) -> Tensor:
@@ -92,8 +94,8 @@ def gather(inputs: Inputs) -> Tensor:
     size = x.shape[axis]
     if bool(((indices < -size) | (indices >= size)).any()):
         raise IndexError(f"gather index outside 0…{size - 1}")
-    taken = x.index_select(axis, (indices % size).flatten())
-    return taken.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    taken: Tensor = x.index_select(axis, (indices % size).flatten())
+    return taken.reshape([*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]])
 
 
 def region(inputs: Inputs, shape: torch.Size) -> tuple[slice | int, ...]:
@@ -154,15 +156,16 @@ def split(inputs: Inputs) -> tuple[Tensor, ...]:
     """Equal parts, or parts of given sizes."""
     x: Tensor = inputs["x"]
     axis = integer(inputs, "axis", 0)
-    if "split_sizes" in inputs:
-        return x.split(integers(inputs, "split_sizes", []), dim=axis)
-    return x.split(x.shape[axis] // integer(inputs, "num_splits", 1), dim=axis)
+    count = integer(inputs, "num_splits", 1)
+    sizes = integers(inputs, "split_sizes", [x.shape[axis] // count] * count)
+    return torch.functional.split(x, sizes, dim=axis)
 
 
 def concat(inputs: Inputs) -> Tensor:
-    """Values one after the other."""
+    """Values one after the other; scalars count as vectors of one."""
     require(inputs, "interleave", 0)
-    return torch.cat(list(inputs["values"]), dim=integer(inputs, "axis", 0))
+    values = [value.reshape(1) if value.dim() == 0 else value for value in inputs["values"]]
+    return torch.cat(values, dim=integer(inputs, "axis", 0))
 
 
 def reduce_mean(inputs: Inputs) -> Tensor:
@@ -195,10 +198,12 @@ def squeeze(inputs: Inputs) -> Tensor:
 
 
 OPS: dict[str, Op] = {
+    "abs": lambda i: i["x"].abs(),
     "add": lambda i: i["x"] + i["y"],
     "cast": lambda i: i["x"].to(CAST_TYPES[i["dtype"]]),
     "concat": concat,
     "constexpr_blockwise_shift_scale": dequantize,
+    "equal": lambda i: i["x"] == i["y"],
     "exp": lambda i: i["x"].exp(),
     "expand_dims": expand_dims,
     "gather": gather,
@@ -207,11 +212,14 @@ OPS: dict[str, Op] = {
     "identity": lambda i: i["x"],
     "less": lambda i: i["x"] < i["y"],
     "linear": linear,
+    "logical_and": lambda i: i["x"] & i["y"],
+    "logical_or": lambda i: i["x"] | i["y"],
     "matmul": matmul,
     "maximum": lambda i: torch.maximum(i["x"], i["y"]),
     "minimum": lambda i: torch.minimum(i["x"], i["y"]),
     "mul": lambda i: i["x"] * i["y"],
     "real_div": lambda i: i["x"] / i["y"],
+    "reduce_max": lambda i: i["x"].amax(integers(i, "axes", []), keepdim=bool(integer(i, "keep_dims", 0))),
     "reduce_mean": reduce_mean,
     "reshape": reshape,
     "rsqrt": rsqrt,

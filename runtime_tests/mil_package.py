@@ -68,7 +68,7 @@ KINDS = {
     MIL_pb2.UINT8: Kind(torch.uint8, np.uint8, 3, 8),
     MIL_pb2.INT8: Kind(torch.int8, np.int8, 4, 8),
     MIL_pb2.INT16: Kind(torch.int16, np.int16, 6, 16),
-    MIL_pb2.UINT16: Kind(torch.uint16, np.uint16, 7, 16),
+    MIL_pb2.UINT16: Kind(torch.int32, np.uint16, 7, 16),  # torch computes little in uint16; the values are the same
     MIL_pb2.INT4: Kind(torch.int8, np.uint8, 8, 4),
     MIL_pb2.INT32: Kind(torch.int32, np.int32, 14, 32),
 }
@@ -98,7 +98,7 @@ def model_file(package: Path) -> Path:
     try:
         manifest = json.loads((package / "Manifest.json").read_bytes())
         paths = {key: entry["path"] for key, entry in manifest["itemInfoEntries"].items()}
-        root = paths[manifest["rootModelIdentifier"]]
+        root: str = paths[manifest["rootModelIdentifier"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PackageError(f"{package}: Manifest.json is missing or damaged ({error!r})") from None
     for path in paths.values():
@@ -154,7 +154,8 @@ def constant(value: Any, package: Path, folder: Path) -> Tensor | str:
         return text
     kind, shape = KINDS[value.type.tensorType.dataType], shape_of(value.type.tensorType)
     if value.WhichOneof("value") == "immediateValue":
-        return torch.from_numpy(immediate(value.immediateValue.tensor, kind).reshape(shape).copy())
+        values = immediate(value.immediateValue.tensor, kind).reshape(shape).copy()
+        return torch.from_numpy(values).to(kind.torch_type)
     # `@model_path` is the folder of the model file
     path = folder / value.blobFileValue.fileName.removeprefix("@model_path/")
     return blob(inside(package, path), value.blobFileValue.offset, kind, shape)
@@ -183,7 +184,7 @@ def blob(path: Path, offset: int, kind: Kind, shape: tuple[int, ...]) -> Tensor:
     raw = file[int(position) : int(position + size)]
     if kind.bits == 4:
         return signed_nibbles(torch.from_numpy(raw), count).reshape(shape)
-    return torch.from_numpy(raw.view(kind.numpy_type)).reshape(shape)
+    return torch.from_numpy(raw.view(kind.numpy_type)).reshape(shape).to(kind.torch_type)
 
 
 def signed_nibbles(packed: Tensor, count: int) -> Tensor:

@@ -11,11 +11,12 @@ Shapes: q new tokens, e slots in use after them, H query heads, G key/value head
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import coremltools as ct
 import numpy as np
 import torch
-from coremltools.converters.mil.mil import Builder as mb
+from coremltools.converters.mil.mil import Builder as mb  # noqa: N813 - coremltools' own name for it
 from coremltools.converters.mil.mil import Function, Program, Var, get_new_symbol, types
 from numpy.typing import NDArray
 from torchao.quantization import IntxUnpackedToInt8Tensor
@@ -60,7 +61,7 @@ def author(model: QuantizedModel, context_length: int) -> Program:
     """The whole program, weights included; each weight is read once."""
     program = Program()
     with Function(interface(model.architecture, context_length), opset_version=ct.target.iOS18) as function:
-        function.set_outputs([decoder(model, function.inputs, context_length)])
+        function.set_outputs([decoder(model, function.inputs)])
     program.add_function("main", function)
     return program
 
@@ -77,12 +78,12 @@ def interface(a: Architecture, context_length: int) -> dict[str, Var]:
     }
 
 
-def decoder(model: QuantizedModel, inputs: dict[str, Var], context_length: int) -> Var:
+def decoder(model: QuantizedModel, inputs: dict[str, Var]) -> Var:
     """Logits fp16 [1, q, V] of every new position."""
     a = model.architecture
-    step = prepare(a, inputs["inputIds"], inputs["causalMask"], context_length)
     states = (inputs["keyCache"], inputs["valueCache"])
     caches = Caches(states, (mb.read_state(input=states[0]), mb.read_state(input=states[1])))
+    step = prepare(a, inputs["inputIds"], inputs["causalMask"], caches.values[0])
     table = weight(model, (EMBEDDING,))
     x = mb.gather(
         x=table, indices=inputs["inputIds"], axis=0, batch_dims=0, validate_indices=False, name=mil_name((EMBEDDING,))
@@ -99,18 +100,18 @@ def decoder(model: QuantizedModel, inputs: dict[str, Var], context_length: int) 
     return mb.linear(x=x, weight=head, name="logits")
 
 
-def prepare(a: Architecture, ids: Var, mask: Var, context_length: int) -> Step:
-    """Positions, rotary tables and attention bias of this call."""
+def prepare(a: Architecture, ids: Var, mask: Var, keys: Var) -> Step:
+    """Positions, rotary tables and attention bias of this call; `keys` is the key state before it."""
     new = mb.slice_by_size(x=mb.shape(x=ids), begin=[1], size=[1])
     end = mb.slice_by_size(x=mb.shape(x=mask), begin=[3], size=[1], name="end")
     start = mb.sub(x=end, y=new, name="start")
-    cos, sin = (table.numpy() for table in rope_tables(a, context_length))
+    cos, sin = (table.numpy() for table in rope_tables(a, keys.shape[3]))
     return Step(
         start=start,
         end=end,
         cos=rows(np.concatenate([cos, cos], axis=1).astype(np.float16), start, end, "cos"),
         sin=rows(np.concatenate([-sin, sin], axis=1).astype(np.float16), start, end, "sin"),
-        bias=attention_bias(a, mask, start, end, context_length),
+        bias=attention_bias(a, mask, keys, start, end),
     )
 
 
@@ -125,19 +126,23 @@ def rows(table: NDArray[np.generic], start: Var, end: Var, name: str) -> Var:
     )
 
 
-def attention_bias(a: Architecture, mask: Var, start: Var, end: Var, context_length: int) -> Var:
-    """The caller's mask, and never a later slot; repeated for the query heads of a group: [1, 1, H/G·q, e].
+def attention_bias(a: Architecture, mask: Var, keys: Var, start: Var, end: Var) -> Var:
+    """The caller's mask, and never a later or empty slot; repeated for the query heads of a group: [1, 1, H/G·q, e].
 
-    The program is causal by itself because swift-transformers passes zeros of shape [1, 1, 1, e] even for a prompt.
-    The minimum of two masks cannot leave fp16's range as their sum would.
+    swift-transformers passes zeros of shape [1, 1, 1, e] even for a prompt, with e one more than there are tokens:
+    its first token lands in slot 1. So the program is causal by itself, and a slot before `start` that was never
+    written (zeros in `keys`, the key state before this call) takes no part. The shift by one does not matter to
+    rotary embedding. The minimum of two masks cannot leave fp16's range as their sum would.
     """
-    slots = np.arange(context_length, dtype=np.int32)
+    slots = np.arange(keys.shape[3], dtype=np.int32)
     queries = rows(slots[:, None], start, end, "query_slot")  # [q, 1]
     one_row = mb.concat(values=[np.array([1], np.int32), end], axis=0)
-    keys = mb.slice_by_index(x=slots[None, :], begin=[0, 0], end=one_row, name="key_slot")  # [1, e]
-    later = mb.greater(x=keys, y=queries)  # [q, e]
-    causal = mb.mul(x=mb.cast(x=later, dtype="fp16"), y=FP16_LOWEST)
-    bias = mb.minimum(x=mask, y=causal)  # [1, 1, q, e]
+    columns = mb.slice_by_index(x=slots[None, :], begin=[0, 0], end=one_row, name="key_slot")  # [1, e]
+    later = mb.greater(x=columns, y=queries)  # [q, e]
+    largest = mb.reduce_max(x=mb.abs(x=used_slots(keys, 0, end)), axes=[0, 1, 3])  # [e]
+    empty = mb.logical_and(x=mb.equal(x=largest, y=np.float16(0)), y=mb.less(x=columns, y=start))  # [1, e]
+    hidden = mb.mul(x=mb.cast(x=mb.logical_or(x=later, y=empty), dtype="fp16"), y=FP16_LOWEST)
+    bias = mb.minimum(x=mask, y=hidden)  # [1, 1, q, e]
     return mb.tile(x=bias, reps=[1, 1, a.num_attention_heads // a.num_key_value_heads, 1], name="attention_bias")
 
 
@@ -230,7 +235,7 @@ def linear(model: QuantizedModel, x: Var, names: tuple[str, ...]) -> Var:
 
 def weight(model: QuantizedModel, names: tuple[str, ...]) -> Var:
     """The rows of these weights stacked: integers with scales as chosen, or fp16 values."""
-    parts = [model.read(name) for name in names]
+    parts: list[Any] = [model.read(name) for name in names]
     name = f"{mil_name(names)}_stored"
     if not isinstance(parts[0], IntxUnpackedToInt8Tensor):
         return mb.const(val=half(torch.cat(parts), names, exact=False), name=name)

@@ -69,7 +69,7 @@ def count(spec: Any, weights: Path) -> dict[str, int | float | str]:
     integers = [op for op in operations if op.type == "constexpr_blockwise_shift_scale"]
     stored = Counter(data_type(op.inputs["data"].arguments[0].value) for op in integers)
     reader = BlobReader(str(weights))
-    tables = {weight_of(spec, op) for op in operations if op.outputs and op.outputs[0].name in ("logits", TABLE)}
+    tables = {weight_of(op) for op in operations if op.outputs and op.outputs[0].name in ("logits", TABLE)}
     return {
         "ops": sum(count for kind, count in ops.items() if kind != "const"),
         "int4_weights": stored[MIL_pb2.INT4],
@@ -87,7 +87,7 @@ def count(spec: Any, weights: Path) -> dict[str, int | float | str]:
 TABLE = mil_name((EMBEDDING,))
 
 
-def weight_of(spec: Any, op: Any) -> str:
+def weight_of(op: Any) -> str:
     """Name of the variable a linear or gather takes its weight from."""
     name: str = op.inputs["weight" if op.type == "linear" else "x"].arguments[0].name
     return name
@@ -122,8 +122,7 @@ def stored_weights(package: Path, architecture: Architecture) -> Iterator[Stored
     operations = {op.outputs[0].name: op for op in block(read_spec(package)).operations if op.outputs}
     reader = BlobReader(str(package / "Data" / WEIGHTS / "weight.bin"))
     for names, output in expected(architecture, set(operations)):
-        consumer = operations[output]
-        producer = operations[consumer.inputs["x" if consumer.type == "gather" else "weight"].arguments[0].name]
+        producer = operations[weight_of(operations[output])]
         if producer.type == "constexpr_blockwise_shift_scale":
             yield from unfuse(names, integers_of(producer, reader), scales_of(producer, reader), architecture)
 

@@ -4,6 +4,7 @@ The program is authored in `_mil_llama.py`; here it becomes a package that is th
 """
 
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stderr
 from importlib.util import find_spec
@@ -40,7 +41,8 @@ def check_bits(plan: Plan, architecture: Architecture) -> None:
         scheme = scheme_of(plan.quant, name)
         if scheme and scheme.bits not in (4, 8):
             raise ExportError(
-                f"recipe {plan.quant.name!r}: {name}: int{scheme.bits}, but Core ML stores int4 and int8 only; use bits 4 or 8"
+                f"recipe {plan.quant.name!r}: {name}: int{scheme.bits}, but Core ML stores int4 and int8 only; "
+                "use bits 4 or 8"
             )
 
 
@@ -76,7 +78,8 @@ def convert(model: QuantizedModel, context_length: int, package: Path) -> None:
         ct.TensorType("causalMask", (1, 1, flexible(), flexible()), dtype=np.float16),
     ]
     program = author(model, context_length)
-    with redirect_stderr(io.StringIO()):  # coremltools' progress bars; its errors are raised
+    # coremltools' progress bars and a temporary folder it leaves to the garbage collector; its errors are raised
+    with redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore", category=ResourceWarning):
         ct.convert(
             program,
             inputs=inputs,

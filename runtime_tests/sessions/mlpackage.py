@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,16 +14,6 @@ from export.manifest import Manifest
 MASKED = np.float16(-65504)
 PIECE = 512
 """Most tokens per call: the package returns logits of every position, [tokens, vocabulary]."""
-
-
-class Runtime(Protocol):
-    """Whatever runs the package."""
-
-    def reset(self) -> None:
-        """Empty the states."""
-
-    def predict(self, ids: NDArray[np.int32], mask: NDArray[np.float16]) -> NDArray[np.float32]:
-        """ids [1, q], mask [1, 1, q, e] → logits [V] of the last position."""
 
 
 class CoreML:
@@ -41,6 +31,7 @@ class CoreML:
         self.state = self.model.make_state()
 
     def predict(self, ids: NDArray[np.int32], mask: NDArray[np.float16]) -> NDArray[np.float32]:
+        """ids [1, q], mask [1, 1, q, e] → logits [V] of the last position."""
         result = self.model.predict({"inputIds": ids, "causalMask": mask}, state=self.state)
         logits: NDArray[np.float32] = np.asarray(result["logits"])[0, -1].astype(np.float32)
         return logits
@@ -54,13 +45,16 @@ class Reference:
     def __init__(self, package: Path, threads: int) -> None:
         from ..mil_evaluator import Evaluator
 
-        torch.set_num_threads(threads)
+        self.threads = threads
+        torch.set_num_threads(1)
         self.evaluator = Evaluator(package)
 
     def reset(self) -> None:
         self.evaluator.reset()
 
     def predict(self, ids: NDArray[np.int32], mask: NDArray[np.float16]) -> NDArray[np.float32]:
+        # one row is bound by memory; on a busy machine the barriers of two threads cost ten times the work itself
+        torch.set_num_threads(1 if ids.shape[1] == 1 else self.threads)
         result = self.evaluator.predict({"inputIds": torch.from_numpy(ids), "causalMask": torch.from_numpy(mask)})
         logits: NDArray[np.float32] = result["logits"][0, -1].float().numpy()
         return logits
