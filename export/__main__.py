@@ -1,4 +1,4 @@
-"""The build command: `python -m export MODEL QUANT TARGET [--source DIR_OR_HF_ID] [--out DIR]`."""
+"""python -m export MODEL QUANT TARGET [--source DIR_OR_HF_ID] [--out DIR]."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .command import run
+from .cli import run
 from .progress import console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -36,4 +36,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(run(app, interrupted="nothing was written"))
+    sys.exit(run(app))

@@ -1,8 +1,6 @@
 """A checkpoint that fits its plan: every tensor used or declared unused, shapes right, numbers finite."""
 
-import inspect
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -23,7 +21,7 @@ class Checkpoint:
     """The source string it was opened from."""
     architecture: Architecture
     sha256: dict[str, str]
-    """File name → digest; for seeded weights the seed → digest of the code that draws them."""
+    """File name → digest."""
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, float32; NaN or infinity is an error that names it."""
@@ -48,13 +46,7 @@ def load(model: ModelSpec, source: str | None) -> Checkpoint:
             f"max_position_embeddings {architecture.max_position_embeddings}"
         )
     check_tensors(opened, architecture, origin)
-    return Checkpoint(opened, origin, architecture, digests(opened, origin))
-
-
-def digests(source: Source, origin: str) -> dict[str, str]:
-    """What identifies the weights; where there is no file, the seed with the code that turns it into numbers."""
-    code = Path(inspect.getfile(type(source)))
-    return {path.name: sha256(path) for path in source.files} or {origin: sha256(code)}
+    return Checkpoint(opened, origin, architecture, {path.name: sha256(path) for path in opened.files})
 
 
 def refuse_other_architecture(name: str, want: Architecture, got: Architecture, origin: str) -> None:

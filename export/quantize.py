@@ -26,6 +26,7 @@ from .model import Llama
 from .plan import Architecture, QuantRecipe, WeightScheme
 from .progress import track
 
+HERE = Path(__file__).parent
 SMALLEST_SCALE = 2.0**-17
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INT_TYPES: dict[int, torch.dtype] = {4: torch.int4, 8: torch.int8}  # type: ignore[attr-defined]
@@ -203,11 +204,12 @@ def layer_error(name: str, weight: torch.Tensor, quantized: IntxUnpackedToInt8Te
 def content_key(checkpoint: Checkpoint, recipe: QuantRecipe) -> str:
     """sha256 over everything that decides the integers."""
     inputs = {
-        "weights": checkpoint.sha256 or checkpoint.origin,
+        "weights": checkpoint.sha256,
+        "seed": checkpoint.origin if checkpoint.origin.startswith("seed:") else None,
         "architecture": checkpoint.architecture.model_dump(),
         "recipe": recipe.model_dump(exclude={"name", "description", "limits"}),
         "torchao": version("torchao"),
-        "quantizer": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "code": [hashlib.sha256(path.read_bytes()).hexdigest() for path in [HERE / "quantize.py", *sorted(HERE.glob("sources/*.py"))]],
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 

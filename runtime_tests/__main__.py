@@ -11,7 +11,7 @@ import typer
 
 import devices
 from devices import Device, DeviceError
-from export.command import run
+from export.cli import run
 from export.errors import ExportError
 from export.progress import console, stage
 
@@ -103,4 +103,4 @@ def measure_bandwidth(device: Device) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(run(app, interrupted="records of finished artifacts are kept"))
+    sys.exit(run(app))

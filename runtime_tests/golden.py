@@ -15,7 +15,7 @@ import torch
 import typer
 
 from export import checkpoint
-from export.command import run
+from export.cli import run
 from export.errors import ExportError
 from export.manifest import Manifest
 from export.model import Llama
@@ -100,4 +100,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(run(app, interrupted="nothing was written"))
+    sys.exit(run(app))

@@ -81,7 +81,7 @@ def locate(kind: Kind, described: Manifest, tokens: NDArray[np.int64], cache: Pa
     """Where the logits are, or will be: named by the hash of everything that decides them."""
     inputs: dict[str, Any] = {
         "kind": kind,
-        "weights": described.checkpoint.sha256 or described.checkpoint.origin,
+        "weights": [described.checkpoint.origin, described.checkpoint.sha256],
         "architecture": described.architecture.model_dump(),
         "tokens": hashlib.sha256(tokens.tobytes()).hexdigest(),
         "shape": tokens.shape,

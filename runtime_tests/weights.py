@@ -31,8 +31,8 @@ def requantize(described: Manifest, source: str | None, cache: Path) -> Quantize
     model = quantize(weights, described.plan.quant, cache)
     if model.key != described.quantization.key:
         raise ExportError(
-            f"{described.id}: quantized by another version of the recipe, export/quantize.py or torchao; "
-            "build the artifact again"
+            f"{described.id}: quantized from another checkpoint ({weights.origin} now), or by another version of the "
+            "recipe, export/quantize.py or torchao; build the artifact again"
         )
     return model
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from export import manifest
-from export.command import quiet_libraries
+from export.cli import quiet_libraries
 from export.errors import ExportError
 
 from . import jobs

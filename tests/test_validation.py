@@ -142,7 +142,7 @@ def test_another_tokenizer_is_found(artifact, setting, in_process, damage):
 def test_another_checkpoint_is_refused(artifact, setting, in_process):
     record = check(artifact, replace(setting, source="seed:21"))
     assert record.outcome is Outcome.SOURCE_DIFFERS
-    assert "sha256" in record.detail
+    assert "another checkpoint (seed:21 now)" in record.detail
 
 
 def test_quantization_beyond_the_recipe_fails_only_its_gates(artifact, setting, in_process):
@@ -200,10 +200,10 @@ def command(monkeypatch, tmp_path, setting):
     (tmp_path / "build" / "cache").symlink_to(setting.cache)
 
     def run(*arguments):
-        from export.command import run as run_app
+        from export.cli import run as run_app
 
         monkeypatch.setattr(sys, "argv", ["runtime_tests", *map(str, arguments)])
-        return run_app(cli.app, interrupted="")
+        return run_app(cli.app)
 
     return run
 
@@ -229,7 +229,7 @@ def test_mistakes_end_in_one_line(command, built, tmp_path, capsys):
 
 def test_a_seeded_checkpoint_is_identified_by_seed_and_code(built):
     described = manifest.read(built)
-    assert list(described.checkpoint.sha256) == ["seed:20"]
+    assert list(described.checkpoint.sha256) == ["seeded.py"]
     assert torch.tensor([layer.sqnr_db for layer in described.quantization.layers]).min() > 15
 
 

@@ -31,7 +31,7 @@ class Source(Protocol):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Files whose bytes decide the result; empty for seeded weights."""
+        """Files whose bytes decide the result."""
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor as float32, freshly allocated."""

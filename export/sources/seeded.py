@@ -25,7 +25,7 @@ class SeededSource:
         self.seed = seed
         self.architecture = architecture
         self.description = f"random weights, seed {seed}"
-        self.files: tuple[Path, ...] = ()
+        self.files = (Path(__file__),)  # this code decides the weights
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

@@ -23,6 +23,7 @@ from .. import Build
 from .fast import fast_lowering, replaced
 from .functionalize import functionalize, no_decompositions
 from .model import PteLlama
+from .share_table import share_tied_table
 
 Facts = dict[str, int | float | str]
 
@@ -39,7 +40,7 @@ def write(model: QuantizedModel, build: Build, contract: IOContract) -> Facts:
     path = build.folder / build.plan.target.artifact
     with path.open("wb") as file:
         emitted.write_to_file(file)
-    return facts
+    return {**facts, "tied_table_bytes_saved": share_tied_table(path)}
 
 
 def trace(module: PteLlama, max_prefill: int) -> ExportedProgram:
@@ -92,6 +93,7 @@ def count(edge: EdgeProgramManager) -> Facts:
         if node.op == "call_function"
     )
     delegates = names.pop("executorch_call_delegate", 0)
+    names.pop("getitem", 0)
     ours = sum(n for name, n in names.items() if "custom_sdpa" in name or "auto_functionalized" in name)
     return {"delegates": delegates, "attention_and_cache_ops": ours, "other_ops": names.total() - ours}
 

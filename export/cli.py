@@ -1,5 +1,6 @@
-"""What our commands share: one-line errors, exit codes, clean interrupts, quiet libraries."""
+"""How our commands end: a user's mistake, a full disk and Ctrl-C are one line and an exit code, never a traceback."""
 
+import logging
 import os
 import shutil
 import signal
@@ -13,34 +14,40 @@ import typer
 from .errors import ExportError
 from .progress import console
 
+NOISY = ("torchao", "torch.utils._pytree", "coremltools", "transformers", "executorch", "datasets")
 
-def run(app: typer.Typer, interrupted: str) -> int:
-    """Run the command; a user's mistake, a full disk and Ctrl-C end in one line and an exit code."""
+
+def run(app: typer.Typer) -> int:
+    """Run a typer app and give the exit code: 0 done, 1 error, 2 wrong usage, 130 interrupted."""
     quiet_libraries()
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        code = app(standalone_mode=False)  # typer hands the code of an Exit back instead of raising it
+        code = app(standalone_mode=False)
+    except typer.Exit as done:
+        return int(done.exit_code)
     except (ExportError, OSError) as error:
-        console.print(f"error: {describe(error)}", style="red", markup=False, soft_wrap=True)
-        return 1
+        return fail(describe(error), 1)
     except (KeyboardInterrupt, typer.Abort):
-        console.print(f"interrupted: {interrupted}", style="red")
-        return 130
+        return fail("interrupted; nothing half-written is left", 130)
     except Exception as error:
-        if type(error).__module__.startswith(("click", "typer")):
-            console.print(f"error: {error.format_message()}", style="red", markup=False)  # type: ignore[attr-defined]
-            return 2
+        if hasattr(error, "format_message"):  # click's usage errors
+            return fail(error.format_message(), 2)
         if shutil.disk_usage(Path.cwd()).free < 2**20:
-            console.print("error: the disk is full; free some space and run it again", style="red")
-            return 1
+            return fail("the disk is full; free some space and run again", 1)
         raise
     return code if isinstance(code, int) else 0
 
 
+def fail(message: str, code: int) -> int:
+    """One line on stderr."""
+    console.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+    return code
+
+
 def describe(error: Exception) -> str:
     """One line for an error; a system error names its file."""
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'writing'}: {error.strerror}"
     return " ".join(str(error).split())
 
 
@@ -51,10 +58,8 @@ def interrupt(_signum: int, _frame: FrameType | None) -> None:
 
 def quiet_libraries() -> None:
     """Keep libraries' notices about optional parts out of our output."""
-    import logging
-
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     warnings.filterwarnings("ignore")
-    for name in ("torchao", "torch", "torch.utils._pytree", "coremltools", "transformers", "executorch", "root"):
+    for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,178 @@
+"""Our Llama computes what transformers' and Meta's own code compute."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from export import checkpoint
+from export.model import Llama
+from export.plan import Architecture, ModelSpec, RopeScaling, load_named
+from export.quantize import eager
+from export.sources.seeded import SeededSource
+
+META = Architecture(
+    vocab_size=300,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    rope_theta=500000.0,
+    # llama-models writes these numbers into its code (`apply_scaling`)
+    rope_scaling=RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    ),
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    max_position_embeddings=131072,
+)
+
+
+def huggingface(a: Architecture, read) -> LlamaForCausalLM:
+    fields = a.model_dump()
+    if a.rope_scaling:
+        fields["rope_scaling"] = {"rope_type": "llama3", **a.rope_scaling.model_dump()}
+    config = LlamaConfig(**fields, attn_implementation="sdpa")
+    model = LlamaForCausalLM(config).eval()
+    weights = {name: read(name) for name in a.tensor_shapes()}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    model.tie_weights()
+    return model
+
+
+def cached(model: Llama, tokens: torch.Tensor, prefill: int) -> torch.Tensor:
+    """Logits of prefill, then one token at a time."""
+    with torch.no_grad():
+        logits, cache = model(tokens[:, :prefill])
+        parts = [logits]
+        for i in range(prefill, tokens.shape[1]):
+            logits, cache = model(tokens[:, i : i + 1], cache)
+            parts.append(logits)
+    return torch.cat(parts, dim=1)
+
+
+def seeded(name: str) -> checkpoint.Checkpoint:
+    return checkpoint.load(load_named(ModelSpec, "models", name), None)
+
+
+@pytest.mark.parametrize("name", ["tiny", "smollm2-135m"])
+def test_logits_equal_transformers(name):
+    weights = seeded(name)
+    a = weights.architecture
+    tokens = torch.randint(0, a.vocab_size, (1, 160), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = huggingface(a, weights.read)(tokens).logits
+        ours, _ = eager(weights.read, a, "none")(tokens)
+    assert (ours - expected).abs().max() <= 1e-4
+    assert expected.std() > 0.1  # not equal because both are flat
+
+
+def test_cached_decode_at_depth_equals_transformers():
+    weights = seeded("tiny")
+    a = weights.architecture
+    # past original_max_position_embeddings (64), so that scaled RoPE is seen at work
+    tokens = torch.randint(0, a.vocab_size, (2, 200), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = huggingface(a, weights.read)(tokens).logits
+    assert (cached(eager(weights.read, a, "none"), tokens, 120) - expected).abs().max() <= 1e-4
+
+
+def test_a_stale_cache_slot_is_seen():
+    weights = seeded("tiny")
+    model = eager(weights.read, weights.architecture, "none")
+    tokens = torch.randint(0, 512, (1, 80), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        full, _ = model(tokens)
+        _, cache = model(tokens[:, :-1])
+        cache[0][0][:, :, 10] = cache[0][0][:, :, 11]
+        stale, _ = model(tokens[:, -1:], cache)
+    assert (stale[:, -1] - full[:, -1]).abs().max() > 1e-3
+
+
+def test_wrong_rope_scaling_is_seen():
+    weights = seeded("tiny")
+    a = weights.architecture
+    tokens = torch.randint(0, a.vocab_size, (1, 160), generator=torch.Generator().manual_seed(4))
+    unscaled = a.model_copy(update={"rope_scaling": None})
+    with torch.no_grad():
+        ours, _ = eager(weights.read, a, "none")(tokens)
+        wrong, _ = eager(weights.read, unscaled, "none")(tokens)
+    assert (ours - wrong).abs().max() > 1e-2
+
+
+@pytest.fixture
+def one_process():
+    """Meta's layers are model-parallel: a group of one."""
+    import fairscale.nn.model_parallel.initialize as parallel
+
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    parallel.initialize_model_parallel(1)
+    yield
+    parallel.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+def meta_names(name: str) -> str:
+    pairs = {
+        "model.embed_tokens": "tok_embeddings",
+        "model.layers": "layers",
+        "model.norm": "norm",
+        "lm_head": "output",
+        "self_attn.q_proj": "attention.wq",
+        "self_attn.k_proj": "attention.wk",
+        "self_attn.v_proj": "attention.wv",
+        "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.down_proj": "feed_forward.w2",
+        "mlp.up_proj": "feed_forward.w3",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    for ours, theirs in pairs.items():
+        name = name.replace(ours, theirs) if name.startswith(("model", "lm_head")) or ours in name else name
+    return name
+
+
+def pairs_together(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rotary halves → interleaved pairs, Meta's order of rows."""
+    rows, columns = weight.shape
+    return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
+
+
+def test_logits_equal_metas_reference(one_process):
+    from llama_models.llama3.args import ModelArgs
+    from llama_models.llama3.model import Transformer
+
+    source = SeededSource("5", META)
+    args = ModelArgs(
+        dim=128,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        vocab_size=300,
+        multiple_of=256,
+        ffn_dim_multiplier=0.5,
+        norm_eps=1e-5,
+        rope_theta=500000.0,
+        use_scaled_rope=True,
+        max_batch_size=1,
+        max_seq_len=256,
+    )
+    theirs = Transformer(args).eval()
+    state = {}
+    for name in META.tensor_shapes():
+        weight = source.read(name)
+        if name.endswith("q_proj.weight"):
+            weight = pairs_together(weight, META.num_attention_heads)
+        if name.endswith("k_proj.weight"):
+            weight = pairs_together(weight, META.num_key_value_heads)
+        state[meta_names(name)] = weight
+    theirs.load_state_dict(state)
+    tokens = torch.randint(0, 300, (1, 150), generator=torch.Generator().manual_seed(6))
+    with torch.no_grad():
+        expected = torch.cat([theirs(tokens[:, :100], 0), theirs(tokens[:, 100:], 100)], dim=1)
+    assert (cached(eager(source.read, META, "none"), tokens, 100) - expected).abs().max() <= 1e-4
