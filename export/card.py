@@ -1,11 +1,96 @@
-"""The model card. Placeholder until the measured table is written (see runtime_tests)."""
+"""The model card: README.md of an artifact folder, front matter as the Hugging Face hub reads it.
+
+Templates are `card.md.j2` and, per backend, `card_usage/BACKEND.md.j2` (its first line names the library). Holds no
+time of the build, so builds stay byte-identical. Knows nothing about how the measured values came to be.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFound
+
+from .errors import ExportError
 from .manifest import CARD, Manifest
 
+TEMPLATES = [Path(__file__).parent]
+LICENCES = {
+    "llama3.2": "Llama 3.2 Community License (https://www.llama.com/llama3_2/license/). Built with Llama.",
+    "apache-2.0": "Apache 2.0, as the base model.",
+    "other": "As the checkpoint this was made from: its licence applies to this artifact too.",
+}
 
-def write(folder: Path, manifest: Manifest, measured: Sequence[object]) -> None:
-    """Write `README.md`."""
-    (folder / CARD).write_text(f"# {manifest.id}\n", encoding="utf-8")
+
+class Measured(NamedTuple):
+    """One row of the card's table, ready to print."""
+
+    what: str
+    value: str
+    note: str
+
+
+def write(folder: Path, manifest: Manifest, measured: Sequence[Measured]) -> None:
+    """Write `README.md`; without measured rows it says how to get them."""
+    (folder / CARD).write_text(render(manifest, measured), encoding="utf-8")
+
+
+def render(manifest: Manifest, measured: Sequence[Measured]) -> str:
+    """The card's text."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        autoescape=False,  # noqa: S701 – Markdown of our own facts
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    library, usage = usage_of(environment, manifest)
+    body = environment.get_template("card.md.j2").render(
+        manifest=manifest,
+        a=manifest.architecture,
+        base_name=manifest.plan.model.base_model or manifest.plan.model.name,
+        llama=manifest.plan.model.license.startswith("llama"),
+        parameters=parameters(manifest),
+        worst=min(manifest.quantization.layers, key=lambda layer: layer.sqnr_db, default=None),
+        measured=measured,
+        usage=usage,
+        licence=LICENCES.get(manifest.plan.model.license, manifest.plan.model.license),
+    )
+    return str(ModelCard(f"---\n{front_matter(manifest, library).to_yaml()}\n---\n\n{body}"))
+
+
+def usage_of(environment: Environment, manifest: Manifest) -> tuple[str, str]:
+    """Library name and how to run the artifact, from the backend's template."""
+    name = f"card_usage/{manifest.plan.target.backend}.md.j2"
+    try:
+        template = environment.get_template(name)
+    except TemplateNotFound:
+        raise ExportError(f"export/{name}: missing; a backend needs a text that shows how it is run") from None
+    first, _, usage = template.render(manifest=manifest).partition("\n")
+    return first.removeprefix("library:").strip(), usage
+
+
+def front_matter(manifest: Manifest, library: str) -> ModelCardData:
+    """What the hub's search and its model page show."""
+    model, recipe = manifest.plan.model, manifest.plan.quant
+    quantized = recipe.method != "none"
+    return ModelCardData(
+        base_model=model.base_model,
+        base_model_relation="quantized" if quantized and model.base_model else None,
+        license=model.license,
+        library_name=library,
+        pipeline_tag="text-generation",
+        tags=["on-device", manifest.plan.target.name, recipe.name, *(["torchao"] if quantized else [])],
+    )
+
+
+def parameters(manifest: Manifest) -> int:
+    """Numbers in the checkpoint, tied weights once."""
+    total = 0
+    for shape in manifest.architecture.tensor_shapes().values():
+        count = 1
+        for size in shape:
+            count *= size
+        total += count
+    return total

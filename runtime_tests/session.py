@@ -38,7 +38,12 @@ class SessionModule(Protocol):
         """Load the artifact of a folder."""
 
 
-def open_session(folder: Path, manifest: Manifest, *, threads: int) -> Session:
-    """The session the artifact's own target names."""
+def session_module(manifest: Manifest) -> SessionModule:
+    """The module the artifact's own target names; importing it imports its runtime."""
     module = importlib.import_module(f"runtime_tests.sessions.{manifest.plan.target.session}")
-    return cast(SessionModule, module).open_session(folder, manifest, threads=threads)
+    return cast(SessionModule, module)
+
+
+def open_session(folder: Path, manifest: Manifest, *, threads: int) -> Session:
+    """Load an artifact in the runtime its target names."""
+    return session_module(manifest).open_session(folder, manifest, threads=threads)

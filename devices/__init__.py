@@ -1,0 +1,86 @@
+"""Where artifacts run: one YAML per device. Knows nothing about models, formats or measurements."""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
+
+FOLDER = Path(__file__).parent
+
+
+class DeviceError(Exception):
+    """A device that is unknown or described wrongly, in one line."""
+
+
+class Budgets(BaseModel):
+    """What an artifact must reach on this device."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    min_decode_tps: PositiveFloat
+    """Tokens per second while generating."""
+    max_ttft_s: PositiveFloat
+    """Seconds from prompt to first token."""
+
+
+class Device(BaseModel):
+    """One device, as its YAML states it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    description: str
+    transport: Literal["local"]
+    """How commands reach it. `adb` and `ssh` will be modules beside this one."""
+    targets: tuple[str, ...]
+    """Names of the targets whose artifacts it can run."""
+    threads: PositiveInt | None
+    """Threads of a session; null: one per physical core."""
+    time_limit_s: PositiveFloat
+    """Longest one step may take before it is ended."""
+    budgets: Budgets
+    max_cv: PositiveFloat
+    """Standard deviation over mean of repeated timings above which a timing decides nothing."""
+
+
+def names() -> list[str]:
+    """Every known device."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load(name: str) -> Device:
+    """The device of that name."""
+    if name not in names():
+        raise DeviceError(f"unknown device {name!r}; known: {', '.join(names())}")
+    path = FOLDER / f"{name}.yaml"
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Device.model_validate({"name": name, **fields})
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
+        raise DeviceError(f"{path}: {'; '.join(problems)}") from None
+    except (TypeError, yaml.YAMLError) as error:
+        raise DeviceError(f"{path}: not readable as `key: value` lines: {' '.join(str(error).split())}") from None
+
+
+def thread_count(device: Device) -> int:
+    """Threads a session on the local device gets: as its YAML says, else one per physical core."""
+    return device.threads or physical_cores() or os.cpu_count() or 1
+
+
+def physical_cores() -> int:
+    """Distinct (package, core) pairs the system shows this process; 0 where it does not tell."""
+    try:
+        allowed = os.sched_getaffinity(0)
+    except AttributeError:  # macOS
+        return 0
+    cores = set()
+    for cpu in allowed:
+        folder = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        try:
+            cores.add(tuple((folder / name).read_text() for name in ("physical_package_id", "core_id")))
+        except OSError:
+            return 0
+    return len(cores)

@@ -1,0 +1,132 @@
+"""How far two sets of logits are apart. Pure functions on arrays; knows nothing about models or files.
+
+As `llama-perplexity --kl-divergence` of llama.cpp does it: the reference's distribution over the vocabulary is the
+truth at every position, and uncertainties are standard errors of the mean over positions. Arrays may be
+memory-mapped and are walked one window at a time: W windows, S scored positions, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .record import Comparison
+
+Floats = NDArray[np.floating[Any]]
+BEST_SQNR_DB = 200.0
+"""Reported when nothing differs: float64 cannot tell more."""
+
+
+@dataclass(frozen=True)
+class WindowScores:
+    """What is kept of one window; each array has one number per position, [S]."""
+
+    kl: NDArray[np.float64]
+    agrees: NDArray[np.bool_]
+    nll: NDArray[np.float64]
+    reference_nll: NDArray[np.float64]
+    signal: float
+    noise: float
+    max_abs_error: float
+    largest_logit: float
+
+
+def log_softmax(logits: Floats) -> NDArray[np.float64]:
+    """x - log Σ exp x over the last axis, in float64, shifted by the maximum so that nothing overflows."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True).astype(np.float64)
+    out: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return out
+
+
+def kl_divergence(reference: Floats, candidate: Floats) -> NDArray[np.float64]:
+    """KL(P‖Q) = Σ P (log P - log Q) in nats per position, from log-probabilities [S, V]."""
+    total: NDArray[np.float64] = (np.exp(reference) * (reference - candidate)).sum(axis=-1)
+    return np.maximum(total, 0.0)  # rounding can leave -1e-17
+
+
+def negative_log_likelihood(log_probabilities: Floats, targets: NDArray[np.int64]) -> NDArray[np.float64]:
+    """-log Q(next token) per position, nats."""
+    picked = np.take_along_axis(log_probabilities, targets[:, None], axis=-1)[:, 0]
+    return -picked.astype(np.float64)
+
+
+def perplexity(nll: NDArray[np.float64]) -> tuple[float, float]:
+    """exp(mean NLL) and its standard error, exp(mean) · s/√n with the sample deviation s (llama.cpp's ± value)."""
+    mean = float(np.exp(nll.mean()))
+    return mean, mean * float(nll.std(ddof=1) / np.sqrt(len(nll)))
+
+
+def sqnr_db(signal: float, noise: float) -> float:
+    """Signal-to-quantization-noise ratio of the logits, 10·log10(Σ ref² / Σ (ref - candidate)²), dB."""
+    floor = 10 ** (-BEST_SQNR_DB / 10)
+    return float(-10 * np.log10(max(noise / signal, floor))) if signal > 0 else 0.0
+
+
+def not_finite(logits: Floats) -> str:
+    """The first window and step holding NaN or infinity, in words; empty when all are finite."""
+    for window, rows in enumerate(logits):
+        finite = np.isfinite(rows).all(axis=-1)
+        if not finite.all():
+            return f"NaN or infinity in window {window}, step {int(np.argmin(finite))}"
+    return ""
+
+
+def score_window(reference: Floats, candidate: Floats, targets: NDArray[np.int64]) -> WindowScores:
+    """Compare one window's logits [S, V]."""
+    truth, guess = log_softmax(reference), log_softmax(candidate)
+    difference = reference.astype(np.float64) - candidate
+    return WindowScores(
+        kl=kl_divergence(truth, guess),
+        agrees=reference.argmax(axis=-1) == candidate.argmax(axis=-1),
+        nll=negative_log_likelihood(guess, targets),
+        reference_nll=negative_log_likelihood(truth, targets),
+        signal=float(np.square(reference, dtype=np.float64).sum()),
+        noise=float(np.square(difference).sum()),
+        max_abs_error=float(np.abs(difference).max()),
+        largest_logit=float(np.abs(reference).max()),
+    )
+
+
+def compare(reference: Floats, candidate: Floats, targets: NDArray[np.int64], domains: Sequence[str]) -> Comparison:
+    """Every metric of candidate logits [W, S, V] against reference logits, for next tokens [W, S]."""
+    if reference.shape != candidate.shape or reference.shape[:2] != targets.shape:
+        raise ValueError(f"shapes do not fit: {reference.shape}, {candidate.shape}, {targets.shape}")
+    return summarize([score_window(*window) for window in zip(reference, candidate, targets, strict=True)], domains)
+
+
+def summarize(scores: Sequence[WindowScores], domains: Sequence[str]) -> Comparison:
+    """Window scores → the numbers of a record."""
+    kl = np.stack([score.kl for score in scores])  # [W, S]
+    by_window = kl.mean(axis=1)
+    nll, reference_nll = (np.concatenate([getattr(s, name) for s in scores]) for name in ("nll", "reference_nll"))
+    ppl, ppl_error = perplexity(nll)
+    reference_ppl, reference_ppl_error = perplexity(reference_nll)
+    max_abs = max(score.max_abs_error for score in scores)
+    largest = max(score.largest_logit for score in scores)
+    return Comparison(
+        positions=kl.size,
+        mean_kl=float(kl.mean()),
+        p99_kl=float(np.quantile(kl, 0.99)),
+        max_kl=float(kl.max()),
+        top1=float(np.mean([score.agrees for score in scores])),
+        perplexity=ppl,
+        perplexity_error=ppl_error,
+        reference_perplexity=reference_ppl,
+        reference_perplexity_error=reference_ppl_error,
+        sqnr_db=sqnr_db(sum(s.signal for s in scores), sum(s.noise for s in scores)),
+        max_abs_error=max_abs,
+        max_relative_error=max_abs / largest if largest else 0.0,
+        kl_by_step=tuple(kl.mean(axis=0).tolist()),
+        kl_by_window=tuple(by_window.tolist()),
+        kl_by_domain=mean_by(domains, by_window),
+    )
+
+
+def mean_by(labels: Sequence[str], values: NDArray[np.float64]) -> dict[str, float]:
+    """Mean of the values under each label, in order of first appearance."""
+    groups: dict[str, list[float]] = {}
+    for label, value in zip(labels, values.tolist(), strict=True):
+        groups.setdefault(label, []).append(value)
+    return {label: sum(group) / len(group) for label, group in groups.items()}

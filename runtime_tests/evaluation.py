@@ -1,0 +1,110 @@
+"""What an evaluation feeds: windows of tokens cut from text in `configs/evals/text`. Knows nothing about models."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from export.errors import ExportError
+from export.manifest import Manifest
+from export.plan import CONFIGS, Positive, Strict, load_named
+
+TEXT = CONFIGS / "evals" / "text"
+
+
+class TextSpec(Strict):
+    """One text and how many windows are cut from it."""
+
+    domain: str
+    file: str
+    windows: Positive
+
+
+class SpeedSpec(Strict):
+    """What is timed, in tokens."""
+
+    prompts: tuple[Positive, ...]
+    """Prompt lengths; those that do not fit the context are left out. The first one gives the time to first token."""
+    generate: Positive
+    repeats: Annotated[int, Field(ge=5)]
+    warmups: Annotated[int, Field(ge=1)]
+
+
+class Evaluation(Strict):
+    """One YAML of configs/evals."""
+
+    name: str
+    description: str
+    prefill: Annotated[int, Field(ge=2)]
+    decode: Annotated[int, Field(ge=64)]
+    """Single-token steps after the prefill: an artifact is judged with a filled cache."""
+    texts: tuple[TextSpec, ...]
+    max_rewriting_error: float
+    speed: SpeedSpec
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows and the domain of each."""
+
+    tokens: NDArray[np.int64]
+    """[W, prefill + decode + 1]; the last token is only a target."""
+    domains: tuple[str, ...]
+    prefill: int
+
+    @property
+    def targets(self) -> NDArray[np.int64]:
+        """The token after each scored position, [W, decode + 1]."""
+        return self.tokens[:, self.prefill :]
+
+
+def load(name: str) -> Evaluation:
+    """The evaluation of that name."""
+    return load_named(Evaluation, "evals", name)
+
+
+def cut_windows(evaluation: Evaluation, tokenizer: Any, manifest: Manifest) -> Windows:
+    """Cut every text of an evaluation; a window begins with BOS where the tokenizer adds one by itself."""
+    length = evaluation.prefill + evaluation.decode + 1
+    context = manifest.contract.kv.context_length
+    if length > context:
+        raise ExportError(
+            f"evaluation {evaluation.name!r} needs {length} tokens, {manifest.id} has a context of {context}"
+        )
+    rows: list[list[int]] = []
+    domains: list[str] = []
+    for spec in evaluation.texts:
+        rows += cut(read_text(spec.file), spec.windows, length, tokenizer)
+        domains += [spec.domain] * spec.windows
+    tokens = np.array(rows, dtype=np.int64)
+    if tokens.max() >= manifest.architecture.vocab_size:
+        raise ExportError(f"{manifest.id}: its tokenizer gives id {tokens.max()}, beyond the vocabulary")
+    return Windows(tokens, tuple(domains), evaluation.prefill)
+
+
+def cut(text: str, count: int, length: int, tokenizer: Any) -> list[list[int]]:
+    """`count` windows of `length` tokens, spread evenly over the text."""
+    start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    body = length - len(start)
+    stride = len(ids) // count
+    if stride < body:
+        raise ExportError(f"evaluation text of {len(ids)} tokens is too short for {count} windows of {length}")
+    return [start + ids[i * stride : i * stride + body] for i in range(count)]
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether plain encoding puts the beginning-of-sequence token first."""
+    ids = tokenizer.encode("a")
+    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def read_text(name: str) -> str:
+    """A text of `configs/evals/text`."""
+    path: Path = TEXT / name
+    if not path.is_file():
+        raise ExportError(f"{path}: missing; an evaluation in configs/evals names it")
+    return path.read_text(encoding="utf-8")

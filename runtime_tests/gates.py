@@ -1,0 +1,70 @@
+"""Measured values against limits. Pure; knows nothing about how a value was measured."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from export.plan import QuantLimits, TargetLimits
+
+from .record import Comparison, Gate, Latency, Outcome
+
+Rule = Literal["at most", "at least"]
+
+
+def judge(name: str, value: float, rule: Rule, limit: float, fails_as: Outcome, detail: str = "") -> Gate:
+    """A gate; NaN is never within a limit."""
+    holds = value <= limit if rule == "at most" else value >= limit
+    verdict: Literal["pass", "fail"] = "pass" if holds else "fail"
+    return Gate(name=name, value=value, limit=limit, rule=rule, verdict=verdict, fails_as=fails_as, detail=detail)
+
+
+def count(name: str, problems: Sequence[str], fails_as: Outcome) -> Gate:
+    """A gate that allows no problem at all and names the first ones."""
+    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return judge(name, len(problems), "at most", 0, fails_as, "; ".join(problems[:3]) + more)
+
+
+def rewriting(measured: Comparison, limit: float) -> list[Gate]:
+    """Hugging Face fp32 against our fp32."""
+    detail = f"largest difference {measured.max_abs_error:.1e}"
+    value = measured.max_relative_error
+    return [judge("rewriting: max error", value, "at most", limit, Outcome.MISMATCH, detail)]
+
+
+def quantization(measured: Comparison, limits: QuantLimits) -> list[Gate]:
+    """Our fp32 against our quantized model: the recipe's limits."""
+    return [
+        judge("quantization: mean KL", measured.mean_kl, "at most", limits.max_mean_kl, Outcome.MISMATCH),
+        judge("quantization: top-1", measured.top1, "at least", limits.min_top1, Outcome.MISMATCH),
+    ]
+
+
+def lowering(measured: Comparison, limits: TargetLimits) -> list[Gate]:
+    """Our quantized model against the artifact: the target's limits."""
+    return [
+        judge("lowering: mean KL", measured.mean_kl, "at most", limits.max_mean_kl, Outcome.MISMATCH),
+        judge("lowering: top-1", measured.top1, "at least", limits.min_top1, Outcome.MISMATCH),
+        judge("lowering: SQNR", measured.sqnr_db, "at least", limits.min_sqnr_db, Outcome.MISMATCH),
+    ]
+
+
+def speed(measured: Latency, *, min_decode_tps: float, max_ttft_s: float, max_cv: float) -> list[Gate]:
+    """Timings against a device's budgets; above `max_cv` they decide nothing."""
+    decode = measured.tests[-1].avg_ts
+    gates = [
+        judge("decode tokens/s", decode, "at least", min_decode_tps, Outcome.TOO_SLOW),
+        judge("time to first token, s", measured.ttft_p50_s, "at most", max_ttft_s, Outcome.TOO_SLOW),
+    ]
+    if measured.cv <= max_cv:
+        return gates
+    noise = {"verdict": "inconclusive", "detail": f"timings vary by {measured.cv:.0%}, more than {max_cv:.0%}"}
+    return [gate.model_copy(update=noise) for gate in gates]
+
+
+def outcome_of(gates: Sequence[Gate]) -> tuple[Outcome, str]:
+    """The first failed gate's outcome and what it found; else inconclusive, else pass."""
+    for gate in gates:
+        if gate.verdict == "fail":
+            found = f"{gate.name} is {gate.value:.4g}, must be {gate.rule} {gate.limit:.4g}"
+            return gate.fails_as, f"{found}: {gate.detail}" if gate.detail else found
+    doubtful = next((gate for gate in gates if gate.verdict == "inconclusive"), None)
+    return (Outcome.INCONCLUSIVE, doubtful.detail) if doubtful else (Outcome.PASS, "")

@@ -1,0 +1,99 @@
+"""What a child process can be asked to do, as JSON. Shared by the parent (`isolation`) and the child (`worker`)."""
+
+import json
+from typing import Annotated, Literal
+
+from pydantic import Field, RootModel
+
+from export.plan import Strict
+
+
+class SourceDiffersError(Exception):
+    """The checkpoint that is there now is not the one the artifact was built from."""
+
+
+class LogitsJob(Strict):
+    """Run windows of tokens through the artifact's session: prefill, then one token at a time."""
+
+    action: Literal["logits"] = "logits"
+    folder: str
+    threads: int
+    tokens: str
+    """.npy, int64 [W, prefill + decode + 1]; the last token is not fed."""
+    prefill: int
+    out: str
+    """.npy to write, float32 [W, decode + 1, V]."""
+
+
+class ConformanceJob(Strict):
+    """Feed up to the context limit and past it; reset and repeat."""
+
+    action: Literal["conformance"] = "conformance"
+    folder: str
+    threads: int
+
+
+class GenerateJob(Strict):
+    """Greedy tokens after a prompt."""
+
+    action: Literal["generate"] = "generate"
+    folder: str
+    threads: int
+    prompt: tuple[int, ...]
+    count: int
+
+
+class SpeedJob(Strict):
+    """Time loading, prompts and generation."""
+
+    action: Literal["speed"] = "speed"
+    folder: str
+    threads: int
+    tokens: tuple[int, ...]
+    """At least as many as the longest prompt."""
+    prompts: tuple[int, ...]
+    generate: int
+    repeats: int
+    warmups: int
+
+
+class BandwidthJob(Strict):
+    """Measure how fast this machine reads memory."""
+
+    action: Literal["bandwidth"] = "bandwidth"
+    threads: int
+
+
+class WeightsJob(Strict):
+    """Read the artifact's weights back and compare them with the quantized model's."""
+
+    action: Literal["weights"] = "weights"
+    folder: str
+    source: str | None
+    cache: str
+
+
+class ReferenceJob(Strict):
+    """Logits of a reference model in eager PyTorch."""
+
+    action: Literal["reference"] = "reference"
+    kind: Literal["huggingface", "fp32", "quantized"]
+    folder: str
+    source: str | None
+    cache: str
+    threads: int
+    tokens: str
+    prefill: int
+    out: str
+
+
+Job = LogitsJob | ConformanceJob | GenerateJob | SpeedJob | BandwidthJob | WeightsJob | ReferenceJob
+
+
+class AnyJob(RootModel[Annotated[Job, Field(discriminator="action")]]):
+    """Reads whichever job a JSON text holds."""
+
+
+def report_progress(done: int, total: int) -> None:
+    """From the child: one line of JSON that the parent shows as a bar."""
+    print(json.dumps({"done": done, "total": total}), flush=True)

@@ -1,0 +1,82 @@
+"""Where evidence goes: records, reports and the measured rows of model cards."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from export import card
+from export.card import Measured
+from export.manifest import Manifest
+
+from . import record as records_file
+from . import report as html
+from .record import Comparison, Latency, Record
+
+
+def keep(record: Record, build: Path, folder: Path, described: Manifest) -> None:
+    """Write an artifact's record as soon as it exists, and its card."""
+    records_file.append(record, build / "records" / "records.jsonl")
+    records_file.append(record, build / "reports" / record.run_id / "records.jsonl")
+    card.write(folder, described, measured_rows(record))
+
+
+def report(records: Sequence[Record], manifests: Sequence[Manifest], build: Path) -> Path:
+    """Render the run's page; the latest one is also `build/report/index.html`."""
+    page = build / "reports" / records[0].run_id / "index.html"
+    page.write_text(html.render(records, manifests), encoding="utf-8")
+    latest = build / "report" / "index.html"
+    latest.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(page, latest)
+    return latest
+
+
+def measured_rows(record: Record) -> list[Measured]:
+    """The card's table: verdict, accuracy, speed, and what they belong to."""
+    verdict = record.outcome.value + (f": {record.detail}" if record.detail else "")
+    rows = [Measured("verdict", verdict.replace("|", "/"), f"{len(record.gates)} gates")]
+    if record.accuracy.lowering:
+        rows += lowering_rows(record.accuracy.lowering, record)
+    if record.accuracy.quantization:
+        rows += quantization_rows(record.accuracy.quantization)
+    rows += speed_rows(record.latency) if record.latency else []
+    machine = record.environment
+    rows.append(Measured("measured on", machine.cpu, f"{record.device}, {machine.os}, {machine.cores} cores"))
+    dirty = " with local changes" if record.dirty else ""
+    rows.append(Measured("measured by", f"commit `{record.commit[:12]}`{dirty}", record.started_at))
+    return rows
+
+
+def lowering_rows(measured: Comparison, record: Record) -> list[Measured]:
+    """What the file loses against the quantized model in PyTorch."""
+    how = f"quantized PyTorch model → this file, {measured.positions} positions, {record.accuracy.decode} decode steps"
+    ppl = f"{measured.perplexity:.2f} ± {measured.perplexity_error:.2f}"
+    return [
+        Measured("KL, mean (p99)", f"{measured.mean_kl:.2e} ({measured.p99_kl:.2e}) nats", how),
+        Measured("top-1 agreement", f"{measured.top1:.1%}", how),
+        Measured("logit SQNR", f"{measured.sqnr_db:.1f} dB", how),
+        Measured("perplexity", ppl, "this file, short windows: compare only with rows like this"),
+    ]
+
+
+def quantization_rows(measured: Comparison) -> list[Measured]:
+    """What the recipe loses against float."""
+    reference = f"{measured.reference_perplexity:.2f} ± {measured.reference_perplexity_error:.2f}"
+    return [
+        Measured("perplexity, fp32", reference, "the checkpoint, same windows"),
+        Measured("KL of quantization, mean", f"{measured.mean_kl:.3f} nats", "fp32 → quantized PyTorch model"),
+        Measured("top-1 of quantization", f"{measured.top1:.1%}", "fp32 → quantized PyTorch model"),
+    ]
+
+
+def speed_rows(measured: Latency) -> list[Measured]:
+    """Timings with their spread."""
+    rows = []
+    for test in measured.tests:
+        what = f"prefill, {test.n_prompt} tokens" if test.n_prompt else f"decode, {test.n_gen} tokens"
+        note = f"{len(test.samples_ns)} repeats, {measured.n_threads} threads"
+        rows.append(Measured(what, f"{test.avg_ts:.1f} ± {test.stddev_ts:.1f} tokens/s", note))
+    shortest = measured.tests[0].n_prompt
+    rows.append(Measured("time to first token", f"{measured.ttft_p50_s * 1e3:.0f} ms", f"{shortest}-token prompt, p50"))
+    rows.append(Measured("load", f"{measured.load_s:.2f} s", f"first prompt {measured.first_inference_s * 1e3:.0f} ms"))
+    rows.append(Measured("peak memory", f"{measured.peak_rss_bytes / 1e6:.0f} MB", "resident, whole process"))
+    return rows

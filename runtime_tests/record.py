@@ -1,0 +1,192 @@
+"""The evidence about one artifact from one run, as strict JSON. Knows nothing about how it was measured."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from export.errors import ExportError
+from export.plan import Strict, explain
+
+
+class Outcome(StrEnum):
+    """How validation of an artifact ended: the first thing that went wrong, or `pass`."""
+
+    PASS = "pass"  # noqa: S105 – a verdict, not a password
+    INCONCLUSIVE = "inconclusive"
+    """Everything holds but the timings were too noisy to judge; does not fail a run."""
+    DAMAGED = "damaged"
+    """Files differ from the manifest."""
+    TOKENIZER_DIFFERS = "tokenizer differs"
+    SOURCE_DIFFERS = "source differs"
+    """The checkpoint found now is not the one the artifact was built from."""
+    WEIGHTS_DIFFER = "weights differ"
+    MISMATCH = "mismatch"
+    """Computes something else than its reference, by more than a limit allows."""
+    LOAD_FAIL = "load fail"
+    RUN_FAIL = "run fail"
+    CRASH = "crash"
+    """The process died by a signal."""
+    TIMEOUT = "timeout"
+    TOO_SLOW = "too slow"
+
+
+Verdict = Literal["pass", "fail", "inconclusive"]
+
+
+class Gate(Strict):
+    """One measured value against its limit."""
+
+    name: str
+    value: float
+    limit: float
+    rule: Literal["at most", "at least"]
+    verdict: Verdict
+    fails_as: Outcome
+    """The outcome of an artifact that fails here first."""
+    detail: str
+    """What was found, for people; may be empty."""
+
+
+class Comparison(Strict):
+    """Logits of a candidate against a reference over the evaluation windows. KL in nats."""
+
+    positions: int
+    mean_kl: float
+    p99_kl: float
+    max_kl: float
+    top1: float
+    perplexity: float
+    perplexity_error: float
+    reference_perplexity: float
+    reference_perplexity_error: float
+    sqnr_db: float
+    max_abs_error: float
+    max_relative_error: float
+    """Largest difference over the largest reference logit."""
+    kl_by_step: tuple[float, ...]
+    """Mean over windows: after the prefill, then after each decode step."""
+    kl_by_window: tuple[float, ...]
+    kl_by_domain: dict[str, float]
+
+
+class Accuracy(Strict):
+    """The three comparisons; null where a step before it ended the run."""
+
+    evaluation: str
+    prefill: int
+    decode: int
+    domains: tuple[str, ...]
+    """Of each window."""
+    rewriting: Comparison | None
+    """Hugging Face fp32 → our fp32."""
+    quantization: Comparison | None
+    """Our fp32 → our quantized model."""
+    lowering: Comparison | None
+    """Our quantized model → the artifact in its runtime."""
+
+
+class SpeedTest(Strict):
+    """Repeats of one timing, in the field names of llama-bench. `n_gen` 0: prompt; else generation."""
+
+    n_prompt: int
+    n_gen: int
+    avg_ns: float
+    stddev_ns: float
+    avg_ts: float
+    stddev_ts: float
+    samples_ns: tuple[int, ...]
+    """One whole prompt, or all of n_gen tokens."""
+    samples_ts: tuple[float, ...]
+    """Tokens per second of each sample."""
+
+
+class Latency(Strict):
+    """Timings through the session in a process of its own. Sampling and tokenization are not in them."""
+
+    measured: bool
+    note: str
+    """Why not, when not measured."""
+    n_threads: int
+    model_size: int
+    """Bytes of the artifact."""
+    model_n_params: int
+    load_s: float
+    first_inference_s: float
+    """The first prompt after loading, when runtimes pack weights."""
+    ttft_p50_s: float
+    """Median seconds from giving the shortest prompt to its logits."""
+    tests: tuple[SpeedTest, ...]
+    token_p50_s: float
+    token_p95_s: float
+    token_samples_ns: tuple[tuple[int, ...], ...]
+    """Every decoded token of every repeat."""
+    cv: float
+    """Largest standard deviation over mean among the tests."""
+    peak_rss_bytes: int
+    rss_before_load_bytes: int
+    bytes_per_token: int
+    """Weights one decoded token must read: linears and head; of the embedding one row, not counted."""
+    read_bandwidth_bytes_per_s: float
+    bandwidth_share: float
+    """bytes_per_token × decode rate over the measured read bandwidth."""
+
+
+class Environment(Strict):
+    """The machine and the software the numbers belong to."""
+
+    os: str
+    cpu: str
+    cores: int
+    memory_bytes: int
+    load_average_1min: float
+    python: str
+    tools: dict[str, str]
+
+
+class Record(Strict):
+    """One artifact, one run."""
+
+    schema_version: Literal[1]
+    run_id: str
+    artifact: str
+    manifest_sha256: str
+    size_bytes: int
+    bits_per_weight: float
+    device: str
+    emulated: bool
+    environment: Environment
+    commit: str
+    dirty: bool
+    started_at: str
+    """UTC, ISO 8601."""
+    seconds: float
+    gates: tuple[Gate, ...]
+    accuracy: Accuracy
+    latency: Latency | None
+    outcome: Outcome
+    detail: str
+
+    @property
+    def holds(self) -> bool:
+        """No gate failed and nothing died."""
+        return self.outcome in (Outcome.PASS, Outcome.INCONCLUSIVE)
+
+
+def append(record: Record, path: Path) -> None:
+    """Add one line of JSON to a records file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(record.model_dump_json() + "\n")
+
+
+def read_all(path: Path) -> list[Record]:
+    """Every record of a file, oldest first."""
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            records.append(Record.model_validate_json(line))
+        except ValidationError as error:
+            raise ExportError(f"{path}, line {number}: not a record of this version: {explain(error)[:300]}") from None
+    return records

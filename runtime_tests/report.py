@@ -1,0 +1,167 @@
+"""One self-contained HTML page per run: verdict, numbers, plots, gates, environment. Loads nothing from anywhere."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from export.manifest import Manifest
+
+from . import summary
+from .plots import Bar, Series, bars, dots, lines
+from .record import Outcome, Record
+
+TEMPLATE = "report.html.j2"
+
+
+def render(records: Sequence[Record], manifests: Sequence[Manifest]) -> str:
+    """The page; `manifests` are those of the records, in the same order."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    first = records[0]
+    return environment.get_template(TEMPLATE).render(
+        records=records,
+        manifests=manifests,
+        verdict=verdict(records),
+        rows=[table_row(record) for record in records],
+        charts=charts(records, manifests),
+        run=first,
+        memory_gb=f"{first.environment.memory_bytes / 1e9:.0f}",
+        bandwidth=next((r.latency.read_bandwidth_bytes_per_s / 1e9 for r in records if r.latency), None),
+        tools={name: version for name, version in first.environment.tools.items() if version != "not installed"},
+    )
+
+
+def verdict(records: Sequence[Record]) -> dict[str, str]:
+    """The banner: a class for its colour, a headline, one sentence."""
+    failed = [record for record in records if not record.holds]
+    doubtful = [record for record in records if record.outcome is Outcome.INCONCLUSIVE]
+    gates = sum(len(record.gates) for record in records)
+    things = "1 artifact" if len(records) == 1 else f"{len(records)} artifacts"
+    if failed:
+        names = ", ".join(f"{record.artifact} ({record.outcome.value})" for record in failed)
+        return {"css": "fail", "title": f"{len(failed)} of {things} failed", "text": names}
+    if doubtful:
+        noise = f"{gates} gates, none failed; timings of {len(doubtful)} too noisy to judge"
+        return {"css": "inconclusive", "title": f"{things}: correct, speed inconclusive", "text": noise}
+    return {"css": "pass", "title": f"{things}: every gate holds", "text": f"{gates} gates"}
+
+
+def table_row(record: Record) -> dict[str, str]:
+    """The summary's cells by column name, and the quantization's loss beside the lowering's."""
+    cells = dict(zip(summary.COLUMNS, summary.row(record), strict=True))
+    quantization, lowering = record.accuracy.quantization, record.accuracy.lowering
+    cells["quant KL"] = f"{quantization.mean_kl:.3f}" if quantization else "–"
+    cells["ppl"] = with_error(lowering.perplexity, lowering.perplexity_error) if lowering else "–"
+    cells["css"] = css(record.outcome)
+    return cells
+
+
+def with_error(value: float, error: float) -> str:
+    """`12.34 ± 0.56`, without decimals where they would mean nothing."""
+    return f"{value:.2f} ± {error:.2f}" if value < 1e4 else f"{value:.1e} ± {error:.0e}"
+
+
+def css(outcome: Outcome) -> str:
+    """Colour class of a verdict."""
+    return outcome.value if outcome in (Outcome.PASS, Outcome.INCONCLUSIVE) else "fail"
+
+
+def charts(records: Sequence[Record], manifests: Sequence[Manifest]) -> list[dict[str, Any]]:
+    """Every plot that has something to show: title, SVG, one line that explains it, legend."""
+    legend = [(record.artifact, i) for i, record in enumerate(records)]
+    layers = layer_legend(manifests)
+    drawn = [
+        chart("Size", size_plot(records), "Bytes of the artifact that ships, without tokenizer files.", []),
+        chart("Decode", speed_plot(records, generation=True), "Tokens per second; dots are repeats.", []),
+        chart("Prefill", speed_plot(records, generation=False), "Prompt tokens per second; dots are repeats.", []),
+        chart("KL per decode step", step_plot(records), "Quantized model → artifact, nats, filling cache.", legend),
+        chart("KL per text", domain_plot(records), "Quantized model → artifact, mean nats by domain.", legend),
+        chart("Weight SQNR per layer", layer_plot(manifests), "Linears, in execution order, dB.", layers),
+    ]
+    return [one for one in drawn if one["svg"]]
+
+
+def chart(title: str, svg: str, note: str, legend: Sequence[tuple[str, int]]) -> dict[str, Any]:
+    """One plot with what surrounds it; those with a legend have axes and get more room."""
+    return {"title": title, "svg": svg, "note": note, "legend": legend, "wide": bool(legend)}
+
+
+def rate(mean: float, deviation: float) -> str:
+    """`12.3 ± 0.4`, whole numbers from 100 on."""
+    return f"{mean:.1f} ± {deviation:.1f}" if mean < 100 else f"{mean:,.0f} ± {deviation:,.0f}"
+
+
+def size_plot(records: Sequence[Record]) -> str:
+    """Megabytes per artifact."""
+    rows = [
+        Bar(record.artifact, record.size_bytes / 1e6, f"{record.size_bytes / 1e6:,.1f} MB", (), i)
+        for i, record in enumerate(records)
+    ]
+    return bars(rows, "artifact size in megabytes")
+
+
+def speed_plot(records: Sequence[Record], *, generation: bool) -> str:
+    """Tokens per second with every repeat; empty when nothing was timed."""
+    rows = []
+    for i, record in enumerate(records):
+        for test in record.latency.tests if record.latency else ():
+            if bool(test.n_gen) == generation:
+                suffix = "" if generation else f" · {test.n_prompt} tokens"
+                value = rate(test.avg_ts, test.stddev_ts)
+                rows.append(Bar(record.artifact + suffix, test.avg_ts, value, test.samples_ts, i))
+    return bars(rows, "tokens per second") if rows else ""
+
+
+def step_plot(records: Sequence[Record]) -> str:
+    """KL over decode steps, one line per artifact."""
+    series = [
+        Series(record.artifact, record.accuracy.lowering.kl_by_step, i)
+        for i, record in enumerate(records)
+        if record.accuracy.lowering
+    ]
+    if not series:
+        return ""
+    return lines(series, label="KL divergence per decode step", x_label="decode step (0: after the prefill)", log=True)
+
+
+def domain_plot(records: Sequence[Record]) -> str:
+    """Mean KL per text, one dot per artifact."""
+    measured = {i: record.accuracy.lowering for i, record in enumerate(records) if record.accuracy.lowering}
+    domains = list(dict.fromkeys(domain for one in measured.values() for domain in one.kl_by_domain))
+    series = [
+        Series(records[i].artifact, [one.kl_by_domain.get(domain, 0.0) for domain in domains], i)
+        for i, one in measured.items()
+    ]
+    return dots(domains, series, "mean KL divergence per text") if series else ""
+
+
+def quantizations(manifests: Sequence[Manifest]) -> dict[str, Manifest]:
+    """One manifest per distinct quantization that has layers."""
+    return {m.quantization.key: m for m in reversed(manifests) if linears(m)}
+
+
+def layer_plot(manifests: Sequence[Manifest]) -> str:
+    """Weight SQNR per layer, one line per quantization."""
+    series = [
+        Series(f"{m.plan.model.name} {m.plan.quant.name}", linears(m), i)
+        for i, m in enumerate(quantizations(manifests).values())
+    ]
+    return lines(series, label="weight SQNR per layer", x_label="quantized weight", log=False) if series else ""
+
+
+def linears(described: Manifest) -> list[float]:
+    """SQNR of the linears inside the layers; embedding and head have other bits and would flatten the plot."""
+    inside = described.architecture.linear_shapes()
+    return [layer.sqnr_db for layer in described.quantization.layers if layer.name in inside]
+
+
+def layer_legend(manifests: Sequence[Manifest]) -> list[tuple[str, int]]:
+    """Which line is which quantization."""
+    return [(f"{m.plan.model.name} {m.plan.quant.name}", i) for i, m in enumerate(quantizations(manifests).values())]

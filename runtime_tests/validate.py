@@ -1,0 +1,313 @@
+"""One artifact, one record: every check in turn, each judged by a gate. Knows nothing about formats."""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from devices import Device
+from export import manifest, sources, tokenizer
+from export.errors import ExportError
+from export.manifest import Manifest
+from export.progress import counted, stage
+
+from . import accuracy, checks, environment, evaluation, gates, golden, isolation, jobs, latency, reference
+from .evaluation import Evaluation, Windows
+from .record import Accuracy, Comparison, Gate, Latency, Outcome, Record
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all artifacts of a run share."""
+
+    run_id: str
+    device: Device
+    threads: int
+    evaluation: Evaluation
+    source: str | None
+    """Where checkpoints are, when not where the manifests say."""
+    cache: Path
+    scratch: Path
+    read_bandwidth_bytes_per_s: float
+
+
+@dataclass
+class Case:
+    """One artifact under examination, and what was found so far."""
+
+    folder: Path
+    manifest: Manifest
+    setting: Setting
+    gates: list[Gate] = field(default_factory=list)
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
+    latency: Latency | None = None
+
+    @property
+    def origin(self) -> str:
+        """Where the checkpoint is."""
+        return self.setting.source or self.manifest.checkpoint.origin
+
+    @property
+    def folder_text(self) -> str:
+        """The folder as a child process, which has its own working folder, finds it."""
+        return str(self.folder.resolve())
+
+    @property
+    def cache_text(self) -> str:
+        """The cache folder, likewise."""
+        return str(self.setting.cache.resolve())
+
+
+class StoppedError(Exception):
+    """Nothing after this can be trusted."""
+
+    def __init__(self, outcome: Outcome, detail: str) -> None:
+        super().__init__(detail)
+        self.outcome = outcome
+
+
+def validate(folder: Path, described: Manifest, setting: Setting) -> Record:
+    """Examine an artifact and write down what was found, whatever happens on the way."""
+    case = Case(folder, described, setting)
+    started, clock = datetime.now(UTC), time.perf_counter()
+    try:
+        examine(case)
+        outcome, detail = gates.outcome_of(case.gates)
+    except StoppedError as stop:
+        outcome, detail = stop.outcome, str(stop)
+    except ExportError as error:
+        outcome, detail = Outcome.RUN_FAIL, str(error)
+    code = manifest.source_info()
+    return Record(
+        schema_version=1,
+        run_id=setting.run_id,
+        artifact=described.id,
+        manifest_sha256=hashlib.sha256((folder / manifest.FILE).read_bytes()).hexdigest(),
+        size_bytes=described.artifact_bytes,
+        bits_per_weight=described.quantization.bits_per_weight,
+        device=setting.device.name,
+        emulated=False,
+        environment=environment.current(),
+        commit=code.commit,
+        dirty=code.dirty,
+        started_at=started.isoformat(timespec="seconds"),
+        seconds=round(time.perf_counter() - clock, 3),
+        gates=tuple(case.gates),
+        accuracy=accuracy_of(case),
+        latency=case.latency,
+        outcome=outcome,
+        detail=detail,
+    )
+
+
+def examine(case: Case) -> None:
+    """Every check, cheap and safe ones first: a damaged file never reaches a native runtime."""
+    check_files(case)
+    check_tokenizer(case)
+    check_weights(case)
+    windows = prepare(case)
+    compare_references(case, windows)
+    compare_lowering(case, windows)
+    check_conformance(case)
+    check_golden(case)
+    measure_speed(case, windows)
+
+
+def check_files(case: Case) -> None:
+    """Sizes and sha256 as in the manifest."""
+    with stage("files"):
+        problem = checks.damaged_file(case.folder, case.manifest)
+    case.gates.append(gates.count("files intact: problems", [problem] if problem else [], Outcome.DAMAGED))
+    if problem:
+        raise StoppedError(Outcome.DAMAGED, problem)
+
+
+def check_tokenizer(case: Case) -> None:
+    """Same ids, special tokens and chat template as the checkpoint's own tokenizer."""
+    texts = [evaluation.read_text(spec.file) for spec in case.setting.evaluation.texts]
+    with stage("tokenizer"):
+        try:
+            source = sources.open_source(case.origin, case.manifest.plan.model.architecture)
+        except ExportError as error:
+            raise StoppedError(Outcome.SOURCE_DIFFERS, str(error)) from None
+        problems = checks.tokenizer_differences(case.folder, case.manifest, source, texts)
+    case.gates.append(gates.count("tokenizer: differences", problems, Outcome.TOKENIZER_DIFFERS))
+
+
+def check_weights(case: Case) -> None:
+    """Integers and scales of the finished file are those that were quantized once."""
+    job = jobs.WeightsJob(folder=case.folder_text, source=case.setting.source, cache=case.cache_text)
+    with stage("weights"):
+        found = ask(case, job, "weights")
+    compared = f"{found['values']:,} integers and scales compared" if found["values"] else "nothing is quantized"
+    detail = compared + (f", first: {found['first']}" if found["first"] else "")
+    problems = found["differing"] + len(found["missing"])
+    if found["missing"]:
+        detail += f", missing: {found['missing'][0]}"
+    case.gates.append(gates.judge("weights: differing numbers", problems, "at most", 0, Outcome.WEIGHTS_DIFFER, detail))
+
+
+def prepare(case: Case) -> Windows:
+    """Cut the evaluation's windows with the artifact's tokenizer and put them where child processes find them."""
+    try:
+        loaded = tokenizer.load(case.folder)
+    except ExportError as error:
+        raise StoppedError(Outcome.TOKENIZER_DIFFERS, str(error)) from None
+    windows = evaluation.cut_windows(case.setting.evaluation, loaded, case.manifest)
+    np.save(case.setting.scratch / "tokens.npy", windows.tokens)
+    return windows
+
+
+def compare_references(case: Case, windows: Windows) -> None:
+    """Hugging Face fp32 → our fp32 → our quantized model."""
+    theirs = reference_logits(case, windows, "huggingface")
+    ours = reference_logits(case, windows, "fp32")
+    quantized = reference_logits(case, windows, "quantized")
+    with stage("compare", "rewriting and quantization"):
+        rewriting = case.comparisons["rewriting"] = compare(windows, theirs, ours)
+        quantization = case.comparisons["quantization"] = compare(windows, ours, quantized)
+    case.gates += gates.rewriting(rewriting, case.setting.evaluation.max_rewriting_error)
+    case.gates += gates.quantization(quantization, case.manifest.plan.quant.limits)
+
+
+def reference_logits(case: Case, windows: Windows, kind: reference.Kind) -> Path:
+    """A reference's logits, computed now or kept from before."""
+    kept = reference.locate(kind, case.manifest, windows.tokens, case.setting.cache)
+    if kept.is_file():
+        return kept
+    partial = case.setting.scratch / "reference.npy"
+    job = jobs.ReferenceJob(
+        kind=kind,
+        folder=case.folder_text,
+        source=case.setting.source,
+        cache=case.cache_text,
+        threads=case.setting.threads,
+        tokens=str(case.setting.scratch / "tokens.npy"),
+        prefill=windows.prefill,
+        out=str(partial),
+    )
+    with stage("reference", kind):
+        ask(case, job, kind)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    partial.replace(kept)
+    return kept
+
+
+def compare_lowering(case: Case, windows: Windows) -> None:
+    """Our quantized model → the artifact in its runtime, with a filled cache."""
+    out = case.setting.scratch / "artifact.npy"
+    job = jobs.LogitsJob(
+        folder=case.folder_text,
+        threads=case.setting.threads,
+        tokens=str(case.setting.scratch / "tokens.npy"),
+        prefill=windows.prefill,
+        out=str(out),
+    )
+    with stage("artifact", f"{len(windows.tokens)} windows"):
+        ask(case, job, "artifact")
+    problem = accuracy.not_finite(np.load(out, mmap_mode="r"))
+    case.gates.append(gates.count("logits finite: problems", [problem] if problem else [], Outcome.MISMATCH))
+    if problem:
+        raise StoppedError(Outcome.MISMATCH, problem)
+    with stage("compare", "lowering"):
+        lowering = compare(windows, reference_logits(case, windows, "quantized"), out)
+    case.comparisons["lowering"] = lowering
+    case.gates += gates.lowering(lowering, case.manifest.plan.target.limits)
+
+
+def compare(windows: Windows, wanted: Path, found: Path) -> Comparison:
+    """Compare two files of logits."""
+    reference_logits, logits = np.load(wanted, mmap_mode="r"), np.load(found, mmap_mode="r")
+    return accuracy.compare(reference_logits, logits, windows.targets, windows.domains)
+
+
+def check_conformance(case: Case) -> None:
+    """The cache at its edges."""
+    job = jobs.ConformanceJob(folder=case.folder_text, threads=case.setting.threads)
+    with stage("cache", "last position, past it, reset"):
+        found = ask(case, job, "cache")
+    case.gates.append(gates.count("cache: broken promises", found["failures"], Outcome.MISMATCH))
+
+
+def check_golden(case: Case) -> None:
+    """The exact checked-in answer, where the model has one."""
+    answer = golden.find(case.manifest)
+    if answer is None:
+        return
+    job = jobs.GenerateJob(
+        folder=case.folder_text, threads=case.setting.threads, prompt=answer.prompt, count=len(answer.tokens)
+    )
+    with stage("golden", f"{len(answer.tokens)} tokens"):
+        tokens = ask(case, job, "golden")["tokens"]
+    same = next(
+        (i for i, pair in enumerate(zip(tokens, answer.tokens, strict=False)) if len(set(pair)) > 1), len(tokens)
+    )
+    case.gates.append(gates.judge("golden tokens", same, "at least", len(answer.tokens), Outcome.MISMATCH))
+
+
+def measure_speed(case: Case, windows: Windows) -> None:
+    """Timings, against the device's budgets."""
+    setting, spec = case.setting, case.setting.evaluation.speed
+    longest = max(spec.prompts)
+    tokens = np.resize(windows.tokens.ravel(), longest).tolist()
+    job = jobs.SpeedJob(
+        folder=case.folder_text,
+        threads=setting.threads,
+        tokens=tuple(tokens),
+        prompts=spec.prompts,
+        generate=spec.generate,
+        repeats=spec.repeats,
+        warmups=spec.warmups,
+    )
+    with stage("speed", f"{spec.repeats} repeats"):
+        raw = ask(case, job, "speed")
+    if not raw["measured"]:
+        return
+    case.latency = latency.summarize(raw, case.manifest, setting.threads, setting.read_bandwidth_bytes_per_s)
+    budgets = setting.device.budgets
+    case.gates += gates.speed(
+        case.latency,
+        min_decode_tps=budgets.min_decode_tps,
+        max_ttft_s=budgets.max_ttft_s,
+        max_cv=setting.device.max_cv,
+    )
+
+
+def ask(case: Case, job: jobs.Job, label: str) -> dict[str, Any]:
+    """Run a job in a child process; when it dies, so does the validation of this artifact, and no more."""
+    with counted(label) as progress:
+        ended = isolation.run(job, limit_s=case.setting.device.time_limit_s, on_progress=progress)
+    if ended.outcome is not Outcome.PASS:
+        raise StoppedError(ended.outcome, f"{label}: {ended.detail}")
+    return ended.result
+
+
+def accuracy_of(case: Case) -> Accuracy:
+    """The comparisons that were reached."""
+    spec = case.setting.evaluation
+    return Accuracy(
+        evaluation=spec.name,
+        prefill=spec.prefill,
+        decode=spec.decode,
+        domains=tuple(text.domain for text in spec.texts for _ in range(text.windows)),
+        rewriting=case.comparisons.get("rewriting"),
+        quantization=case.comparisons.get("quantization"),
+        lowering=case.comparisons.get("lowering"),
+    )
+
+
+def open_artifacts(folders: Sequence[Path], device: Device) -> list[tuple[Path, Manifest]]:
+    """Every folder's manifest, read before any work; one the device cannot run is refused."""
+    cases = [(folder, manifest.read(folder)) for folder in folders]
+    for folder, described in cases:
+        if described.plan.target.name not in device.targets:
+            raise ExportError(
+                f"{folder}: device {device.name!r} does not run {described.plan.target.name}; "
+                f"it runs {', '.join(device.targets)}"
+            )
+    return cases

@@ -1,0 +1,111 @@
+"""A finished artifact in a format of our own, and a run of every check on it, in this process where that is enough."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import devices
+import export.backends
+import runtime_tests.sessions
+from export import card, manifest, pipeline
+from export.plan import ModelSpec, Plan, QuantRecipe, Target, TargetLimits, load_named
+from runtime_tests import evaluation, isolation, validate, worker
+
+FAKES = Path(__file__).parent / "fakes"
+TARGET = Target(
+    name="fake",
+    description="the eager model as a file",
+    backend="fake",
+    session="fake",
+    artifact="model.safetensors",
+    activations="none",
+    limits=TargetLimits(max_mean_kl=1e-4, min_top1=0.99, min_sqnr_db=40),
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plugged_in():
+    """The fake format is found by name, as a real one is."""
+    for package, name in ((export.backends, "backends"), (runtime_tests.sessions, "sessions")):
+        package.__path__.append(str(FAKES / name))
+    card.TEMPLATES.append(FAKES)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    """Quantized weights and reference logits, made once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory, plugged_in, store):
+    """A pristine artifact of the tiny model; copy it before breaking it."""
+    out = tmp_path_factory.mktemp("build") / "tiny"
+    plan = Plan(
+        model=load_named(ModelSpec, "models", "tiny"), quant=load_named(QuantRecipe, "quant", "int4-g32"), target=TARGET
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "CACHE", store)
+        pipeline.export(plan, None, out)
+    return out
+
+
+@pytest.fixture
+def artifact(built, tmp_path):
+    """A copy of the artifact that a test may break."""
+    return shutil.copytree(built, tmp_path / "artifact")
+
+
+def reseal(folder, **changes):
+    """Record the files as they are now: a wrong artifact that is whole."""
+    described = manifest.read(folder)
+    manifest.write(folder, described.model_copy(update={"files": manifest.hash_files(folder), **changes}))
+
+
+def set_fault(folder, fault):
+    (folder / "model.fault").write_text(fault)
+    reseal(folder)
+
+
+@pytest.fixture
+def setting(tmp_path, store):
+    """A short evaluation on a device that is never too slow or too noisy."""
+    texts = [
+        {"domain": "wikitext", "file": "wikitext2.txt", "windows": 2},
+        {"domain": "german", "file": "udhr/de.txt", "windows": 1},
+    ]
+    fields = {
+        "name": "short",
+        "description": "",
+        "prefill": 16,
+        "decode": 64,
+        "texts": texts,
+        "max_rewriting_error": 1e-4,
+        "speed": {"prompts": [8, 24], "generate": 4, "repeats": 5, "warmups": 1},
+    }
+    device = devices.load("host").model_copy(update={"targets": ("fake",), "max_cv": 1e9, "time_limit_s": 120.0})
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    return validate.Setting(
+        run_id="run",
+        device=device,
+        threads=1,
+        evaluation=evaluation.Evaluation.model_validate(fields),
+        source=None,
+        cache=store,
+        scratch=scratch,
+        read_bandwidth_bytes_per_s=1e10,
+    )
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Jobs run here instead of in a child: seconds instead of minutes, where no process has to die."""
+
+    def run(job, *, limit_s, on_progress=None):
+        given = worker.answer(job)
+        return isolation.interpret(0 if "result" in given else 1, json.dumps(given), "")
+
+    monkeypatch.setattr(isolation, "run", run)

@@ -1,0 +1,115 @@
+"""Every metric against a number worked out by hand or by scipy's definition, and against what must spoil it."""
+
+import math
+
+import numpy as np
+import pytest
+
+from runtime_tests import accuracy
+
+RNG = np.random.default_rng(0)
+
+
+def logits(*shape):
+    return RNG.standard_normal(shape).astype(np.float32) * 3
+
+
+def compare(reference, candidate, targets=None, domains=None):
+    windows, steps, vocab = reference.shape
+    targets = RNG.integers(0, vocab, (windows, steps)) if targets is None else targets
+    return accuracy.compare(reference, candidate, targets, domains or ["text"] * windows)
+
+
+def test_kl_of_two_coins():
+    half, skew = np.log([[0.5, 0.5]]), np.log([[0.9, 0.1]])
+    expected = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
+    assert accuracy.kl_divergence(half, skew)[0] == pytest.approx(expected)
+    assert accuracy.kl_divergence(skew, half)[0] != pytest.approx(expected)
+    assert accuracy.kl_divergence(half, half)[0] == 0
+
+
+def test_log_softmax_survives_large_logits():
+    assert accuracy.log_softmax(np.float32([[1e4, 0.0]]))[0].tolist() == [0.0, -1e4]
+
+
+def test_a_shift_of_all_logits_changes_no_distribution():
+    reference = logits(1, 4, 9)
+    assert compare(reference, reference + 5).mean_kl < 1e-9
+    assert compare(reference, reference + 5).max_abs_error == pytest.approx(5, rel=1e-5)
+
+
+def test_perplexity_of_a_uniform_guess_is_the_vocabulary():
+    measured = compare(logits(2, 5, 32), np.zeros((2, 5, 32), np.float32))
+    assert measured.perplexity == pytest.approx(32)
+    assert measured.perplexity_error == 0
+
+
+def test_perplexity_error_is_the_standard_error_of_the_mean():
+    value, error = accuracy.perplexity(np.array([1.0, 2.0, 3.0, 4.0]))
+    assert value == pytest.approx(math.exp(2.5))
+    assert error == pytest.approx(math.exp(2.5) * math.sqrt(5 / 3) / 2)
+
+
+def test_sqnr_of_known_noise():
+    assert accuracy.sqnr_db(100.0, 1.0) == pytest.approx(20)
+    assert accuracy.sqnr_db(1.0, 0.0) == accuracy.BEST_SQNR_DB
+    reference = logits(2, 3, 50)
+    assert compare(reference, reference * 0.9).sqnr_db == pytest.approx(20, abs=1e-3)
+
+
+def test_top1_counts_positions():
+    reference = np.eye(4, dtype=np.float32)[None] * 5
+    candidate = reference.copy()
+    candidate[0, 0] = [0, 9, 0, 0]
+    assert compare(reference, candidate).top1 == 0.75
+
+
+def test_identical_logits_are_perfect():
+    reference = logits(3, 4, 17)
+    measured = compare(reference, reference.copy())
+    assert (measured.mean_kl, measured.max_kl, measured.top1, measured.max_abs_error) == (0, 0, 1, 0)
+    assert measured.perplexity == measured.reference_perplexity
+
+
+def test_p99_and_steps_see_one_bad_position():
+    reference = logits(2, 100, 8)
+    candidate = reference.copy()
+    candidate[1, 30:33] = -candidate[1, 30:33]
+    measured = compare(reference, candidate)
+    assert int(np.argmax(measured.kl_by_step)) in (30, 31, 32)
+    assert measured.p99_kl > measured.mean_kl > 0
+    assert measured.kl_by_window[0] == 0 < measured.kl_by_window[1]
+
+
+def test_domains_are_averaged_apart():
+    reference = logits(3, 6, 8)
+    candidate = reference.copy()
+    candidate[2] *= -1
+    measured = compare(reference, candidate, domains=["en", "en", "de"])
+    assert list(measured.kl_by_domain) == ["en", "de"]
+    assert measured.kl_by_domain["en"] == 0
+    assert measured.kl_by_domain["de"] == pytest.approx(measured.kl_by_window[2])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_named(bad):
+    wrong = logits(3, 4, 5)
+    assert accuracy.not_finite(wrong) == ""
+    wrong[1, 2, 3] = bad
+    assert accuracy.not_finite(wrong) == "NaN or infinity in window 1, step 2"
+
+
+def test_other_shapes_are_refused():
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        compare(logits(1, 2, 3), logits(1, 2, 4))
+
+
+def test_a_whole_vocabulary_matches_a_direct_computation():
+    reference, candidate = logits(1, 3, 5000), logits(1, 3, 5000)
+
+    def softmax(x):
+        e = np.exp(x.astype(np.float64))
+        return e / e.sum(-1, keepdims=True)
+
+    p, q = softmax(reference[0]), softmax(candidate[0])
+    assert compare(reference, candidate).mean_kl == pytest.approx((p * np.log(p / q)).sum(-1).mean())

@@ -1,0 +1,65 @@
+"""The card: valid front matter, honest about what was measured, the same bytes for the same build."""
+
+import pytest
+from huggingface_hub import ModelCard
+
+from export import card, manifest
+from export.errors import ExportError
+from runtime_tests import publish
+
+from .sample import sample_record
+
+
+@pytest.fixture
+def described(built):
+    return manifest.read(built)
+
+
+def with_model(described, **changes):
+    model = described.plan.model.model_copy(update=changes)
+    return described.model_copy(update={"plan": described.plan.model_copy(update={"model": model})})
+
+
+def with_backend(described, backend):
+    target = described.plan.target.model_copy(update={"backend": backend})
+    return described.model_copy(update={"plan": described.plan.model_copy(update={"target": target})})
+
+
+def test_a_build_writes_a_card_that_says_it_is_not_validated(built, described):
+    text = (built / "README.md").read_text()
+    assert "Not validated yet" in text
+    assert text == card.render(described, [])
+    assert "text means nothing" in text
+
+
+def test_front_matter_is_what_the_hub_reads(described):
+    llama = with_model(described, base_model="meta-llama/Llama-3.2-1B-Instruct", license="llama3.2")
+    read = ModelCard(card.render(llama, [])).data
+    assert read.base_model == "meta-llama/Llama-3.2-1B-Instruct"
+    assert read.base_model_relation == "quantized"
+    assert (read.license, read.library_name) == ("llama3.2", "torch")
+    assert "Built with Llama" in card.render(llama, [])
+    assert "Built with Llama" not in card.render(described, [])
+
+
+def test_measured_rows_appear(described):
+    record = sample_record()
+    text = card.render(described, publish.measured_rows(record))
+    assert "Not validated" not in text
+    assert f"{record.accuracy.lowering.mean_kl:.2e}" in text
+    assert "| decode, 64 tokens | 98." in text
+    assert record.commit[:12] in text
+
+
+@pytest.mark.parametrize(
+    ("backend", "words"),
+    [("pte", "TextLLMRunner"), ("pte", "llama_main"), ("onnx_kv", "og.Generator"), ("onnx_kv", "lm_eval"),
+     ("mlpackage", "make_state"), ("mlpackage", "causalMask")],
+)  # fmt: skip
+def test_every_format_shows_its_stock_clients(described, backend, words):
+    assert words in card.render(with_backend(described, backend), [])
+
+
+def test_a_backend_without_instructions_is_refused(described):
+    with pytest.raises(ExportError, match="card_usage/other"):
+        card.render(with_backend(described, "other"), [])

@@ -1,0 +1,88 @@
+"""A crash, a hang, an exit or garbage of a child process is a result, never our end."""
+
+import sys
+import time
+
+import pytest
+
+from runtime_tests import isolation, jobs
+from runtime_tests.record import Outcome
+
+JOB = jobs.BandwidthJob(threads=1)
+
+
+@pytest.fixture
+def child(monkeypatch):
+    """Run this Python text instead of the worker."""
+
+    def run(text, limit_s=30.0, **options):
+        monkeypatch.setattr(isolation, "WORKER", (sys.executable, "-c", text))
+        return isolation.run(JOB, limit_s=limit_s, **options)
+
+    return run
+
+
+def test_a_segfault_names_its_signal(child):
+    ended = child("import ctypes; ctypes.string_at(0)")
+    assert (ended.outcome, ended.detail) == (Outcome.CRASH, "died by SIGSEGV")
+
+
+def test_an_abort_keeps_the_last_words(child):
+    ended = child("import os, sys; print('kernel 7 broke', file=sys.stderr); os.abort()")
+    assert (ended.outcome, ended.detail) == (Outcome.CRASH, "died by SIGABRT: kernel 7 broke")
+
+
+def test_a_kill_hints_at_memory(child):
+    assert "out of memory" in child("import os; os.kill(os.getpid(), 9)").detail
+
+
+def test_a_hang_ends_with_everything_it_started(child, tmp_path):
+    beat = tmp_path / "beat"
+    grandchild = f"import time, pathlib\nwhile True: pathlib.Path({str(beat)!r}).touch(); time.sleep(0.02)"
+    text = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {grandchild!r}]); time.sleep(600)"
+    ended = child(text, limit_s=3.0)
+    assert ended.outcome is Outcome.TIMEOUT
+    beat.unlink()
+    time.sleep(0.3)
+    assert not beat.exists()
+
+
+def test_an_exit_code_without_an_answer(child):
+    ended = child("import sys; print('warning', file=sys.stderr); sys.exit(3)")
+    assert (ended.outcome, ended.detail) == (Outcome.RUN_FAIL, "exit 3: warning")
+
+
+@pytest.mark.parametrize("text", ["print('garbage')", "print('[1]')", "print('{\"answer\": 1}')", "pass"])
+def test_an_answer_that_is_none(child, text):
+    ended = child(text)
+    assert ended.outcome is Outcome.RUN_FAIL
+    assert "no JSON result" in ended.detail
+
+
+def test_the_last_line_is_the_answer_whatever_a_library_prints_before(child):
+    ended = child("print('hello from a library'); print('{\"result\": {\"x\": 1}}')")
+    assert (ended.outcome, ended.result) == (Outcome.PASS, {"x": 1})
+
+
+def test_progress_is_passed_on(child):
+    seen = []
+    text = 'import time; print(\'{"done": 1, "total": 2}\', flush=True); time.sleep(0.5); print(\'{"result": {}}\')'
+    assert child(text, on_progress=lambda done, total: seen.append((done, total))).outcome is Outcome.PASS
+    assert (1, 2) in seen
+
+
+def test_a_child_that_never_reads_its_job(child):
+    assert child("import os; os._exit(4)").detail.startswith("exit 4")
+
+
+def test_the_real_worker_answers():
+    ended = isolation.run(JOB, limit_s=120)
+    assert ended.outcome is Outcome.PASS
+    assert ended.result["bytes_per_s"] > 1e6
+
+
+def test_the_real_worker_turns_an_exception_into_an_answer(tmp_path):
+    job = jobs.ConformanceJob(folder=str(tmp_path), threads=1)
+    ended = isolation.run(job, limit_s=120)
+    assert ended.outcome is Outcome.RUN_FAIL
+    assert "manifest.json: missing" in ended.detail

@@ -1,0 +1,52 @@
+"""Records survive the trip to disk and back, strictly; gates judge as written."""
+
+import pytest
+
+from export.errors import ExportError
+from runtime_tests import gates, record
+from runtime_tests.record import Outcome
+
+from .sample import sample_record
+
+
+def test_a_record_comes_back_as_it_went(tmp_path):
+    path = tmp_path / "deep" / "records.jsonl"
+    first, second = sample_record(), sample_record(outcome=Outcome.CRASH, latency=None, detail="died by SIGSEGV")
+    record.append(first, path)
+    record.append(second, path)
+    assert record.read_all(path) == [first, second]
+
+
+@pytest.mark.parametrize("change", [('"run_id"', '"run"'), ('"schema_version":1', '"schema_version":2'), ("{", "")])
+def test_a_record_of_another_shape_is_refused_with_its_line(tmp_path, change):
+    path = tmp_path / "records.jsonl"
+    record.append(sample_record(), path)
+    with path.open("a") as file:
+        file.write(path.read_text().replace(*change, 1))
+    with pytest.raises(ExportError, match="line 2"):
+        record.read_all(path)
+
+
+def test_gates_hold_at_their_limit_and_nan_never_does():
+    assert gates.judge("kl", 0.5, "at most", 0.5, Outcome.MISMATCH).verdict == "pass"
+    assert gates.judge("top1", 0.5, "at least", 0.5, Outcome.MISMATCH).verdict == "pass"
+    assert gates.judge("kl", 0.51, "at most", 0.5, Outcome.MISMATCH).verdict == "fail"
+    for rule in ("at most", "at least"):
+        assert gates.judge("x", float("nan"), rule, 0.5, Outcome.MISMATCH).verdict == "fail"
+
+
+def test_the_first_failure_names_the_outcome():
+    good = gates.judge("a", 0, "at most", 0, Outcome.DAMAGED)
+    weights = gates.judge("weights", 3, "at most", 0, Outcome.WEIGHTS_DIFFER, "layer 7")
+    kl = gates.judge("kl", 1, "at most", 0, Outcome.MISMATCH)
+    assert gates.outcome_of([good]) == (Outcome.PASS, "")
+    assert gates.outcome_of([good, weights, kl]) == (Outcome.WEIGHTS_DIFFER, "weights is 3, must be at most 0: layer 7")
+
+
+def test_noise_makes_speed_undecided_and_nothing_else():
+    noisy = sample_record().latency.model_copy(update={"cv": 0.5})
+    judged = gates.speed(noisy, min_decode_tps=1e9, max_ttft_s=1.0, max_cv=0.1)
+    assert {gate.verdict for gate in judged} == {"inconclusive"}
+    assert gates.outcome_of(judged)[0] is Outcome.INCONCLUSIVE
+    calm = gates.speed(noisy, min_decode_tps=1e9, max_ttft_s=1.0, max_cv=0.9)
+    assert gates.outcome_of(calm)[0] is Outcome.TOO_SLOW

@@ -1,0 +1,239 @@
+"""Every check, and for every check the broken artifact that must turn exactly its gate red."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import devices
+from export import manifest
+from runtime_tests import __main__ as cli
+from runtime_tests import golden, isolation, validate
+from runtime_tests.record import Outcome
+
+from .conftest import FAKES, reseal, set_fault
+
+KL, TOP1, SQNR = "lowering: mean KL", "lowering: top-1", "lowering: SQNR"
+WEIGHTS, CACHE, GOLDEN = "weights: differing numbers", "cache: broken promises", "golden tokens"
+ALL_LOWERING = {KL, TOP1, SQNR}
+
+
+def failed(record):
+    return {gate.name for gate in record.gates if gate.verdict == "fail"}
+
+
+def check(folder, setting):
+    return validate.validate(folder, manifest.read(folder), setting)
+
+
+def test_a_good_artifact_passes_every_gate(artifact, setting, in_process):
+    record = check(artifact, setting)
+    assert (record.outcome, record.detail, failed(record)) == (Outcome.PASS, "", set())
+    assert {gate.name for gate in record.gates} >= {*ALL_LOWERING, WEIGHTS, CACHE, GOLDEN, "decode tokens/s"}
+    assert record.accuracy.lowering.positions == 3 * 65
+    assert set(record.accuracy.lowering.kl_by_domain) == {"wikitext", "german"}
+    assert record.accuracy.rewriting.max_relative_error < 1e-5
+    assert len(record.latency.tests[0].samples_ns) == 5
+    assert record.latency.peak_rss_bytes >= record.latency.rss_before_load_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "gates"),
+    [
+        ("flipped scale", {*ALL_LOWERING, GOLDEN}),
+        ("swapped heads", {*ALL_LOWERING, GOLDEN}),
+        ("stale cache slot", {*ALL_LOWERING, GOLDEN}),
+        ("constant token", {*ALL_LOWERING, GOLDEN}),
+        ("remembers", {CACHE}),
+        ("accepts too much", {CACHE}),
+    ],
+)
+def test_a_session_that_computes_something_else(artifact, setting, in_process, fault, gates):
+    set_fault(artifact, fault)
+    record = check(artifact, with_evaluation(setting, prefill=20))
+    assert (record.outcome, failed(record)) == (Outcome.MISMATCH, gates)
+
+
+def test_nan_is_named_by_window_and_step(artifact, setting, in_process):
+    set_fault(artifact, "nan")
+    setting = with_evaluation(setting, prefill=60)
+    record = check(artifact, setting)
+    assert record.outcome is Outcome.MISMATCH
+    assert failed(record) == {"logits finite: problems"}
+    assert "window 0, step 40" in record.detail
+
+
+def with_evaluation(setting, **changes):
+    return replace(setting, evaluation=setting.evaluation.model_copy(update=changes))
+
+
+@pytest.mark.parametrize(
+    ("fault", "outcome", "words"),
+    [
+        ("does not load", Outcome.LOAD_FAIL, "newer version"),
+        ("raises", Outcome.RUN_FAIL, "kernel not implemented"),
+    ],
+)
+def test_a_session_that_fails(artifact, setting, in_process, fault, outcome, words):
+    set_fault(artifact, fault)
+    record = check(artifact, with_evaluation(setting, prefill=60))
+    assert record.outcome is outcome
+    assert words in record.detail
+
+
+def test_one_integer_off_by_one_is_found(artifact, setting, in_process):
+    path = artifact / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    tensors["model.layers.0.mlp.up_proj.weight.qdata"][3, 5] ^= 1
+    save_file(tensors, path)
+    reseal(artifact)
+    record = check(artifact, setting)
+    assert (record.outcome, failed(record) - ALL_LOWERING) == (Outcome.WEIGHTS_DIFFER, {WEIGHTS})
+    gate = next(gate for gate in record.gates if gate.name == WEIGHTS)
+    assert gate.value == 1
+    assert "model.layers.0.mlp.up_proj.weight" in gate.detail
+
+
+def test_a_weight_that_was_never_quantized_is_missing(artifact, setting, in_process):
+    path = artifact / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[f"{name}.renamed"] = tensors.pop(f"{name}.qdata")
+    save_file(tensors, path)
+    reseal(artifact)
+    record = check(artifact, setting)
+    assert WEIGHTS in failed(record)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "extra", "remove"])
+def test_a_damaged_file_never_reaches_the_runtime(artifact, setting, in_process, damage):
+    path = artifact / "model.safetensors"
+    if damage == "truncate":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "extra":
+        (artifact / "more.bin").write_bytes(b"x")
+    else:
+        path.unlink()
+    record = check(artifact, setting)
+    assert (record.outcome, failed(record)) == (Outcome.DAMAGED, {"files intact: problems"})
+    assert record.accuracy.lowering is None
+
+
+@pytest.mark.parametrize("damage", ["ids", "template", "unreadable"])
+def test_another_tokenizer_is_found(artifact, setting, in_process, damage):
+    path = artifact / "tokenizer.json"
+    if damage == "ids":
+        fields = json.loads(path.read_text())
+        vocab = fields["model"]["vocab"]
+        vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
+        path.write_text(json.dumps(fields))
+    elif damage == "template":
+        next(artifact.glob("chat_template.jinja")).write_text("{{ messages }}")
+    else:
+        path.write_text("{")
+    reseal(artifact)
+    record = check(artifact, setting)
+    assert (record.outcome, failed(record)) == (Outcome.TOKENIZER_DIFFERS, {"tokenizer: differences"})
+
+
+def test_another_checkpoint_is_refused(artifact, setting, in_process):
+    record = check(artifact, replace(setting, source="seed:21"))
+    assert record.outcome is Outcome.SOURCE_DIFFERS
+    assert "another checkpoint (seed:21 now)" in record.detail
+
+
+def test_quantization_beyond_the_recipe_fails_only_its_gates(artifact, setting, in_process):
+    described = manifest.read(artifact)
+    limits = described.plan.quant.limits.model_copy(update={"max_mean_kl": 1e-3, "min_top1": 0.999})
+    plan = described.plan.model_copy(update={"quant": described.plan.quant.model_copy(update={"limits": limits})})
+    reseal(artifact, plan=plan)
+    record = check(artifact, setting)
+    assert failed(record) == {"quantization: mean KL", "quantization: top-1"}
+
+
+def test_a_rewriting_error_fails_only_its_gate(artifact, setting, in_process, monkeypatch, tmp_path):
+    """Our model without RoPE scaling: references and artifact agree with each other, and not with Hugging Face."""
+    monkeypatch.setattr("export.model.scale_frequencies", lambda frequencies, scaling: frequencies)
+    record = check(artifact, replace(setting, cache=tmp_path))
+    assert failed(record) == {"rewriting: max error", GOLDEN}
+
+
+def test_a_slow_artifact_fails_only_the_speed_gates(artifact, setting, in_process):
+    budgets = devices.Budgets(min_decode_tps=1e9, max_ttft_s=1e-9)
+    slow = replace(setting, device=setting.device.model_copy(update={"budgets": budgets}))
+    record = check(artifact, slow)
+    assert (record.outcome, failed(record)) == (Outcome.TOO_SLOW, {"decode tokens/s", "time to first token, s"})
+
+
+def test_noise_is_inconclusive_and_holds(artifact, setting, in_process):
+    record = check(artifact, replace(setting, device=setting.device.model_copy(update={"max_cv": 1e-12})))
+    assert record.outcome is Outcome.INCONCLUSIVE
+    assert record.holds
+
+
+def test_a_reference_evaluator_is_never_timed(artifact, setting, in_process):
+    set_fault(artifact, "reference evaluator")
+    record = check(artifact, setting)
+    assert (record.outcome, record.latency) == (Outcome.PASS, None)
+
+
+def test_golden_tokens_are_varied_and_clear():
+    answer = golden.Golden.model_validate_json((golden.FOLDER / "tiny_int4-g32.json").read_bytes())
+    assert len(answer.tokens) >= 32
+    assert len(set(answer.tokens)) >= golden.MIN_DISTINCT
+    # a lowering at the loosest SQNR limit of configs/targets would move a logit by less than half of this
+    assert answer.smallest_margin > 0.1 * answer.logit_rms
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, setting):
+    """`python -m runtime_tests` with real child processes, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(isolation, "WORKER", (sys.executable, str(FAKES / "worker.py")))
+    monkeypatch.setattr(cli.devices, "load", lambda name: setting.device)
+    monkeypatch.setattr("runtime_tests.evaluation.load", lambda name: setting.evaluation)
+    monkeypatch.setattr(cli, "BUILD", tmp_path / "build")
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "cache").symlink_to(setting.cache)
+
+    def run(*arguments):
+        from export.cli import run as run_app
+
+        monkeypatch.setattr(sys, "argv", ["runtime_tests", *map(str, arguments)])
+        return run_app(cli.app)
+
+    return run
+
+
+def test_a_crash_is_one_row_and_the_run_goes_on(command, built, artifact, tmp_path, capsys):
+    set_fault(artifact, "segfault")
+    assert command(artifact, built) == 1
+    out = capsys.readouterr().out
+    assert "died by SIGSEGV" in out
+    lines = (tmp_path / "build" / "records" / "records.jsonl").read_text().splitlines()
+    assert [json.loads(line)["outcome"] for line in lines] == ["crash", "pass"]
+    page = (tmp_path / "build" / "report" / "index.html").read_text()
+    assert "1 of 2 artifacts failed" in page
+
+
+def test_mistakes_end_in_one_line(command, built, tmp_path, capsys):
+    assert command(tmp_path / "nowhere") == 1
+    assert command("--nonsense") == 2
+    assert command() == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 3
+
+
+def test_a_seeded_checkpoint_is_identified_by_seed_and_code(built):
+    described = manifest.read(built)
+    assert list(described.checkpoint.sha256) == ["seeded.py"]
+    assert torch.tensor([layer.sqnr_db for layer in described.quantization.layers]).min() > 15
+
+
+def test_an_evaluation_longer_than_the_context_ends_one_artifact_not_the_run(artifact, setting, in_process):
+    record = check(artifact, with_evaluation(setting, prefill=250))
+    assert record.outcome is Outcome.RUN_FAIL
+    assert "context of 256" in record.detail
