@@ -151,7 +151,9 @@ def source_info() -> SourceInfo:
 def git(*arguments: str) -> str:
     """Output of a git command in this checkout; empty where there is no git."""
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], check=False, capture_output=True, text=True, timeout=20
+        )
     except OSError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -44,14 +44,16 @@ class QuantizedModel:
         return self.checkpoint.architecture
 
     def read(self, name: str) -> torch.Tensor:
-        """One weight: a torchao IntxUnpackedToInt8Tensor where quantized, else float32. The tied head is the embedding."""
+        """One weight: torchao IntxUnpackedToInt8Tensor where quantized, else float32; a tied head is the embedding."""
         if name == HEAD and self.architecture.tie_word_embeddings:
             name = EMBEDDING
         scheme = scheme_of(self.recipe, name)
         if scheme is None or self.store is None:
             return self.checkpoint.read(name)
         with safe_open(self.store, framework="pt") as file:
-            return as_torchao(file.get_tensor(f"{name}.qdata"), file.get_tensor(f"{name}.scale"), scheme.bits)
+            qdata, scale = file.get_tensor(f"{name}.qdata"), file.get_tensor(f"{name}.scale")
+        weight: torch.Tensor = as_torchao(qdata, scale, scheme.bits)
+        return weight
 
     @property
     def bits_per_weight(self) -> float:

@@ -44,7 +44,7 @@ def round_to_nearest(weight: torch.Tensor, scheme: WeightScheme) -> Rounded:
     """weight float32 [N, K]. Rows are independent, so blocks of them run on all cores."""
     rows = max(1, BLOCK_ELEMENTS // weight.shape[1])
     with one_torch_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = list(pool.map(lambda block: round_block(block, scheme), weight.split(rows)))
+        parts = list(pool.map(lambda block: round_block(block, scheme), torch.split(weight, rows)))
     return Rounded(
         qdata=torch.cat([part.qdata for part in parts]),
         scale=torch.cat([part.scale for part in parts]),

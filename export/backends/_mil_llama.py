@@ -25,7 +25,8 @@ from ..errors import ExportError
 from ..model import rope_tables
 from ..plan import Architecture
 from ..progress import track
-from ..quantize import EMBEDDING, HEAD, QuantizedModel, bits_of, scheme_of
+from ..quantize import EMBEDDING, HEAD, QuantizedModel, scheme_of
+from ..rounding import bits_of
 
 FP16_LOWEST = np.float16(-65504)
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

@@ -1,7 +1,6 @@
 """A Hugging Face folder: config.json and safetensors, one file or sharded, memory-mapped. Never unpickles."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from functools import cached_property
@@ -108,7 +107,8 @@ class FolderSource:
         tensor = self._open(self._owner[name]).get_tensor(name)
         if tensor.dtype not in FLOATS:
             raise ExportError(f"{self._owner[name]}: tensor {name} is {tensor.dtype}; only float weights are read here")
-        return tensor.to(torch.float32, copy=True)
+        values: torch.Tensor = tensor.to(torch.float32, copy=True)
+        return values
 
     def write_tokenizer(self, folder: Path) -> None:
         if not (self.folder / "tokenizer.json").is_file():
@@ -118,7 +118,7 @@ class FolderSource:
         for name in TOKENIZER_FILES:
             if (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, folder / name)
-                os.chmod(folder / name, 0o644)
+                (folder / name).chmod(0o644)
 
 
 def read_json(path: Path) -> dict[str, Any]:

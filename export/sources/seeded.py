@@ -65,6 +65,9 @@ class SeededSource:
                 f"vocab_size {self.architecture.vocab_size}: the byte tokenizer needs {tokenizer.get_vocab_size()}"
             )
         fast = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>", chat_template=CHAT_TEMPLATE
+            tokenizer_object=tokenizer,
+            bos_token="<|begin|>",  # noqa: S106  (a token of text, not a secret)
+            eos_token="<|end|>",  # noqa: S106
+            chat_template=CHAT_TEMPLATE,
         )
         fast.save_pretrained(folder)

@@ -245,7 +245,8 @@ def share_tensors() -> Iterator[None]:
     """Each partition is copied before it is serialized: copy the graph, share tensors and metadata."""
 
     def copied(_cls: type, program: ExportedProgram, *_: Any) -> ExportedProgram:
-        graph, twins = fx.Graph(), {}
+        graph = fx.Graph()
+        twins: dict[fx.Node, fx.Node] = {}
         output = graph.output(graph.graph_copy(program.graph, twins))
         output.meta = copy.copy(program.graph.output_node().meta)
         for old, new in twins.items():

@@ -50,7 +50,7 @@ def functional_update(graph: fx.Graph, node: fx.Node) -> fx.Node:
     value, cache, start = node.args
     arguments = {"value": value, "start_pos": start, "_cache_base_index": 0, "_all_bases": [cache]}
     with graph.inserting_before(node):
-        call = graph.call_function(auto_functionalized_v2, (node.target,), arguments)
+        call = graph.call_function(auto_functionalized_v2, (torch.ops.llama.update_cache.default,), arguments)
         new = graph.call_function(operator.getitem, (call, 1))
     assert isinstance(cache, fx.Node)
     copy_meta(node, call, (node.meta["val"], cache.meta["val"]))
@@ -112,7 +112,7 @@ def no_decompositions() -> Iterator[None]:
             raise ExportError(f"the model form uses ops that need decomposition: {', '.join(left)}")
         return self
 
-    ExportedProgram.run_decompositions = keep  # type: ignore[method-assign, assignment]
+    ExportedProgram.run_decompositions = keep  # type: ignore[method-assign]
     try:
         yield
     finally:

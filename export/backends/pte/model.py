@@ -9,6 +9,7 @@ Shapes: S new tokens, C context length, H query heads, G key/value heads, D head
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -135,11 +136,12 @@ class Layer(nn.Module):
         q, k = c.rotate(q, cos, sin), c.rotate(k, cos, sin)
         torch.ops.llama.update_cache(k, self.key_cache, start)
         torch.ops.llama.update_cache(v, self.value_cache, start)
-        out = torch.ops.llama.custom_sdpa(q, self.key_cache, self.value_cache, start, None, 0.0, True)
-        x = x + self.o(self.activation(out.view(1, -1, self.heads * self.head_dim)))
+        attended = torch.ops.llama.custom_sdpa(q, self.key_cache, self.value_cache, start, None, 0.0, True)
+        x = x + self.o(self.activation(attended.view(1, -1, self.heads * self.head_dim)))
         h = self.activation(c.normalize(x, self.norm_2))
         gate, up = self.gate(h), self.up(h)
-        return x + self.down(self.activation(gate * torch.sigmoid(gate) * up))
+        out: Tensor = x + self.down(self.activation(gate * torch.sigmoid(gate) * up))
+        return out
 
     def activation(self, x: Tensor) -> Tensor:
         return quantize_activation(x) if isinstance(self.o, QuantizedLinear) else x
@@ -158,9 +160,10 @@ class PteLlama(nn.Module):
         self.context_length = context_length
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
-        start, new = input_pos[0].item(), tokens.shape[1]
-        torch._check(start >= 0)
-        torch._check(start < self.context_length)
+        start: Any = input_pos[0].item()  # a symbol while tracing
+        new = tokens.shape[1]
+        torch._check(start >= 0)  # type: ignore[no-untyped-call]
+        torch._check(start < self.context_length)  # type: ignore[no-untyped-call]
         c = self.constants
         cos = c.cos.narrow(0, start, new)[None, :, None]  # [1, S, 1, D]
         sin = c.sin.narrow(0, start, new)[None, :, None]

@@ -36,13 +36,15 @@ class PteFile:
 
     def named(self, key: str) -> Bytes:
         """Bytes a delegate refers to by name."""
-        return self.segments[next(entry.segment_index for entry in self.program.named_data if entry.key == key)]
+        index: int = next(entry.segment_index for entry in self.program.named_data if entry.key == key)
+        return self.segments[index]
 
     def constant(self, index: int) -> Bytes:
         """A constant tensor's bytes, padding after it included."""
         where = self.program.constant_segment
-        ends = [*where.offsets[1:], len(self.segments[where.segment_index])]
-        return self.segments[where.segment_index][where.offsets[index] : ends[index]]
+        segment: Bytes = self.segments[where.segment_index]
+        ends = [*where.offsets[1:], len(segment)]
+        return segment[where.offsets[index] : ends[index]]
 
 
 def read_weights(artifact: Path, architecture: Architecture) -> Iterator[StoredWeight]:

@@ -71,7 +71,7 @@ def drop_segment(data: bytearray, header: _ExtendedHeader, program: Program, ind
     ).to_bytes()
     data[HEADER_AT : HEADER_AT + len(resized)] = resized
     del data[header.segment_base_offset + begin : header.segment_base_offset + end]
-    return end - begin
+    return int(end - begin)
 
 
 def set_offset(data: bytearray, segment: DataSegment, offset: int) -> None:
