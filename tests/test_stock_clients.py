@@ -126,6 +126,8 @@ def test_onnxruntime_genai_gives_our_text(built):
 def test_the_cards_python_snippet_runs_as_it_stands(built, target):
     folder = built(target)
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, cwd=folder, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.split()) > 5
