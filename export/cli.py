@@ -2,11 +2,9 @@
 
 import logging
 import os
-import shutil
 import signal
 import sys
 import warnings
-from pathlib import Path
 from types import FrameType
 
 import typer
@@ -32,8 +30,6 @@ def run(app: typer.Typer) -> int:
     except Exception as error:
         if hasattr(error, "format_message"):  # click's usage errors
             return fail(error.format_message(), 2)
-        if shutil.disk_usage(Path.cwd()).free < 2**20:
-            return fail("the disk is full; free some space and run again", 1)
         raise
     return code if isinstance(code, int) else 0
 
