@@ -4,14 +4,18 @@ import json
 
 import gguf
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 
-from export import synth
-from export.plan import Architecture
+from export import checkpoint, synth, tokenizer
+from export.errors import ExportError
+from export.plan import Architecture, ModelSpec, load_named
+from export.sources import open_source
 from export.sources.seeded import SeededSource
 
+LLAMA = load_named(ModelSpec, "models", "llama")
 SMALL = Architecture(
     vocab_size=288, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
     num_key_value_heads=2, head_dim=16, rope_theta=10000.0, rope_scaling=None, rms_norm_eps=1e-5,
@@ -121,3 +125,26 @@ def add(writer, key, value):
         writer.add_array(key, value)
     else:
         writer.add_uint32(key, value)
+
+
+def refusal(model, place):
+    """The one line that opening and reading a whole checkpoint ends in."""
+    with pytest.raises(ExportError) as caught:
+        read_everything(model, place)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert len(text) < 800
+    return text
+
+
+def read_everything(model, place):
+    opened = checkpoint.load(model, str(place))
+    return {name: opened.read(name) for name in opened.architecture.tensor_shapes()}
+
+
+def tokenizer_refusal(folder, out, vocab_size=288):
+    out.mkdir()
+    with pytest.raises(ExportError) as caught:
+        tokenizer.write(open_source(str(folder), None), out, vocab_size)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

@@ -14,9 +14,8 @@ from export import checkpoint, tokenizer
 from export.plan import ModelSpec, load_named
 from export.sources import open_source
 
-from .checkpoints import SMALL, gguf_name, interleaved, weights, write_folder, write_gguf
+from .checkpoints import LLAMA, SMALL, gguf_name, interleaved, weights, write_folder, write_gguf
 
-LLAMA = load_named(ModelSpec, "models", "llama")
 UNTIED = SMALL.model_copy(update={"tie_word_embeddings": False, "num_hidden_layers": 2})
 
 

@@ -69,23 +69,28 @@ class FolderSource:
                 hint = "pickled weights are never loaded; " if pickles else ""
                 raise ExportError(f"{single}: missing; {hint}save the model as safetensors")
             return dict.fromkeys(self._open(single).keys(), single)
-        weight_map = read_json(index_path).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ExportError(f"{index_path}: no `weight_map`; the index is damaged, download it again")
-        owner = {}
-        for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise ExportError(f"{index_path}: {name} points at {file!r}, not at a .safetensors file beside it")
-            owner[name] = self.folder / file
-        for path in sorted(set(owner.values())):
+        owner = self._weight_map(index_path)
+        paths = sorted(set(owner.values()))
+        for path in paths:
             if not path.is_file():
                 raise ExportError(f"{path}: missing, but {index_path.name} names it; download the shard again")
+        for path in paths:
             present = set(self._open(path).keys())
             listed = {name for name, file in owner.items() if file == path}
             if present != listed:
                 names = ", ".join(sorted(present ^ listed)[:3])
                 raise ExportError(f"{path}: its tensors differ from {index_path.name}: {names}; download it again")
         return owner
+
+    def _weight_map(self, index_path: Path) -> dict[str, Path]:
+        """Tensor name → file, as the index says."""
+        weight_map = read_json(index_path).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ExportError(f"{index_path}: no `weight_map`; the index is damaged, download it again")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+                raise ExportError(f"{index_path}: {name} points at {file!r}, not at a .safetensors file beside it")
+        return {name: self.folder / file for name, file in weight_map.items()}
 
     @cached_property
     def _handles(self) -> dict[Path, Any]:
