@@ -12,6 +12,7 @@ import typer
 from .errors import ExportError
 from .progress import console
 
+INTERRUPTED = 130
 NOISY = ("torchao", "torch.utils._pytree", "coremltools", "transformers", "executorch", "datasets")
 
 
@@ -22,15 +23,17 @@ def run(app: typer.Typer) -> int:
     try:
         code = app(standalone_mode=False)
     except typer.Exit as done:
-        return int(done.exit_code)
+        code = done.exit_code
     except (ExportError, OSError) as error:
         return fail(describe(error), 1)
     except (KeyboardInterrupt, typer.Abort):
-        return fail("interrupted; nothing half-written is left", 130)
+        code = INTERRUPTED
     except Exception as error:
         if hasattr(error, "format_message"):  # click's usage errors
             return fail(error.format_message(), 2)
         raise
+    if code == INTERRUPTED:  # typer turns Ctrl-C into this code without a word
+        return fail("interrupted; nothing half-written is left", INTERRUPTED)
     return code if isinstance(code, int) else 0
 
 

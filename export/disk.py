@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import resource
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -55,6 +56,12 @@ def writing(folder: Path) -> Iterator[None]:
 
 def require_room(folder: Path, needed_bytes: int) -> None:
     """Refuse work that cannot end well: the disk of `folder` has less than what will be written at least."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY and limit < needed_bytes:
+        raise ExportError(
+            f"{folder}: needs a file of {megabytes(needed_bytes)} MB, files are limited to {megabytes(limit)} MB here "
+            "(ulimit -f); raise the limit"
+        )
     if (free := free_bytes(folder)) < needed_bytes:
         raise ExportError(
             f"{folder}: needs {megabytes(needed_bytes)} MB on the disk, has {megabytes(free)} MB; free some space"

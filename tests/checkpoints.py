@@ -94,7 +94,7 @@ def write_gguf(path, architecture=SMALL, *, kind="F32", tensors=None, leave_out=
 
 
 def metadata(a):
-    tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["Ġa", "he", "Ġthe"] + ["<s>", "</s>", "<|user|>"]
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġa", "he", "Ġthe", "<s>", "</s>", "<|user|>"]
     return {
         "llama.context_length": a.max_position_embeddings,
         "llama.embedding_length": a.hidden_size,
