@@ -2,11 +2,9 @@
 
 import logging
 import os
-import shutil
 import signal
 import sys
 import warnings
-from pathlib import Path
 from types import FrameType
 
 import typer
@@ -14,6 +12,7 @@ import typer
 from .errors import ExportError
 from .progress import console
 
+INTERRUPTED = 130
 NOISY = ("torchao", "torch.utils._pytree", "coremltools", "transformers", "executorch", "datasets")
 
 
@@ -24,17 +23,17 @@ def run(app: typer.Typer) -> int:
     try:
         code = app(standalone_mode=False)
     except typer.Exit as done:
-        return int(done.exit_code)
+        code = done.exit_code
     except (ExportError, OSError) as error:
         return fail(describe(error), 1)
     except (KeyboardInterrupt, typer.Abort):
-        return fail("interrupted; nothing half-written is left", 130)
+        code = INTERRUPTED
     except Exception as error:
         if hasattr(error, "format_message"):  # click's usage errors
             return fail(error.format_message(), 2)
-        if shutil.disk_usage(Path.cwd()).free < 2**20:
-            return fail("the disk is full; free some space and run again", 1)
         raise
+    if code == INTERRUPTED:  # typer turns Ctrl-C into this code without a word
+        return fail("interrupted; nothing half-written is left", INTERRUPTED)
     return code if isinstance(code, int) else 0
 
 
