@@ -7,6 +7,8 @@ from typing import TypeVar
 import numpy as np
 
 Item = TypeVar("Item")
+ENOUGH = 3
+"""Repetitions below which nothing is called faster or slower."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Ratio:
     @property
     def verdict(self) -> str:
         """For rates, where more is better: a difference is one that three of four repetitions show."""
+        if self.pairs < ENOUGH:
+            return "too few repetitions"
         if self.q1 > 1:
             return "faster"
         return "slower" if self.q3 < 1 else "no clear difference"
