@@ -230,10 +230,20 @@ def test_wrong_options_are_refused_in_one_line():
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory):
     """The tiny model as ONNX."""
-    folder = tmp_path_factory.mktemp("bench")
+    return exported("onnx-cpu", tmp_path_factory.mktemp("onnx"))
+
+
+@pytest.fixture(scope="module")
+def pte(tmp_path_factory):
+    """The tiny model as .pte."""
+    pytest.importorskip("executorch")
+    return exported("executorch-xnnpack", tmp_path_factory.mktemp("pte"))
+
+
+def exported(target, folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "CACHE", folder / "cache")
-        described = pipeline.export(load_plan("tiny", "int4-g32", "onnx-cpu"), None, folder / "tiny")
+        described = pipeline.export(load_plan("tiny", "int4-g32", target), None, folder / "tiny")
     return folder / "tiny", described
 
 
@@ -344,11 +354,31 @@ def test_weights_are_stored_in_bf16_only_when_it_holds_them(tiny):
 
 def test_both_onnx_runtimes_step_the_same_model(artifact):
     pytest.importorskip("onnxruntime_genai")
-    folder, _ = artifact
+    step_alike(*(opening(name, artifact[0]) for name in ("genai", "session")))
+
+
+def test_a_pte_is_stepped_by_what_the_file_says_of_itself(pte):
+    step_alike(opening("pte", pte[0] / "model.pte"), opening("session", pte[0]))
+
+
+def test_executorchs_own_runner_reports_its_passes(pte):
+    runner = runners.module("llm_runner").open_runner(opening("llm_runner", pte[0] / "model.pte", pte[0]))
+    assert runner.prompt(range(60, 80)).tokens == 20
+    assert 0 < runner.generate(range(60, 80), 5).tokens <= 5
+    with pytest.raises(NotImplementedError, match="text only"):
+        runner.logits([1], 1)
+
+
+def opening(runner, path, folder=None):
+    tokenizer = str(folder / "tokenizer.json") if folder else ""
+    return Opening(runner=runner, path=str(path), tokenizer=tokenizer, context=256, threads=1)
+
+
+def step_alike(*openings):
+    """The same logits after the prefill and after each further token, and passes of the lengths asked for."""
     tokens, logits = list(range(3, 30)), []
-    for name in ("genai", "session"):
-        opening = Opening(runner=name, path=str(folder), tokenizer="", context=256, threads=1)
-        runner = runners.module(name).open_runner(opening)
+    for opened in openings:
+        runner = runners.module(opened.runner).open_runner(opened)
         assert runner.prompt(tokens).tokens == len(tokens)
         assert runner.generate(tokens, 5).tokens == 5
         logits.append(runner.logits(tokens, 20))
