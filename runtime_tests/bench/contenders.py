@@ -45,7 +45,7 @@ ROLES = (
     Role("runner-stock", "export_llm .pte", "llm_runner", PTE, "export_llm"),
     Role("genai", "our ONNX", "genai", ONNX, None, ("genai-stock", "genai-stock-head8")),
     Role("genai-stock", "genai builder, default (int4 head)", "genai", ONNX, "genai"),
-    Role("genai-stock-head8", "genai builder, rtn_last (int8 head)", "genai", ONNX, "genai-head8"),
+    Role("genai-stock-head8", "genai builder, int8 head, float embedding", "genai", ONNX, "genai-head8"),
     Role("session", "our ONNX", "session", ONNX, None, ("genai-stock", "genai-stock-head8")),
 )
 

@@ -21,7 +21,7 @@ COLD = "runtime_tests.bench.cold_export"
 EXPORTERS = {
     "export_llm": "ExecuTorch export_llm",
     "genai": "onnxruntime-genai builder",
-    "genai-head8": "onnxruntime-genai builder, rtn_last",
+    "genai-head8": "onnxruntime-genai builder, int8 head",
 }
 
 

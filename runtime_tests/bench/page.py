@@ -15,7 +15,8 @@ READ = """\
 - The stock ONNX artifact is written without `intra_op_num_threads`, and onnxruntime-genai then computes with half of \
 the logical cores (one thread on a two-core machine). Here every onnxruntime-genai row gets the same number.
 - The builder's default quantizes the head to int4 in groups, ours is int8 per channel: ours reads more bytes for each \
-token and stays closer to fp32. The builder's `rtn_last` row has an int8 head too.
+token. The builder's other row has an int8 head too, in groups, and pays with a float embedding: its options cannot \
+share an int8 table (version 0.18), nor does `rtn_last` change a tied head.
 - Both .pte files are stepped by the same Python calls; TextLLMRunner is ExecuTorch's own loop and counts \
 milliseconds, tokenization and sampling included.
 - Stepped rows time the model alone, the others choose the token inside the clock.
