@@ -62,5 +62,7 @@ def refuse_foreign(out: Path, plan_id: str) -> None:
         return
     if not out.is_dir() or (any(out.iterdir()) and not (out / manifest.FILE).is_file()):
         raise ExportError(f"{out}: exists and is not an artifact folder; give another --out")
-    if (out / manifest.FILE).is_file() and (there := manifest.read(out).id) != plan_id:
-        raise ExportError(f"{out}: holds another artifact ({there}); give another --out or remove it")
+    if (out / manifest.FILE).is_file() and (there := manifest.read_id(out)) != plan_id:
+        raise ExportError(
+            f"{out}: holds another artifact ({there or 'unreadable manifest'}); give another --out or remove it"
+        )

@@ -4,6 +4,7 @@ Holds no time and no machine, so that the same inputs give the same bytes.
 """
 
 import hashlib
+import json
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -99,6 +100,14 @@ def read(folder: Path) -> Manifest:
         return Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise ExportError(f"{path}: damaged or of another version: {explain(error)[:300]}") from None
+
+
+def read_id(folder: Path) -> str:
+    """The plan id of an artifact folder, whatever version wrote its manifest; empty when there is none to read."""
+    try:
+        return str(json.loads((folder / FILE).read_bytes()).get("id", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
 def verify_files(folder: Path, manifest: Manifest) -> None:

@@ -137,11 +137,17 @@ class QuantRecipe(Strict):
 
 
 class TargetLimits(Strict):
-    """The most a lowering may differ: our quantized model against the artifact."""
+    """The most a lowering may differ: our quantized model against the artifact.
+
+    Where the runtime quantizes activations, these are differences beyond what float noise alone does to the same
+    model (see docs/decisions.md, "Rounding is chaotic").
+    """
 
     max_mean_kl: float
     min_top1: float
     min_sqnr_db: float
+    min_probe_sqnr_db: float | None
+    """SQNR the best of many single-token prompts must reach: there rounding noise has not grown yet. null: not run."""
 
 
 class Target(Strict):

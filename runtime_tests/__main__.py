@@ -32,12 +32,13 @@ def main(
 ) -> None:
     """Prove what artifacts compute and how fast: exit 0 only if every gate holds."""
     from . import evaluation, publish, summary, validate
+    from .case import Setting
 
     known = load_device(device)
     cases = validate.open_artifacts(folders or built_for(known), known)
     run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     with tempfile.TemporaryDirectory(prefix=".runtime-tests-", dir=build_folder()) as scratch:
-        setting = validate.Setting(
+        setting = Setting(
             run_id=run_id,
             device=known,
             threads=devices.thread_count(known),

@@ -64,6 +64,17 @@ def sqnr_db(signal: float, noise: float) -> float:
     return float(-10 * np.log10(max(noise / signal, floor))) if signal > 0 else 0.0
 
 
+def signal_and_noise(reference: Floats, candidate: Floats) -> tuple[float, float]:
+    """Σ ref² and Σ (ref - candidate)², the two sides of an SQNR."""
+    difference = reference.astype(np.float64) - candidate
+    return float(np.square(reference, dtype=np.float64).sum()), float(np.square(difference).sum())
+
+
+def sqnr_by_window(reference: Floats, candidate: Floats) -> list[float]:
+    """SQNR of each window of logits [W, S, V], dB."""
+    return [round(sqnr_db(*signal_and_noise(*pair)), 2) for pair in zip(reference, candidate, strict=True)]
+
+
 def not_finite(logits: Floats) -> str:
     """The first window and step holding NaN or infinity, in words; empty when all are finite."""
     for window, rows in enumerate(logits):
@@ -76,15 +87,15 @@ def not_finite(logits: Floats) -> str:
 def score_window(reference: Floats, candidate: Floats, targets: NDArray[np.int64]) -> WindowScores:
     """Compare one window's logits [S, V]."""
     truth, guess = log_softmax(reference), log_softmax(candidate)
-    difference = reference.astype(np.float64) - candidate
+    signal, noise = signal_and_noise(reference, candidate)
     return WindowScores(
         kl=kl_divergence(truth, guess),
         agrees=reference.argmax(axis=-1) == candidate.argmax(axis=-1),
         nll=negative_log_likelihood(guess, targets),
         reference_nll=negative_log_likelihood(truth, targets),
-        signal=float(np.square(reference, dtype=np.float64).sum()),
-        noise=float(np.square(difference).sum()),
-        max_abs_error=float(np.abs(difference).max()),
+        signal=signal,
+        noise=noise,
+        max_abs_error=float(np.abs(reference.astype(np.float64) - candidate).max()),
         largest_logit=float(np.abs(reference).max()),
     )
 

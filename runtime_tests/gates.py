@@ -1,6 +1,8 @@
 """Measured values against limits. Pure; knows nothing about how a value was measured."""
 
 from collections.abc import Sequence
+from math import sqrt
+from statistics import stdev
 from typing import Literal
 
 from export.plan import QuantLimits, TargetLimits
@@ -38,17 +40,42 @@ def quantization(measured: Comparison, limits: QuantLimits) -> list[Gate]:
     ]
 
 
-def lowering(measured: Comparison, limits: TargetLimits) -> list[Gate]:
-    """Our quantized model against the artifact: the target's limits."""
+def lowering(measured: Comparison, limits: TargetLimits, noise: Comparison | None) -> list[Gate]:
+    """Our quantized model against the artifact: the target's limits, beyond float noise where that is measured."""
+    detail = ""
+    if noise is not None:
+        limits = beyond(noise, measured, limits)
+        detail = f"float noise alone: KL {noise.mean_kl:.4f}, top-1 {noise.top1:.1%}, SQNR {noise.sqnr_db:.1f} dB"
     return [
-        judge("lowering: mean KL", measured.mean_kl, "at most", limits.max_mean_kl, Outcome.MISMATCH),
-        judge("lowering: top-1", measured.top1, "at least", limits.min_top1, Outcome.MISMATCH),
-        judge("lowering: SQNR", measured.sqnr_db, "at least", limits.min_sqnr_db, Outcome.MISMATCH),
+        judge("lowering: mean KL", measured.mean_kl, "at most", limits.max_mean_kl, Outcome.MISMATCH, detail),
+        judge("lowering: top-1", measured.top1, "at least", limits.min_top1, Outcome.MISMATCH, detail),
+        judge("lowering: SQNR", measured.sqnr_db, "at least", limits.min_sqnr_db, Outcome.MISMATCH, detail),
     ]
 
 
+def beyond(noise: Comparison, measured: Comparison, limits: TargetLimits) -> TargetLimits:
+    """Limits on top of what noise does, with two standard errors of the comparison of the two."""
+    pairs = zip(measured.kl_by_window, noise.kl_by_window, strict=True)
+    differences = [ours - floor for ours, floor in pairs]
+    kl_error = stdev(differences) / sqrt(len(differences)) if len(differences) > 1 else 0.0
+    top1_error = sqrt(2 * noise.top1 * (1 - noise.top1) / noise.positions)
+    return limits.model_copy(
+        update={
+            "max_mean_kl": limits.max_mean_kl + noise.mean_kl + 2 * kl_error,
+            "min_top1": limits.min_top1 * noise.top1 - 2 * top1_error,
+            "min_sqnr_db": min(limits.min_sqnr_db, noise.sqnr_db - 2.0),
+        }
+    )
+
+
+def probes(sqnr_db: Sequence[float], limit: float) -> Gate:
+    """The best single-token prompt: a wrong lowering is wrong for every token, rounding noise is not."""
+    detail = f"{sum(x >= limit for x in sqnr_db)} of {len(sqnr_db)} single-token prompts reach it"
+    return judge("lowering: best probe SQNR", max(sqnr_db), "at least", limit, Outcome.MISMATCH, detail)
+
+
 def speed(measured: Latency, *, min_decode_tps: float, max_ttft_s: float, max_cv: float) -> list[Gate]:
-    """Timings against a device's budgets; above `max_cv` they decide nothing."""
+    """Timings against a device's budgets; noisier than `max_cv`, they decide only what is clear all the same."""
     decode = measured.tests[-1].avg_ts
     gates = [
         judge("decode tokens/s", decode, "at least", min_decode_tps, Outcome.TOO_SLOW),
@@ -57,7 +84,12 @@ def speed(measured: Latency, *, min_decode_tps: float, max_ttft_s: float, max_cv
     if measured.cv <= max_cv:
         return gates
     noise = {"verdict": "inconclusive", "detail": f"timings vary by {measured.cv:.0%}, more than {max_cv:.0%}"}
-    return [gate.model_copy(update=noise) for gate in gates]
+    return [gate.model_copy(update=noise) if close(gate, measured.cv) else gate for gate in gates]
+
+
+def close(gate: Gate, cv: float) -> bool:
+    """Whether noise could put the value on the other side of its limit."""
+    return abs(gate.value - gate.limit) <= 3 * cv * gate.value
 
 
 def outcome_of(gates: Sequence[Gate]) -> tuple[Outcome, str]:

@@ -12,17 +12,23 @@ class SourceDiffersError(Exception):
     """The checkpoint that is there now is not the one the artifact was built from."""
 
 
+class Task(Strict):
+    """Windows of tokens and where their logits go."""
+
+    tokens: str
+    """.npy, int64 [W, prefill + decode + 1]; the last token is not fed."""
+    prefill: int
+    out: str
+    """.npy to write, float32 [W, decode + 1, V]."""
+
+
 class LogitsJob(Strict):
     """Run windows of tokens through the artifact's session: prefill, then one token at a time."""
 
     action: Literal["logits"] = "logits"
     folder: str
     threads: int
-    tokens: str
-    """.npy, int64 [W, prefill + decode + 1]; the last token is not fed."""
-    prefill: int
-    out: str
-    """.npy to write, float32 [W, decode + 1, V]."""
+    tasks: tuple[Task, ...]
 
 
 class ConformanceJob(Strict):
@@ -73,18 +79,21 @@ class WeightsJob(Strict):
     cache: str
 
 
+class ReferenceTask(Task):
+    """Logits of one reference model in eager PyTorch."""
+
+    kind: Literal["huggingface", "fp32", "quantized", "noise"]
+
+
 class ReferenceJob(Strict):
-    """Logits of a reference model in eager PyTorch."""
+    """Every reference that is not there yet, from one reading of the checkpoint."""
 
     action: Literal["reference"] = "reference"
-    kind: Literal["huggingface", "fp32", "quantized"]
     folder: str
     source: str | None
     cache: str
     threads: int
-    tokens: str
-    prefill: int
-    out: str
+    tasks: tuple[ReferenceTask, ...]
 
 
 class Opening(Strict):

@@ -83,8 +83,13 @@ class Accuracy(Strict):
     """Hugging Face fp32 → our fp32."""
     quantization: Comparison | None
     """Our fp32 → our quantized model."""
+    noise: Comparison | None
+    """Our quantized model → itself with float noise of one ulp, where it quantizes activations: what no lowering can
+    do better than."""
     lowering: Comparison | None
     """Our quantized model → the artifact in its runtime."""
+    probe_sqnr_db: tuple[float, ...]
+    """The same for single-token prompts, one number each; empty when the target asks for none."""
 
 
 class SpeedTest(Strict):

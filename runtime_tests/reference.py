@@ -17,45 +17,65 @@ from numpy.typing import NDArray
 from export import manifest
 from export.checkpoint import Checkpoint
 from export.manifest import ROOT, Manifest
-from export.quantize import HEAD, eager
+from export.model import Llama, RMSNorm
+from export.quantize import HEAD, QuantizedModel, eager
 
-from .jobs import ReferenceJob, report_progress
+from .jobs import ReferenceJob, ReferenceTask, report_progress
 from .weights import rebuild
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
-Kind = Literal["huggingface", "fp32", "quantized"]
+Kind = Literal["huggingface", "fp32", "quantized", "noise"]
 PASS_BYTES = 2**28
 """Most logits of one pass: windows go together as far as they fit, for each pass dequantizes every weight again."""
 
 
 def compute(job: ReferenceJob) -> dict[str, Any]:
-    """Write the logits a session would give: after the prefill and after every decoded token."""
+    """Every task in turn, one model in memory at a time."""
     torch.set_num_threads(job.threads)
     described = manifest.read(Path(job.folder))
-    forward = forward_of(job, described)
-    tokens = torch.from_numpy(np.load(job.tokens))
-    shape = (tokens.shape[0], tokens.shape[1] - job.prefill, described.architecture.vocab_size)
-    out = np.lib.format.open_memmap(job.out, mode="w+", dtype=np.float32, shape=shape)
-    together = max(1, PASS_BYTES // (4 * (tokens.shape[1] - 1) * shape[-1]))
+    model = rebuild(described, job.source, Path(job.cache))
+    for task in job.tasks:
+        write_logits(forward_of(task.kind, model, described), task, described.architecture.vocab_size)
+    return {"tasks": len(job.tasks)}
+
+
+def write_logits(forward: Forward, task: ReferenceTask, vocab_size: int) -> None:
+    """Write the logits a session would give: after the prefill and after every decoded token."""
+    tokens = torch.from_numpy(np.load(task.tokens))
+    shape = (tokens.shape[0], tokens.shape[1] - task.prefill, vocab_size)
+    out = np.lib.format.open_memmap(task.out, mode="w+", dtype=np.float32, shape=shape)
+    together = max(1, PASS_BYTES // (4 * (tokens.shape[1] - 1) * vocab_size))
     with torch.inference_mode():
         for first in range(0, len(tokens), together):
             logits = forward(tokens[first : first + together, :-1])  # [windows, prefill + decode, V]
-            out[first : first + together] = logits[:, job.prefill - 1 :].numpy()
+            out[first : first + together] = logits[:, task.prefill - 1 :].numpy()
             report_progress(min(first + together, len(tokens)), len(tokens))
     out.flush()
-    return {"windows": len(tokens)}
 
 
-def forward_of(job: ReferenceJob, described: Manifest) -> Forward:
+def forward_of(kind: Kind, model: QuantizedModel, described: Manifest) -> Forward:
     """The reference model as tokens [B, S] → logits [B, S, V]."""
-    model = rebuild(described, job.source, Path(job.cache))
-    if job.kind == "huggingface":
+    if kind == "huggingface":
         return hugging_face(model.checkpoint)
-    if job.kind == "fp32":
+    if kind == "fp32":
         llama = eager(model.checkpoint.read, model.architecture, "none")
     else:
         llama = eager(model.read, model.architecture, described.plan.target.activations)
+    if kind == "noise":
+        add_noise(llama)
     return lambda tokens: llama(tokens)[0]
+
+
+def add_noise(llama: Llama) -> None:
+    """Change the output of every norm by one float32 ulp up or down: another machine's arithmetic, imitated."""
+    generator = torch.Generator().manual_seed(0)
+
+    def disturb(_module: RMSNorm, _inputs: Any, out: torch.Tensor) -> torch.Tensor:
+        return out * (1 + 2.0**-23 * torch.randint(-1, 2, out.shape, generator=generator))
+
+    for module in llama.modules():
+        if isinstance(module, RMSNorm):
+            module.register_forward_hook(disturb)
 
 
 def hugging_face(checkpoint: Checkpoint) -> Forward:
@@ -87,9 +107,9 @@ def locate(kind: Kind, described: Manifest, tokens: NDArray[np.int64], cache: Pa
         "shape": tokens.shape,
         "code": [digest("export/model.py"), digest("runtime_tests/reference.py"), version("torch")],
     }
-    if kind == "quantized":
+    if kind in ("quantized", "noise"):
         inputs |= {"key": described.quantization.key, "activations": described.plan.target.activations}
-        inputs["code"] += [digest("export/quantize.py"), version("torchao")]
+        inputs["code"] += [digest("export/quantize.py"), digest("export/rounding.py"), version("torchao")]
     if kind == "huggingface":
         inputs["code"].append(version("transformers"))
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

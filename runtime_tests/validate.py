@@ -3,72 +3,21 @@
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from devices import Device
-from export import manifest, sources, tokenizer
+from export import manifest, sources
 from export.errors import ExportError
 from export.manifest import Manifest
-from export.progress import counted, stage
+from export.progress import stage
 
-from . import accuracy, checks, environment, evaluation, gates, golden, isolation, jobs, latency, reference
-from .evaluation import Evaluation, Windows
-from .record import Accuracy, Comparison, Gate, Latency, Outcome, Record
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all artifacts of a run share."""
-
-    run_id: str
-    device: Device
-    threads: int
-    evaluation: Evaluation
-    source: str | None
-    """Where checkpoints are, when not where the manifests say."""
-    cache: Path
-    scratch: Path
-    read_bandwidth_bytes_per_s: float
-
-
-@dataclass
-class Case:
-    """One artifact under examination, and what was found so far."""
-
-    folder: Path
-    manifest: Manifest
-    setting: Setting
-    gates: list[Gate] = field(default_factory=list)
-    comparisons: dict[str, Comparison] = field(default_factory=dict)
-    latency: Latency | None = None
-
-    @property
-    def origin(self) -> str:
-        """Where the checkpoint is."""
-        return self.setting.source or self.manifest.checkpoint.origin
-
-    @property
-    def folder_text(self) -> str:
-        """The folder as a child process, which has its own working folder, finds it."""
-        return str(self.folder.resolve())
-
-    @property
-    def cache_text(self) -> str:
-        """The cache folder, likewise."""
-        return str(self.setting.cache.resolve())
-
-
-class StoppedError(Exception):
-    """Nothing after this can be trusted."""
-
-    def __init__(self, outcome: Outcome, detail: str) -> None:
-        super().__init__(detail)
-        self.outcome = outcome
+from . import checks, comparisons, environment, evaluation, gates, golden, jobs, latency
+from .case import Case, Setting, StoppedError, ask
+from .evaluation import Windows
+from .record import Accuracy, Outcome, Record
 
 
 def validate(folder: Path, described: Manifest, setting: Setting) -> Record:
@@ -110,12 +59,13 @@ def examine(case: Case) -> None:
     check_files(case)
     check_tokenizer(case)
     check_weights(case)
-    windows = prepare(case)
-    compare_references(case, windows)
-    compare_lowering(case, windows)
+    windows, probes = comparisons.prepare(case)
+    files = comparisons.compute_references(case, windows, probes)
+    comparisons.compare_references(case, windows.windows, files)
+    comparisons.compare_lowering(case, windows, probes, files)
     check_conformance(case)
     check_golden(case)
-    measure_speed(case, windows)
+    measure_speed(case, windows.windows)
 
 
 def check_files(case: Case) -> None:
@@ -150,80 +100,6 @@ def check_weights(case: Case) -> None:
     if found["missing"]:
         detail += f", missing: {found['missing'][0]}"
     case.gates.append(gates.judge("weights: differing numbers", problems, "at most", 0, Outcome.WEIGHTS_DIFFER, detail))
-
-
-def prepare(case: Case) -> Windows:
-    """Cut the evaluation's windows with the artifact's tokenizer and put them where child processes find them."""
-    try:
-        loaded = tokenizer.load(case.folder)
-    except ExportError as error:
-        raise StoppedError(Outcome.TOKENIZER_DIFFERS, str(error)) from None
-    windows = evaluation.cut_windows(case.setting.evaluation, loaded, case.manifest)
-    np.save(case.setting.scratch / "tokens.npy", windows.tokens)
-    return windows
-
-
-def compare_references(case: Case, windows: Windows) -> None:
-    """Hugging Face fp32 → our fp32 → our quantized model."""
-    theirs = reference_logits(case, windows, "huggingface")
-    ours = reference_logits(case, windows, "fp32")
-    quantized = reference_logits(case, windows, "quantized")
-    with stage("compare", "rewriting and quantization"):
-        rewriting = case.comparisons["rewriting"] = compare(windows, theirs, ours)
-        quantization = case.comparisons["quantization"] = compare(windows, ours, quantized)
-    case.gates += gates.rewriting(rewriting, case.setting.evaluation.max_rewriting_error)
-    case.gates += gates.quantization(quantization, case.manifest.plan.quant.limits)
-
-
-def reference_logits(case: Case, windows: Windows, kind: reference.Kind) -> Path:
-    """A reference's logits, computed now or kept from before."""
-    kept = reference.locate(kind, case.manifest, windows.tokens, case.setting.cache)
-    if kept.is_file():
-        return kept
-    partial = case.setting.scratch / "reference.npy"
-    job = jobs.ReferenceJob(
-        kind=kind,
-        folder=case.folder_text,
-        source=case.setting.source,
-        cache=case.cache_text,
-        threads=case.setting.threads,
-        tokens=str(case.setting.scratch / "tokens.npy"),
-        prefill=windows.prefill,
-        out=str(partial),
-    )
-    with stage("reference", kind):
-        ask(case, job, kind)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    partial.replace(kept)
-    return kept
-
-
-def compare_lowering(case: Case, windows: Windows) -> None:
-    """Our quantized model → the artifact in its runtime, with a filled cache."""
-    out = case.setting.scratch / "artifact.npy"
-    job = jobs.LogitsJob(
-        folder=case.folder_text,
-        threads=case.setting.threads,
-        tokens=str(case.setting.scratch / "tokens.npy"),
-        prefill=windows.prefill,
-        out=str(out),
-    )
-    with stage("artifact", f"{len(windows.tokens)} windows"):
-        ask(case, job, "artifact")
-    problem = accuracy.not_finite(np.load(out, mmap_mode="r"))
-    case.gates.append(gates.count("logits finite: problems", [problem] if problem else [], Outcome.MISMATCH))
-    if problem:
-        raise StoppedError(Outcome.MISMATCH, problem)
-    with stage("compare", "lowering"):
-        lowering = compare(windows, reference_logits(case, windows, "quantized"), out)
-    case.comparisons["lowering"] = lowering
-    case.gates += gates.lowering(lowering, case.manifest.plan.target.limits)
-
-
-def compare(windows: Windows, wanted: Path, found: Path) -> Comparison:
-    """Compare two files of logits."""
-    reference_logits, logits = np.load(wanted, mmap_mode="r"), np.load(found, mmap_mode="r")
-    return accuracy.compare(reference_logits, logits, windows.targets, windows.domains)
 
 
 def check_conformance(case: Case) -> None:
@@ -278,15 +154,6 @@ def measure_speed(case: Case, windows: Windows) -> None:
     )
 
 
-def ask(case: Case, job: jobs.Job, label: str) -> dict[str, Any]:
-    """Run a job in a child process; when it dies, so does the validation of this artifact, and no more."""
-    with counted(label) as progress:
-        ended = isolation.run(job, limit_s=case.setting.device.time_limit_s, on_progress=progress)
-    if ended.outcome is not Outcome.PASS:
-        raise StoppedError(ended.outcome, f"{label}: {ended.detail}")
-    return ended.result
-
-
 def accuracy_of(case: Case) -> Accuracy:
     """The comparisons that were reached."""
     spec = case.setting.evaluation
@@ -297,7 +164,9 @@ def accuracy_of(case: Case) -> Accuracy:
         domains=tuple(text.domain for text in spec.texts for _ in range(text.windows)),
         rewriting=case.comparisons.get("rewriting"),
         quantization=case.comparisons.get("quantization"),
+        noise=case.comparisons.get("noise"),
         lowering=case.comparisons.get("lowering"),
+        probe_sqnr_db=tuple(case.probe_sqnr_db),
     )
 
 

@@ -77,20 +77,21 @@ def opened(folder: str, threads: int) -> Session:
 
 def write_logits(job: jobs.LogitsJob) -> dict[str, Any]:
     """Prefill each window, then feed it token by token; logits go straight to the file, so memory stays small."""
-    tokens = np.load(job.tokens)
     vocab = manifest.read(Path(job.folder)).architecture.vocab_size
-    steps = tokens.shape[1] - job.prefill
     session = opened(job.folder, job.threads)
-    out = np.lib.format.open_memmap(job.out, mode="w+", dtype=np.float32, shape=(len(tokens), steps, vocab))
-    for i, window in enumerate(tokens.tolist()):
-        session.reset()
-        out[i, 0] = session.feed(window[: job.prefill])
-        for step in range(1, steps):
-            out[i, step] = session.feed([window[job.prefill + step - 1]])
+    for task in job.tasks:
+        tokens = np.load(task.tokens)
+        steps = tokens.shape[1] - task.prefill
+        out = np.lib.format.open_memmap(task.out, mode="w+", dtype=np.float32, shape=(len(tokens), steps, vocab))
+        for i, window in enumerate(tokens.tolist()):
+            session.reset()
+            out[i, 0] = session.feed(window[: task.prefill])
+            for step in range(1, steps):
+                out[i, step] = session.feed([window[task.prefill + step - 1]])
+            jobs.report_progress(i + 1, len(tokens))
         out.flush()
-        jobs.report_progress(i + 1, len(tokens))
     session.close()
-    return {"windows": len(tokens), "steps": steps}
+    return {"tasks": len(job.tasks)}
 
 
 def one_line(error: BaseException) -> str:

@@ -11,7 +11,8 @@ import export.backends
 import runtime_tests.sessions
 from export import card, manifest, pipeline
 from export.plan import ModelSpec, Plan, QuantRecipe, Target, TargetLimits, load_named
-from runtime_tests import evaluation, isolation, validate, worker
+from runtime_tests import evaluation, isolation, worker
+from runtime_tests.case import Setting
 
 FAKES = Path(__file__).parent / "fakes"
 TARGET = Target(
@@ -21,7 +22,7 @@ TARGET = Target(
     session="fake",
     artifact="model.safetensors",
     activations="none",
-    limits=TargetLimits(max_mean_kl=1e-4, min_top1=0.99, min_sqnr_db=40),
+    limits=TargetLimits(max_mean_kl=1e-4, min_top1=0.99, min_sqnr_db=40, min_probe_sqnr_db=None),
 )
 
 
@@ -88,7 +89,7 @@ def setting(tmp_path, store):
     device = devices.load("host").model_copy(update={"targets": ("fake",), "max_cv": 1e9, "time_limit_s": 120.0})
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    return validate.Setting(
+    return Setting(
         run_id="run",
         device=device,
         threads=1,

@@ -39,7 +39,8 @@ def sample_record(**changes):
         "environment": environment.current(), "commit": "c" * 40, "dirty": False,
         "started_at": "2026-01-01T00:00:00+00:00", "seconds": 1.5, "gates": (gate,),
         "accuracy": Accuracy(evaluation="default", prefill=64, decode=64, domains=("english", "hindi"),
-                             rewriting=lowering, quantization=lowering, lowering=lowering),
+                             rewriting=lowering, quantization=lowering, noise=None, lowering=lowering,
+                             probe_sqnr_db=()),
         "latency": sample_latency(), "outcome": Outcome.PASS, "detail": "",
     }  # fmt: skip
     return Record.model_validate(fields | changes)

@@ -3,10 +3,11 @@
 import pytest
 
 from export.errors import ExportError
+from export.plan import TargetLimits
 from runtime_tests import gates, record
 from runtime_tests.record import Outcome
 
-from .sample import sample_record
+from .sample import sample_comparison, sample_record
 
 
 def test_a_record_comes_back_as_it_went(tmp_path):
@@ -45,8 +46,28 @@ def test_the_first_failure_names_the_outcome():
 
 def test_noise_makes_speed_undecided_and_nothing_else():
     noisy = sample_record().latency.model_copy(update={"cv": 0.5})
-    judged = gates.speed(noisy, min_decode_tps=1e9, max_ttft_s=1.0, max_cv=0.1)
-    assert {gate.verdict for gate in judged} == {"inconclusive"}
-    assert gates.outcome_of(judged)[0] is Outcome.INCONCLUSIVE
-    calm = gates.speed(noisy, min_decode_tps=1e9, max_ttft_s=1.0, max_cv=0.9)
+    decode = noisy.tests[-1].avg_ts
+    near = gates.speed(noisy, min_decode_tps=1.2 * decode, max_ttft_s=1.2 * noisy.ttft_p50_s, max_cv=0.1)
+    assert {gate.verdict for gate in near} == {"inconclusive"}
+    assert gates.outcome_of(near)[0] is Outcome.INCONCLUSIVE
+    far = gates.speed(noisy, min_decode_tps=100 * decode, max_ttft_s=100 * noisy.ttft_p50_s, max_cv=0.1)
+    assert [gate.verdict for gate in far] == ["fail", "pass"]  # no noise of this size explains that
+    calm = gates.speed(noisy, min_decode_tps=1.2 * decode, max_ttft_s=1.0, max_cv=0.9)
     assert gates.outcome_of(calm)[0] is Outcome.TOO_SLOW
+
+
+def test_limits_of_a_rounding_runtime_stand_on_top_of_float_noise():
+    noise = sample_comparison().model_copy(
+        update={"mean_kl": 0.03, "top1": 0.87, "sqnr_db": 24.0, "positions": 520, "kl_by_window": (0.03,) * 8}
+    )
+    limits = TargetLimits(max_mean_kl=1e-3, min_top1=0.98, min_sqnr_db=25.0, min_probe_sqnr_db=None)
+    like_noise = noise.model_copy(update={"mean_kl": 0.0305, "kl_by_window": (0.031, 0.03) * 4})
+    worse = noise.model_copy(update={"mean_kl": 0.04, "top1": 0.7, "sqnr_db": 20.0, "kl_by_window": (0.041, 0.039) * 4})
+    assert {gate.verdict for gate in gates.lowering(like_noise, limits, noise)} == {"pass"}
+    assert {gate.verdict for gate in gates.lowering(worse, limits, noise)} == {"fail"}
+    assert {gate.verdict for gate in gates.lowering(like_noise, limits, None)} == {"fail"}
+
+
+def test_one_clear_probe_is_enough_and_none_is_too_few():
+    assert gates.probes([20.0, 17.0, 110.0], 60.0).verdict == "pass"
+    assert gates.probes([20.0, 17.0, 41.0], 60.0).verdict == "fail"

@@ -1,6 +1,7 @@
 """Every check, and for every check the broken artifact that must turn exactly its gate red."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -210,7 +211,8 @@ def command(monkeypatch, tmp_path, setting):
 
 def test_a_crash_is_one_row_and_the_run_goes_on(command, built, artifact, tmp_path, capsys):
     set_fault(artifact, "segfault")
-    assert command(artifact, built) == 1
+    good = shutil.copytree(built, tmp_path / "good")
+    assert command(artifact, good) == 1
     out = capsys.readouterr().out
     assert "died by SIGSEGV" in out
     lines = (tmp_path / "build" / "records" / "records.jsonl").read_text().splitlines()

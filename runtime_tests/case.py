@@ -1,0 +1,73 @@
+"""One artifact under examination: the setting of its run, and what was found so far. Knows nothing about formats."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from devices import Device
+from export.manifest import Manifest
+from export.progress import counted
+
+from . import isolation, jobs
+from .evaluation import Evaluation
+from .record import Comparison, Gate, Latency, Outcome
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all artifacts of a run share."""
+
+    run_id: str
+    device: Device
+    threads: int
+    evaluation: Evaluation
+    source: str | None
+    """Where checkpoints are, when not where the manifests say."""
+    cache: Path
+    scratch: Path
+    read_bandwidth_bytes_per_s: float
+
+
+@dataclass
+class Case:
+    """One artifact under examination, and what was found so far."""
+
+    folder: Path
+    manifest: Manifest
+    setting: Setting
+    gates: list[Gate] = field(default_factory=list)
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
+    probe_sqnr_db: list[float] = field(default_factory=list)
+    latency: Latency | None = None
+
+    @property
+    def origin(self) -> str:
+        """Where the checkpoint is."""
+        return self.setting.source or self.manifest.checkpoint.origin
+
+    @property
+    def folder_text(self) -> str:
+        """The folder as a child process, which has its own working folder, finds it."""
+        return str(self.folder.resolve())
+
+    @property
+    def cache_text(self) -> str:
+        """The cache folder, likewise."""
+        return str(self.setting.cache.resolve())
+
+
+class StoppedError(Exception):
+    """Nothing after this can be trusted."""
+
+    def __init__(self, outcome: Outcome, detail: str) -> None:
+        super().__init__(detail)
+        self.outcome = outcome
+
+
+def ask(case: Case, job: jobs.Job, label: str) -> dict[str, Any]:
+    """Run a job in a child process; when it dies, so does the validation of this artifact, and no more."""
+    with counted(label) as progress:
+        ended = isolation.run(job, limit_s=case.setting.device.time_limit_s, on_progress=progress)
+    if ended.outcome is not Outcome.PASS:
+        raise StoppedError(ended.outcome, f"{label}: {ended.detail}")
+    return ended.result

@@ -1,0 +1,84 @@
+"""python -m runtime_tests.readme: the results table of README.md, from the last validation run's records."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from export.cli import run
+from export.errors import ExportError
+
+from .record import Record
+
+RECORDS, README = Path("build/records/records.jsonl"), Path("README.md")
+START, END = "<!-- results: written by `make readme` -->", "<!-- end of results -->"
+HEADER = "| artifact | size | KL of quantization | KL of lowering | top-1 | prefill | decode | peak memory | verdict |"
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main() -> None:
+    """Rewrite the block between the two markers."""
+    text = README.read_text(encoding="utf-8")
+    if START not in text or END not in text:
+        raise ExportError(f"{README}: the markers of the results block are missing")
+    before, after = text.split(START)[0], text.split(END)[1]
+    README.write_text(f"{before}{START}\n\n{block(last_run())}\n\n{END}{after}", encoding="utf-8")
+
+
+def last_run() -> list[Record]:
+    """Records of the newest run."""
+    lines = RECORDS.read_text(encoding="utf-8").splitlines() if RECORDS.is_file() else []
+    if not lines:
+        raise ExportError(f"{RECORDS}: no records; run `make` first")
+    newest = json.loads(lines[-1])["run_id"]
+    return [Record.model_validate_json(line) for line in lines if json.loads(line)["run_id"] == newest]
+
+
+def block(records: Sequence[Record]) -> str:
+    """Table, and what its numbers belong to."""
+    newest = records[-1]
+    machine, dirty = newest.environment, " with local changes" if newest.dirty else ""
+    versions = ", ".join(
+        f"{tool} {machine.tools[tool]}" for tool in ("torch", "executorch", "coremltools", "onnxruntime")
+    )
+    lines = [HEADER, "|---" * HEADER.count(" | ") + "|---|", *(row(record) for record in records), ""]
+    positions = newest.accuracy.lowering.positions if newest.accuracy.lowering else 0
+    lines += [
+        f"Measured by `make validate` on {machine.cpu}, {machine.cores} cores (shared), {machine.os}; {versions}; commit "
+        f"`{newest.commit[:12]}`{dirty}, {newest.started_at[:10]}. KL in nats over {positions} positions "
+        f"({newest.accuracy.prefill} prefill + {newest.accuracy.decode} decode steps a window); prefill of "
+        f"{longest_prompt(records)} tokens and decode in tokens/s, mean of 5. Where the runtime rounds activations to "
+        "int8, the number in brackets is the KL that float noise of one ulp alone makes of the same model.",
+    ]
+    return "\n".join(lines)
+
+
+def row(record: Record) -> str:
+    """One artifact."""
+    quantization, lowering, noise = record.accuracy.quantization, record.accuracy.lowering, record.accuracy.noise
+    speed = record.latency
+    floor = f" ({noise.mean_kl:.1e})" if noise else ""
+    cells = [
+        f"`{record.artifact}`",
+        f"{record.size_bytes / 1e6:.1f} MB",
+        f"{quantization.mean_kl:.3f}" if quantization else "–",
+        f"{lowering.mean_kl:.1e}{floor}" if lowering else "–",
+        f"{lowering.top1:.1%}" if lowering else "–",
+        f"{speed.tests[-2].avg_ts:.0f}" if speed else "not timed",
+        f"{speed.tests[-1].avg_ts:.0f}" if speed else "not timed",
+        f"{speed.peak_rss_bytes / 1e6:.0f} MB" if speed else "–",
+        record.outcome.value,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def longest_prompt(records: Sequence[Record]) -> int:
+    """Tokens of the longest timed prompt."""
+    return max((test.n_prompt for record in records if record.latency for test in record.latency.tests), default=0)
+
+
+if __name__ == "__main__":
+    sys.exit(run(app))
