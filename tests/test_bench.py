@@ -17,6 +17,7 @@ from runtime_tests.bench import __main__ as cli
 from runtime_tests.bench import (
     checkpoints,
     contenders,
+    fidelity,
     page,
     processes,
     ratios,
@@ -359,6 +360,22 @@ def test_both_onnx_runtimes_step_the_same_model(artifact):
 
 def test_a_pte_is_stepped_by_what_the_file_says_of_itself(pte):
     step_alike(opening("pte", pte[0] / "model.pte"), opening("session", pte[0]))
+
+
+def test_accuracy_is_that_of_the_file_and_a_wrong_one_is_a_row(artifact, in_process, monkeypatch, tmp_path):
+    monkeypatch.setattr(fidelity, "ROOT", tmp_path)
+    (tmp_path / fidelity.BENCH).mkdir(parents=True)
+    folder = artifact[0]
+    pair = [
+        contenders.Contender(entry("session", ours=True), opening("session", folder)),
+        contenders.Contender(entry("gone", ours=False), opening("session", folder / "nowhere")),
+    ]
+    good, gone = fidelity.judge(pair, folder, None, fidelity.windows(folder, "default"))
+    assert good.outcome is Outcome.PASS
+    assert good.positions == 8 * 65
+    assert 0 < good.mean_kl < 0.5
+    assert gone.outcome is Outcome.RUN_FAIL
+    assert "manifest.json: missing" in gone.detail
 
 
 def test_executorchs_own_runner_reports_its_passes(pte):

@@ -18,7 +18,7 @@ from .. import evaluation, isolation
 from ..accuracy import compare, not_finite
 from ..evaluation import Windows
 from ..isolation import Ended
-from ..jobs import BenchLogitsJob, ReferenceJob
+from ..jobs import BenchLogitsJob, ReferenceJob, ReferenceTask
 from ..record import Comparison, Outcome
 from .contenders import Contender
 from .results import Fidelity
@@ -52,15 +52,11 @@ def judge(contenders: Sequence[Contender], folder: Path, source: str | None, cut
 
 def compute_reference(folder: Path, source: str | None, cut: Windows, room: Path, *, threads: int) -> None:
     """Write the fp32 model's logits."""
+    task = ReferenceTask(
+        kind="fp32", tokens=str(room / "tokens.npy"), prefill=cut.prefill, out=str(room / "reference.npy")
+    )
     job = ReferenceJob(
-        kind="fp32",
-        folder=str(folder),
-        source=source,
-        cache=str(ROOT / "build" / "cache"),
-        threads=threads,
-        tokens=str(room / "tokens.npy"),
-        prefill=cut.prefill,
-        out=str(room / "reference.npy"),
+        folder=str(folder), source=source, cache=str(ROOT / "build" / "cache"), threads=threads, tasks=(task,)
     )
     ended = isolation.run(job, limit_s=LIMIT_S)
     if ended.outcome is not Outcome.PASS:
