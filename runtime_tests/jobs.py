@@ -96,7 +96,57 @@ class ReferenceJob(Strict):
     tasks: tuple[ReferenceTask, ...]
 
 
-Job = LogitsJob | ConformanceJob | GenerateJob | SpeedJob | BandwidthJob | WeightsJob | ReferenceJob
+class Opening(Strict):
+    """An artifact of the benchmark and how it is opened."""
+
+    runner: str
+    """Module in bench/runners."""
+    path: str
+    tokenizer: str
+    """tokenizer.json, for a runner that takes text."""
+    context: int
+    """Slots of the KV cache, tokens."""
+    threads: int
+
+
+class BenchJob(Strict):
+    """Time one contender of the benchmark once, in a process of its own."""
+
+    action: Literal["bench"] = "bench"
+    opening: Opening
+    tokens: tuple[int, ...]
+    """At least as many as the longest prompt."""
+    prompts: tuple[int, ...]
+    """Lengths; generation follows the first."""
+    generate: int
+    passes: int
+    """Timed passes of each kind, after one that is dropped."""
+
+
+class BenchLogitsJob(Strict):
+    """Logits of windows of tokens through a contender's runner."""
+
+    action: Literal["bench-logits"] = "bench-logits"
+    opening: Opening
+    vocab_size: int
+    tokens: str
+    """.npy, int64 [W, prefill + decode + 1]; the last token is not fed."""
+    prefill: int
+    out: str
+    """.npy to write, float32 [W, decode + 1, V]."""
+
+
+Job = (
+    LogitsJob
+    | ConformanceJob
+    | GenerateJob
+    | SpeedJob
+    | BandwidthJob
+    | WeightsJob
+    | ReferenceJob
+    | BenchJob
+    | BenchLogitsJob
+)
 
 
 class AnyJob(RootModel[Annotated[Job, Field(discriminator="action")]]):

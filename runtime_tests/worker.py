@@ -55,6 +55,14 @@ def perform(job: jobs.Job) -> dict[str, Any]:  # noqa: PLR0911 – one line per 
             from .reference import compute
 
             return compute(job)
+        case jobs.BenchJob():
+            from .bench.child import measure as measure_contender
+
+            return measure_contender(job)
+        case jobs.BenchLogitsJob():
+            from .bench.child import write_logits as write_contender_logits
+
+            return write_contender_logits(job)
 
 
 def opened(folder: str, threads: int) -> Session:

@@ -1,0 +1,157 @@
+"""Who takes part: our artifacts and the stock ones, each with the runtime that runs it. Knows nothing about timing."""
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from export import manifest
+from export.errors import ExportError
+from export.manifest import ROOT, Manifest
+from export.plan import Plan, load_plan
+
+from ..jobs import Opening
+from . import processes, stock
+from .results import Entry
+
+PTE, ONNX = "executorch-xnnpack", "onnx-cpu"
+RUNTIMES = {
+    "pte": "ExecuTorch Python runtime, stepped",
+    "llm_runner": "ExecuTorch TextLLMRunner",
+    "genai": "onnxruntime-genai",
+    "session": "our session, onnxruntime with IO binding",
+}
+
+
+@dataclass(frozen=True)
+class Role:
+    """A contender before anything is built."""
+
+    name: str
+    label: str
+    runner: str
+    """Module in runners."""
+    target: str
+    """Our target it belongs to."""
+    recipe: str | None
+    """Recipe of the stock artifact; None: ours."""
+    against: tuple[str, ...] = ()
+
+
+ROLES = (
+    Role("pte", "our .pte", "pte", PTE, None, ("pte-stock",)),
+    Role("pte-stock", "export_llm .pte", "pte", PTE, "export_llm"),
+    Role("runner", "our .pte", "llm_runner", PTE, None, ("runner-stock",)),
+    Role("runner-stock", "export_llm .pte", "llm_runner", PTE, "export_llm"),
+    Role("genai", "our ONNX", "genai", ONNX, None, ("genai-stock", "genai-stock-head8")),
+    Role("genai-stock", "genai builder, default (int4 head)", "genai", ONNX, "genai"),
+    Role("genai-stock-head8", "genai builder, int8 head, float embedding", "genai", ONNX, "genai-head8"),
+    Role("session", "our ONNX", "session", ONNX, None, ("genai-stock", "genai-stock-head8")),
+)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Ready to run."""
+
+    entry: Entry
+    opening: Opening
+
+
+@dataclass(frozen=True)
+class Field:
+    """Everyone who takes part, and why others do not."""
+
+    contenders: tuple[Contender, ...]
+    missing: dict[str, str]
+    made: dict[str, stock.Made]
+    """Recipe → what making it took."""
+    ours: dict[str, Path]
+    """Target → our artifact folder, relative to the checkout."""
+
+
+def gather(model: str, quant: str, source: str | None, threads: int, names: tuple[str, ...]) -> Field:
+    """Build what is not there yet; a peer that cannot be had is named, not dropped."""
+    roles = [role for role in ROLES if role.name in names]
+    targets = sorted({role.target for role in roles})
+    ours = {target: built(load_plan(model, quant, target), source) for target in targets}
+    made: dict[str, stock.Made] = {}
+    missing: dict[str, str] = {"llama.cpp": llama_cpp()}
+    for role in roles:
+        if role.recipe and role.recipe not in made:
+            folder = ours[role.target]
+            try:
+                made[role.recipe] = stock.make(
+                    role.recipe, manifest.read(ROOT / folder), folder / manifest.FILE, source
+                )
+            except stock.NotMadeError as error:
+                missing[role.name] = str(error)
+    ready = [role for role in roles if role.recipe is None or role.recipe in made]
+    return Field(tuple(contender(role, ours[role.target], made, threads) for role in ready), missing, made, ours)
+
+
+def contender(role: Role, folder: Path, made: dict[str, stock.Made], threads: int) -> Contender:
+    """A role with its files."""
+    described = manifest.read(ROOT / folder)
+    stock_made = made[role.recipe] if role.recipe else None
+    place = Path(stock_made.folder) if stock_made else folder
+    single = role.runner in ("pte", "llm_runner")
+    entry = Entry(
+        name=role.name,
+        label=role.label,
+        ours=stock_made is None,
+        runtime=RUNTIMES[role.runner],
+        size_bytes=model_bytes(place),
+        against=role.against,
+        made_by=stock_made.command if stock_made else "",
+        tools=stock_made.tools if stock_made else described.tools,
+    )
+    opening = Opening(
+        runner=role.runner,
+        path=str(ROOT / place / "model.pte" if single else ROOT / place),
+        tokenizer=str(ROOT / folder / "tokenizer.json"),
+        context=described.contract.kv.context_length,
+        threads=threads,
+    )
+    return Contender(entry, opening)
+
+
+def model_bytes(folder: Path) -> int:
+    """Size of the model itself: `model.*`, without tokenizer files."""
+    return sum(path.stat().st_size for path in (ROOT / folder).glob("model.*"))
+
+
+def built(plan: Plan, source: str | None) -> Path:
+    """Our artifact by the code as it is now, built in a child process unless it is there."""
+    folder = stock.BENCH / "ours" / plan.id
+    if fresh(folder, plan, source):
+        return folder
+    shutil.rmtree(ROOT / folder, ignore_errors=True)
+    (ROOT / folder).parent.mkdir(parents=True, exist_ok=True)
+    done = processes.run(
+        (sys.executable, *export_command(plan, folder, source)), ROOT / f"{folder}.{stock.LOG}", plan.id
+    )
+    if done.returncode != 0:
+        raise ExportError(f"{plan.id}: export failed: {done.last_words}")
+    return folder
+
+
+def export_command(plan: Plan, folder: Path, source: str | None, module: str = "export") -> tuple[str, ...]:
+    """Arguments after `python` that build a plan."""
+    where = ("--source", source) if source else ()
+    return ("-m", module, plan.model.name, plan.quant.name, plan.target.name, "--out", str(folder), *where)
+
+
+def fresh(folder: Path, plan: Plan, source: str | None) -> bool:
+    """Whether a folder holds the plan as the code and configuration of this checkout make it."""
+    try:
+        found: Manifest = manifest.read(ROOT / folder)
+    except ExportError:
+        return False
+    same = found.plan == plan and found.checkpoint.origin == (source or plan.model.source)
+    return same and found.source.sha256 == manifest.source_info().sha256
+
+
+def llama_cpp() -> str:
+    """llama.cpp is named, never built here: its Python package compiles for minutes."""
+    return "not run by this benchmark; to try it: pip install llama-cpp-python (compiles llama.cpp), then llama-bench"

@@ -1,0 +1,92 @@
+"""docs/benchmarks.md from one benchmark run. Knows nothing about how it was measured."""
+
+from . import tables
+from .results import Benchmark
+
+HOW = """\
+Every repetition runs each row once, in a process of its own, in rotating order (A B C …, then B C … A), so that what \
+slows the machine for a while slows all of them. Each process loads, runs one prompt that packs weights, drops one \
+pass of every kind and keeps {passes}. All rows use {threads} threads, batch 1, greedy choice and a cache of {context} \
+slots. A cell is the median over {repetitions} repetitions with p10–p90 behind it; a ratio is the median of the ratios \
+within each repetition, with its quartiles. "faster" or "slower" is said when the quartiles lie on one side of 1. \
+TTFT is a warm prompt: tokens in, logits of the last one out."""
+
+READ = """\
+- The stock ONNX artifact is written without `intra_op_num_threads`, and onnxruntime-genai then computes with half of \
+the logical cores (one thread on a two-core machine). Here every onnxruntime-genai row gets the same number.
+- The builder's default quantizes the head to int4 in groups, ours is int8 per channel: ours reads more bytes for each \
+token. The builder's other row has an int8 head too, in groups, and pays with a float embedding: its options cannot \
+share an int8 table (version 0.18), nor does `rtn_last` change a tied head.
+- Both .pte files are stepped by the same Python calls; TextLLMRunner is ExecuTorch's own loop and counts \
+milliseconds, tokenization and sampling included.
+- Stepped rows time the model alone, the others choose the token inside the clock.
+- KL and top-1 agreement: mean over {positions} positions of the evaluation `{evaluation}` against the fp32 \
+checkpoint, prefill and then token by token through the runtime of the row. Compare rows, not models: {checkpoint}."""
+
+
+def render(run: Benchmark, *, evaluation: str, checkpoint: str) -> str:
+    """The whole page."""
+    parts = [
+        "# Benchmarks",
+        f"Ours against the stock exporters: `{run.model}`, recipe `{run.quant}`, the same weights, one run.",
+        f"Written by `{run.command}`; do not edit.",
+        "## Ratios, ours over stock",
+        tables.markdown(tables.compared(run)),
+        "Above 1 means more tokens per second; for load time and size it means slower and larger.",
+        "## Measured",
+        tables.markdown(tables.measured(run)),
+        "\n".join(f"- not in the run: {name}: {why}" for name, why in run.missing.items()),
+        "\n".join(f"- did not run: {line}" for line in run.failures),
+        "### How it was measured",
+        HOW.format(**run.settings.model_dump()),
+        "### How to read it",
+        READ.format(positions=positions(run), evaluation=evaluation, checkpoint=checkpoint),
+        *exporters(run),
+        "## Conditions",
+        conditions(run),
+        "## How the stock artifacts were made",
+        *commands(run),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def positions(run: Benchmark) -> int:
+    """Scored positions of each compared artifact."""
+    return max((found.positions for found in run.fidelity), default=0)
+
+
+def exporters(run: Benchmark) -> list[str]:
+    """Export times, when there are any."""
+    if not run.exports:
+        return []
+    note = (
+        "Whole processes from checkpoint to finished folder, once each; ours with an empty quantization cache, "
+        "the stock ones given the weights in the form they read."
+    )
+    return ["## Export", tables.markdown(tables.exports(run)), note]
+
+
+def conditions(run: Benchmark) -> str:
+    """Machine, versions, commit and date."""
+    machine, tools = run.environment, run.environment.tools
+    dirty = " with local changes" if run.dirty else ""
+    loads = [sample.load_average_1min for sample in run.samples] or [0.0]
+    lines = [
+        f"- machine: {machine.cpu}, {machine.cores} cores, {machine.memory_bytes / 2**30:.0f} GiB, {machine.os}",
+        f"- load average (1 min): {machine.load_average_1min:.2f} before, {run.load_average_after:.2f} after; "
+        f"{min(loads):.2f}–{max(loads):.2f} when a process started (our own work included)",
+        f"- versions: Python {machine.python}, " + ", ".join(f"{name} {found}" for name, found in tools.items()),
+        f"- commit: `{run.commit[:12]}`{dirty}",
+        f"- date: {run.started_at}, {run.seconds / 60:.0f} minutes",
+        "- raw samples: `build/bench/results.jsonl`, run `" + run.run_id + "`",
+    ]
+    return "\n".join(lines)
+
+
+def commands(run: Benchmark) -> list[str]:
+    """Each stock artifact once: its command and the versions that made it."""
+    found: dict[str, str] = {}
+    for entry in run.entries:
+        if entry.made_by:
+            found[entry.made_by] = ", ".join(f"{tool} {version}" for tool, version in entry.tools.items())
+    return [f"```sh\n{command}\n```\n{tools}" for command, tools in found.items()]

@@ -1,0 +1,117 @@
+"""A benchmark as rows of text, for the terminal and for markdown. Knows nothing about where they are shown."""
+
+from collections.abc import Callable, Sequence
+
+from .ratios import Ratio, Spread
+from .results import Benchmark, Entry, Fidelity, Timing
+
+Row = tuple[str, ...]
+NONE = "–"
+
+
+def measured(run: Benchmark) -> list[Row]:
+    """Header and a row per contender: size, times, rates, memory, accuracy."""
+    first = min(run.settings.prompts)
+    prefills = (f"prefill {n} tok/s" for n in run.settings.prompts)
+    decode = f"decode {run.settings.generate} tok/s"
+    header: Row = ("artifact", "runtime", "MB", "load s", f"TTFT {first} ms", *prefills, decode)
+    header += ("peak RSS MB", "KL to fp32", "top-1")
+    return [header, *(measured_row(run, entry) for entry in run.entries)]
+
+
+def measured_row(run: Benchmark, entry: Entry) -> Row:
+    """One contender: medians with p10 and p90 behind them."""
+
+    def cell(metric: Callable[[Timing], float], digits: int) -> str:
+        return with_spread(run.spread(entry.name, metric), digits)
+
+    rates = (cell(prefill(n), 0) for n in run.settings.prompts)
+    memory = run.spread(entry.name, lambda timing: timing.peak_rss_bytes / 1e6)
+    return (
+        entry.label,
+        entry.runtime,
+        f"{entry.size_bytes / 1e6:.1f}",
+        cell(lambda timing: timing.load_ns / 1e9, 2),
+        cell(lambda timing: timing.ttft_s * 1e3, 0),
+        *rates,
+        cell(lambda timing: timing.decode_tps, 1),
+        f"{memory.median:.0f}" if memory else NONE,
+        *accuracy_cells(run, entry.name),
+    )
+
+
+def prefill(length: int) -> Callable[[Timing], float]:
+    """The metric of one prompt length."""
+    return lambda timing: timing.prefill_tps(length)
+
+
+def accuracy_cells(run: Benchmark, name: str) -> Row:
+    """Mean KL and top-1 agreement, where logits were compared."""
+    found: Fidelity | None = next((f for f in run.fidelity if f.contender == name and f.positions), None)
+    return (f"{found.mean_kl:.3f}", f"{found.top1:.1%}") if found else (NONE, NONE)
+
+
+def compared(run: Benchmark) -> list[Row]:
+    """Header and a row per pair, ours over stock: above 1 is more for rates, larger for size, slower for load."""
+    prefills = (f"prefill {n}" for n in run.settings.prompts)
+    header: Row = ("ours", "stock", "decode", "so decode is", *prefills, "load time", "size")
+    by_name = {entry.name: entry for entry in run.entries}
+    pairs = [(ours, by_name[name]) for ours in run.entries for name in ours.against if name in by_name]
+    return [header, *(compared_row(run, ours, theirs) for ours, theirs in pairs)]
+
+
+def compared_row(run: Benchmark, ours: Entry, theirs: Entry) -> Row:
+    """One pair: medians of the ratios of each repetition, with their quartiles."""
+
+    def cell(metric: Callable[[Timing], float]) -> str:
+        return with_quartiles(run.ratio(ours.name, theirs.name, metric))
+
+    decode = run.ratio(ours.name, theirs.name, lambda timing: timing.decode_tps)
+    return (
+        f"{ours.label}, {ours.runtime}",
+        theirs.label,
+        with_quartiles(decode),
+        decode.verdict if decode else NONE,
+        *(cell(prefill(n)) for n in run.settings.prompts),
+        cell(lambda timing: timing.load_ns / 1e9),
+        f"{ours.size_bytes / theirs.size_bytes:.2f}",
+    )
+
+
+def exports(run: Benchmark) -> list[Row]:
+    """Header and a row per exporter."""
+    header: Row = ("exporter", "seconds", "peak RSS GB", "load average when it started")
+    rows = [
+        (
+            cost.label,
+            f"{cost.seconds:.0f}",
+            f"{cost.peak_rss_bytes / 1e9:.1f}",
+            NONE if cost.load_average_1min is None else f"{cost.load_average_1min:.1f}",
+        )
+        for cost in run.exports
+    ]
+    return [header, *rows]
+
+
+def with_spread(found: Spread | None, digits: int) -> str:
+    """`118.2 (116.0–119.4)`."""
+    if found is None:
+        return NONE
+    return f"{found.median:.{digits}f} ({found.p10:.{digits}f}–{found.p90:.{digits}f})"
+
+
+def with_quartiles(found: Ratio | None) -> str:
+    """`1.52 (1.48–1.55)`."""
+    return NONE if found is None else f"{found.median:.2f} ({found.q1:.2f}–{found.q3:.2f})"
+
+
+def plain(rows: Sequence[Row]) -> str:
+    """Columns padded with spaces."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A pipe table; the first row is the header."""
+    lines = ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])

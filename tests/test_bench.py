@@ -1,0 +1,403 @@
+"""The benchmark: fair order, honest ratios, a crash is a row, and stock tools get the very weights ours get."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from export import checkpoint, pipeline
+from export.errors import ExportError
+from export.plan import ModelSpec, load_named, load_plan
+from export.quantize import eager
+from export.sources.gguf_file import halves_apart
+from runtime_tests import environment, isolation
+from runtime_tests.bench import __main__ as cli
+from runtime_tests.bench import (
+    checkpoints,
+    contenders,
+    fidelity,
+    page,
+    processes,
+    ratios,
+    results,
+    rounds,
+    runners,
+    stock,
+    tables,
+)
+from runtime_tests.bench.results import Benchmark, Entry, ExportCost, Fidelity, Sample, Settings, Timing
+from runtime_tests.jobs import Opening
+from runtime_tests.record import Outcome
+
+SETTINGS = Settings(threads=2, context=256, prompts=(4, 8), generate=16, passes=2, repetitions=3)
+
+
+# ratios and order
+
+
+def test_a_spread_is_the_median_with_deciles():
+    found = ratios.spread([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11])
+    assert (found.median, found.p10, found.p90) == (6, 2, 10)
+
+
+def test_a_ratio_pairs_repetitions_so_that_a_slow_one_cancels():
+    theirs = {0: 100.0, 1: 50.0, 2: 10.0}
+    found = ratios.ratio({i: 2 * value for i, value in theirs.items()}, theirs)
+    assert (found.median, found.q1, found.q3, found.pairs) == (2, 2, 2, 3)
+
+
+def test_a_repetition_that_one_side_missed_is_no_pair():
+    assert ratios.ratio({0: 1.0, 1: 9.0}, {0: 2.0}).pairs == 1
+    assert ratios.ratio({0: 1.0}, {1: 1.0}) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        ((1.2, 1.1, 1.3), "faster"),
+        ((0.9, 0.8, 0.7), "slower"),
+        ((0.9, 1.0, 1.4), "no clear difference"),
+        ((1.2, 1.1), "too few repetitions"),
+    ],
+)
+def test_a_difference_is_only_claimed_when_the_quartiles_agree(values, verdict):
+    assert ratios.ratio(dict(enumerate(values)), dict.fromkeys(range(9), 1.0)).verdict == verdict
+
+
+def test_every_contender_stands_in_every_place_once():
+    orders = [ratios.rotated("ABCD", repetition) for repetition in range(5)]
+    assert "".join(orders[0]) == "ABCD"
+    assert "".join(orders[1]) == "BCDA"
+    assert orders[4] == orders[0]
+    assert all(len({order[place] for order in orders[:4]}) == 4 for place in range(4))
+
+
+# the run
+
+
+def timing(decode_tps, *, prefill_tps=1000.0):
+    passes = ((16, round(16e9 / decode_tps)), (16, round(16e9 / decode_tps)))
+    prompts = {n: ((n, round(n * 1e9 / prefill_tps)),) * 2 for n in (4, 8)}
+    return Timing(load_ns=10**8, first_ns=10**7, prompts=prompts, decode=passes, peak_rss_bytes=3 * 10**8)
+
+
+WORKER = """
+import json, os, sys
+job = json.load(sys.stdin)
+if "broken" in job["opening"]["path"]:
+    os.abort()
+print(json.dumps({"result": %s}))
+"""
+
+
+def test_a_contender_that_crashes_is_a_row_and_the_run_goes_on(monkeypatch):
+    script = WORKER % timing(100.0).model_dump_json()
+    monkeypatch.setattr(isolation, "WORKER", (sys.executable, "-c", script))
+    samples = list(rounds.measure([contender("good"), contender("broken")], SETTINGS, range(8)))
+    assert [(s.contender, s.repetition, s.position) for s in samples[:4]] == [
+        ("good", 0, 0),
+        ("broken", 0, 1),
+        ("broken", 1, 0),
+        ("good", 1, 1),
+    ]
+    assert [s.outcome for s in samples if s.contender == "broken"] == [Outcome.CRASH] * 3
+    assert all("SIGABRT" in s.detail for s in samples if s.contender == "broken")
+    assert all(s.timing.decode_tps == pytest.approx(100) for s in samples if s.contender == "good")
+
+
+def contender(name):
+    opening = Opening(runner="pte", path=f"/{name}.pte", tokenizer="", context=256, threads=1)
+    return contenders.Contender(entry(name, ours=True), opening)
+
+
+def entry(name, *, ours, against=()):
+    return Entry(
+        name=name,
+        label=f"{name} file",
+        ours=ours,
+        runtime="a runtime",
+        size_bytes=90_000_000 if ours else 100_000_000,
+        against=against,
+        made_by="" if ours else "python -m stock --option 1",
+        tools={} if ours else {"exporter": "1.2.3"},
+    )
+
+
+def sample(name, repetition, decode_tps):
+    outcome = Outcome.PASS if decode_tps else Outcome.CRASH
+    return Sample(
+        contender=name,
+        repetition=repetition,
+        position=0,
+        load_average_1min=0.5,
+        outcome=outcome,
+        detail="" if decode_tps else "died by SIGSEGV",
+        timing=timing(decode_tps) if decode_tps else None,
+    )
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A stored run: ours twice as fast as stock, a third contender that always dies. Read back from its file."""
+    rates = {"ours": (120, 100, 80), "stock": (60, 50, 40), "dead": (0, 0, 0)}
+    fields = {"positions": 65, "p99_kl": 0.9, "perplexity": 20.0, "reference_perplexity": 18.0}
+    benchmark = Benchmark(
+        schema_version=1,
+        run_id="20260102-030405",
+        command="python -m runtime_tests.bench --write",
+        model="tiny",
+        quant="int4-g32",
+        started_at="2026-01-02T03:04:05+00:00",
+        seconds=90,
+        commit="0123456789abcdef",
+        dirty=False,
+        environment=environment.current(),
+        load_average_after=1.5,
+        settings=SETTINGS,
+        entries=(
+            entry("ours", ours=True, against=("stock", "dead")),
+            entry("stock", ours=False),
+            entry("dead", ours=False),
+        ),
+        missing={"llama.cpp": "not installed: pip install it"},
+        samples=tuple(sample(name, i, rate) for name, values in rates.items() for i, rate in enumerate(values)),
+        fidelity=(Fidelity(contender="ours", outcome=Outcome.PASS, detail="", mean_kl=0.125, top1=0.75, **fields),),
+        exports=(
+            ExportCost(
+                label="stock exporter", command="c", seconds=721, peak_rss_bytes=2_890_000_000, load_average_1min=1.0
+            ),
+        ),
+    )
+    results.append(benchmark, tmp_path / "results.jsonl")
+    return Benchmark.model_validate_json((tmp_path / "results.jsonl").read_text())
+
+
+def test_the_tables_show_medians_spreads_ratios_and_the_dead(run):
+    header, ours, _, dead = tables.measured(run)
+    cells = dict(zip(header, ours, strict=True))
+    assert cells["decode 16 tok/s"] == "100.0 (84.0–116.0)"
+    assert (cells["MB"], cells["load s"], cells["TTFT 4 ms"]) == ("90.0", "0.10 (0.10–0.10)", "4 (4–4)")
+    assert (cells["KL to fp32"], cells["top-1"]) == ("0.125", "75.0%")
+    assert dead[3:] == (tables.NONE,) * (len(header) - 3)
+    header, pair, none = tables.compared(run)
+    cells = dict(zip(header, pair, strict=True))
+    assert (cells["decode"], cells["so decode is"], cells["size"]) == ("2.00 (2.00–2.00)", "faster", "0.90")
+    assert none[2:4] == (tables.NONE, tables.NONE)
+
+
+def test_the_page_states_its_conditions(run):
+    text = page.render(run, evaluation="default", checkpoint="random weights, seed 20")
+    for words in (
+        "python -m runtime_tests.bench --write",
+        "0123456789ab",
+        "2026-01-02",
+        run.environment.cpu,
+        "1.50 after",
+        "2.00 (2.00–2.00)",
+        "did not run: dead, repetition 1: crash: died by SIGSEGV",
+        "not in the run: llama.cpp: not installed",
+        "python -m stock --option 1",
+        "exporter 1.2.3",
+        "| stock exporter | 721 | 2.9 | 1.0 |",
+        "65 positions",
+    ):
+        assert words in text
+    assert "{" not in text
+    assert "\n\n\n" not in text
+
+
+def test_a_difference_in_columns_is_none(run):
+    lines = tables.markdown(tables.measured(run)).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert len(tables.plain(tables.measured(run)).splitlines()) == 4
+
+
+def test_wrong_options_are_refused_in_one_line():
+    with pytest.raises(ExportError, match="unknown nobody; known: pte,"):
+        cli.chosen("pte,nobody")
+    with pytest.raises(ExportError, match="lengths like 42,512"):
+        cli.lengths("42,many")
+    with pytest.raises(ExportError, match="do not fit a context of 256"):
+        cli.prompt_tokens([1], SETTINGS.model_copy(update={"prompts": (250,)}))
+    assert cli.lengths("512,42") == (42, 512)
+    assert len(cli.prompt_tokens([1, 2, 3], SETTINGS)) == 8
+
+
+# stock artifacts
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    """The tiny model as ONNX."""
+    return exported("onnx-cpu", tmp_path_factory.mktemp("onnx"))
+
+
+@pytest.fixture(scope="module")
+def pte(tmp_path_factory):
+    """The tiny model as .pte."""
+    pytest.importorskip("executorch")
+    return exported("executorch-xnnpack", tmp_path_factory.mktemp("pte"))
+
+
+def exported(target, folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "CACHE", folder / "cache")
+        described = pipeline.export(load_plan("tiny", "int4-g32", target), None, folder / "tiny")
+    return folder / "tiny", described
+
+
+def test_a_stock_artifact_is_made_once_and_a_failure_says_why(artifact, tmp_path, monkeypatch):
+    folder, described = artifact
+    for module in (stock, processes):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    (tmp_path / "input").write_text("content")
+    recipes = {
+        "zip": stock.Recipe("zip", "zipfile", ("-c", "{out}/model.zip", "input"), (), ("torch",)),
+        "bad": stock.Recipe("bad", "zipfile", ("-t", "{out}/none.zip"), (), ("torch",)),
+        "absent": stock.Recipe("absent", "no_such_package.export", (), (), ("no-such-package",)),
+    }
+    monkeypatch.setattr(stock, "RECIPES", recipes)
+    made = stock.make("zip", described, folder, None)
+    assert (tmp_path / made.folder / "model.zip").is_file()
+    assert made.seconds > 0
+    assert made.peak_rss_bytes > 2**20
+    assert made.command == f"python -m zipfile -c {made.folder}/model.zip input"
+    assert stock.make("zip", described, folder, None) == made
+    with pytest.raises(stock.NotMadeError, match=r"exit 1: .*none\.zip"):
+        stock.make("bad", described, folder, None)
+    with pytest.raises(stock.NotMadeError, match="not installed: pip install no-such-package"):
+        stock.make("absent", described, folder, None)
+    assert [path.name for path in (tmp_path / "build/bench/stock").glob("tiny-*") if path.is_dir()] == [made.path.name]
+
+
+def test_every_option_of_a_stock_command_is_filled_in(artifact):
+    _, described = artifact
+    values = stock.values_of(described) | {"meta": "M", "huggingface": "H", "manifest": "m.json", "source": ""}
+    for recipe in stock.RECIPES.values():
+        command = stock.command(recipe, values, Path("out"))
+        assert not any("{o" in argument or argument == "" for argument in command)
+    assert "export.max_context_length=256" in stock.command(stock.RECIPES["export_llm"], values, Path("out"))
+    fp32 = described.plan.model_copy(update={"quant": load_plan("tiny", "fp32", "onnx-cpu").quant})
+    with pytest.raises(ExportError, match="int4 groupwise"):
+        stock.values_of(described.model_copy(update={"plan": fp32}))
+
+
+# the same weights
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return checkpoint.load(load_named(ModelSpec, "models", "tiny"), None)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The tiny model without RoPE scaling, whose constants export_llm has built in for full-size models."""
+    spec = load_named(ModelSpec, "models", "tiny")
+    architecture = spec.architecture.model_copy(update={"rope_scaling": None})
+    return checkpoint.load(spec.model_copy(update={"architecture": architecture}), None)
+
+
+TOKENS = torch.arange(3, 43)[None]
+
+
+def our_logits(source):
+    with torch.inference_mode():
+        return eager(source.read, source.architecture, "none")(TOKENS)[0]
+
+
+def test_the_hugging_face_folder_gives_the_same_logits(tiny, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    checkpoints.write_hugging_face(tiny, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(model(TOKENS).logits, our_logits(tiny), atol=1e-4, rtol=1e-4)
+
+
+def test_metas_form_gives_the_same_logits_in_executorchs_own_model(plain, tmp_path):
+    pytest.importorskip("executorch")
+    from executorch.examples.models.llama.model import Llama2Model
+    from executorch.extension.llm.export.config.llm_config import LlmConfig
+
+    checkpoints.write_meta(plain, tmp_path)
+    config = LlmConfig()
+    config.base.checkpoint, config.base.params = str(tmp_path / "consolidated.00.pth"), str(tmp_path / "params.json")
+    config.debug.generate_full_logits = True
+    model = Llama2Model(llm_config=config).get_eager_model().eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(model(TOKENS), our_logits(plain), atol=1e-4, rtol=1e-4)
+
+
+def test_metas_row_order_is_the_inverse_of_the_gguf_readers():
+    weight = torch.randn(4 * 8, 16)
+    assert torch.equal(halves_apart(checkpoints.pairs_together(weight, 4), 4), weight)
+
+
+def test_a_scaling_that_export_llm_cannot_compute_is_refused(tiny):
+    with pytest.raises(ExportError, match="original_max_position_embeddings 8192"):
+        checkpoints.meta_params(tiny.architecture)
+    big = load_named(ModelSpec, "models", "llama32-1b-instruct").architecture
+    params = checkpoints.meta_params(big)
+    assert (params["use_scaled_rope"], params["rope_scale_factor"], params["high_freq_factor"]) == (True, 32, 4)
+
+
+def test_weights_are_stored_in_bf16_only_when_it_holds_them(tiny):
+    weights = {"w": torch.randn(8, 8)}
+    assert checkpoints.exact_dtype(weights) is torch.float32
+    assert checkpoints.exact_dtype({"w": weights["w"].bfloat16().float()}) is torch.bfloat16
+
+
+# runtimes
+
+
+def test_both_onnx_runtimes_step_the_same_model(artifact):
+    pytest.importorskip("onnxruntime_genai")
+    step_alike(*(opening(name, artifact[0]) for name in ("genai", "session")))
+
+
+def test_a_pte_is_stepped_by_what_the_file_says_of_itself(pte):
+    step_alike(opening("pte", pte[0] / "model.pte"), opening("session", pte[0]))
+
+
+def test_accuracy_is_that_of_the_file_and_a_wrong_one_is_a_row(artifact, in_process, monkeypatch, tmp_path):
+    monkeypatch.setattr(fidelity, "ROOT", tmp_path)
+    (tmp_path / fidelity.BENCH).mkdir(parents=True)
+    folder = artifact[0]
+    pair = [
+        contenders.Contender(entry("session", ours=True), opening("session", folder)),
+        contenders.Contender(entry("gone", ours=False), opening("session", folder / "nowhere")),
+    ]
+    good, gone = fidelity.judge(pair, folder, None, fidelity.windows(folder, "default"))
+    assert good.outcome is Outcome.PASS
+    assert good.positions == 8 * 65
+    assert 0 < good.mean_kl < 0.5
+    assert gone.outcome is Outcome.RUN_FAIL
+    assert "manifest.json: missing" in gone.detail
+
+
+def test_executorchs_own_runner_reports_its_passes(pte):
+    runner = runners.module("llm_runner").open_runner(opening("llm_runner", pte[0] / "model.pte", pte[0]))
+    assert runner.prompt(range(60, 80)).tokens == 20
+    assert 0 < runner.generate(range(60, 80), 5).tokens <= 5
+    with pytest.raises(NotImplementedError, match="text only"):
+        runner.logits([1], 1)
+
+
+def opening(runner, path, folder=None):
+    tokenizer = str(folder / "tokenizer.json") if folder else ""
+    return Opening(runner=runner, path=str(path), tokenizer=tokenizer, context=256, threads=1)
+
+
+def step_alike(*openings):
+    """The same logits after the prefill and after each further token, and passes of the lengths asked for."""
+    tokens, logits = list(range(3, 30)), []
+    for opened in openings:
+        runner = runners.module(opened.runner).open_runner(opened)
+        assert runner.prompt(tokens).tokens == len(tokens)
+        assert runner.generate(tokens, 5).tokens == 5
+        logits.append(runner.logits(tokens, 20))
+    assert logits[0].shape == (8, 512)
+    np.testing.assert_allclose(*logits, atol=1e-4)
