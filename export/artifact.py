@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from . import disk, manifest
+from . import disk, interrupt, manifest
 from .errors import ExportError
 
 
@@ -28,6 +28,7 @@ def building(out: Path, plan_id: str) -> Iterator[Path]:
             temporary.mkdir()
             with disk.scratch(beside(out, "tmp")):
                 yield temporary
+            interrupt.check()
             if out.exists():
                 out.rename(old)
             temporary.rename(out)

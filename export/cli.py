@@ -2,13 +2,12 @@
 
 import logging
 import os
-import signal
 import sys
 import warnings
-from types import FrameType
 
 import typer
 
+from . import interrupt
 from .errors import ExportError
 from .progress import console
 
@@ -19,7 +18,7 @@ NOISY = ("torchao", "torch.utils._pytree", "coremltools", "transformers", "execu
 def run(app: typer.Typer) -> int:
     """Run a typer app and give the exit code: 0 done, 1 error, 2 wrong usage, 130 interrupted."""
     quiet_libraries()
-    signal.signal(signal.SIGTERM, interrupt)
+    interrupt.listen()
     try:
         code = app(standalone_mode=False)
     except typer.Exit as done:
@@ -48,11 +47,6 @@ def describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'writing'}: {error.strerror}"
     return " ".join(str(error).split())
-
-
-def interrupt(_signum: int, _frame: FrameType | None) -> None:
-    """SIGTERM cleans up as Ctrl-C does."""
-    raise KeyboardInterrupt
 
 
 def quiet_libraries() -> None:

@@ -107,6 +107,14 @@ def test_a_signal_at_any_moment_is_one_line_and_leaves_nothing(old, tmp_path):
     assert bytes_of(old) == before
 
 
+def test_a_signal_that_a_library_swallows_still_ends_the_build(cache, tmp_path):
+    """coremltools does, now and then."""
+    given = {"accident": "swallowed", "look": [str(tmp_path)]}
+    for result in results(*(order(tmp_path / "out", cache, at=stage, **given) for stage in ("lower", "describe"))):
+        assert "interrupted" in one_error(result["stderr"])
+        assert (result["code"], without_locks(result["left"][str(tmp_path)])) == (130, [])
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_from_outside_ends_the_real_command(tmp_path, name):
     with subprocess.Popen(

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from unittest.mock import patch
 
@@ -79,6 +79,9 @@ def accident(given):
     elif kind == "say and wait":
         print("there", file=sys.__stdout__, flush=True)
         time.sleep(300)
+    elif kind == "swallowed":
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
     else:
         os.kill(os.getpid(), signal.Signals[kind])
 
