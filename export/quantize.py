@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -135,7 +135,8 @@ def write_store(store: Path, key: str, checkpoint: Checkpoint, recipe: QuantReci
     partial = store.with_name(f"{store.name}.part")
     try:
         with disk.writing(store.parent):
-            save_file(tensors, partial, {"key": key, "errors": json.dumps([error.model_dump() for error in errors])})
+            notes = {"key": key, "sha256": digest(tensors[name] for name in sorted(tensors))}
+            save_file(tensors, partial, notes | {"errors": json.dumps([error.model_dump() for error in errors])})
         partial.replace(store)
     except SafetensorError as error:
         raise ExportError(f"{partial}: cannot be written ({error})") from None
@@ -154,15 +155,26 @@ def layer_info(name: str, scheme: WeightScheme, rounded: Rounded) -> LayerInfo:
     )
 
 
+def digest(tensors: Iterable[torch.Tensor]) -> str:
+    """sha256 of the tensors' bytes, one after another."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(memoryview(tensor.numpy()).cast("B"))
+    return found.hexdigest()
+
+
 def stored_errors(store: Path, key: str) -> tuple[LayerInfo, ...]:
-    """Per-layer errors kept beside the integers; a store of other inputs is refused."""
+    """Per-layer errors kept beside the integers; a store of other inputs or with a flipped bit is refused."""
     try:
         with safe_open(store, framework="pt") as file:
             metadata = file.metadata()
+            found = digest(file.get_tensor(name) for name in sorted(file.keys()))
     except Exception as error:
         raise ExportError(f"{store}: damaged ({error}); delete it and build again") from None
     if metadata.get("key") != key:
         raise ExportError(f"{store}: made from other inputs; delete it and build again")
+    if metadata.get("sha256") != found:
+        raise ExportError(f"{store}: its integers changed since they were written; delete it and build again")
     return tuple(LayerInfo(**fields) for fields in json.loads(metadata["errors"]))
 
 
