@@ -159,7 +159,7 @@ def digest(tensors: Iterable[torch.Tensor]) -> str:
     """sha256 of the tensors' bytes, one after another."""
     found = hashlib.sha256()
     for tensor in tensors:
-        found.update(memoryview(tensor.numpy()).cast("B"))
+        found.update(tensor.contiguous().numpy().data)
     return found.hexdigest()
 
 
