@@ -104,6 +104,7 @@ def lengths(prompts: str) -> tuple[int, ...]:
 def perform(request: Request, field: Field, settings: Settings) -> Benchmark:
     """Accuracy, exports and the interleaved timing, as one record."""
     started, began, machine = datetime.now(UTC), time.perf_counter(), environment.current()
+    source_info = manifest.source_info()
     folder = ROOT / next(iter(field.ours.values()))
     cut = fidelity.windows(folder, request.eval_name)
     tokens = prompt_tokens(cut.tokens.ravel().tolist(), settings)
@@ -111,7 +112,6 @@ def perform(request: Request, field: Field, settings: Settings) -> Benchmark:
     costs = export_costs(request, field)
     console.print(f"timing {len(field.contenders)} contenders, {settings.repetitions} repetitions", soft_wrap=True)
     samples = tuple(rounds.measure(field.contenders, settings, tokens))
-    source_info = manifest.source_info()
     return Benchmark(
         schema_version=1,
         run_id=started.strftime("%Y%m%d-%H%M%S"),

@@ -44,10 +44,8 @@ def write_hugging_face(source: Checkpoint, folder: Path) -> None:
     """config.json, model.safetensors and the tokenizer; the numbers are the checkpoint's own, bit for bit."""
     from safetensors.torch import save_file
 
-    a = source.architecture
-    weights = read_all(source)
-    dtype = exact_dtype(weights)
-    save_file({name: w.to(dtype) for name, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    a, dtype = source.architecture, exact_dtype(source)
+    save_file(read_all(source, dtype), folder / "model.safetensors", {"format": "pt"})
     ids = tokenizer.write(source.source, folder, a.vocab_size)
     config = hugging_face_config(a, dtype) | {"bos_token_id": ids.bos_id, "eos_token_id": list(ids.eos_ids)}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -57,21 +55,21 @@ def write_meta(source: Checkpoint, folder: Path) -> None:
     """consolidated.00.pth and params.json, as `export_llm` takes them."""
     a = source.architecture
     params = meta_params(a)
-    weights = {meta_name(name): meta_layout(name, w, a) for name, w in read_all(source).items()}
+    weights = {meta_name(name): meta_layout(name, w, a) for name, w in read_all(source, exact_dtype(source)).items()}
     weights.setdefault("output.weight", weights["tok_embeddings.weight"])
     torch.save(weights, folder / "consolidated.00.pth")
     (folder / "params.json").write_text(json.dumps(params, indent=2) + "\n", encoding="utf-8")
 
 
-def read_all(source: Checkpoint) -> dict[str, torch.Tensor]:
-    """Every tensor of the model, float32; a tied head is not among them."""
-    return {name: source.read(name) for name in source.architecture.tensor_shapes()}
+def read_all(source: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Every tensor of the model; a tied head is not among them."""
+    return {name: source.read(name).to(dtype) for name in source.architecture.tensor_shapes()}
 
 
-def exact_dtype(weights: dict[str, torch.Tensor]) -> torch.dtype:
-    """bfloat16 if it holds every weight exactly, else float32."""
-    exact = all(torch.equal(w.bfloat16().float(), w) for w in weights.values())
-    return torch.bfloat16 if exact else torch.float32
+def exact_dtype(source: Checkpoint) -> torch.dtype:
+    """bfloat16 if it holds every weight exactly, else float32; one tensor in memory at a time."""
+    tensors = (source.read(name) for name in source.architecture.tensor_shapes())
+    return torch.bfloat16 if all(torch.equal(w.bfloat16().float(), w) for w in tensors) else torch.float32
 
 
 def hugging_face_config(a: Architecture, dtype: torch.dtype) -> dict[str, Any]:

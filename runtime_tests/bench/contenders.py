@@ -9,6 +9,7 @@ from export import manifest
 from export.errors import ExportError
 from export.manifest import ROOT, Manifest
 from export.plan import Plan, load_plan
+from export.progress import console
 
 from ..jobs import Opening
 from . import processes, stock
@@ -87,6 +88,8 @@ def gather(model: str, quant: str, source: str | None, threads: int, names: tupl
             except stock.NotMadeError as error:
                 missing[role.name] = str(error)
     ready = [role for role in roles if role.recipe is None or role.recipe in made]
+    if not ready:
+        raise ExportError(f"no contender left: {'; '.join(f'{name}: {why}' for name, why in missing.items())}")
     return Field(tuple(contender(role, ours[role.target], made, threads) for role in ready), missing, made, ours)
 
 
@@ -126,6 +129,7 @@ def built(plan: Plan, source: str | None) -> Path:
     folder = stock.BENCH / "ours" / plan.id
     if fresh(folder, plan, source):
         return folder
+    console.print(f"  building {folder}", soft_wrap=True)
     shutil.rmtree(ROOT / folder, ignore_errors=True)
     (ROOT / folder).parent.mkdir(parents=True, exist_ok=True)
     done = processes.run(

@@ -9,6 +9,7 @@ slows the machine for a while slows all of them. Each process loads, runs one pr
 pass of every kind and keeps {passes}. All rows use {threads} threads, batch 1, greedy choice and a cache of {context} \
 slots. A cell is the median over {repetitions} repetitions with p10–p90 behind it; a ratio is the median of the ratios \
 within each repetition, with its quartiles. "faster" or "slower" is said when the quartiles lie on one side of 1. \
+"Fastest pass" compares the one fastest pass of each side, on a busy machine the closest to a quiet one. \
 TTFT is a warm prompt: tokens in, logits of the last one out."""
 
 READ = """\
@@ -61,7 +62,8 @@ def exporters(run: Benchmark) -> list[str]:
         return []
     note = (
         "Whole processes from checkpoint to finished folder, once each; ours with an empty quantization cache, "
-        "the stock ones given the weights in the form they read."
+        "the stock ones given the weights in the form they read, timed when their artifacts were made. Not "
+        "interleaved: what else ran then counts."
     )
     return ["## Export", tables.markdown(tables.exports(run)), note]
 

@@ -146,6 +146,11 @@ class Benchmark(Strict):
         """Paired ratio of two contenders."""
         return ratio(self.values(ours, metric), self.values(theirs, metric))
 
+    def fastest_decode_tps(self, contender: str) -> float | None:
+        """Tokens per second of the single fastest pass: what the machine gives in its quietest moment."""
+        found = [s.timing.decode for s in self.samples if s.contender == contender and s.timing]
+        return max((tokens * 1e9 / ns for passes in found for tokens, ns in passes), default=None)
+
     @property
     def failures(self) -> list[str]:
         """What did not run, one line each."""

@@ -49,8 +49,8 @@ class Made:
     command: str
     seconds: float
     peak_rss_bytes: int
-    load_average_1min: float
-    """When it started."""
+    load_average_1min: float | None
+    """When it started; null where it was not noted."""
     tools: dict[str, str]
 
     @property

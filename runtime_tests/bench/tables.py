@@ -54,7 +54,7 @@ def accuracy_cells(run: Benchmark, name: str) -> Row:
 def compared(run: Benchmark) -> list[Row]:
     """Header and a row per pair, ours over stock: above 1 is more for rates, larger for size, slower for load."""
     prefills = (f"prefill {n}" for n in run.settings.prompts)
-    header: Row = ("ours", "stock", "decode", "so decode is", *prefills, "load time", "size")
+    header: Row = ("ours", "stock", "decode", "so decode is", "decode, fastest pass", *prefills, "load time", "size")
     by_name = {entry.name: entry for entry in run.entries}
     pairs = [(ours, by_name[name]) for ours in run.entries for name in ours.against if name in by_name]
     return [header, *(compared_row(run, ours, theirs) for ours, theirs in pairs)]
@@ -72,10 +72,17 @@ def compared_row(run: Benchmark, ours: Entry, theirs: Entry) -> Row:
         theirs.label,
         with_quartiles(decode),
         decode.verdict if decode else NONE,
+        fastest(run, ours.name, theirs.name),
         *(cell(prefill(n)) for n in run.settings.prompts),
         cell(lambda timing: timing.load_ns / 1e9),
         f"{ours.size_bytes / theirs.size_bytes:.2f}",
     )
+
+
+def fastest(run: Benchmark, ours: str, theirs: str) -> str:
+    """Ratio of the two fastest passes; no spread, for each is one number."""
+    rates = run.fastest_decode_tps(ours), run.fastest_decode_tps(theirs)
+    return f"{rates[0] / rates[1]:.2f}" if rates[0] and rates[1] else NONE
 
 
 def exports(run: Benchmark) -> list[Row]:

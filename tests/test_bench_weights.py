@@ -1,0 +1,77 @@
+"""The stock exporters are given the very weights ours gets: in each form the same logits, or a refusal."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from export import checkpoint
+from export.errors import ExportError
+from export.plan import ModelSpec, load_named
+from export.quantize import eager
+from export.sources.gguf_file import halves_apart
+from runtime_tests.bench import checkpoints
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return checkpoint.load(load_named(ModelSpec, "models", "tiny"), None)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The tiny model without RoPE scaling, whose constants export_llm has built in for full-size models."""
+    spec = load_named(ModelSpec, "models", "tiny")
+    architecture = spec.architecture.model_copy(update={"rope_scaling": None})
+    return checkpoint.load(spec.model_copy(update={"architecture": architecture}), None)
+
+
+TOKENS = torch.arange(3, 43)[None]
+
+
+def our_logits(source):
+    with torch.inference_mode():
+        return eager(source.read, source.architecture, "none")(TOKENS)[0]
+
+
+def test_the_hugging_face_folder_gives_the_same_logits(tiny, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    checkpoints.write_hugging_face(tiny, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(model(TOKENS).logits, our_logits(tiny), atol=1e-4, rtol=1e-4)
+
+
+def test_metas_form_gives_the_same_logits_in_executorchs_own_model(plain, tmp_path):
+    pytest.importorskip("executorch")
+    from executorch.examples.models.llama.model import Llama2Model
+    from executorch.extension.llm.export.config.llm_config import LlmConfig
+
+    checkpoints.write_meta(plain, tmp_path)
+    config = LlmConfig()
+    config.base.checkpoint, config.base.params = str(tmp_path / "consolidated.00.pth"), str(tmp_path / "params.json")
+    config.debug.generate_full_logits = True
+    model = Llama2Model(llm_config=config).get_eager_model().eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(model(TOKENS), our_logits(plain), atol=1e-4, rtol=1e-4)
+
+
+def test_metas_row_order_is_the_inverse_of_the_gguf_readers():
+    weight = torch.randn(4 * 8, 16)
+    assert torch.equal(halves_apart(checkpoints.pairs_together(weight, 4), 4), weight)
+
+
+def test_a_scaling_that_export_llm_cannot_compute_is_refused(tiny):
+    with pytest.raises(ExportError, match="original_max_position_embeddings 8192"):
+        checkpoints.meta_params(tiny.architecture)
+    big = load_named(ModelSpec, "models", "llama32-1b-instruct").architecture
+    params = checkpoints.meta_params(big)
+    assert (params["use_scaled_rope"], params["rope_scale_factor"], params["high_freq_factor"]) == (True, 32, 4)
+
+
+def test_weights_are_stored_in_bf16_only_when_it_holds_them(tiny):
+    assert checkpoints.exact_dtype(tiny) is torch.float32
+    read = tiny.source.read
+    rounded = SimpleNamespace(architecture=tiny.architecture, read=lambda name: read(name).bfloat16().float())
+    assert checkpoints.exact_dtype(rounded) is torch.bfloat16
