@@ -313,6 +313,13 @@ def test_onnxruntime_genai_generates_what_our_session_does(untied, tmp_path):
     assert generator.get_sequence(0)[30:].tolist() == ours[: ours.index(ours[20])]
 
 
+def test_stock_clients_get_threads_that_sleep(artifact):
+    config = json.loads((artifact / "genai_config.json").read_text(encoding="utf-8"))
+    options = config["model"]["decoder"]["session_options"]
+    assert options["session.intra_op.allow_spinning"] == "0"
+    assert options["intra_op_num_threads"] == 0
+
+
 def test_onnxruntime_genai_reads_the_tokenizer_files(artifact):
     import onnxruntime_genai as og
 
