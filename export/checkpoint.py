@@ -1,6 +1,7 @@
 """A checkpoint that fits its plan: every tensor used or declared unused, shapes right, numbers finite."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -20,8 +21,11 @@ class Checkpoint:
     origin: str
     """The source string it was opened from."""
     architecture: Architecture
-    sha256: dict[str, str]
-    """File name → digest."""
+
+    @cached_property
+    def sha256(self) -> dict[str, str]:
+        """File name → digest."""
+        return {path.name: sha256(path) for path in self.source.files}
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, float32; NaN or infinity is an error that names it."""
@@ -33,7 +37,7 @@ class Checkpoint:
 
 def load(model: ModelSpec, source: str | None) -> Checkpoint:
     """Open `source` (or the model's own) and check it against the model's architecture."""
-    origin = source or model.source
+    origin = model.source if source is None else source
     if origin is None:
         raise ExportError(f"model {model.name!r} has no weights of its own: give --source DIR")
     opened = open_source(origin, model.architecture)
@@ -46,7 +50,7 @@ def load(model: ModelSpec, source: str | None) -> Checkpoint:
             f"max_position_embeddings {architecture.max_position_embeddings}"
         )
     check_tensors(opened, architecture, origin)
-    return Checkpoint(opened, origin, architecture, {path.name: sha256(path) for path in opened.files})
+    return Checkpoint(opened, origin, architecture)
 
 
 def refuse_other_architecture(name: str, want: Architecture, got: Architecture, origin: str) -> None:

@@ -2,39 +2,37 @@
 
 import logging
 import os
-import shutil
-import signal
 import sys
 import warnings
-from pathlib import Path
-from types import FrameType
 
 import typer
 
+from . import interrupt
 from .errors import ExportError
 from .progress import console
 
+INTERRUPTED = 130
 NOISY = ("torchao", "torch.utils._pytree", "coremltools", "transformers", "executorch", "datasets")
 
 
 def run(app: typer.Typer) -> int:
     """Run a typer app and give the exit code: 0 done, 1 error, 2 wrong usage, 130 interrupted."""
     quiet_libraries()
-    signal.signal(signal.SIGTERM, interrupt)
+    interrupt.listen()
     try:
         code = app(standalone_mode=False)
     except typer.Exit as done:
-        return int(done.exit_code)
+        code = done.exit_code
     except (ExportError, OSError) as error:
         return fail(describe(error), 1)
     except (KeyboardInterrupt, typer.Abort):
-        return fail("interrupted; nothing half-written is left", 130)
+        code = INTERRUPTED
     except Exception as error:
         if hasattr(error, "format_message"):  # click's usage errors
             return fail(error.format_message(), 2)
-        if shutil.disk_usage(Path.cwd()).free < 2**20:
-            return fail("the disk is full; free some space and run again", 1)
         raise
+    if code == INTERRUPTED:  # typer turns Ctrl-C into this code without a word
+        return fail("interrupted; nothing half-written is left", INTERRUPTED)
     return code if isinstance(code, int) else 0
 
 
@@ -49,11 +47,6 @@ def describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'writing'}: {error.strerror}"
     return " ".join(str(error).split())
-
-
-def interrupt(_signum: int, _frame: FrameType | None) -> None:
-    """SIGTERM cleans up as Ctrl-C does."""
-    raise KeyboardInterrupt
 
 
 def quiet_libraries() -> None:

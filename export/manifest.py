@@ -8,6 +8,7 @@ import json
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -65,7 +66,7 @@ class SourceInfo(Strict):
 class Manifest(Strict):
     """Everything a reader or a runner needs to know about an artifact folder."""
 
-    schema_version: int
+    schema_version: Literal[1]
     id: str
     plan: Plan
     architecture: Architecture
@@ -99,15 +100,17 @@ def read(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise ExportError(f"{path}: damaged or of another version: {explain(error)[:300]}") from None
+        reason = explain(error)[:300]
+        raise ExportError(f"{path}: damaged or of another version: {reason}; build the artifact again") from None
 
 
-def read_id(folder: Path) -> str:
-    """The plan id of an artifact folder, whatever version wrote its manifest; empty when there is none to read."""
+def read_id(folder: Path) -> str | None:
+    """Whose artifact a folder holds, even when another version of this code wrote it; None: it does not say."""
     try:
-        return str(json.loads((folder / FILE).read_bytes()).get("id", ""))
-    except (OSError, ValueError, AttributeError):
-        return ""
+        fields = json.loads((folder / FILE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return str(fields.get("id")) if isinstance(fields, dict) else None
 
 
 def verify_files(folder: Path, manifest: Manifest) -> None:

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from . import artifact, backends, card, checkpoint, manifest, tokenizer
+from . import artifact, backends, card, checkpoint, disk, manifest, quantize, tokenizer
 from .backends import Build
 from .manifest import Manifest
-from .plan import Plan
+from .plan import Architecture, Plan
 from .progress import stage
-from .quantize import QuantizedModel, quantize
+from .quantize import QuantizedModel, least_bytes
 
 CACHE = manifest.ROOT / "build" / "cache"
 
@@ -16,14 +16,15 @@ def export(plan: Plan, source: str | None, out: Path) -> Manifest:
     """Build one artifact folder. Each line is one stage; each value is what the next one needs."""
     backend = backends.load(plan.target.backend)
     if plan.model.architecture:
-        backend.check(plan, plan.model.architecture)
+        check(plan, plan.model.architecture, backend)
     with artifact.building(out, plan.id) as folder:
         with stage("checkpoint"):
             weights = checkpoint.load(plan.model, source)
-            backend.check(plan, weights.architecture)
+            check(plan, weights.architecture, backend)
+            disk.require_room(out.parent, least_bytes(plan.quant, weights.architecture))
             build = Build(plan, tokenizer.write(weights.source, folder, weights.architecture.vocab_size), folder)
         with stage("quantize", plan.quant.description):
-            model = quantize(weights, plan.quant, CACHE)
+            model = quantize.quantize(weights, plan.quant, CACHE)
         with stage("lower", plan.target.description):
             lowered = backend.lower(model, build)
         with stage("describe"):
@@ -31,6 +32,12 @@ def export(plan: Plan, source: str | None, out: Path) -> Manifest:
             manifest.write(folder, described)
             card.write(folder, described, [])
     return described
+
+
+def check(plan: Plan, architecture: Architecture, backend: backends.Backend) -> None:
+    """Recipe and target fit these shapes; asked before a weight is read or hashed."""
+    quantize.check(plan.quant, architecture)
+    backend.check(plan, architecture)
 
 
 def describe(model: QuantizedModel, build: Build, lowered: backends.Lowered) -> Manifest:

@@ -14,6 +14,7 @@ from .errors import ExportError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 Positive = Annotated[int, Field(gt=0)]
+PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Strict(BaseModel):
@@ -25,10 +26,18 @@ class Strict(BaseModel):
 class RopeScaling(Strict):
     """Llama 3 frequency scaling (transformers `rope_type: llama3`; `apply_scaling` in llama-models)."""
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
+    factor: PositiveNumber
+    low_freq_factor: PositiveNumber
+    high_freq_factor: PositiveNumber
     original_max_position_embeddings: Positive
+
+    @model_validator(mode="after")
+    def _factors_differ(self) -> "RopeScaling":
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor {self.high_freq_factor} is not more than low_freq_factor {self.low_freq_factor}"
+            )
+        return self
 
 
 class Architecture(Strict):
@@ -37,13 +46,13 @@ class Architecture(Strict):
     vocab_size: Positive
     hidden_size: Positive
     intermediate_size: Positive
-    num_hidden_layers: Positive
+    num_hidden_layers: Annotated[int, Field(gt=0, le=1024)]
     num_attention_heads: Positive
     num_key_value_heads: Positive
     head_dim: Positive
-    rope_theta: float
+    rope_theta: PositiveNumber
     rope_scaling: RopeScaling | None
-    rms_norm_eps: float
+    rms_norm_eps: PositiveNumber
     tie_word_embeddings: bool
     max_position_embeddings: Positive
 
@@ -54,6 +63,8 @@ class Architecture(Strict):
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary embedding turns pairs")
         return self
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -159,7 +170,7 @@ class Target(Strict):
     """Module in export/backends/ that writes the artifact."""
     session: str
     """Module in runtime_tests/sessions/ that runs it."""
-    artifact: str
+    artifact: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     """File or folder the artifact is, inside the artifact folder."""
     activations: Literal["none", "int8-per-token"]
     """Activation quantization the runtime adds; the eager reference does the same."""

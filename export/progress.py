@@ -9,6 +9,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from . import interrupt
+
 Item = TypeVar("Item")
 console = Console(stderr=True, highlight=False)
 
@@ -45,6 +47,7 @@ def stage(label: str, detail: str = "") -> Iterator[None]:
             yield
     else:
         yield
+    interrupt.check()
     console.print(f"  {label:<10} {time.perf_counter() - started:6.1f} s  {detail}", soft_wrap=True)
 
 

@@ -2,18 +2,18 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
+from . import disk
 from .checkpoint import Checkpoint
 from .errors import ExportError
 from .manifest import LayerInfo
@@ -58,13 +58,23 @@ class QuantizedModel:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits (integers and 16-bit scales; float tensors at 32) per parameter, tied weights once."""
-        bits = parameters = 0.0
-        for name, shape in self.architecture.tensor_shapes().items():
-            count = torch.Size(shape).numel()
-            scheme = scheme_of(self.recipe, name)
-            parameters += count
-            bits += count * (32 if scheme is None else scheme.bits + 16 / (scheme.group_size or shape[-1]))
-        return bits / parameters
+        parameters = sum(torch.Size(shape).numel() for shape in self.architecture.tensor_shapes().values())
+        return stored_bits(self.recipe, self.architecture, float_bits=32) / parameters
+
+
+def stored_bits(recipe: QuantRecipe, architecture: Architecture, *, float_bits: int) -> float:
+    """Bits of all weights: integers and 16-bit scales, tied weights once."""
+    bits = 0.0
+    for name, shape in architecture.tensor_shapes().items():
+        scheme = scheme_of(recipe, name)
+        each = float_bits if scheme is None else scheme.bits + 16 / (scheme.group_size or shape[-1])
+        bits += torch.Size(shape).numel() * each
+    return bits
+
+
+def least_bytes(recipe: QuantRecipe, architecture: Architecture) -> int:
+    """What an artifact holds at least, in any format."""
+    return int(stored_bits(recipe, architecture, float_bits=16) / 8)
 
 
 def scheme_of(recipe: QuantRecipe, name: str) -> WeightScheme | None:
@@ -101,26 +111,35 @@ def quantize(checkpoint: Checkpoint, recipe: QuantRecipe, cache: Path) -> Quanti
     if recipe.method == "none":
         return QuantizedModel(checkpoint, recipe, key, None, ())
     store = cache / f"quantized-{key[:16]}.safetensors"
-    if not store.is_file():
-        write_store(store, key, checkpoint, recipe)
+    with disk.writing(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        with disk.locked(store, wait=True):  # builds of one recipe at the same time quantize once
+            if not store.is_file():
+                write_store(store, key, checkpoint, recipe)
     return QuantizedModel(checkpoint, recipe, key, store, stored_errors(store, key))
 
 
 def write_store(store: Path, key: str, checkpoint: Checkpoint, recipe: QuantRecipe) -> None:
-    """Quantize into `store`, complete or not at all."""
+    """Quantize into `store`, complete or not at all. The caller holds its lock."""
+    names = quantized_names(checkpoint.architecture, recipe)
+    # an integer takes a byte here, whatever its bits
+    disk.require_room(store.parent, sum(torch.Size(checkpoint.source.shapes[name]).numel() for name in names))
     tensors: dict[str, torch.Tensor] = {}
     errors: list[LayerInfo] = []
-    for name in track(quantized_names(checkpoint.architecture, recipe), "quantize"):
+    for name in track(names, "quantize"):
         scheme = scheme_of(recipe, name)
         assert scheme is not None
         rounded = round_to_nearest(checkpoint.read(name), scheme)
         tensors[f"{name}.qdata"], tensors[f"{name}.scale"] = rounded.qdata, rounded.scale
         errors.append(layer_info(name, scheme, rounded))
-    store.parent.mkdir(parents=True, exist_ok=True)
-    partial = store.with_name(f"{store.name}.{os.getpid()}.part")
+    partial = store.with_name(f"{store.name}.part")
     try:
-        save_file(tensors, partial, {"key": key, "errors": json.dumps([error.model_dump() for error in errors])})
+        with disk.writing(store.parent):
+            notes = {"key": key, "sha256": digest(tensors[name] for name in sorted(tensors))}
+            save_file(tensors, partial, notes | {"errors": json.dumps([error.model_dump() for error in errors])})
         partial.replace(store)
+    except SafetensorError as error:
+        raise ExportError(f"{partial}: cannot be written ({error})") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -136,15 +155,26 @@ def layer_info(name: str, scheme: WeightScheme, rounded: Rounded) -> LayerInfo:
     )
 
 
+def digest(tensors: Iterable[torch.Tensor]) -> str:
+    """sha256 of the tensors' bytes, one after another."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.contiguous().numpy().data)
+    return found.hexdigest()
+
+
 def stored_errors(store: Path, key: str) -> tuple[LayerInfo, ...]:
-    """Per-layer errors kept beside the integers; a store of other inputs is refused."""
+    """Per-layer errors kept beside the integers; a store of other inputs or with a flipped bit is refused."""
     try:
         with safe_open(store, framework="pt") as file:
             metadata = file.metadata()
+            found = digest(file.get_tensor(name) for name in sorted(file.keys()))
     except Exception as error:
         raise ExportError(f"{store}: damaged ({error}); delete it and build again") from None
     if metadata.get("key") != key:
         raise ExportError(f"{store}: made from other inputs; delete it and build again")
+    if metadata.get("sha256") != found:
+        raise ExportError(f"{store}: its integers changed since they were written; delete it and build again")
     return tuple(LayerInfo(**fields) for fields in json.loads(metadata["errors"]))
 
 

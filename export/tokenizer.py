@@ -13,15 +13,20 @@ def write(source: Source, folder: Path, vocab_size: int) -> TokenizerIds:
     source.write_tokenizer(folder)
     tokenizer = load(folder)
     ids = read_generation_ids(folder)
-    eos = ids.get("eos_token_id", tokenizer.eos_token_id)
-    bos = ids.get("bos_token_id", tokenizer.bos_token_id)
-    if eos is None:
+    eos, bos = ids.get("eos_token_id"), ids.get("bos_token_id")
+    eos, bos = tokenizer.eos_token_id if eos is None else eos, tokenizer.bos_token_id if bos is None else bos
+    if eos is None or eos == []:
         raise ExportError(
-            f"{folder}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json"
+            "the checkpoint's tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json"
         )
     eos_ids = tuple(eos) if isinstance(eos, list) else (eos,)
-    if len(tokenizer) > vocab_size or max(eos_ids) >= vocab_size:
+    if len(tokenizer) > vocab_size:
         raise ExportError(f"tokenizer has {len(tokenizer)} tokens, the model's vocab_size is {vocab_size}: not a pair")
+    for token in (*eos_ids, *([] if bos is None else [bos])):
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise ExportError(
+                f"generation_config.json: bos or eos id {token!r} is not one of {vocab_size} tokens; correct it"
+            )
     return TokenizerIds(bos_id=bos, eos_ids=eos_ids, has_chat_template=bool(tokenizer.chat_template))
 
 
@@ -38,6 +43,6 @@ def load(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise ExportError(f"{folder}: tokenizer files do not load ({' '.join(str(error).split())})") from None

@@ -47,8 +47,8 @@ def block(records: Sequence[Record]) -> str:
     lines = [HEADER, "|---" * HEADER.count(" | ") + "|---|", *(row(record) for record in records), ""]
     positions = newest.accuracy.lowering.positions if newest.accuracy.lowering else 0
     lines += [
-        f"Measured by `make validate` on {machine.cpu}, {machine.cores} cores (shared), {machine.os}; {versions}; commit "
-        f"`{newest.commit[:12]}`{dirty}, {newest.started_at[:10]}. KL in nats over {positions} positions "
+        f"Measured by `make validate` on {machine.cpu}, {machine.cores} cores (shared), {machine.os}; {versions}; "
+        f"commit `{newest.commit[:12]}`{dirty}, {newest.started_at[:10]}. KL in nats over {positions} positions "
         f"({newest.accuracy.prefill} prefill + {newest.accuracy.decode} decode steps a window); prefill of "
         f"{longest_prompt(records)} tokens and decode in tokens/s, mean of 5. Where the runtime rounds activations to "
         "int8, the number in brackets is the KL that float noise of one ulp alone makes of the same model.",

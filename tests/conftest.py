@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import devices
 import export.backends
 import runtime_tests.sessions
 from export import card, manifest, pipeline
+from export.cli import run as run_app
 from export.plan import ModelSpec, Plan, QuantRecipe, Target, TargetLimits, load_named
+from runtime_tests import __main__ as cli
 from runtime_tests import evaluation, isolation, worker
 from runtime_tests.case import Setting
 
@@ -110,3 +113,21 @@ def in_process(monkeypatch):
         return isolation.interpret(0 if "result" in given else 1, json.dumps(given), "")
 
     monkeypatch.setattr(isolation, "run", run)
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, setting):
+    """`python -m runtime_tests` with real child processes, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(isolation, "WORKER", (sys.executable, str(FAKES / "worker.py")))
+    monkeypatch.setattr(cli.devices, "load", lambda name: setting.device)
+    monkeypatch.setattr("runtime_tests.evaluation.load", lambda name: setting.evaluation)
+    monkeypatch.setattr(cli, "BUILD", tmp_path / "build")
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "cache").symlink_to(setting.cache)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["runtime_tests", *map(str, arguments)])
+        return run_app(cli.app)
+
+    return run

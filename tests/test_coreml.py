@@ -251,7 +251,7 @@ def test_fp32_recipe_differs_by_fp16_rounding_only(tmp_path, tokens):
     with torch.inference_mode():
         wanted = eager(model.read, model.architecture, "none")(torch.tensor([tokens]))[0][0, PREFILL - 1 :]
     found = teacher_forced(open_session(tmp_path / "fp32", described, threads=1), tokens)
-    assert mean_kl(wanted, found) <= 1e-5
+    assert mean_kl(wanted, found) <= 1e-4
     assert sqnr_db(wanted, found) >= 50
     assert "rounded from float32" in str(described.lowering["float_values"])
     assert list(backends.load("mlpackage").read_weights(tmp_path / "fp32/model.mlpackage", model.architecture)) == []

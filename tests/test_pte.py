@@ -201,3 +201,14 @@ def test_what_xnnpack_gets_silently_wrong_is_refused(quant, target, message):
     bad = good.model_copy(update={"quant": recipe, "target": goal})
     with pytest.raises(ExportError, match=message):
         backends.load("pte").check(bad, good.model.architecture)
+
+
+def test_a_flipped_bit_in_the_kept_quantization_is_refused(tmp_path):
+    """Otherwise artifact and store would agree on wrong integers."""
+    weights = checkpoint.load(plan().model, None)
+    store = quantize.quantize(weights, plan().quant, tmp_path).store
+    data = bytearray(store.read_bytes())
+    data[-1000] ^= 4
+    store.write_bytes(data)
+    with pytest.raises(ExportError, match="changed since they were written"):
+        quantize.quantize(weights, plan().quant, tmp_path)

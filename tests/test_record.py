@@ -50,6 +50,7 @@ def test_noise_makes_speed_undecided_and_nothing_else():
     near = gates.speed(noisy, min_decode_tps=1.2 * decode, max_ttft_s=1.2 * noisy.ttft_p50_s, max_cv=0.1)
     assert {gate.verdict for gate in near} == {"inconclusive"}
     assert gates.outcome_of(near)[0] is Outcome.INCONCLUSIVE
+    assert sample_record(outcome=Outcome.INCONCLUSIVE).holds
     far = gates.speed(noisy, min_decode_tps=100 * decode, max_ttft_s=100 * noisy.ttft_p50_s, max_cv=0.1)
     assert [gate.verdict for gate in far] == ["fail", "pass"]  # no noise of this size explains that
     calm = gates.speed(noisy, min_decode_tps=1.2 * decode, max_ttft_s=1.0, max_cv=0.9)

@@ -3,6 +3,9 @@
 On the real default model, because a random model's answers are no text.
 """
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -117,3 +120,14 @@ def test_onnxruntime_genai_gives_our_text(built):
     text = load(folder).decode(answer, skip_special_tokens=True)
     assert len(text.split()) > 5
     assert text == our_answer(folder)
+
+
+@pytest.mark.parametrize("target", ["executorch-xnnpack", "onnx-cpu"])
+def test_the_cards_python_snippet_runs_as_it_stands(built, target):
+    folder = built(target)
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, cwd=folder, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.split()) > 5

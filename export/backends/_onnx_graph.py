@@ -14,6 +14,7 @@ from ..contract import IOContract, TensorSpec
 from ..model import rope_tables
 from ..plan import Architecture, WeightScheme
 from ..quantize import EMBEDDING, HEAD, QuantizedModel, scheme_of
+from ._onnx_activations import INT8_ACTIVATIONS, accuracy_level
 from ._onnx_weights import Codes, DataFile
 
 CONTRIB = {"FusedMatMul", "GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits", "QuickGelu"}
@@ -21,8 +22,6 @@ CONTRIB |= {"SkipSimplifiedLayerNormalization"}
 """onnxruntime's own operators, domain com.microsoft."""
 OPSETS = (("", 21), ("com.microsoft", 1))
 IR_VERSION = 10
-INT8_ACTIVATIONS = 4
-"""MatMulNBits accuracy_level: onnxruntime rounds activations to int8 per block; lower levels are 2× slower."""
 ELEMENT_TYPES = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT}
 
 
@@ -182,7 +181,9 @@ def linear(graph: Graph, x: str, stored: str, names: Sequence[str]) -> str:
         return multiply_float(
             graph, x, graph.data.add(stored, stack([graph.model.read(name) for name in names])), stored
         )
-    return multiply(graph, x, graph.data.add_codes(stored, [graph.model.read(name) for name in names], scheme), stored)
+    codes = graph.data.add_codes(stored, [graph.model.read(name) for name in names], scheme)
+    level = accuracy_level(stored, scheme, graph.architecture.num_hidden_layers)
+    return multiply(graph, x, codes, stored, level=level)
 
 
 def stack(weights: Sequence[Any]) -> NDArray[np.float32]:
@@ -190,10 +191,10 @@ def stack(weights: Sequence[Any]) -> NDArray[np.float32]:
     return np.concatenate([weight.numpy() for weight in weights]) if len(weights) > 1 else weights[0].numpy()
 
 
-def multiply(graph: Graph, x: str, codes: Codes, name: str) -> str:
+def multiply(graph: Graph, x: str, codes: Codes, name: str, *, level: int) -> str:
     """x [B, S, K] · codesᵀ."""
     attributes = {"K": codes.columns, "N": codes.rows, "bits": codes.bits, "block_size": codes.block}
-    attributes["accuracy_level"] = INT8_ACTIVATIONS
+    attributes["accuracy_level"] = level
     return graph.node("MatMulNBits", [x, codes.q, codes.scale], f"{name}.out", attributes)
 
 
@@ -207,7 +208,7 @@ def head(graph: Graph, x: str) -> None:
     if not graph.architecture.tie_word_embeddings:
         out = linear(graph, x, HEAD, [HEAD])
     elif isinstance(graph.embedding, Codes):
-        out = multiply(graph, x, graph.embedding, HEAD)
+        out = multiply(graph, x, graph.embedding, HEAD, level=INT8_ACTIVATIONS)
     else:
         out = multiply_float(graph, x, str(graph.embedding), HEAD)
     graph.nodes[-1].output[0] = graph.nodes[-1].name = "logits"

@@ -18,6 +18,7 @@ from ..plan import Architecture, Plan
 from ..quantize import EMBEDDING, QuantizedModel, quantized_names, scheme_of
 from . import Build, Lowered, StoredWeight
 from . import _onnx_genai_config as genai
+from ._onnx_activations import FLOAT_ACTIVATIONS
 from ._onnx_graph import build as build_graph
 from ._onnx_weights import BLOCK_SIZES, Codes, DataFile, StoredTensors, block_size, split
 
@@ -107,6 +108,7 @@ def contract_of(architecture: Architecture, context_length: int) -> IOContract:
 def facts(proto: Any, architecture: Architecture) -> dict[str, int | float | str]:
     """Node counts, and the bytes that one copy of a tied embedding saves."""
     counts = Counter(node.op_type for node in proto.graph.node)
+    levels = Counter(entry.i for node in proto.graph.node for entry in node.attribute if entry.name == "accuracy_level")
     shared = 0
     if architecture.tie_word_embeddings:
         stored = (tensor for tensor in proto.graph.initializer if tensor.name.startswith(EMBEDDING))
@@ -114,6 +116,7 @@ def facts(proto: Any, architecture: Architecture) -> dict[str, int | float | str
     return {
         "nodes": sum(counts.values()),
         "matmul_nbits_nodes": counts["MatMulNBits"],
+        "float_activation_nodes": levels[FLOAT_ACTIVATIONS],
         "float_matmul_nodes": counts["FusedMatMul"],
         "group_query_attention_nodes": counts["GroupQueryAttention"],
         "shared_embedding_bytes": shared,

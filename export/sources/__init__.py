@@ -4,6 +4,7 @@ Tensor names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`), what
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -46,7 +47,9 @@ def locate(spec: str) -> Path | str:
         return package_file(spec.removeprefix("package:"))
     if spec.startswith(("hub:", "seed:")):
         return spec
-    path = Path(spec).expanduser()
+    if not spec:
+        raise ExportError("--source is empty; give a folder, a .gguf file or a hub id")
+    path = Path(os.path.expanduser(spec))  # noqa: PTH111  (Path's own raises for an unknown user)
     if path.exists():
         return path.resolve()
     if spec.count("/") == 1 and not spec.startswith((".", "/", "~")):
@@ -59,7 +62,10 @@ def package_file(spec: str) -> Path:
     import importlib.util
 
     package, _, file = spec.partition("/")
-    found = importlib.util.find_spec(package)
+    try:
+        found = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # `a.b` without `a`; an empty name
+        found = None
     if found is None or not found.submodule_search_locations:
         raise ExportError(f"package {package!r} is not installed: run `make setup`, or give --source")
     path = Path(found.submodule_search_locations[0]) / file
@@ -88,7 +94,7 @@ def open_source(spec: str, expected: Architecture | None) -> Source:
         from .huggingface import FolderSource
 
         return FolderSource(place)
-    if place.suffix == ".gguf":
+    if place.suffix.lower() == ".gguf":
         from .gguf_file import GgufSource
 
         return GgufSource(place)

@@ -1,14 +1,12 @@
-"""A GGUF file (llama.cpp), read with the `gguf` library: metadata, tensors, tokenizer and chat template.
+"""A GGUF file (llama.cpp), read with the `gguf` library: shapes and tensors.
 
 Format: ggml `docs/gguf.md`. llama.cpp stores q and k with rotary pairs interleaved; Hugging Face stores the two
 halves apart, so both are permuted back (`LlamaModel.permute` in llama.cpp's convert_hf_to_gguf.py).
 """
 
-import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +16,8 @@ from pydantic import ValidationError
 
 from ..errors import ExportError
 from ..plan import Architecture, explain
+from . import gguf_header, gguf_tokenizer
+from .gguf_metadata import Metadata
 
 NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -35,7 +35,6 @@ BLOCK_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-PRE_TOKENIZERS = ("smollm", "llama-bpe", "llama3", "gpt-2", "default")
 
 
 class GgufSource:
@@ -44,10 +43,12 @@ class GgufSource:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files = (path,)
+        gguf_header.check(path)
         try:
             self._reader = GGUFReader(path)
         except Exception as error:  # the library raises whatever the damaged bytes lead to
             raise ExportError(f"{path}: damaged GGUF ({one_line(error)}); download it again") from None
+        self.metadata = Metadata(path, self._reader)
         self._tensors = {hugging_face_name(tensor.name): tensor for tensor in self._reader.tensors}
         kinds = {tensor.tensor_type.name for tensor in self._reader.tensors} - {"F32"}
         self.description = f"GGUF, {' + '.join(sorted(kinds)) or 'F32'}, {len(self._tensors)} tensors"
@@ -56,42 +57,51 @@ class GgufSource:
             if tensor.data_offset + tensor.n_bytes > size:
                 raise ExportError(f"{path}: tensor {tensor.name} ends after the file's {size} bytes; download it again")
 
-    def _get(self, key: str, default: Any = None) -> Any:
-        field = self._reader.get_field(key)
-        if field is None:
-            if default is None:
-                raise ExportError(f"{self.path}: metadata key {key} is missing")
-            return default
-        return field.contents()
-
     @cached_property
     def architecture(self) -> Architecture:
-        if (kind := self._get("general.architecture")) != "llama":
-            raise ExportError(f"{self.path}: general.architecture is {kind!r}; only 'llama' is supported")
-        if "rope_freqs.weight" in self._tensors:
-            raise ExportError(f"{self.path}: rope_freqs.weight (llama3 RoPE scaling in GGUF) is not read yet")
-        heads, hidden = self._get("llama.attention.head_count"), self._get("llama.embedding_length")
-        embedding = self._tensors.get("model.embed_tokens.weight")
-        if embedding is None:
-            raise ExportError(f"{self.path}: tensor token_embd.weight is missing")
+        get = self.metadata.get
+        self._refuse_other_models()
+        heads, hidden = get("llama.attention.head_count", int), get("llama.embedding_length", int)
         try:
             return Architecture(
-                vocab_size=int(embedding.shape[1]),
+                vocab_size=self._vocab_size(),
                 hidden_size=hidden,
-                intermediate_size=self._get("llama.feed_forward_length"),
-                num_hidden_layers=self._get("llama.block_count"),
+                intermediate_size=get("llama.feed_forward_length", int),
+                num_hidden_layers=get("llama.block_count", int),
                 num_attention_heads=heads,
-                num_key_value_heads=self._get("llama.attention.head_count_kv", heads),
-                head_dim=self._get("llama.attention.key_length", hidden // heads),
-                rope_theta=self._get("llama.rope.freq_base", 10000.0),
+                num_key_value_heads=get("llama.attention.head_count_kv", int, heads),
+                head_dim=self._head_dim(hidden, heads),
+                rope_theta=get("llama.rope.freq_base", float, 10000.0),
                 rope_scaling=None,
                 # the file stores float32; 1e-5 comes back as 9.99999975e-06
-                rms_norm_eps=float(f"{self._get('llama.attention.layer_norm_rms_epsilon'):.6g}"),
+                rms_norm_eps=float(f"{get('llama.attention.layer_norm_rms_epsilon', float):.6g}"),
                 tie_word_embeddings="lm_head.weight" not in self._tensors,
-                max_position_embeddings=self._get("llama.context_length"),
+                max_position_embeddings=get("llama.context_length", int),
             )
         except ValidationError as error:
             raise ExportError(f"{self.path}: {explain(error)}") from None
+
+    def _refuse_other_models(self) -> None:
+        """What our model does not compute."""
+        if (kind := self.metadata.get("general.architecture", str)) != "llama":
+            raise ExportError(f"{self.path}: general.architecture is {kind!r}; only 'llama' is supported")
+        if "rope_freqs.weight" in self._tensors:
+            raise ExportError(f"{self.path}: rope_freqs.weight (llama3 RoPE scaling in GGUF) is not read yet")
+        if (scaling := self.metadata.get("llama.rope.scaling.type", str, "none")) != "none":
+            raise ExportError(f"{self.path}: llama.rope.scaling.type is {scaling!r}; only 'none' is supported")
+
+    def _vocab_size(self) -> int:
+        embedding = self.shapes.get("model.embed_tokens.weight")
+        if not embedding:
+            raise ExportError(f"{self.path}: tensor token_embd.weight is missing or a single number")
+        return embedding[0]
+
+    def _head_dim(self, hidden: int, heads: int) -> int:
+        """Explicit, or the hidden size shared out; every channel of a head must turn."""
+        size = self.metadata.get("llama.attention.key_length", int, hidden // max(heads, 1))
+        if (turned := self.metadata.get("llama.rope.dimension_count", int, size)) != size:
+            raise ExportError(f"{self.path}: llama.rope.dimension_count is {turned}, but heads have {size} channels")
+        return size
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -111,55 +121,7 @@ class GgufSource:
         return values
 
     def write_tokenizer(self, folder: Path) -> None:
-        """Byte-level BPE from the file's tokens and merges, with the pre-tokenizer the file names."""
-        from tokenizers import AddedToken
-        from transformers import PreTrainedTokenizerFast
-
-        tokens: list[str] = self._get("tokenizer.ggml.tokens")
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=self._tokenizer(tokens),
-            bos_token=AddedToken(tokens[self._get("tokenizer.ggml.bos_token_id")], special=True, normalized=False),
-            eos_token=AddedToken(tokens[self._get("tokenizer.ggml.eos_token_id")], special=True, normalized=False),
-            chat_template=self._get("tokenizer.chat_template", ""),
-            clean_up_tokenization_spaces=False,
-        )
-        fast.save_pretrained(folder)
-        eos = self._get("tokenizer.ggml.eos_token_id")
-        bos = self._get("tokenizer.ggml.bos_token_id")
-        (folder / "generation_config.json").write_text(
-            json.dumps({"bos_token_id": bos, "eos_token_id": eos}, indent=2) + "\n"
-        )
-
-    def _tokenizer(self, tokens: list[str]) -> Any:
-        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-
-        kind, pre = self._get("tokenizer.ggml.model"), self._get("tokenizer.ggml.pre", "default")
-        if kind != "gpt2" or pre not in PRE_TOKENIZERS:
-            raise ExportError(
-                f"{self.path}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported; "
-                "give a Hugging Face folder with tokenizer.json"
-            )
-        merges = [tuple(merge.split(" ", 1)) for merge in self._get("tokenizer.ggml.merges")]
-        tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in ("llama-bpe", "llama3"))
-        first: Any = None
-        if pre == "smollm":  # llama.cpp: LLAMA_VOCAB_PRE_TYPE_SMOLLM splits every digit
-            first = pre_tokenizers.Digits(individual_digits=True)
-        elif pre in ("llama-bpe", "llama3"):
-            first = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, byte_level]) if first else byte_level
-        tokenizer.decoder = decoders.ByteLevel()
-        control = [
-            token for token, kind in zip(tokens, self._get("tokenizer.ggml.token_type"), strict=True) if kind == 3
-        ]
-        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-        return tokenizer
-
-
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+        gguf_tokenizer.write(self.metadata, folder)
 
 
 def hugging_face_name(name: str) -> str:

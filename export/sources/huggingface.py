@@ -21,29 +21,28 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+PICKLES = (".bin", ".pth", ".pt")
 WANTED = ("config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
 FLOATS = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
 
 
 def download(repo: str) -> Path:
     """`OWNER/NAME[@REVISION]` → local snapshot folder, through huggingface_hub's cache; safetensors only."""
+    from httpx import HTTPError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     name, _, revision = repo.partition("@")
+    remedy = "give a local folder with --source"
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(WANTED)))
     except GatedRepoError:
-        raise ExportError(
-            f"hub model {name} is gated: accept its licence, `hf auth login`, or give a local folder with --source"
-        ) from None
+        raise ExportError(f"hub model {name} is gated: accept its licence and `hf auth login`, or {remedy}") from None
     except RepositoryNotFoundError:
-        raise ExportError(f"hub model {name} does not exist (or needs `hf auth login`)") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ExportError(f"hub model {name} does not exist (or needs `hf auth login`); {remedy}") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, HTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ExportError(
-            f"hub model {name} cannot be downloaded ({reason}); give a local folder with --source"
-        ) from None
+        raise ExportError(f"hub model {name} cannot be downloaded ({reason}); {remedy}") from None
 
 
 class FolderSource:
@@ -66,26 +65,32 @@ class FolderSource:
         if not index_path.is_file():
             single = self.folder / "model.safetensors"
             if not single.is_file():
-                hint = "pickled weights are never loaded; " if any(self.folder.glob("*.bin")) else ""
+                pickles = any(path.suffix in PICKLES for path in self.folder.iterdir())
+                hint = "pickled weights are never loaded; " if pickles else ""
                 raise ExportError(f"{single}: missing; {hint}save the model as safetensors")
             return dict.fromkeys(self._open(single).keys(), single)
-        weight_map = read_json(index_path).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ExportError(f"{index_path}: no `weight_map`; the index is damaged, download it again")
-        owner = {}
-        for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise ExportError(f"{index_path}: {name} points at {file!r}, outside the folder")
-            owner[name] = self.folder / file
-        for path in sorted(set(owner.values())):
+        owner = self._weight_map(index_path)
+        paths = sorted(set(owner.values()))
+        for path in paths:
             if not path.is_file():
                 raise ExportError(f"{path}: missing, but {index_path.name} names it; download the shard again")
+        for path in paths:
             present = set(self._open(path).keys())
             listed = {name for name, file in owner.items() if file == path}
             if present != listed:
                 names = ", ".join(sorted(present ^ listed)[:3])
                 raise ExportError(f"{path}: its tensors differ from {index_path.name}: {names}; download it again")
         return owner
+
+    def _weight_map(self, index_path: Path) -> dict[str, Path]:
+        """Tensor name → file, as the index says."""
+        weight_map = read_json(index_path).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ExportError(f"{index_path}: no `weight_map`; the index is damaged, download it again")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+                raise ExportError(f"{index_path}: {name} points at {file!r}, not at a .safetensors file beside it")
+        return {name: self.folder / file for name, file in weight_map.items()}
 
     @cached_property
     def _handles(self) -> dict[Path, Any]:
@@ -103,8 +108,15 @@ class FolderSource:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: tuple(self._open(path).get_slice(name).get_shape()) for name, path in self._owner.items()}
 
+    def _tensor(self, name: str) -> torch.Tensor:
+        try:
+            tensor: torch.Tensor = self._open(self._owner[name]).get_tensor(name)
+        except (SafetensorError, AttributeError, TypeError, RuntimeError) as error:  # a dtype torch does not have
+            raise ExportError(f"{self._owner[name]}: tensor {name} cannot be read ({error})") from None
+        return tensor
+
     def read(self, name: str) -> torch.Tensor:
-        tensor = self._open(self._owner[name]).get_tensor(name)
+        tensor = self._tensor(name)
         if tensor.dtype not in FLOATS:
             raise ExportError(f"{self._owner[name]}: tensor {name} is {tensor.dtype}; only float weights are read here")
         values: torch.Tensor = tensor.to(torch.float32, copy=True)
@@ -125,7 +137,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or one clear line."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ExportError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -142,6 +154,8 @@ def architecture_of(config: dict[str, Any], path: Path) -> Architecture:
     if "quantization_config" in config:
         raise ExportError(f"{path}: the checkpoint is already quantized (quantization_config); give a float checkpoint")
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ExportError(f"{path}: the RoPE settings are {rope!r}, expected an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise ExportError(f"{path}: rope type {kind!r} is not supported; only 'default' and 'llama3'")
@@ -159,6 +173,7 @@ def architecture_of(config: dict[str, Any], path: Path) -> Architecture:
         )
     except KeyError as error:
         raise ExportError(f"{path}: key {error} is missing") from None
-    except (ValidationError, TypeError, ZeroDivisionError) as error:
-        reason = explain(error) if isinstance(error, ValidationError) else str(error)
-        raise ExportError(f"{path}: {reason}") from None
+    except ValidationError as error:
+        raise ExportError(f"{path}: {explain(error)}") from None
+    except (TypeError, ZeroDivisionError) as error:  # of the division
+        raise ExportError(f"{path}: hidden_size or num_attention_heads is no usable number ({error})") from None

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from export.artifact import locked
+from export.disk import locked
 from export.errors import ExportError
 from export.manifest import ROOT, Manifest
 from export.progress import console

@@ -1,0 +1,150 @@
+"""Very small checkpoints in every form the project reads, to be opened or broken by tests."""
+
+import json
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import pre_tokenizers
+
+from export import checkpoint, synth, tokenizer
+from export.errors import ExportError
+from export.plan import Architecture, ModelSpec, load_named
+from export.sources import open_source
+from export.sources.seeded import SeededSource
+
+LLAMA = load_named(ModelSpec, "models", "llama")
+SMALL = Architecture(
+    vocab_size=288, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, rope_theta=10000.0, rope_scaling=None, rms_norm_eps=1e-5,
+    tie_word_embeddings=True, max_position_embeddings=2048,
+)  # fmt: skip
+GGUF_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight", "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def weights(architecture=SMALL):
+    """Seeded float32 tensors, exact in bfloat16 and float16."""
+    source = SeededSource("3", architecture)
+    return {name: source.read(name).to(torch.bfloat16).half().float() for name in source.shapes}
+
+
+def write_folder(folder, architecture=SMALL, *, dtype=torch.bfloat16, shards=1, tensors=None):
+    """A Hugging Face folder with tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(synth.config(architecture)))
+    SeededSource("3", architecture).write_tokenizer(folder)
+    tensors = {name: t.to(dtype) for name, t in (tensors or weights(architecture)).items()}
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return folder
+    names = {i: sorted(tensors)[i::shards] for i in range(shards)}
+    for i, part in names.items():
+        save_file({name: tensors[name] for name in part}, folder / f"model-{i}.safetensors", {"format": "pt"})
+    weight_map = {name: f"model-{i}.safetensors" for i, part in names.items() for name in part}
+    write_index(folder, weight_map)
+    return folder
+
+
+def write_index(folder, weight_map):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def gguf_name(name):
+    if name.startswith("model.layers."):
+        _, _, layer, rest = name.split(".", 3)
+        return f"blk.{layer}.{GGUF_NAMES[rest.removesuffix('.weight')]}.weight"
+    return GGUF_NAMES[name]
+
+
+def interleaved(weight, heads):
+    """`LlamaModel.permute` of llama.cpp's convert_hf_to_gguf.py."""
+    rows, columns = weight.shape
+    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+def write_gguf(path, architecture=SMALL, *, kind="F32", tensors=None, leave_out=(), extra=None):
+    """A GGUF as llama.cpp's converter writes it: `kind` for matrices, F32 for norms."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in (metadata(architecture) | (extra or {})).items():
+        if key not in leave_out:
+            add(writer, key, value)
+    a = architecture
+    for name, tensor in (tensors or weights(a)).items():
+        values = tensor.numpy()
+        if name.endswith("q_proj.weight"):
+            values = interleaved(values, a.num_attention_heads)
+        if name.endswith("k_proj.weight"):
+            values = interleaved(values, a.num_key_value_heads)
+        stored = gguf.GGMLQuantizationType[kind if values.ndim > 1 else "F32"]
+        data = gguf.quants.quantize(np.ascontiguousarray(values), stored)
+        writer.add_tensor(gguf_name(name) if not name.startswith("!") else name[1:], data, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def metadata(a):
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġa", "he", "Ġthe", "<s>", "</s>", "<|user|>"]
+    return {
+        "llama.context_length": a.max_position_embeddings,
+        "llama.embedding_length": a.hidden_size,
+        "llama.block_count": a.num_hidden_layers,
+        "llama.feed_forward_length": a.intermediate_size,
+        "llama.attention.head_count": a.num_attention_heads,
+        "llama.attention.head_count_kv": a.num_key_value_heads,
+        "llama.rope.freq_base": a.rope_theta,
+        "llama.attention.layer_norm_rms_epsilon": a.rms_norm_eps,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * (len(tokens) - 3) + [3, 3, 4],
+        "tokenizer.ggml.merges": ["Ġ a", "h e", "Ġt he", "Ġ t"][:2],
+        "tokenizer.ggml.bos_token_id": len(tokens) - 3,
+        "tokenizer.ggml.eos_token_id": len(tokens) - 2,
+    }
+
+
+def add(writer, key, value):
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, list):
+        writer.add_array(key, value)
+    else:
+        writer.add_uint32(key, value)
+
+
+def refusal(model, place):
+    """The one line that opening and reading a whole checkpoint ends in."""
+    with pytest.raises(ExportError) as caught:
+        read_everything(model, place)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert len(text) < 800
+    return text
+
+
+def read_everything(model, place):
+    opened = checkpoint.load(model, str(place))
+    return {name: opened.read(name) for name in opened.architecture.tensor_shapes()}
+
+
+def tokenizer_refusal(folder, out, vocab_size=288):
+    out.mkdir()
+    with pytest.raises(ExportError) as caught:
+        tokenizer.write(open_source(str(folder), None), out, vocab_size)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

@@ -1,0 +1,224 @@
+"""GGUF files with mistakes, and damaged files of any kind by chance: one line, in bounded time and memory."""
+
+import random
+import resource
+import signal
+import struct
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from export import checkpoint, manifest, tokenizer
+from export.errors import ExportError
+from export.plan import ModelSpec, load_named
+from export.sources import locate, open_source
+
+from .checkpoints import (
+    LLAMA,
+    SMALL,
+    metadata,
+    read_everything,
+    refusal,
+    tokenizer_refusal,
+    weights,
+    write_folder,
+    write_gguf,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+
+@contextmanager
+def within(seconds):
+    """A hang becomes a failure."""
+
+    def stop(_signum, _frame):
+        pytest.fail(f"still at it after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("key", [key for key in metadata(SMALL) if key.startswith("llama.")])
+def test_a_missing_key_is_named_or_has_llama_cpps_default(tmp_path, key):
+    path = write_gguf(tmp_path / "model.gguf", leave_out=[key])
+    if key == "llama.rope.freq_base":
+        assert checkpoint.load(LLAMA, str(path)).architecture.rope_theta == 10000.0
+    elif key.endswith("head_count_kv"):  # as many as query heads, which the tensors contradict
+        assert "k_proj.weight has shape [32, 64]" in refusal(LLAMA, path)
+    else:
+        assert f"metadata key {key} is missing" in refusal(LLAMA, path)
+
+
+@pytest.mark.parametrize("key", [key for key in metadata(SMALL) if key.startswith("tokenizer.")])
+def test_a_missing_tokenizer_key_is_named(tmp_path, key):
+    path = write_gguf(tmp_path / "model.gguf", leave_out=[key])
+    text = tokenizer_refusal(path, tmp_path / "out")
+    assert f"metadata key {key} is missing" in text or "pre-tokenizer 'default' is not supported" in text
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"llama.attention.head_count": "four"}, "llama.attention.head_count is 'four', expected int"),
+        ({"llama.attention.head_count": 0}, "num_attention_heads"),
+        ({"llama.embedding_length": [64]}, "llama.embedding_length is [64], expected int"),
+        ({"llama.embedding_length": 32}, "has shape"),
+        ({"llama.block_count": 2}, "tensors are missing"),
+        ({"llama.block_count": 2**31}, "num_hidden_layers"),
+        ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type is 'yarn'"),
+        ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count is 8, but heads have 16"),
+        ({"llama.rope.freq_base": float("nan")}, "rope_theta"),
+        ({"llama.context_length": 100}, "context_length 2048 is more than"),
+    ],
+)
+def test_a_wrong_value_is_named(tmp_path, extra, words):
+    assert words in refusal(LLAMA, write_gguf(tmp_path / "model.gguf", extra=extra))
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"tokenizer.ggml.model": "llama"}, "tokenizer 'llama' with pre-tokenizer 'smollm' is not supported"),
+        ({"tokenizer.ggml.pre": "qwen2"}, "pre-tokenizer 'qwen2' is not supported"),
+        ({"tokenizer.ggml.bos_token_id": 5000}, "bos_token_id is 5000, the file has 262 tokens"),
+        ({"tokenizer.ggml.token_type": [1]}, "tokenizer.ggml.token_type has 1"),
+        ({"tokenizer.ggml.tokens": ["a", "a", "b"]}, "the file has 3 tokens"),
+        ({"tokenizer.ggml.tokens": ["a"] * 300}, "299 of its tokens are there twice"),
+        ({"tokenizer.ggml.tokens": [1, 2]}, "tokenizer.ggml.tokens is 1, expected str"),
+        ({"tokenizer.ggml.merges": ["no such"]}, "do not fit together"),
+        ({"tokenizer.ggml.merges": ["nospace"]}, "do not fit together"),
+        ({"tokenizer.chat_template": 5}, "tokenizer.chat_template is 5, expected str"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_made(tmp_path, extra, words):
+    path = write_gguf(tmp_path / "model.gguf", extra=extra)
+    assert words in tokenizer_refusal(path, tmp_path / "out")
+
+
+def test_llama3_rope_scaling_and_other_architectures_are_refused(tmp_path):
+    with_table = weights() | {"!rope_freqs.weight": torch.ones(8)}
+    assert "rope_freqs.weight" in refusal(LLAMA, write_gguf(tmp_path / "model.gguf", tensors=with_table))
+    other = (tmp_path / "model.gguf").read_bytes().replace(b"llama", b"mamba", 1)
+    (tmp_path / "model.gguf").write_bytes(other)
+    with pytest.raises(ExportError, match=r"damaged|only 'llama' is supported"):
+        checkpoint.load(LLAMA, str(tmp_path / "model.gguf"))
+
+
+def test_nan_in_a_gguf_names_the_tensor(tmp_path):
+    tensors = weights()
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = float("nan")
+    path = write_gguf(tmp_path / "model.gguf", tensors=tensors)
+    assert "model.layers.0.mlp.up_proj.weight holds NaN" in refusal(LLAMA, path)
+
+
+def header(tensors, keys, body):
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, keys) + body
+
+
+def key(kind, body):
+    return struct.pack("<Q", 1) + b"k" + struct.pack("<I", kind) + body
+
+
+ABSURD = {
+    "empty": b"",
+    "three bytes": b"GGU",
+    "magic only": b"GGUF",
+    "other magic": b"GGML" + bytes(60),
+    "version 1": b"GGUF" + struct.pack("<IQQ", 1, 0, 0),
+    "big endian": b"GGUF" + struct.pack(">IQQ", 3, 0, 0),
+    "2^63 keys": header(0, 2**63, bytes(64)),
+    "2^63 tensors": header(2**63, 0, bytes(64)),
+    "50000 tensors of zeros": header(50_000, 0, bytes(24 * 40_000)),
+    "2^60 numbers": header(0, 1, key(9, struct.pack("<IQ", 4, 2**60))),
+    "2^60 numbers, aligned": header(0, 1, key(9, struct.pack("<IQ", 0, 2**60)) + bytes(64)),
+    "100 million bytes, claimed": header(0, 1, key(9, struct.pack("<IQ", 0, 10**8))),
+    "an endless string": header(0, 1, key(8, struct.pack("<Q", 2**63))),
+    "arrays in arrays": header(0, 1, key(9, struct.pack("<IQ", 9, 1) * 10_000)),
+    "unknown type": header(0, 1, key(77, bytes(8))),
+    "a billion dimensions": header(1, 0, struct.pack("<Q", 1) + b"t" + struct.pack("<I", 2**30)),
+    "no keys at all": header(0, 0, b""),
+}
+
+
+@pytest.mark.parametrize("attack", ABSURD)
+def test_absurd_counts_end_at_once_and_in_little_memory(tmp_path, attack):
+    (tmp_path / "model.gguf").write_bytes(ABSURD[attack])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with within(10):
+        assert "model.gguf: " in refusal(LLAMA, tmp_path / "model.gguf")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KB
+
+
+def test_the_largest_header_we_read_still_fits_llama3():
+    from export.sources import gguf_header
+
+    assert gguf_header.MAX_ITEMS > 2 * (128_256 * 2 + 280_147)
+
+
+# ── damage by chance ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def damaged(data, seed):
+    """40 truncations, then 60 flipped bits; half of those in the first kilobytes, where the structure is."""
+    choose = random.Random(seed)
+    for i in range(40):
+        yield f"first {i}/40", data[: len(data) * i // 40 + choose.randrange(32)]
+    for i in range(60):
+        at = choose.randrange(min(len(data), 3000) if i % 2 else len(data))
+        yield f"bit at {at}", data[:at] + bytes([data[at] ^ 1 << choose.randrange(8)]) + data[at + 1 :]
+
+
+@pytest.mark.parametrize("form", ["safetensors", "gguf"])
+def test_damage_by_chance_is_refused_or_harmless(tmp_path, form):
+    """A flipped bit in a weight cannot be seen; everything else must be, and nothing but ExportError comes out."""
+    if form == "gguf":
+        place = path = write_gguf(tmp_path / "model.gguf", kind="Q8_0")
+    else:
+        place = write_folder(tmp_path / "folder")
+        path = place / "model.safetensors"
+    good, shapes = path.read_bytes(), SMALL.tensor_shapes()
+    lines = []
+    with within(120):
+        for what, data in damaged(good, seed=5):
+            path.write_bytes(data)
+            try:
+                found = read_everything(LLAMA, place)
+                ids = tokenizer.write(open_source(str(place), None), fresh(tmp_path / "out"), SMALL.vocab_size)
+            except ExportError as error:
+                lines.append(str(error))
+                continue
+            assert {name: tuple(tensor.shape) for name, tensor in found.items()} == shapes, what
+            assert ids.eos_ids, what
+            assert len(data) == len(good), what
+    assert len(lines) >= 40
+    assert not any("\n" in line for line in lines)
+
+
+def fresh(folder):
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        path.unlink()
+    return folder
+
+
+def test_the_command_refuses_a_damaged_file_of_the_default_model(tmp_path):
+    model = load_named(ModelSpec, "models", "smollm2-135m")
+    (tmp_path / "cut.gguf").write_bytes(locate(model.source).read_bytes()[:30_000_000])
+    done = subprocess.run(
+        [sys.executable, "-m", "export", "smollm2-135m", "int4-g32", "onnx-cpu", "--source", tmp_path / "cut.gguf",
+         "--out", tmp_path / "out"], cwd=manifest.ROOT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert (done.returncode, len(errors)) == (1, 1)
+    assert "cut.gguf: damaged GGUF" in errors[0]
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "cut.gguf"]
