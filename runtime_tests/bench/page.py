@@ -15,9 +15,10 @@ TTFT is a warm prompt: tokens in, logits of the last one out."""
 READ = """\
 - The stock ONNX artifact is written without `intra_op_num_threads`, and onnxruntime-genai then computes with half of \
 the logical cores (one thread on a two-core machine). Here every onnxruntime-genai row gets the same number.
-- The builder's default quantizes the head to int4 in groups, ours is int8 per channel: ours reads more bytes for each \
-token. The builder's other row has an int8 head too, in groups, and pays with a float embedding: its options cannot \
-share an int8 table (version 0.18), nor does `rtn_last` change a tied head.
+- Both stock exporters quantize the head to int4 in groups (`export_llm`'s 8da4w takes every linear), ours is int8 per \
+channel: ours reads more bytes for each decoded token. The builder's other row has an int8 head too, in groups, and \
+pays with a float embedding: its options cannot share an int8 table (version 0.18), nor does `rtn_last` change a tied \
+head.
 - Both .pte files are stepped by the same Python calls; TextLLMRunner is ExecuTorch's own loop and counts \
 milliseconds, tokenization and sampling included.
 - Stepped rows time the model alone, the others choose the token inside the clock.

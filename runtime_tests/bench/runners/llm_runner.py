@@ -10,6 +10,7 @@ from typing import Any
 import executorch.extension.llm.custom_ops.custom_ops
 import executorch.kernels.quantized  # noqa: F401
 import numpy as np
+import torch
 from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
 from numpy.typing import NDArray
@@ -51,6 +52,7 @@ class TextRunner:
 
 
 def open_runner(opening: Opening) -> TextRunner:
-    """Load a .pte with its tokenizer."""
+    """Load a .pte with its tokenizer; both thread pools as in `pte`."""
+    torch.set_num_threads(opening.threads)
     _unsafe_reset_threadpool(opening.threads)
     return TextRunner(opening.path, opening.tokenizer)

@@ -45,6 +45,7 @@ class PteSteps:
 
 
 def open_runner(opening: Opening) -> SteppingRunner:
-    """Load a .pte."""
+    """Load a .pte. Its operators compute in two pools, ExecuTorch's and torch's (attention's matrix products)."""
+    torch.set_num_threads(opening.threads)  # pools of different sizes spin against each other: ten times slower
     _unsafe_reset_threadpool(opening.threads)
     return SteppingRunner(PteSteps(Path(opening.path), opening.context))
