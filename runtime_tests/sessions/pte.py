@@ -22,6 +22,8 @@ class PteSession:
         from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
         from executorch.runtime import Runtime
 
+        # attention's matrix products run in torch's pool; pools of different sizes spin against each other
+        torch.set_num_threads(threads)
         _unsafe_reset_threadpool(threads)
         self._program = Runtime.get().load_program(path)  # verifies the program's internal consistency
         self._method = self._program.load_method("forward")
