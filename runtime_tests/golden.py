@@ -24,7 +24,7 @@ from export.plan import ModelSpec, QuantRecipe, Strict, load_named
 from export.quantize import eager, quantize
 
 FOLDER = Path(__file__).parent / "golden_tokens"
-PROMPT, LENGTH, PROMPTS, MIN_DISTINCT = 16, 32, 512, 6
+PROMPT, LENGTH, PROMPTS, MIN_DISTINCT = 16, 32, 4096, 6
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 

