@@ -69,7 +69,7 @@ class Evaluator:
         compute = slice_assign if step.in_place else OPS[op.kind]
         try:
             results = compute(arguments)
-        except (IndexError, NotImplementedError, RuntimeError, ValueError) as error:
+        except (IndexError, RuntimeError, ValueError) as error:
             raise PackageError(f"operation {op.name} ({op.kind}): {error}") from error
         for (name, dtype), result in zip(
             op.outputs, results if isinstance(results, tuple) else (results,), strict=True

@@ -43,7 +43,7 @@ def integer(inputs: Inputs, name: str, default: int) -> int:
 def require(inputs: Inputs, name: str, allowed: int) -> None:
     """Refuse an option this table does not implement."""
     if integer(inputs, name, allowed) != allowed:
-        raise NotImplementedError(f"{name}={inputs[name]}")
+        raise ValueError(f"{name}={inputs[name]} is not evaluated here")
 
 
 def dequantize(inputs: Inputs) -> Tensor:

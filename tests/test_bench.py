@@ -313,7 +313,7 @@ def test_executorchs_own_runner_reports_its_passes(pte):
     runner = runners.module("llm_runner").open_runner(opening("llm_runner", pte[0] / "model.pte", pte[0]))
     assert runner.prompt(range(60, 80)).tokens == 20
     assert 0 < runner.generate(range(60, 80), 5).tokens <= 5
-    with pytest.raises(NotImplementedError, match="text only"):
+    with pytest.raises(ValueError, match="text only"):
         runner.logits([1], 1)
 
 

@@ -111,7 +111,7 @@ class GgufSource:
         tensor = self._tensors[name]
         try:
             values = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), np.float32))
-        except (NotImplementedError, ValueError) as error:
+        except (NotImplementedError, ValueError) as error:  # what gguf raises for a type it cannot read
             raise ExportError(f"{self.path}: tensor {tensor.name}: {one_line(error)}") from None
         values = values.reshape(self.shapes[name])
         if name.endswith("q_proj.weight"):

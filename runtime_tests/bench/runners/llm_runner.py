@@ -48,7 +48,7 @@ class TextRunner:
         return Pass(stats.num_generated_tokens, (stats.inference_end_ms - stats.prompt_eval_end_ms) * NS_PER_MS)
 
     def logits(self, tokens: Sequence[int], prefill: int) -> NDArray[np.float32]:
-        raise NotImplementedError("TextLLMRunner gives text only")
+        raise ValueError("TextLLMRunner gives text only")
 
 
 def open_runner(opening: Opening) -> TextRunner:
