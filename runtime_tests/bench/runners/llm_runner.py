@@ -48,7 +48,8 @@ class TextRunner:
         return Pass(stats.num_generated_tokens, (stats.inference_end_ms - stats.prompt_eval_end_ms) * NS_PER_MS)
 
     def logits(self, tokens: Sequence[int], prefill: int) -> NDArray[np.float32]:
-        raise ValueError("TextLLMRunner gives text only")
+        steps = len(tokens) - prefill + 1
+        raise ValueError(f"TextLLMRunner gives text only, no logits for {steps} positions")
 
 
 def open_runner(opening: Opening) -> TextRunner:
