@@ -1,0 +1,62 @@
+"""How commands and files reach a device. Knows nothing about models, formats or measurements."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+class DeviceError(Exception):
+    """A device that is unknown, described wrongly, absent or not usable, in one line that says what to do."""
+
+
+class DeviceLostError(DeviceError):
+    """The connection ended or the device stopped answering in the middle of something."""
+
+
+class DeviceBusyError(DeviceError):
+    """Another run holds the device's lock."""
+
+
+class NoSpaceError(DeviceError):
+    """Too little room on the device."""
+
+
+class TransferError(DeviceError):
+    """A file did not arrive as it was sent."""
+
+
+class DeadlineError(DeviceError):
+    """A command did not end in time; what it left running was ended."""
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A command that ended. The exit status alone says whether it went well; 128 + n is death by signal n."""
+
+    returncode: int
+    stdout: bytes
+    stderr: bytes
+
+
+class Transport(Protocol):
+    """One attached device. Every call has a deadline; paths on the device are relative to its working folder."""
+
+    def run(self, argv: Sequence[str], *, timeout_s: float) -> Completed:
+        """Run a command in the working folder. Raises DeadlineError, DeviceLostError."""
+
+    def push(self, local: Path, remote: str, *, timeout_s: float) -> None:
+        """Copy a file or a folder whole or not at all: to NAME.part, sha256 checked on the device, then renamed.
+
+        What is already there with the same sha256 is left. Raises NoSpaceError before copying, TransferError.
+        """
+
+    def pull(self, remote: str, local: Path, *, timeout_s: float) -> None:
+        """Copy a file from the device, sha256 checked, written whole or not at all."""
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Hold the device alone. Raises DeviceBusyError that names the holder."""
+
+    def close(self) -> None:
+        """End what this transport started."""
