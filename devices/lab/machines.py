@@ -73,7 +73,7 @@ MACHINES = {
     ),
     "pi5": Machine(
         packages=(
-            *("dash", "coreutils", "findutils", "util-linux", "procps", "openssh-server", "rsync"),
+            *("dash", "coreutils", "findutils", "grep", "sed", "util-linux", "procps", "openssh-server", "rsync"),
             *("python3", "libstdc++6", "libgomp1"),
         ),
         backports=False,
