@@ -9,16 +9,25 @@ FAILED = 3
 GUARDED = """\
 cd {folder} || exit {failed}
 if command -v setsid >/dev/null; then own=setsid; else own=; set -m; fi
-if command -v timeout >/dev/null; then limit='timeout {limit_s}'; else limit=; fi
 exec 3<&0
 $own {command} </dev/null 3<&- &
 job=$!
-$own sh -c "$limit cat >/dev/null; kill -KILL -$job $job" <&3 >/dev/null 2>&1 3<&- &
-watch=$!
+watch() {{
+  trap 'kill -KILL $! 2>/dev/null; exit' TERM
+  "$@" <&3 &
+  wait $!
+  kill -KILL -$job $job
+}}
+watch cat >/dev/null 2>&1 &
+watches=$!
+watch sleep {limit_s} >/dev/null 2>&1 &
+watches="$watches $!"
 exec 3<&-
 wait $job
 code=$?
-kill -KILL -$watch $watch -$job 2>/dev/null
+kill -TERM $watches 2>/dev/null
+wait
+kill -KILL -$job 2>/dev/null
 case $code in {unsure}) echo $code >{status} ;; esac
 exit $code
 """
@@ -39,9 +48,9 @@ def answered(script: str) -> str:
 def guarded(argv: Sequence[str], *, folder: str, limit_s: int, status: str, unsure: Iterable[int]) -> str:
     """Run a program so that nothing of it stays, however the run ends.
 
-    It leads a process group of its own. A watch beside it reads our stdin, which stays open as long as the client
-    lives, and kills the group when that ends or `limit_s` has passed. An exit status that the client could also give
-    by itself is written to the file `status`.
+    It leads a process group of its own. Two watches beside it kill that group: one when our stdin ends, which stays
+    open as long as the client lives, one after `limit_s` seconds. An exit status that the client could also give by
+    itself is written to the file `status`.
     """
     return GUARDED.format(
         folder=shlex.quote(folder),
