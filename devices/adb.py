@@ -39,7 +39,7 @@ class AdbLink:
     def client(self, script: str) -> list[str]:
         return [self._program, "-s", self._serial, "shell", "-T", script]
 
-    def explain(self, stderr: bytes) -> str:
+    def explain(self, _stderr: bytes, /) -> str:
         try:
             state = states(self._program, Deadline.after(5)).get(self._serial)
         except DeviceError as error:
@@ -67,7 +67,7 @@ def find() -> str:
 
 
 def connect(name: str, serial: str | None, variable: str, deadline: Deadline) -> AdbLink:
-    """The device of that serial; without one, the only device attached. `variable` is named where the choice is open."""
+    """The device of that serial; without one, the only one attached. `variable` is what settles an open choice."""
     program = find()
     attached = states(program, deadline)
     if serial is None:

@@ -12,7 +12,7 @@ VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
 class Local(BaseModel):
-    """This machine."""
+    """The machine that runs the command."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -5,8 +5,12 @@ from pathlib import Path
 MAGIC = b"\x7fELF"
 MACHINES = {3: "x86", 40: "arm", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
 FAMILIES = {
-    **{"arm64": "aarch64", "arm64-v8a": "aarch64", "amd64": "x86_64"},
-    **{"armeabi-v7a": "arm", "armv7l": "arm", "i686": "x86"},
+    "arm64": "aarch64",
+    "arm64-v8a": "aarch64",
+    "armeabi-v7a": "arm",
+    "armv7l": "arm",
+    "amd64": "x86_64",
+    "i686": "x86",
 }
 """An ABI as a system names it → as ELF files are named here; others are named alike."""
 

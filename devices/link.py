@@ -14,7 +14,7 @@ class Link(Protocol):
     def client(self, script: str) -> list[str]:
         """The command on this host that runs a POSIX shell script there; stdin, stdout, stderr, exit status are its."""
 
-    def explain(self, stderr: bytes) -> str:
+    def explain(self, stderr: bytes, /) -> str:
         """Why the client failed and what to do, in one line; `stderr` may choose the words."""
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
-"""This machine as a device. Knows nothing of what runs on it."""
+"""The machine that runs the command, as a device. Knows nothing of what runs on it."""
 
 
 class LocalLink:
-    """A shell of this machine."""
+    """A shell here."""
 
     unsure: frozenset[int] = frozenset()
 
@@ -12,7 +12,7 @@ class LocalLink:
     def client(self, script: str) -> list[str]:
         return ["sh", "-c", script]
 
-    def explain(self, stderr: bytes) -> str:
+    def explain(self, stderr: bytes, /) -> str:
         return stderr.decode(errors="replace").strip() or "no reason given"
 
     def close(self) -> None:

@@ -61,10 +61,11 @@ class SshLink:
                 stderr=errors,
                 start_new_session=True,
             )
+            assert self._master.stdout
             ready, _, _ = select.select([self._master.stdout], [], [], deadline.left_s())
             if not ready:
                 raise DeviceError(f"{self.name}: {self._address.host} does not answer within {deadline.limit_s:g} s")
-            if not os.read(self._master.stdout.fileno(), 1):  # type: ignore[union-attr]
+            if not os.read(self._master.stdout.fileno(), 1):
                 self._master.wait()
                 errors.seek(0)
                 raise DeviceError(f"{self.name}: {self._address.host}: {self.explain(errors.read())}")
@@ -72,7 +73,7 @@ class SshLink:
     def client(self, script: str) -> list[str]:
         return self._ssh("no", f"exec sh -c {shlex.quote(script)}")
 
-    def explain(self, stderr: bytes) -> str:
+    def explain(self, stderr: bytes, /) -> str:
         text = stderr.decode(errors="replace")
         for words, advice in ADVICE.items():
             if words in text:

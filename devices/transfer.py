@@ -132,7 +132,9 @@ def failure(shell: Shell, remote: str, stderr: bytes, deadline: Deadline) -> Dev
     free_bytes = survey(shell, (), deadline).free_bytes
     remove(shell, remote, deadline)
     if free_bytes < SPARE_BYTES:
-        return NoSpaceError(f"{shell.link.name}: {shell.folder} is full ({free_bytes / 1e6:.1f} MB free); free some space")
+        return NoSpaceError(
+            f"{shell.link.name}: {shell.folder} is full ({free_bytes / 1e6:.1f} MB free); free some space"
+        )
     return TransferError(f"{shell.link.name}: {remote} could not be written: {last_line(stderr)}")
 
 

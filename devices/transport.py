@@ -44,7 +44,7 @@ class Transport(Protocol):
     """One attached device. Every call has a deadline; paths on the device are relative to its working folder."""
 
     def abi(self) -> str:
-        """What programs it runs, as the device names it: `x86_64`, `aarch64`, `arm64-v8a`, `arm64` …"""
+        """What programs it runs, as the device names it: x86_64, aarch64, arm64-v8a, arm64 or another."""
 
     def run(self, argv: Sequence[str], *, timeout_s: float) -> Completed:
         """Run a program in the working folder; stdin is empty.

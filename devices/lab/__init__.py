@@ -16,9 +16,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import host, roots
+from . import host, roots, sides
 from .machines import MACHINES
 from .roots import LabError
+
+__all__ = ["MACHINES", "Emulated", "LabError", "install", "missing_packages", "start"]
 
 START_LIMIT_S = 90
 DATA_MB = 1536
@@ -80,7 +82,7 @@ class Emulated:
 def namespace_of(pid: int) -> str:
     """The pid namespace of a process; empty when it is gone."""
     try:
-        return os.readlink(f"/proc/{pid}/ns/pid")
+        return str(Path(f"/proc/{pid}/ns/pid").readlink())
     except OSError:
         return ""
 
@@ -88,6 +90,18 @@ def namespace_of(pid: int) -> str:
 def missing_packages() -> list[str]:
     """Debian packages the lab needs and this machine lacks."""
     return sorted({package for program, package in PACKAGES.items() if not shutil.which(program)})
+
+
+def install(packages: list[str]) -> None:
+    """Install Debian packages on this machine."""
+    if not packages:
+        return
+    if os.geteuid() != 0:
+        raise LabError(f"the lab needs Debian's {', '.join(packages)}: sudo apt-get install {' '.join(packages)}")
+    for step in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
+        ended = subprocess.run(["apt-get", "-qq", *step], stdout=subprocess.DEVNULL, check=False)
+        if ended.returncode:
+            raise LabError(f"apt-get {' '.join(step)} ended with {ended.returncode}")
 
 
 @contextmanager
@@ -100,7 +114,7 @@ def start(name: str, *, data_mb: int = DATA_MB) -> Iterator[Emulated]:
     machine = MACHINES[name]
     root, qemu = roots.root_of(machine), roots.qemu()
     with tempfile.TemporaryDirectory(prefix="lab-") as scratch:
-        side = SIDES[name](Path(scratch))
+        side = sides.SIDES[name](Path(scratch))
         spec = host.Spec(
             root=str(root),
             qemu=str(qemu),
@@ -113,7 +127,8 @@ def start(name: str, *, data_mb: int = DATA_MB) -> Iterator[Emulated]:
             companion=side.companion,
         )
         with running(spec, Path(scratch) / "log") as answer:
-            yield Emulated(name, answer["port"], side.environment(answer["port"]), answer["init"])
+            environment = side.environment(answer["port"])
+            yield Emulated(name, answer["port"], environment, answer["init"])
 
 
 @contextmanager
@@ -141,62 +156,3 @@ def running(spec: host.Spec, log: Path) -> Iterator[dict[str, int]]:
         holder.stdin.close()
         holder.stdout.close()
         holder.wait()
-
-
-@dataclass(frozen=True)
-class AdbSide:
-    """An adb server of the device's own: neither the user's server nor their keys are touched."""
-
-    scratch: Path
-    secrets: dict[str, str]
-    companion: list[str]
-
-    def environment(self, port: int) -> dict[str, str]:
-        """Leads adb to that server and names the device."""
-        return {"ADB_SERVER_SOCKET": adb_socket(self.scratch), "EMULATED_ANDROID_SERIAL": f"127.0.0.1:{port}"}
-
-
-def adb_socket(scratch: Path) -> str:
-    """Where the device's own adb server listens, as adb writes it."""
-    return f"localfilesystem:{scratch}/adb"
-
-
-def adb_side(scratch: Path) -> AdbSide:
-    """The server keeps its keys in the scratch folder."""
-    server = ["env", f"HOME={scratch}", "adb", "-L", adb_socket(scratch), "nodaemon", "server"]
-    return AdbSide(scratch, {}, server)
-
-
-@dataclass(frozen=True)
-class SshSide:
-    """An ssh configuration and keys of the device's own."""
-
-    scratch: Path
-    secrets: dict[str, str]
-    companion: list[str]
-
-    def environment(self, port: int) -> dict[str, str]:
-        """Leads ssh to the device through a configuration file of its own."""
-        public = " ".join((self.scratch / "host_key.pub").read_text().split()[:2])
-        (self.scratch / "known_hosts").write_text(f"[127.0.0.1]:{port} {public}\n")
-        (self.scratch / "config").write_text(
-            f"Host emulated-pi5\n  HostName 127.0.0.1\n  Port {port}\n  User root\n"
-            f"  IdentityFile {self.scratch}/user_key\n  IdentitiesOnly yes\n"
-            f"  UserKnownHostsFile {self.scratch}/known_hosts\n  GlobalKnownHostsFile none\n"
-        )
-        return {"EMULATED_PI5_SSH_CONFIG": str(self.scratch / "config")}
-
-
-def ssh_side(scratch: Path) -> SshSide:
-    """Fresh keys for both ends."""
-    for key in ("host_key", "user_key"):
-        generate = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", str(scratch / key)]
-        subprocess.run(generate, check=True, stdout=subprocess.DEVNULL)
-    secrets = {
-        "host_key": (scratch / "host_key").read_text(),
-        "authorized_keys": (scratch / "user_key.pub").read_text(),
-    }
-    return SshSide(scratch, secrets, [])
-
-
-SIDES = {"android": adb_side, "pi5": ssh_side}

@@ -56,7 +56,7 @@ def main(spec: Spec) -> int:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         holder = fork(lambda: hold(spec, listener, theirs))
         theirs.close()
-        companion = fork(lambda: os.execvp(spec.companion[0], spec.companion)) if spec.companion else None
+        companion = fork(lambda: replace_by(spec.companion)) if spec.companion else None
         try:
             ours.recv(1)
             for kind in ("uid_map", "gid_map"):
@@ -86,6 +86,11 @@ def fork(job: Callable[[], None]) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         os._exit(FAILED)
     os._exit(0)
+
+
+def replace_by(command: list[str]) -> NoReturn:
+    """Become another program."""
+    os.execvp(command[0], command)  # noqa: S606 - a list, no shell
 
 
 def hold(spec: Spec, listener: socket.socket, host: socket.socket) -> None:

@@ -25,11 +25,11 @@ class Machine:
 
 
 # What Android's userland is: toybox and mksh. `[` is in the shell.
-TOYBOX = (
-    "basename cat chmod cmp cp cut date dd df dirname du echo env expr false find getconf grep head id kill ln ls "
-    "md5sum mkdir mkfifo mktemp mv nproc printf ps pwd readlink realpath rm rmdir sed seq setsid sha256sum sleep sort "
-    "stat sync tail tee timeout touch tr true truncate uname uniq uptime wc which xargs yes"
-).split()
+TOYBOX = """
+basename cat chmod cmp cp cut date dd df dirname du echo env expr false find getconf grep head id kill ln ls
+md5sum mkdir mkfifo mktemp mv nproc printf ps pwd readlink realpath rm rmdir sed seq setsid sha256sum sleep sort
+stat sync tail tee timeout touch tr true truncate uname uniq uptime wc which xargs yes
+"""
 
 GETPROP = """#!/bin/sh
 # Android's property reader, over a text file
@@ -57,28 +57,34 @@ StrictModes no
 PidFile none
 SetEnv QEMU_CPU=cortex-a76
 """
-PASSWD = "root:x:0:0:root:/root:/bin/sh\nsshd:x:101:65534::/run/sshd:/usr/sbin/nologin\n"
-GROUP = "root:x:0:\nnogroup:x:65534:\n"
+USERS = "root:x:0:0:root:/root:/bin/sh\nsshd:x:101:65534::/run/sshd:/usr/sbin/nologin\n"
+GROUPS = "root:x:0:\nnogroup:x:65534:\n"
 
+# By the name of the device's YAML.
 MACHINES = {
-    "android": Machine(
+    "emulated-android": Machine(
         packages=("adbd", "toybox", "mksh", "libstdc++6", "libgomp1"),
         backports=True,
         cpu="neoverse-n1",
-        files={"system/bin/getprop": GETPROP, "system/build.prop": BUILD_PROP, "etc/passwd": PASSWD, "etc/group": GROUP},
-        links={"bin/sh": "mksh", **{f"system/bin/{name}": "/bin/toybox" for name in TOYBOX}},
+        files={
+            "system/bin/getprop": GETPROP,
+            "system/build.prop": BUILD_PROP,
+            "etc/passwd": USERS,
+            "etc/group": GROUPS,
+        },
+        links={"bin/sh": "mksh", **{f"system/bin/{name}": "/bin/toybox" for name in TOYBOX.split()}},
         daemon=("/usr/lib/android-sdk/platform-tools/adbd",),
         port=5555,
         data="data/local/tmp",
     ),
-    "pi5": Machine(
+    "emulated-pi5": Machine(
         packages=(
             *("dash", "coreutils", "findutils", "grep", "sed", "util-linux", "procps", "openssh-server", "rsync"),
             *("python3", "libstdc++6", "libgomp1"),
         ),
         backports=False,
         cpu="cortex-a76",
-        files={"etc/ssh/sshd_config": SSHD_CONFIG, "etc/passwd": PASSWD, "etc/group": GROUP},
+        files={"etc/ssh/sshd_config": SSHD_CONFIG, "etc/passwd": USERS, "etc/group": GROUPS},
         links={},
         daemon=("/usr/sbin/sshd", "-D", "-e"),
         port=22,

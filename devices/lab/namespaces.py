@@ -33,7 +33,7 @@ def unshare(flags: int) -> None:
 
 
 def mount(source: str, target: Path, kind: str = "", flags: int = 0, options: str = "") -> None:
-    """mount(2)."""
+    """Attach a file system, or change one that is attached."""
     check(libc.mount(source.encode(), str(target).encode(), kind.encode(), flags, options.encode()), f"mount {target}")
 
 
