@@ -40,6 +40,8 @@ class Emulated:
     """What its YAML and its clients read."""
     init: int
     """Process id here of its process 1."""
+    data: Path
+    """Its files as seen from here, as long as it runs."""
 
     def processes(self) -> dict[int, str]:
         """Process id here → command line of everything that runs on the device but its process 1."""
@@ -68,6 +70,10 @@ class Emulated:
     def plug(self) -> None:
         """Its network comes up again."""
         os.kill(self.init, signal.SIGUSR2)
+
+    def crash(self) -> None:
+        """Everything that runs on it dies; its files stay, and its daemon comes back."""
+        self._signal_all(signal.SIGKILL)
 
     def switch_off(self) -> None:
         """It dies at once, with all that runs on it."""
@@ -128,7 +134,8 @@ def start(name: str, *, data_mb: int = DATA_MB) -> Iterator[Emulated]:
         )
         with running(spec, Path(scratch) / "log") as answer:
             environment = side.environment(answer["port"])
-            yield Emulated(name, answer["port"], environment, answer["init"])
+            data = Path(f"/proc/{answer['init']}/root{root}") / machine.data
+            yield Emulated(name, answer["port"], environment, answer["init"], data)
 
 
 @contextmanager

@@ -116,17 +116,23 @@ def boot(spec: Spec, listener: socket.socket, host: socket.socket) -> NoReturn:
     namespaces.switch_loopback(up=True)
     signal.signal(signal.SIGUSR1, lambda *_: namespaces.switch_loopback(up=False))
     signal.signal(signal.SIGUSR2, lambda *_: namespaces.switch_loopback(up=True))
+    daemon = start_daemon(spec)
+    threading.Thread(target=relay.serve, args=(listener, spec.port), daemon=True).start()
+    host.send(b"x")
+    while True:  # process 1 inherits every orphan, and starts a daemon that died again
+        pid, _ = os.wait()
+        if pid == daemon.pid:
+            daemon = start_daemon(spec)
+
+
+def start_daemon(spec: Spec) -> subprocess.Popen[bytes]:
+    """Run the daemon inside the root until it answers."""
     environment = {"PATH": "/system/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "QEMU_CPU": spec.cpu}
     # Its output goes to the holder's stderr, a file of the lab's.
     command = [shutil.which("chroot") or "/usr/sbin/chroot", spec.root, *spec.daemon]
     daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, env=environment)
     await_answer(spec.port, daemon)
-    threading.Thread(target=relay.serve, args=(listener, spec.port), daemon=True).start()
-    host.send(b"x")
-    while True:  # process 1 inherits every orphan
-        pid, status = os.wait()
-        if pid == daemon.pid:
-            raise RuntimeError(f"{spec.daemon[0]} ended, exit {os.waitstatus_to_exitcode(status)}")
+    return daemon
 
 
 def mount_all(root: Path, spec: Spec) -> None:
