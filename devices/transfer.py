@@ -36,7 +36,9 @@ class Survey:
 
 def survey(shell: Shell, names: tuple[str, ...], deadline: Deadline) -> Survey:
     """Ask the device for its free space and its files."""
-    ended = shell.ask(scripts.survey(names), deadline, what=f"hashing {names[0]}")
+    ended = shell.ask(
+        scripts.survey(names), deadline, what=f"hashing {quoted(names)}" if names else "asking for its room"
+    )
     lines = ended.stdout.decode(errors="replace").splitlines()
     free = re.search(r"\s(\d+)\s+\d+%", lines[1]) if len(lines) > 1 else None
     if ended.returncode or not free:

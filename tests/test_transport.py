@@ -4,13 +4,13 @@ import os
 import struct
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
-import psutil
 import pytest
 
 from devices import DeadlineError, DeviceBusyError, DeviceError, lock
+
+from .processes import left_running
 
 DEVICES = ("host", "emulated-android", "emulated-pi5")
 ABI = {"emulated-android": "arm64-v8a", "emulated-pi5": "aarch64", "host": os.uname().machine}
@@ -41,23 +41,6 @@ def shell(transport, script, timeout_s=QUICK_S):
 def names(transport, folder="."):
     listed = transport.run(["find", folder, "-type", "f"], timeout_s=QUICK_S).stdout.decode()
     return sorted(line.removeprefix(f"{folder}/") for line in listed.splitlines())
-
-
-def left_running(marker):
-    """Command lines anywhere on this machine, emulated devices included, that hold the marker; after a moment."""
-    for _ in range(50):
-        found = [words for process in psutil.process_iter() if marker in (words := command_line(process))]
-        if not found:
-            return []
-        time.sleep(0.1)
-    return found
-
-
-def command_line(process):
-    try:
-        return " ".join(process.cmdline())
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        return ""
 
 
 def test_words_arrive_as_they_were_sent(transport):
