@@ -160,7 +160,10 @@ def emulated(name, **size):
 
 @pytest.fixture(scope="module")
 def attach(request, tmp_path_factory):
-    """Open a known device by name; one of the lab is started for that, or `machine` is taken."""
+    """Open a known device by name; one of the lab is started for that, or `machine` is taken.
+
+    Returns its transport and its working folder as seen from here, past the transport.
+    """
     with ExitStack() as stack:
 
         def attach(name, machine=None):
@@ -170,8 +173,10 @@ def attach(request, tmp_path_factory):
                 machine = machine or request.getfixturevalue(name.replace("-", "_"))
                 for key, value in machine.environment.items():
                     patch.setenv(key, value)
+                folder = machine.data / Path(device.workdir).name
             else:
-                device = device.model_copy(update={"workdir": str(tmp_path_factory.mktemp("device"))})
-            return stack.enter_context(closing(devices.open_transport(device)))
+                folder = tmp_path_factory.mktemp("device")
+                device = device.model_copy(update={"workdir": str(folder)})
+            return stack.enter_context(closing(devices.open_transport(device))), folder
 
         yield attach

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -72,8 +73,14 @@ class Emulated:
         os.kill(self.init, signal.SIGUSR2)
 
     def crash(self) -> None:
-        """Everything that runs on it dies; its files stay, and its daemon comes back."""
+        """Everything that runs on it dies; its files stay. Returns when its daemon is back."""
+        died = self.processes().keys()
         self._signal_all(signal.SIGKILL)
+        deadline = time.monotonic() + START_LIMIT_S
+        while died & self.processes().keys() or not listens(self.init, MACHINES[self.name].port):
+            if time.monotonic() > deadline:
+                raise LabError(f"{self.name}: its daemon did not come back")
+            time.sleep(0.02)
 
     def switch_off(self) -> None:
         """It dies at once, with all that runs on it."""
@@ -91,6 +98,13 @@ def namespace_of(pid: int) -> str:
         return str(Path(f"/proc/{pid}/ns/pid").readlink())
     except OSError:
         return ""
+
+
+def listens(pid: int, port: int) -> bool:
+    """Whether a socket listens on that port in the network of that process."""
+    tables = (Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:] for table in ("tcp", "tcp6"))
+    columns = (line.split() for lines in tables for line in lines)
+    return any(line[1].endswith(f":{port:04X}") and line[3] == "0A" for line in columns)
 
 
 def missing_packages() -> list[str]:
