@@ -144,6 +144,7 @@ def start(name: str, *, data_mb: int = DATA_MB) -> Iterator[Emulated]:
             data=machine.data,
             data_mb=data_mb,
             secrets=side.secrets,
+            scratch=scratch,
             companion=side.companion,
         )
         with running(spec, Path(scratch) / "log") as answer:
