@@ -20,7 +20,7 @@ from export.errors import ExportError
 from export.manifest import ROOT
 
 from . import sdk
-from .sdk import ABIS, MACHINES, Abi
+from .sdk import ABIS, MACHINES, Abi, UnavailableError
 
 SOURCES = Path(__file__).parent
 BUILD = ROOT / "build" / "runner"
@@ -117,7 +117,7 @@ def compiler_for(abi: Abi) -> Compiler:
     name = "g++" if native else CROSS_COMPILER
     for tool in ("cmake", "make", name):
         if shutil.which(tool) is None:
-            raise ExportError(f"{tool}: not found, needed to build the runner for {abi}; install {PACKAGES[tool]}")
+            raise UnavailableError(f"{tool}: not found, needed to build the runner for {abi}; install {PACKAGES[tool]}")
     toolchain = () if native else (f"-DCMAKE_TOOLCHAIN_FILE={SOURCES / 'aarch64.cmake'}",)
     return Compiler(name, (f"-DCMAKE_CXX_COMPILER={name}", "-GUnix Makefiles", *toolchain))
 
@@ -134,7 +134,7 @@ def system_libraries(compiler: Compiler) -> list[Path]:
     paths = [Path(asked(compiler, f"-print-file-name={name}")) for name in SYSTEM]
     for path in paths:
         if not path.is_absolute():  # it prints the bare name of what it does not have
-            raise ExportError(f"{path}: not found beside {compiler.command}; install libc6-dev-arm64-cross")
+            raise UnavailableError(f"{path}: not found beside {compiler.command}; install libc6-dev-arm64-cross")
     return paths
 
 

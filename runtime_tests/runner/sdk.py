@@ -26,6 +26,10 @@ PLATFORMS: dict[Abi, tuple[str, ...]] = {
 PARTS = ("executorch/lib/", "executorch/include/", "executorch/share/")
 
 
+class UnavailableError(ExportError):
+    """A tool or a download that a build needs is not to be had here; nothing is wrong with the sources."""
+
+
 @dataclass(frozen=True)
 class Sdk:
     """One SDK."""
@@ -73,7 +77,7 @@ def download(abi: Abi, version: str, cache: Path) -> Path:
         wheels = list(Path(scratch).glob("*.whl"))
         if done.returncode != 0 or len(wheels) != 1:
             last = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-            raise ExportError(f"executorch {version} for {abi}: pip download failed: {last}")
+            raise UnavailableError(f"executorch {version} for {abi}: pip download failed: {last}")
         unpacked = Path(scratch) / "unpacked"
         with zipfile.ZipFile(wheels[0]) as archive:
             archive.extractall(unpacked, [name for name in archive.namelist() if name.startswith(PARTS)])
