@@ -2,16 +2,42 @@
 
 import os
 from pathlib import Path
-from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
 
+from .address import Address
+from .opening import open_transport
+from .transport import (
+    Completed,
+    DeadlineError,
+    DeviceBusyError,
+    DeviceError,
+    DeviceLostError,
+    NoSpaceError,
+    TransferError,
+    Transport,
+)
+
+__all__ = [
+    "Budgets",
+    "Completed",
+    "DeadlineError",
+    "Device",
+    "DeviceBusyError",
+    "DeviceError",
+    "DeviceLostError",
+    "NoSpaceError",
+    "TransferError",
+    "Transport",
+    "load",
+    "names",
+    "open_transport",
+    "physical_cores",
+    "thread_count",
+]
+
 FOLDER = Path(__file__).parent
-
-
-class DeviceError(Exception):
-    """A device that is unknown or described wrongly, in one line."""
 
 
 class Budgets(BaseModel):
@@ -32,8 +58,21 @@ class Device(BaseModel):
 
     name: str
     description: str
-    transport: Literal["local"]
-    """How commands reach it. `adb` and `ssh` will be modules beside this one."""
+    emulated: bool
+    """Whether the lab stands in for it: what it computes counts, how long it takes does not."""
+    transport: Address
+    """How commands reach it."""
+    workdir: str
+    """Where files and commands go; a relative one starts at the home folder (ssh) or the current one (local)."""
+    abi: str | None
+    """What programs it runs, as it says itself (`uname -m`; on Android `ro.product.cpu.abi`); null: any."""
+    soc: str | None
+    cores: PositiveInt | None
+    memory_gb: PositiveFloat | None
+    peak_bandwidth_gb_s: PositiveFloat | None
+    """Of its memory, as its maker states it; null: not known."""
+    runner: Path | None
+    """Another runner of the user's own, built for the device; null: ours."""
     targets: tuple[str, ...]
     """Names of the targets whose artifacts it can run."""
     threads: PositiveInt | None

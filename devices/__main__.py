@@ -1,21 +1,49 @@
-"""python -m devices: every known device, how it is reached and what it runs."""
+"""python -m devices: every known device, whether it answers now, and what it runs."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
-from . import DeviceError, load, names
+from rich.console import Console
+from rich.table import Table
+
+from . import Device, DeviceError, load, names, open_transport
+
+ANSWER_S = 8.0
+WIDTH = 160
+"""Of a table that goes to a file or a pipe."""
 
 
 def main() -> int:
-    """One line per device."""
+    """One line per device. All are asked at once."""
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     try:
         known = [load(name) for name in names()]
     except DeviceError as error:
-        print(f"error: {error}", file=sys.stderr)
+        Console(stderr=True).print(f"error: {error}", soft_wrap=True, markup=False)
         return 1
-    width = max(len(device.name) for device in known)
-    for device in known:
-        print(f"{device.name:{width}}  {device.transport:6}  {', '.join(device.targets):44}  {device.description}")
+    with ThreadPoolExecutor(max_workers=len(known)) as pool:
+        states = list(pool.map(state, known))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("device", "by", "runs", "state"):
+        table.add_column(column, no_wrap=column in {"device", "by"})
+    for device, (attached, text) in zip(known, states, strict=True):
+        style = "green" if attached else "dim"
+        runs = ", ".join(device.targets)
+        table.add_row(device.name, device.transport.kind, runs, text, style=style)
+    console.print(table)
     return 0
+
+
+def state(device: Device) -> tuple[bool, str]:
+    """Whether it answers, and the ABI it says it has or the reason."""
+    try:
+        transport = open_transport(device, timeout_s=ANSWER_S)
+    except DeviceError as error:
+        return False, str(error).removeprefix(f"{device.name}: ")
+    try:
+        return True, f"attached, {transport.abi()}"
+    finally:
+        transport.close()
 
 
 if __name__ == "__main__":

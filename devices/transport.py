@@ -43,13 +43,21 @@ class Completed:
 class Transport(Protocol):
     """One attached device. Every call has a deadline; paths on the device are relative to its working folder."""
 
+    def abi(self) -> str:
+        """What programs it runs, as the device names it: x86_64, aarch64, arm64-v8a, arm64 or another."""
+
     def run(self, argv: Sequence[str], *, timeout_s: float) -> Completed:
-        """Run a command in the working folder. Raises DeadlineError, DeviceLostError."""
+        """Run a program in the working folder; stdin is empty.
+
+        Nothing of it goes on after the call, nor after the death of this process. Raises DeadlineError,
+        DeviceLostError.
+        """
 
     def push(self, local: Path, remote: str, *, timeout_s: float) -> None:
         """Copy a file or a folder whole or not at all: to NAME.part, sha256 checked on the device, then renamed.
 
-        What is already there with the same sha256 is left. Raises NoSpaceError before copying, TransferError.
+        What is already there with the same sha256 is left. Raises NoSpaceError before copying, TransferError, and
+        DeviceError for a program built for another processor.
         """
 
     def pull(self, remote: str, local: Path, *, timeout_s: float) -> None:

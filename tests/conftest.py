@@ -1,8 +1,10 @@
 """A finished artifact in a format of our own, and a run of every check on it, in this process where that is enough."""
 
 import json
+import os
 import shutil
 import sys
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 import devices
 import export.backends
 import runtime_tests.sessions
+from devices import lab
 from export import card, manifest, pipeline
 from export.cli import run as run_app
 from export.plan import ModelSpec, Plan, QuantRecipe, Target, TargetLimits, load_named
@@ -131,3 +134,58 @@ def command(monkeypatch, tmp_path, setting):
         return run_app(cli.app)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def emulated_android():
+    """A running arm64 adbd, for every test that does it no lasting harm."""
+    with emulated("emulated-android") as machine:
+        yield machine
+
+
+@pytest.fixture(scope="session")
+def emulated_pi5():
+    """A running arm64 sshd, likewise."""
+    with emulated("emulated-pi5") as machine:
+        yield machine
+
+
+@contextmanager
+def emulated(name, **size):
+    """A device of the lab; skips only where a Debian package is missing."""
+    if packages := lab.missing_packages():
+        pytest.skip(f"needs Debian's {', '.join(packages)}: make lab")
+    with lab.start(name, **size) as machine:
+        yield machine
+
+
+@pytest.fixture
+def new_machine(monkeypatch):
+    """Start a device that the test may ruin."""
+    with ExitStack() as stack:
+
+        def start(name, **size):
+            machine = stack.enter_context(emulated(name, **size))
+            for key, value in machine.environment.items():
+                monkeypatch.setenv(key, value)
+            return machine
+
+        yield start
+
+
+@pytest.fixture
+def attach(request, monkeypatch, tmp_path):
+    """Open a device by name, in a working folder of the test's own."""
+    with ExitStack() as stack:
+
+        def attach(name):
+            device = devices.load(name)
+            if device.emulated and not any(key.startswith("EMULATED_") for key in os.environ):
+                machine = request.getfixturevalue(name.replace("-", "_"))
+                for key, value in machine.environment.items():
+                    monkeypatch.setenv(key, value)
+            folder = tmp_path / "device" if name == "host" else f"{device.workdir}/{tmp_path.name}"
+            device = device.model_copy(update={"workdir": str(folder)})
+            return stack.enter_context(closing(devices.open_transport(device)))
+
+        yield attach

@@ -1,0 +1,51 @@
+"""The one implementation of Transport, over any link. Knows nothing of adb, ssh or what runs on the device."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from . import elf, lock, transfer
+from .processes import Deadline
+from .shell import ANSWER_S, Shell
+from .transport import Completed, DeviceError
+
+
+class Attached:
+    """One attached device."""
+
+    def __init__(self, shell: Shell, abi: str) -> None:
+        self._shell = shell
+        self._abi = abi
+
+    def abi(self) -> str:
+        return self._abi
+
+    def run(self, argv: Sequence[str], *, timeout_s: float) -> Completed:
+        return self._shell.run(argv, Deadline.after(timeout_s))
+
+    def push(self, local: Path, remote: str, *, timeout_s: float) -> None:
+        for path in transfer.listing(local).values():
+            if not elf.runs(path, self._abi):
+                raise DeviceError(
+                    f"{self._shell.link.name}: {path} is built for {elf.machine(path)}, the device is {self._abi}; "
+                    f"build it for the device"
+                )
+        transfer.push(self._shell, local, remote, Deadline.after(timeout_s))
+
+    def pull(self, remote: str, local: Path, *, timeout_s: float) -> None:
+        transfer.pull(self._shell, remote, local, Deadline.after(timeout_s))
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        release = lock.take(self._ask, self._shell.link.name, self._shell.folder)
+        try:
+            yield
+        finally:
+            self._ask(release)
+
+    def close(self) -> None:
+        self._shell.link.close()
+
+    def _ask(self, script: str) -> bytes | None:
+        ended = self._shell.ask(script, Deadline.after(ANSWER_S), what="locking")
+        return None if ended.returncode else ended.stdout

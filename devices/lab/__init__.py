@@ -1,0 +1,165 @@
+"""Devices without hardware: real arm64 adbd and sshd in namespaces, their programs executed by qemu.
+
+Times measured there mean nothing; files, exit codes, errors and arm64 arithmetic are the real ones.
+"""
+
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import host, roots, sides
+from .machines import MACHINES
+from .roots import LabError
+
+__all__ = ["MACHINES", "Emulated", "LabError", "install", "missing_packages", "start"]
+
+START_LIMIT_S = 90
+DATA_MB = 1536
+"""Room for files on the device: memory is taken only for what is there."""
+PACKAGES = {"adb": "adb", "mmdebstrap": "mmdebstrap", "ssh": "openssh-client", "ssh-keygen": "openssh-client"}
+"""Program → Debian package it comes from."""
+
+
+@dataclass(frozen=True)
+class Emulated:
+    """A running device, and what can happen to one."""
+
+    name: str
+    port: int
+    """Where it answers on this host's 127.0.0.1."""
+    environment: dict[str, str]
+    """What its YAML and its clients read."""
+    init: int
+    """Process id here of its process 1."""
+    data: Path
+    """Its files as seen from here, as long as it runs."""
+
+    def processes(self) -> dict[int, str]:
+        """Process id here → command line of everything that runs on the device but its process 1."""
+        space = namespace_of(self.init)
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            pid = int(folder.name)
+            if pid != self.init and space and namespace_of(pid) == space:
+                with suppress(FileNotFoundError, ProcessLookupError):  # it may end while we look
+                    words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                    found[pid] = " ".join(words).strip()
+        return found
+
+    def freeze(self) -> None:
+        """It stops answering, its connections stay."""
+        self._signal_all(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """It goes on where it was."""
+        self._signal_all(signal.SIGCONT)
+
+    def unplug(self) -> None:
+        """Its network goes down; what runs there goes on."""
+        os.kill(self.init, signal.SIGUSR1)
+
+    def plug(self) -> None:
+        """Its network comes up again."""
+        os.kill(self.init, signal.SIGUSR2)
+
+    def crash(self) -> None:
+        """Everything that runs on it dies; its files stay, and its daemon comes back."""
+        self._signal_all(signal.SIGKILL)
+
+    def switch_off(self) -> None:
+        """It dies at once, with all that runs on it."""
+        os.kill(self.init, signal.SIGKILL)
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        for pid in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+def namespace_of(pid: int) -> str:
+    """The pid namespace of a process; empty when it is gone."""
+    try:
+        return str(Path(f"/proc/{pid}/ns/pid").readlink())
+    except OSError:
+        return ""
+
+
+def missing_packages() -> list[str]:
+    """Debian packages the lab needs and this machine lacks."""
+    return sorted({package for program, package in PACKAGES.items() if not shutil.which(program)})
+
+
+def install(packages: list[str]) -> None:
+    """Install Debian packages on this machine."""
+    if not packages:
+        return
+    if os.geteuid() != 0:
+        raise LabError(f"the lab needs Debian's {', '.join(packages)}: sudo apt-get install {' '.join(packages)}")
+    for step in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
+        ended = subprocess.run(["apt-get", "-qq", *step], stdout=subprocess.DEVNULL, check=False)
+        if ended.returncode:
+            raise LabError(f"apt-get {' '.join(step)} ended with {ended.returncode}")
+
+
+@contextmanager
+def start(name: str, *, data_mb: int = DATA_MB) -> Iterator[Emulated]:
+    """A running emulated device. It ends with the block, and with this process however that ends."""
+    if packages := missing_packages():
+        raise LabError(f"the lab needs Debian's {', '.join(packages)}: make lab")
+    if os.geteuid() != 0:
+        raise LabError("the lab makes namespaces and mounts: run it as root")
+    machine = MACHINES[name]
+    root, qemu = roots.root_of(machine), roots.qemu()
+    with tempfile.TemporaryDirectory(prefix="lab-") as scratch:
+        side = sides.SIDES[name](Path(scratch))
+        spec = host.Spec(
+            root=str(root),
+            qemu=str(qemu),
+            daemon=list(machine.daemon),
+            port=machine.port,
+            cpu=machine.cpu,
+            data=machine.data,
+            data_mb=data_mb,
+            secrets=side.secrets,
+            companion=side.companion,
+        )
+        with running(spec, Path(scratch) / "log") as answer:
+            environment = side.environment(answer["port"])
+            data = Path(f"/proc/{answer['init']}/root{root}") / machine.data
+            yield Emulated(name, answer["port"], environment, answer["init"], data)
+
+
+@contextmanager
+def running(spec: host.Spec, log: Path) -> Iterator[dict[str, int]]:
+    """The process that holds the device, and what it said when the device answered."""
+    with log.open("wb") as errors:
+        holder = subprocess.Popen(
+            [sys.executable, "-m", "devices.lab.host", spec.dump()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            cwd=Path(__file__).parents[2],
+            start_new_session=True,  # Ctrl-C is for us; it ends when its stdin does
+        )
+    assert holder.stdin
+    assert holder.stdout
+    try:
+        readable, _, _ = select.select([holder.stdout], [], [], START_LIMIT_S)
+        line = holder.stdout.readline() if readable else b""
+        if not line:
+            reason = (log.read_text(errors="replace").strip().splitlines() or ["no reason given"])[-1]
+            raise LabError(f"the emulated device did not start: {reason}")
+        yield json.loads(line)
+    finally:
+        holder.stdin.close()
+        holder.stdout.close()
+        holder.wait()

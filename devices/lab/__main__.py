@@ -1,0 +1,66 @@
+"""The emulated devices from the command line.
+
+python -m devices.lab build                      install what the lab needs, make the root file systems
+python -m devices.lab run DEVICE -- COMMAND …    COMMAND with that device running; as it is for a real device
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+
+from .. import DeviceError, load
+from . import MACHINES, install, missing_packages, roots, start
+
+USAGE = 2
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status: the command's own, 1 for one line of error, 2 for wrong usage."""
+    try:
+        match arguments:
+            case ["build"]:
+                return build()
+            case ["run", name, "--", *command] if command:
+                return run(name, command)
+    except DeviceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(__doc__, file=sys.stderr)
+    return USAGE
+
+
+def build() -> int:
+    """Everything that needs the network, once."""
+    install(missing_packages())
+    for name, machine in MACHINES.items():
+        print(f"{name}: {roots.root_of(machine)}")
+    print(f"qemu: {roots.qemu().parent}")
+    return 0
+
+
+def run(name: str, command: list[str]) -> int:
+    """Run a command that reaches the device through what its YAML says."""
+    if not load(name).emulated:
+        return shell_status(subprocess.run(command, check=False).returncode)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with start(name) as device:
+        child = subprocess.Popen(command, env={**os.environ, **device.environment})
+        try:
+            return shell_status(child.wait())
+        except KeyboardInterrupt:  # the command got it too
+            return shell_status(child.wait())
+        finally:
+            with suppress(ProcessLookupError):
+                child.terminate()
+            child.wait()
+
+
+def shell_status(returncode: int) -> int:
+    """As a shell reports it: death by signal n is 128 + n."""
+    return 128 - returncode if returncode < 0 else returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

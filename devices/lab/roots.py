@@ -1,0 +1,124 @@
+"""Root file systems of the emulated devices and the qemu that executes them, made from Debian packages and cached.
+
+Nothing is installed on this machine: packages are extracted into folders under build/lab/, named by what is in them.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from ..transport import DeviceError
+from .machines import Machine
+
+CACHE = Path("build/lab")
+RELEASE = "bookworm"
+FORMAT = 1
+"""Raise when this file makes another root from the same machine."""
+BUILD_LIMIT_S = 900
+MOUNT_POINTS = ("proc", "sys", "dev", "run", "tmp", "root")
+
+
+class LabError(DeviceError):
+    """The lab cannot be built or started here, in one line that says what to do."""
+
+
+def mirror() -> str:
+    """The Debian mirror this machine's own apt uses; $DEBIAN_MIRROR where that is none."""
+    if chosen := os.environ.get("DEBIAN_MIRROR"):
+        return chosen
+    system = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
+    codename = system.get("VERSION_CODENAME", "").strip('"')
+    if system.get("ID") == "debian":
+        asked = ["apt-get", "indextargets", "--format", "$(RELEASE) $(REPO_URI)", "Created-By: Packages"]
+        for line in subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines():
+            release, uri = line.split()
+            if release == codename:
+                return uri
+    raise LabError("the lab needs a Debian mirror, and apt's sources here name none: set DEBIAN_MIRROR=http://…/debian")
+
+
+def root_of(machine: Machine) -> Path:
+    """The machine's root, made when it is not there."""
+    return made(f"root-{digest(asdict(machine))}", lambda folder: make_root(machine, folder))
+
+
+def qemu() -> Path:
+    """The user-mode emulator, static: version 10, with which onnxruntime's arm64 wheel does not crash."""
+    return made(f"qemu-{digest({})}", make_qemu) / "qemu-aarch64"
+
+
+def digest(what: dict[str, object]) -> str:
+    """Names content by what it is made from."""
+    return hashlib.sha256(json.dumps([FORMAT, RELEASE, what], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def made(name: str, make: Callable[[Path], None]) -> Path:
+    """The cached folder of that name; made beside it and renamed, so that it is whole or not there."""
+    final = CACHE.resolve() / name
+    if final.exists():
+        return final
+    with locked(), tempfile.TemporaryDirectory(prefix=".making-", dir=CACHE) as scratch:
+        if not final.exists():
+            folder = Path(scratch) / "root"
+            make(folder)
+            folder.chmod(0o755)
+            folder.rename(final)
+    return final
+
+
+@contextmanager
+def locked() -> Iterator[None]:
+    """One builder at a time; the kernel frees the lock when its process ends."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def make_root(machine: Machine, folder: Path) -> None:
+    """Extract the packages; no program of the device runs for that."""
+    extract(machine.packages, "arm64", folder, backports=machine.backports)
+    for name in (*MOUNT_POINTS, machine.data):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for name, text in machine.files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755 if text.startswith("#!") else 0o644)
+    for name, target in machine.links.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(target)
+
+
+def make_qemu(folder: Path) -> None:
+    """One static binary out of Debian's package."""
+    architecture = subprocess.run(["dpkg", "--print-architecture"], capture_output=True, text=True, check=True)
+    whole = folder.with_name("whole")
+    extract(("qemu-user",), architecture.stdout.strip(), whole, backports=True)
+    folder.mkdir()
+    shutil.copy2(whole / "usr/bin/qemu-aarch64", folder)
+
+
+def extract(packages: tuple[str, ...], architecture: str, folder: Path, *, backports: bool) -> None:
+    """Packages and what they depend on, as files."""
+    source = mirror()
+    suites = [RELEASE, f"{RELEASE}-backports"] if backports else [RELEASE]
+    command = ["mmdebstrap", "--quiet", "--variant=extract", f"--architectures={architecture}"]
+    command += [f"--include={','.join(packages)}", f'--aptopt=APT::Default-Release "{suites[-1]}"']
+    command += [RELEASE, str(folder), *(f"deb {source} {suite} main" for suite in suites)]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_LIMIT_S, check=False)
+    except FileNotFoundError:
+        raise LabError("mmdebstrap is not installed: make lab") from None
+    if ended.returncode:
+        reasons = [line for line in ended.stderr.splitlines() if line.startswith("E:")]
+        raise LabError(f"{', '.join(packages)} for {architecture}: {' '.join(reasons) or 'mmdebstrap failed'}")

@@ -1,0 +1,111 @@
+"""Linux boards and Macs through the `ssh` program and its configuration. Knows nothing of what runs there."""
+
+import os
+import select
+import shlex
+import shutil
+import subprocess
+import tempfile
+
+from .address import Ssh
+from .processes import Deadline
+from .transport import DeviceError
+
+# Never a question on the terminal, never an unknown host, and an end when the other side is gone.
+OPTIONS = {
+    "BatchMode": "yes",
+    "StrictHostKeyChecking": "yes",
+    "ConnectTimeout": "10",
+    "ServerAliveInterval": "5",
+    "ServerAliveCountMax": "3",
+}
+CLOSE_S = 2
+# Words of ssh's message → what to do. They choose the wording of our message, nothing else.
+ADVICE = {
+    "IDENTIFICATION HAS CHANGED": "its host key changed; if you know why, forget the old one: ssh-keygen -R {host}",
+    "Host key verification failed": "its host key is not known: connect once by hand and check it: ssh {host}",
+    "Permission denied": "it refuses this user's keys: ssh-copy-id {host}",
+    "Connection refused": "nothing answers there: is it on, and does sshd run?",
+    "Could not resolve": "no machine of that name: check the name",
+    "timed out": "it does not answer: is it on, and on this network?",
+    "No route to host": "it cannot be reached: is it on, and on this network?",
+}
+
+
+def options(address: Ssh) -> list[str]:
+    """As ssh's arguments; what is None is left to the ssh configuration."""
+    given = {"-F": address.config, "-p": address.port, "-l": address.user, "-i": address.identity}
+    chosen = [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
+    return chosen + [word for name, value in OPTIONS.items() for word in ("-o", f"{name}={value}")]
+
+
+class SshLink:
+    """The shell of one machine. Its clients share one connection, which ends when this process does."""
+
+    unsure = frozenset({255})
+
+    def __init__(self, name: str, address: Ssh) -> None:
+        self.name = name
+        self._address = address
+        self._folder = tempfile.TemporaryDirectory(prefix="ssh-")
+        self._master: subprocess.Popen[bytes] | None = None
+
+    def open(self, deadline: Deadline) -> None:
+        """Connect. Raises DeviceError."""
+        with tempfile.TemporaryFile() as errors:
+            # It stays as long as its stdin, which is ours: no connection outlives this process.
+            self._master = subprocess.Popen(
+                self._ssh("yes", "echo; exec cat >/dev/null"),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,
+            )
+            assert self._master.stdout
+            ready, _, _ = select.select([self._master.stdout], [], [], deadline.left_s())
+            if not ready:
+                raise DeviceError(f"{self.name}: {self._address.host} does not answer within {deadline.limit_s:g} s")
+            if not os.read(self._master.stdout.fileno(), 1):
+                self._master.wait()
+                errors.seek(0)
+                raise DeviceError(f"{self.name}: {self._address.host}: {self.explain(errors.read())}")
+
+    def client(self, script: str) -> list[str]:
+        return self._ssh("no", f"exec sh -c {shlex.quote(script)}")
+
+    def explain(self, stderr: bytes, /) -> str:
+        text = stderr.decode(errors="replace")
+        for words, advice in ADVICE.items():
+            if words in text:
+                return advice.format(host=self._address.host)
+        lines = text.strip().splitlines()
+        return lines[-1] if lines else "the connection ended"
+
+    def close(self) -> None:
+        if self._master:
+            for stream in (self._master.stdin, self._master.stdout):
+                stream.close()  # type: ignore[union-attr]
+            try:
+                self._master.wait(CLOSE_S)
+            except subprocess.TimeoutExpired:  # the other side is gone and cannot agree
+                self._master.kill()
+                self._master.wait()
+        self._folder.cleanup()
+
+    def _ssh(self, master: str, command: str) -> list[str]:
+        socket = f"{self._folder.name}/s"  # a socket's path has at most 104 characters
+        mux = ["-T", "-o", f"ControlMaster={master}", "-o", f"ControlPath={socket}", "-o", "ControlPersist=no"]
+        return ["ssh", *mux, *options(self._address), "--", self._address.host, command]
+
+
+def connect(name: str, address: Ssh, deadline: Deadline) -> SshLink:
+    """The machine at that address."""
+    if shutil.which("ssh") is None:
+        raise DeviceError("ssh is not installed: install Debian's package openssh-client")
+    link = SshLink(name, address)
+    try:
+        link.open(deadline)
+    except BaseException:
+        link.close()
+        raise
+    return link

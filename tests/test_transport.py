@@ -1,0 +1,208 @@
+"""What every transport promises, over the local shell, a real arm64 adbd and a real arm64 sshd."""
+
+import os
+import struct
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from devices import DeadlineError, DeviceBusyError, DeviceError
+
+DEVICES = ("host", "emulated-android", "emulated-pi5")
+ABI = {"emulated-android": "arm64-v8a", "emulated-pi5": "aarch64", "host": os.uname().machine}
+QUICK_S = 30
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture
+def transport(attach, device):
+    return attach(device)
+
+
+def shell(transport, script, timeout_s=QUICK_S):
+    return transport.run(["sh", "-c", script], timeout_s=timeout_s)
+
+
+def names(transport, folder="."):
+    listed = transport.run(["find", folder, "-type", "f"], timeout_s=QUICK_S).stdout.decode()
+    return sorted(line.removeprefix(f"{folder}/") for line in listed.splitlines())
+
+
+def left_running(marker):
+    """Command lines anywhere on this machine, emulated devices included, that hold the marker; after a moment."""
+    for _ in range(50):
+        found = [words for process in psutil.process_iter() if marker in (words := command_line(process))]
+        if not found:
+            return []
+        time.sleep(0.1)
+    return found
+
+
+def command_line(process):
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
+
+
+def test_words_arrive_as_they_were_sent(transport):
+    words = ["a b", "$HOME", "`id`", "it's", '"', "*", "", "ü", "two\nlines", "-n", "\\"]
+    assert transport.run(["printf", "%s|", *words], timeout_s=QUICK_S).stdout.decode() == "".join(
+        f"{w}|" for w in words
+    )
+
+
+# 1 and 255 are what adb and ssh themselves end with
+@pytest.mark.parametrize("code", [0, 1, 3, 42, 127, 255])
+def test_the_exit_status_is_the_programs_own(transport, code):
+    assert shell(transport, f"exit {code}").returncode == code
+
+
+def test_death_by_a_signal_is_128_and_its_number(transport):
+    assert shell(transport, "kill -SEGV $$").returncode == 139
+
+
+def test_a_program_that_is_not_there_ends_with_127(transport):
+    assert transport.run(["no-such-program"], timeout_s=QUICK_S).returncode == 127
+
+
+def test_what_a_program_says_decides_nothing(transport):
+    ended = shell(transport, "echo 'error: device offline'; echo 'Permission denied' >&2")
+    assert (ended.returncode, ended.stdout) == (0, b"error: device offline\n")
+    assert b"Permission denied" in ended.stderr
+
+
+def test_output_is_bytes_and_whole(transport):
+    assert shell(transport, "head -c 3000000 /dev/zero; printf '\\r\\n'").stdout == bytes(3_000_000) + b"\r\n"
+
+
+def test_stdin_is_empty(transport):
+    assert transport.run(["cat"], timeout_s=QUICK_S).stdout == b""
+
+
+def test_at_the_deadline_the_program_and_its_children_end(transport):
+    with pytest.raises(DeadlineError, match="did not end within 1 s"):
+        shell(transport, "sleep 7651.25 & sleep 7651.5", timeout_s=1)
+    assert left_running("7651.") == []
+
+
+def test_children_do_not_outlive_their_program(transport):
+    assert shell(transport, "sleep 7652.25 & exit 5").returncode == 5
+    assert left_running("7652.") == []
+
+
+def test_abi(transport, device):
+    assert transport.abi() == ABI[device]
+
+
+def test_a_pushed_file_is_there_whole_and_only_once(transport, tmp_path):
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(300_000))
+    transport.push(source, "kept", timeout_s=QUICK_S)
+    first = shell(transport, "ls -i kept").stdout
+    transport.push(source, "kept", timeout_s=QUICK_S)
+    assert shell(transport, "ls -i kept").stdout == first, "an unchanged file was sent again"
+    source.write_bytes(b"other")
+    transport.push(source, "kept", timeout_s=QUICK_S)
+    assert shell(transport, "cat kept").stdout == b"other"
+    assert names(transport) == ["kept"]
+
+
+def test_a_pushed_program_can_be_run(transport, tmp_path):
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\necho ran\n")
+    program.chmod(0o755)
+    transport.push(program, "program", timeout_s=QUICK_S)
+    assert transport.run(["./program"], timeout_s=QUICK_S).stdout == b"ran\n"
+
+
+def test_a_pushed_folder_becomes_what_the_local_one_is(transport, tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "deep er").mkdir(parents=True)
+    contents = {"same": "1", "changes": "2", "goes": "3", "deep er/$(touch x)": "4", "-f ü'": "5"}
+    for name, text in contents.items():
+        (folder / name).write_text(text)
+    transport.push(folder, "there", timeout_s=QUICK_S)
+    assert names(transport, "there") == sorted(contents)
+    (folder / "goes").unlink()
+    (folder / "changes").write_text("new")
+    transport.push(folder, "there", timeout_s=QUICK_S)
+    assert names(transport, "there") == sorted(set(contents) - {"goes"})
+    assert shell(transport, "cat there/same there/changes").stdout == b"1new"
+    assert names(transport) == [f"there/{name}" for name in names(transport, "there")]
+
+
+def test_an_interrupted_push_goes_on_where_it_was(transport, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "arrived").write_text("whole")
+    (folder / "cut").write_text("whole too")
+    shell(transport, "mkdir -p there.part; printf whole >there.part/arrived; printf who >there.part/cut")
+    first = shell(transport, "ls -i there.part/arrived").stdout.split()[0]
+    transport.push(folder, "there", timeout_s=QUICK_S)
+    assert shell(transport, "cat there/arrived there/cut").stdout == b"wholewhole too"
+    assert shell(transport, "ls -i there/arrived").stdout.split()[0] == first
+
+
+def test_what_is_not_there_is_not_pushed(transport, tmp_path):
+    with pytest.raises(DeviceError, match="no such file or folder"):
+        transport.push(tmp_path / "absent", "absent", timeout_s=QUICK_S)
+
+
+def test_a_program_for_another_processor_is_refused_before_it_is_sent(transport, tmp_path):
+    program = tmp_path / "libforeign.so"
+    program.write_bytes(b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HH", 3, 22) + bytes(44))
+    with pytest.raises(DeviceError, match=r"libforeign.so is built for ELF machine 22, the device is"):
+        transport.push(program, "libforeign.so", timeout_s=QUICK_S)
+    assert names(transport) == []
+
+
+def test_a_pulled_file_is_what_was_there(transport, tmp_path):
+    shell(transport, "head -c 70000 /dev/urandom >made")
+    transport.pull("made", tmp_path / "here", timeout_s=QUICK_S)
+    assert (tmp_path / "here").read_bytes() == shell(transport, "cat made").stdout
+    with pytest.raises(DeviceError, match="no file absent"):
+        transport.pull("absent", tmp_path / "absent", timeout_s=QUICK_S)
+    assert {path.name for path in tmp_path.iterdir()} <= {"here", "device"}
+
+
+def test_one_run_at_a_time(transport):
+    with transport.lock():
+        with pytest.raises(DeviceBusyError, match=rf"process {os.getpid()} on .*\.lock on the device"):
+            transport.lock().__enter__()
+        assert names(transport) == [".lock/owner"]
+    assert names(transport) == []
+    with pytest.raises(ZeroDivisionError), transport.lock():
+        raise ZeroDivisionError
+    assert names(transport) == []
+
+
+def test_the_lock_of_a_dead_process_is_broken_with_a_note(transport, monkeypatch, caplog):
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: int(ended.stdout))
+        transport.lock().__enter__()
+    with transport.lock():
+        assert "is dead; its lock is broken" in caplog.text
+
+
+def test_the_lock_of_another_host_is_left_alone(transport):
+    shell(
+        transport,
+        """mkdir .lock; echo '{"host": "other", "boot": "", "pid": 1, "started": 0, "since": ""}' >.lock/owner""",
+    )
+    with pytest.raises(DeviceBusyError, match="process 1 on other"):
+        transport.lock().__enter__()
+
+
+def test_a_lock_that_says_nothing_is_left_alone(transport):
+    shell(transport, "mkdir .lock")
+    with pytest.raises(DeviceBusyError, match="another run"):
+        transport.lock().__enter__()
