@@ -28,8 +28,9 @@ PlannedMemory::PlannedMemory(const executorch::runtime::MethodMeta& meta) {
   for (size_t i = 0; i < meta.num_memory_planned_buffers(); ++i) {
     const auto size = meta.memory_planned_buffer_size(i);
     check(size.error(), Stage::load, "planned memory");
-    buffers_.emplace_back(static_cast<uint8_t*>(std::calloc(1, std::max<int64_t>(1, *size))), std::free);
-    if (!buffers_.back()) throw Failure(Stage::load, "no memory for " + std::to_string(*size) + " bytes of cache");
+    auto* memory = *size < 0 ? nullptr : std::calloc(1, std::max<int64_t>(1, *size));
+    if (memory == nullptr) throw Failure(Stage::load, "no memory for a cache of " + std::to_string(*size) + " bytes");
+    buffers_.emplace_back(static_cast<uint8_t*>(memory), std::free);
     spans_.emplace_back(buffers_.back().get(), *size);
   }
   allocator_.emplace(executorch::runtime::Span<executorch::runtime::Span<uint8_t>>(spans_.data(), spans_.size()));
