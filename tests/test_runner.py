@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from export import manifest
+from export.backends.pte import readback
 from export.errors import ExportError
 from export.pipeline import export
 from export.plan import load_plan
@@ -161,11 +162,14 @@ def test_a_feed_in_pieces_is_the_feed_at_once(run):
     assert np.abs(other[0] - rows[0]).max() > 0.1
 
 
-def test_threads_change_nothing_but_time(run):
-    answers = [run([Feed(random_tokens(90)), Logits(), Generate(20)], threads=threads) for threads in (1, 2, 3)]
+@pytest.mark.parametrize("model", ["int4-g32", "fp32"])
+def test_threads_change_nothing_but_time(run, model):
+    commands = [Feed(random_tokens(90)), Logits(), Generate(20), Logits()]
+    answers = [run(commands, model, threads=threads) for threads in (1, 2, 3)]
     assert [answer.threads for answer, _ in answers] == [1, 2, 3]
     assert len({answer.generated[0].tokens for answer, _ in answers}) == 1
-    assert max(np.abs(rows - answers[0][1]).max() for _, rows in answers) < 1e-4
+    assert len({answer.logits_crc32 for answer, _ in answers}) == 1
+    assert run([Feed(random_tokens(91)), Logits()], model)[0].logits_crc32 != answers[0][0].logits_crc32
 
 
 def test_top_is_the_order_of_the_logits(run):
@@ -348,6 +352,19 @@ def test_a_header_that_lies_about_sizes_is_refused(run, artifacts, tmp_path, fie
     (tmp_path / "model.pte").write_bytes(data)
     failure, _ = run([Feed(PROMPT)], tmp_path / "model.pte")
     assert failure.stage == "load"
+
+
+@pytest.mark.parametrize("claimed", [-1, 0, 4096, 2**62])
+def test_a_cache_of_another_size_than_the_program_uses_is_refused(run, artifacts, tmp_path, claimed):
+    path = artifacts["int4-g32"] / "model.pte"
+    (_, real) = readback.open_pte(path).program.execution_plan[0].non_const_buffer_sizes
+    data = path.read_bytes()
+    assert data.count(struct.pack("<q", real)) == 1
+    for size, outcome in ((claimed, RunnerFailure), (real, Answer)):
+        (tmp_path / "model.pte").write_bytes(data.replace(struct.pack("<q", real), struct.pack("<q", size)))
+        answer, _ = run([Feed(PROMPT)], tmp_path / "model.pte")
+        assert isinstance(answer, outcome)
+        assert outcome is Answer or answer.stage == "load"
 
 
 def test_other_files_are_no_model(run, tmp_path):

@@ -113,12 +113,13 @@ def test_sharp_and_flat_softmax_keep_their_precision(kernels, factor):
         assert difference(attend(kernels, query, key, value, 600, isa=isa, threads=2), reference) < 1e-4
 
 
-def test_the_result_does_not_depend_on_scheduling(kernels):
-    query, key, value = inputs((1, 9, 3, 64, 1900))
-    first = attend(kernels, query, key, value, 1900, isa=kernels.best_isa(), threads=2)
-    for _ in range(5):
-        again = attend(kernels, query, key, value, 1900, isa=kernels.best_isa(), threads=2)
-        np.testing.assert_array_equal(first, again)
+@pytest.mark.parametrize("shape", [(1, 9, 3, 64, 1900), (70, 9, 3, 64, 100)], ids=str)
+def test_threads_do_not_change_the_result(kernels, shape):
+    query, key, value = inputs(shape)
+    alone = attend(kernels, query, key, value, shape[-1], isa=kernels.best_isa())
+    for threads in (2, 3, 2, 3):
+        again = attend(kernels, query, key, value, shape[-1], isa=kernels.best_isa(), threads=threads)
+        np.testing.assert_array_equal(alone, again)
 
 
 @pytest.mark.parametrize(("start", "count"), [(0, 1), (3, 4), (9, 1), (0, 10), (10, 0)])

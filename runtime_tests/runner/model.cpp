@@ -24,10 +24,25 @@ void check(Error error, Stage stage, const std::string& what) {
 
 }  // namespace
 
+PlannedMemory::PlannedMemory(const executorch::runtime::MethodMeta& meta) {
+  for (size_t i = 0; i < meta.num_memory_planned_buffers(); ++i) {
+    const auto size = meta.memory_planned_buffer_size(i);
+    check(size.error(), Stage::load, "planned memory");
+    auto* memory = *size < 0 ? nullptr : std::calloc(1, std::max<int64_t>(1, *size));
+    if (memory == nullptr) throw Failure(Stage::load, "no memory for a cache of " + std::to_string(*size) + " bytes");
+    buffers_.emplace_back(static_cast<uint8_t*>(memory), std::free);
+    spans_.emplace_back(buffers_.back().get(), *size);
+  }
+  allocator_.emplace(executorch::runtime::Span<executorch::runtime::Span<uint8_t>>(spans_.data(), spans_.size()));
+}
+
 Model::Model(const std::string& path) : module_(path, Module::LoadMode::Mmap) {
   // the default verification trusts every offset in the file
   check(module_.load(Program::Verification::InternalConsistency), Stage::load, "cannot load " + path);
-  check(module_.load_method(kForward), Stage::load, "cannot load method forward of " + path);
+  const auto meta = module_.method_meta(kForward);
+  check(meta.error(), Stage::load, "cannot find method forward of " + path);
+  memory_.emplace(*meta);
+  check(module_.load_method(kForward, memory_->allocator()), Stage::load, "cannot load method forward of " + path);
   context_length_ = constant("get_max_context_len");
   vocab_size_ = constant("get_vocab_size");
   check_inputs();

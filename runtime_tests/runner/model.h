@@ -4,10 +4,26 @@
 #include <executorch/extension/module/module.h>
 
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 namespace runner {
+
+/// The memory a program asks for, most of it its cache. It is resident as far as it has been used: Module's own buffers
+/// are filled with zeros at once.
+class PlannedMemory {
+ public:
+  explicit PlannedMemory(const executorch::runtime::MethodMeta& meta);
+  executorch::runtime::HierarchicalAllocator* allocator() { return &*allocator_; }
+
+ private:
+  std::vector<std::unique_ptr<uint8_t, decltype(&std::free)>> buffers_;
+  std::vector<executorch::runtime::Span<uint8_t>> spans_;
+  std::optional<executorch::runtime::HierarchicalAllocator> allocator_;
+};
 
 /// Every position that attention reads was written since the last reset, so reset only rewinds.
 class Model {
@@ -31,6 +47,7 @@ class Model {
   int64_t constant(const std::string& method);
   void execute(const int64_t* tokens, int64_t count);
 
+  std::optional<PlannedMemory> memory_;  // outlives the module, whose method lies in it
   executorch::extension::Module module_;
   int64_t vocab_size_ = 0, context_length_ = 0, longest_piece_ = 0, position_ = 0;
   const float* logits_ = nullptr;

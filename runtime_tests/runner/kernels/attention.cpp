@@ -10,10 +10,10 @@
 namespace runner {
 namespace {
 
-constexpr int64_t kRowsOfTile = 48;             // rows that share a block of keys while it is in the cache
-constexpr int64_t kSplit = 256;                 // fewest keys worth a task of their own
-constexpr int64_t kSerialWork = 96 * 1024;      // multiply-adds below which waking a thread costs more than it saves
-constexpr int64_t kTasksPerThread = 4;          // so that threads of unequal speed end together
+constexpr int64_t kRowsOfTile = 48;         // rows that share a block of keys while it is in the cache
+constexpr int64_t kSplit = 48;              // fewest keys worth a task of their own
+constexpr int64_t kTasks = 16;              // enough for the threads of a phone to end together
+constexpr int64_t kSerialWork = 32 * 1024;  // multiply-adds below which a second thread costs more than it saves
 
 AttendTile tile_function(Isa isa, int64_t head_dim) {
 #if defined(__x86_64__)
@@ -31,7 +31,8 @@ float* scratch(int64_t floats) {
   return room.data();
 }
 
-/// How a call is cut: by group, block of queries and range of keys.
+/// How a call is cut: by group, block of queries and, where these are few, range of keys. The number of threads has no say,
+/// so that it does not change the result.
 struct Cut {
   int64_t queries, query_blocks, keys, splits;
   int64_t rows, row_blocks;
@@ -39,17 +40,15 @@ struct Cut {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-Cut cut(const Attention& call, size_t threads) {
+Cut cut(const Attention& call) {
   Cut c = {};
   const int64_t share = call.heads / call.groups, visible = call.start + call.new_tokens;
   c.queries = std::min(call.new_tokens, std::max<int64_t>(1, kRowsOfTile / share));
   c.query_blocks = ceil_div(call.new_tokens, c.queries);
   c.rows = c.queries * share;
   c.row_blocks = call.groups * c.query_blocks;
-  const bool serial = threads == 1 || call.new_tokens * call.heads * visible * call.head_dim < kSerialWork;
-  const int64_t wanted = serial ? 1 : ceil_div(kTasksPerThread * static_cast<int64_t>(threads), c.row_blocks);
-  c.splits = std::clamp<int64_t>(visible / kSplit, 1, wanted);
-  c.keys = ceil_div(ceil_div(visible, c.splits), kKeyBlock) * kKeyBlock;
+  c.splits = std::clamp<int64_t>(visible / kSplit, 1, ceil_div(kTasks, c.row_blocks));
+  c.keys = ceil_div(visible, c.splits);
   c.splits = ceil_div(visible, c.keys);
   return c;
 }
@@ -104,7 +103,7 @@ Isa best_isa() {
 }
 
 void attend(const Attention& call, Isa isa, const Parallel& parallel) {
-  const Cut c = cut(call, parallel.threads);
+  const Cut c = cut(call);
   const AttendTile attend_tile = tile_function(isa, call.head_dim);
   const int64_t tasks = c.row_blocks * c.splits, size = partial_floats(call, c);
   std::vector<float> shared(c.splits > 1 ? tasks * size : 0);
@@ -116,8 +115,8 @@ void attend(const Attention& call, Isa isa, const Parallel& parallel) {
     attend_tile(call, tile, partial_at(call, c, parts), room);
     if (c.splits == 1) finish(call, c, tile, parts, call.out);
   };
-  const bool serial = call.new_tokens * call.heads * (call.start + call.new_tokens) * call.head_dim < kSerialWork;
-  if (serial || parallel.threads == 1) {
+  const int64_t work = call.new_tokens * call.heads * (call.start + call.new_tokens) * call.head_dim;
+  if (work < kSerialWork || parallel.threads == 1) {
     for (int64_t i = 0; i < tasks; ++i) task(i);
   } else {
     parallel.run(task, tasks);

@@ -31,28 +31,36 @@ inline void store(float* to, Vector value) { *reinterpret_cast<Unaligned*>(to) =
 inline Vector all(float value) { return value - Vector{}; }
 inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 
+// add_pairs: within every four lanes the sums of neighbours, first those of a, then those of b. fold: the fours added up.
 #if defined(__AVX512F__)
 typedef float Eight __attribute__((vector_size(32)));
+inline Vector add_pairs(Vector a, Vector b) {
+  return __builtin_shufflevector(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
+         __builtin_shufflevector(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
+}
 inline Four fold(Vector v) {
   const Eight low = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
   const Eight half = low + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
   return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
 }
 #elif defined(__AVX2__)
+inline Vector add_pairs(Vector a, Vector b) {
+  return __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) +
+         __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+}
 inline Four fold(Vector v) {
   return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
 }
 #else
+inline Vector add_pairs(Vector a, Vector b) {
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+}
 inline Four fold(Vector v) { return v; }
 #endif
 
-inline Four add_pairs(Four a, Four b) {
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
-}
-
 /// The sum of each of four vectors.
 inline Four sums_of(const Vector v[kColumns]) {
-  return add_pairs(add_pairs(fold(v[0]), fold(v[1])), add_pairs(fold(v[2]), fold(v[3])));
+  return fold(add_pairs(add_pairs(v[0], v[1]), add_pairs(v[2], v[3])));
 }
 
 inline float maximum_of(Vector v) {
