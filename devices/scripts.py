@@ -1,7 +1,7 @@
 """The shell scripts a device runs: POSIX sh with toybox, coreutils or BSD tools. Knows no connection."""
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 FAILED = 3
 """Exit status of a script that did not do it: a number that no client program uses for itself."""
@@ -63,6 +63,18 @@ def guarded(argv: Sequence[str], *, folder: str, limit_s: int, status: str, unsu
 
 
 def survey(names: Iterable[str]) -> str:
-    """Free space of the working folder in KiB, then the sha256 of every file at or below the names."""
-    look = "\n".join(f'[ ! -e {name} ] || find {name} -type f -exec $h "{{}}" +' for name in map(shlex.quote, names))
-    return f"{HASH}\ndf -Pk . | tail -n 1\n{look}\ntrue"
+    """What `df -Pk` says of the working folder, then the sha256 of every file at or below the names."""
+    look = "\n".join(
+        f'if [ -d {name} ]; then find {name} -type f -exec $h "{{}}" +; elif [ -e {name} ]; then $h {name}; fi'
+        for name in map(shlex.quote, names)
+    )
+    return f"{HASH}\ndf -Pk .\n{look}\ntrue"
+
+
+def check_hashes(wanted: Mapping[str, str]) -> str:
+    """Fail unless every file of path → sha256 is there with that hash.
+
+    Not with `sha256sum -c`: toybox, reading the list from stdin, ends with 0 whatever it finds.
+    """
+    expected = "\n".join(f"{digest}  {path}" for path, digest in wanted.items())
+    return f'{HASH}\n[ "$($h {quoted(wanted)})" = {shlex.quote(expected)} ] || exit 1'

@@ -36,12 +36,14 @@ class Survey:
 
 def survey(shell: Shell, names: tuple[str, ...], deadline: Deadline) -> Survey:
     """Ask the device for its free space and its files."""
-    ended = shell.ask(scripts.survey(names), deadline, what=f"hashing {names[0]}")
+    ended = shell.ask(
+        scripts.survey(names), deadline, what=f"hashing {quoted(names)}" if names else "asking for its room"
+    )
     lines = ended.stdout.decode(errors="replace").splitlines()
-    free = re.search(r"\s(\d+)\s+\d+%", lines[0]) if lines else None
+    free = re.search(r"\s(\d+)\s+\d+%", lines[1]) if len(lines) > 1 else None
     if ended.returncode or not free:
         raise DeviceError(f"{shell.link.name}: {shell.folder} cannot be read: {last_line(ended.stderr)}")
-    hashes = {path: digest for digest, _, path in (line.partition("  ") for line in lines[1:])}
+    hashes = {path: digest for digest, _, path in (line.partition("  ") for line in lines[2:])}
     return Survey(int(free[1]) * 1024, hashes)
 
 
@@ -60,12 +62,7 @@ def push(shell: Shell, local: Path, remote: str, deadline: Deadline) -> None:
     prepare(shell, remote, (kept - sent, there.below(part).keys() - sent, set(files)), deadline)
     for name, path in missing.items():
         send(shell, path, join(part, name), deadline)
-    arrived = survey(shell, (part,), deadline).below(part)
-    if arrived != wanted:
-        wrong = [join(remote, name) for name in wanted if arrived.get(name) != wanted[name]]
-        remove(shell, part, deadline)
-        raise TransferError(f"{shell.link.name}: {', '.join(wrong)} did not arrive as sent; run again")
-    finish(shell, remote, files, deadline)
+    finish(shell, remote, wanted, files, deadline)
 
 
 def listing(local: Path) -> dict[str, Path]:
@@ -107,15 +104,16 @@ def prepare(shell: Shell, remote: str, names: tuple[set[str], set[str], set[str]
     """Make NAME.part: remove what is wrong in it, take over what NAME already has."""
     kept, wrong, wanted = names
     part = f"{remote}.part"
-    folders = sorted({str(PurePosixPath(join(part, name)).parent) for name in wanted})
+    folders = sorted({str(PurePosixPath(join(part, name)).parent) for name in wanted} - {"."})
     lines = [f"rm -rf {quoted([join(part, name)])}" for name in sorted(wrong)]
-    lines.append(f"mkdir -p {quoted(folders)}")
+    if folders:
+        lines.append(f"mkdir -p {quoted(folders)}")
     for name in sorted(kept):
         pair = quoted([join(remote, name), join(part, name)])
         # Hard links cost no room; Android forbids them to the shell user.
         lines.append(f"ln {pair} 2>/dev/null || cp {pair} || exit 1")
-    ended = shell.ask("\n".join(lines), deadline)
-    if ended.returncode:
+    ended = shell.ask("\n".join(lines), deadline) if lines else None
+    if ended and ended.returncode:
         raise failure(shell, part, ended.stderr, deadline)
 
 
@@ -143,21 +141,27 @@ def remove(shell: Shell, remote: str, deadline: Deadline) -> None:
     shell.ask(f"rm -rf {quoted([remote])}", deadline)
 
 
-def finish(shell: Shell, remote: str, files: Mapping[str, Path], deadline: Deadline) -> None:
-    """Give NAME.part its final name; programs stay executable."""
+def finish(shell: Shell, remote: str, wanted: Mapping[str, str], files: Mapping[str, Path], deadline: Deadline) -> None:
+    """Check NAME.part and give it its final name; programs stay executable."""
     part, old = f"{remote}.part", f"{remote}.old"
     programs = [join(part, name) for name, path in files.items() if os.access(path, os.X_OK)]
-    lines = [f"chmod 755 {quoted(programs)} || exit 1"] if programs else []
-    if ROOT in files:
-        lines.append(f"[ ! -d {quoted([remote])} ] || rm -rf {quoted([remote])}")
-        lines.append(f"mv -f {quoted([part, remote])}")
+    lines = [scripts.check_hashes({join(part, name): digest for name, digest in wanted.items()})]
+    if programs:
+        lines.append(f"chmod 755 {quoted(programs)} || exit 1")
+    lines.append(f"rm -rf {quoted([old])}")
+    if ROOT in files:  # a file takes the place of a file in one step
+        lines.append(f"[ ! -d {quoted([remote])} ] || mv {quoted([remote, old])} || exit 1")
     else:
-        lines.append(f"rm -rf {quoted([old])}")
         lines.append(f"[ ! -e {quoted([remote])} ] || mv {quoted([remote, old])} || exit 1")
-        lines.append(f"mv {quoted([part, remote])} && rm -rf {quoted([old])}")
-    ended = shell.ask("\n".join(lines), deadline)
+    lines.append(f"mv -f {quoted([part, remote])} && rm -rf {quoted([old])}")
+    ended = shell.ask("\n".join(lines), deadline, what=f"checking {remote}")
     if ended.returncode:
-        raise TransferError(f"{shell.link.name}: {part} could not be renamed: {last_line(ended.stderr)}")
+        arrived = survey(shell, (part,), deadline).below(part)
+        wrong = [join(remote, name) for name in wanted if arrived.get(name) != wanted[name]]
+        remove(shell, part, deadline)
+        if wrong:
+            raise TransferError(f"{shell.link.name}: {', '.join(wrong)} did not arrive as sent; run again")
+        raise TransferError(f"{shell.link.name}: {remote} could not be renamed: {last_line(ended.stderr)}")
 
 
 def pull(shell: Shell, remote: str, local: Path, deadline: Deadline) -> None:

@@ -1,7 +1,6 @@
 """A finished artifact in a format of our own, and a run of every check on it, in this process where that is enough."""
 
 import json
-import os
 import shutil
 import sys
 from contextlib import ExitStack, closing, contextmanager
@@ -160,33 +159,20 @@ def emulated(name, **size):
         yield machine
 
 
-@pytest.fixture
-def new_machine(monkeypatch):
-    """Start a device that the test may ruin."""
+@pytest.fixture(scope="module")
+def attach(request, tmp_path_factory):
+    """Open a known device by name; one of the lab is started for that, or `machine` is taken."""
     with ExitStack() as stack:
 
-        def start(name, **size):
-            machine = stack.enter_context(emulated(name, **size))
-            for key, value in machine.environment.items():
-                monkeypatch.setenv(key, value)
-            return machine
-
-        yield start
-
-
-@pytest.fixture
-def attach(request, monkeypatch, tmp_path):
-    """Open a device by name, in a working folder of the test's own."""
-    with ExitStack() as stack:
-
-        def attach(name):
+        def attach(name, machine=None):
             device = devices.load(name)
-            if device.emulated and not any(key.startswith("EMULATED_") for key in os.environ):
-                machine = request.getfixturevalue(name.replace("-", "_"))
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            if device.emulated:
+                machine = machine or request.getfixturevalue(name.replace("-", "_"))
                 for key, value in machine.environment.items():
-                    monkeypatch.setenv(key, value)
-            folder = tmp_path / "device" if name == "host" else f"{device.workdir}/{tmp_path.name}"
-            device = device.model_copy(update={"workdir": str(folder)})
+                    patch.setenv(key, value)
+            else:
+                device = device.model_copy(update={"workdir": str(tmp_path_factory.mktemp("device"))})
             return stack.enter_context(closing(devices.open_transport(device)))
 
         yield attach

@@ -4,26 +4,34 @@ import os
 import struct
 import subprocess
 import sys
-import time
+from dataclasses import replace
 
-import psutil
 import pytest
 
-from devices import DeadlineError, DeviceBusyError, DeviceError
+from devices import DeadlineError, DeviceBusyError, DeviceError, lock
+
+from .processes import left_running
 
 DEVICES = ("host", "emulated-android", "emulated-pi5")
 ABI = {"emulated-android": "arm64-v8a", "emulated-pi5": "aarch64", "host": os.uname().machine}
 QUICK_S = 30
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(scope="module", params=DEVICES)
 def device(request):
     return request.param
 
 
-@pytest.fixture
-def transport(attach, device):
+@pytest.fixture(scope="module")
+def opened(device, attach):
     return attach(device)
+
+
+@pytest.fixture
+def transport(opened):
+    """One connection for all tests, an empty working folder for each."""
+    shell(opened, "rm -rf ./* ./.[!.]*")
+    return opened
 
 
 def shell(transport, script, timeout_s=QUICK_S):
@@ -33,23 +41,6 @@ def shell(transport, script, timeout_s=QUICK_S):
 def names(transport, folder="."):
     listed = transport.run(["find", folder, "-type", "f"], timeout_s=QUICK_S).stdout.decode()
     return sorted(line.removeprefix(f"{folder}/") for line in listed.splitlines())
-
-
-def left_running(marker):
-    """Command lines anywhere on this machine, emulated devices included, that hold the marker; after a moment."""
-    for _ in range(50):
-        found = [words for process in psutil.process_iter() if marker in (words := command_line(process))]
-        if not found:
-            return []
-        time.sleep(0.1)
-    return found
-
-
-def command_line(process):
-    try:
-        return " ".join(process.cmdline())
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        return ""
 
 
 def test_words_arrive_as_they_were_sent(transport):
@@ -184,13 +175,15 @@ def test_one_run_at_a_time(transport):
     assert names(transport) == []
 
 
-def test_the_lock_of_a_dead_process_is_broken_with_a_note(transport, monkeypatch, caplog):
+def test_the_lock_of_a_dead_process_is_broken_with_a_note(transport, monkeypatch, capsys):
     ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    dead = replace(lock.Owner.this_process(), pid=int(ended.stdout))
     with monkeypatch.context() as patch:
-        patch.setattr(os, "getpid", lambda: int(ended.stdout))
-        transport.lock().__enter__()
+        patch.setattr(lock.Owner, "this_process", lambda: dead)
+        held = transport.lock()  # kept: a forgotten one is released
+        held.__enter__()
     with transport.lock():
-        assert "is dead; its lock is broken" in caplog.text
+        assert "is dead; its lock is broken" in capsys.readouterr().err
 
 
 def test_the_lock_of_another_host_is_left_alone(transport):
