@@ -131,9 +131,7 @@ class AttachedDevice:
             runner = cast(RunnerModule, importlib.import_module(f"runtime_tests.runner.{target.session}"))
             start = runner.install(self.transport, self.device, timeout_s=limit_s)
             place = f"artifacts/{described.id}"
-            for name in described.files:
-                if name.split("/")[0].startswith(target.artifact):
-                    self.transport.push(folder / name, f"{place}/{name}", timeout_s=limit_s)
+            self.transport.push(folder, place, timeout_s=limit_s)
             self.installed[str(folder)] = start, f"{place}/{target.artifact}"
         return self.installed[str(folder)]
 
