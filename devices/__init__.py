@@ -34,6 +34,7 @@ __all__ = [
     "names",
     "open_transport",
     "physical_cores",
+    "physical_threads",
     "thread_count",
 ]
 
@@ -77,6 +78,8 @@ class Device(BaseModel):
     """Names of the targets whose artifacts it can run."""
     threads: PositiveInt | None
     """Threads of a session; null: one per physical core."""
+    evaluation: str
+    """What is measured on it, where the command does not say."""
     time_limit_s: PositiveFloat
     """Longest one step may take before it is ended."""
     budgets: Budgets
@@ -106,7 +109,12 @@ def load(name: str) -> Device:
 
 def thread_count(device: Device) -> int:
     """Threads a session on the local device gets: as its YAML says, else one per physical core."""
-    return device.threads or physical_cores() or os.cpu_count() or 1
+    return device.threads or physical_threads()
+
+
+def physical_threads() -> int:
+    """One thread per physical core of this machine."""
+    return physical_cores() or os.cpu_count() or 1
 
 
 def physical_cores() -> int:

@@ -3,6 +3,8 @@
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +17,8 @@ from export.cli import run
 from export.errors import ExportError
 from export.progress import console, stage
 
+from .attached import AttachedDevice
+from .place import Place, ThisMachine
 from .record import Outcome
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -28,7 +32,9 @@ def main(
     source: Annotated[
         str | None, typer.Option(help="where the checkpoint is, when not where the manifest says")
     ] = None,
-    eval_name: Annotated[str, typer.Option("--eval", help="a name in configs/evals")] = "default",
+    eval_name: Annotated[
+        str | None, typer.Option("--eval", help="a name in configs/evals; default: what the device's YAML says")
+    ] = None,
 ) -> None:
     """Prove what artifacts compute and how fast: exit 0 only if every gate holds."""
     from . import evaluation, publish, summary, validate
@@ -36,17 +42,22 @@ def main(
 
     known = load_device(device)
     cases = validate.open_artifacts(folders or built_for(known), known)
+    loaded = evaluation.load(eval_name or known.evaluation)
     run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    with tempfile.TemporaryDirectory(prefix=".runtime-tests-", dir=build_folder()) as scratch:
+    with (
+        tempfile.TemporaryDirectory(prefix=".runtime-tests-", dir=build_folder()) as scratch,
+        opened(known, Path(scratch).resolve()) as place,
+    ):
         setting = Setting(
             run_id=run_id,
             device=known,
-            threads=devices.thread_count(known),
-            evaluation=evaluation.load(eval_name),
+            place=place,
+            threads=devices.physical_threads(),
+            evaluation=loaded,
             source=source,
             cache=BUILD / "cache",
             scratch=Path(scratch).resolve(),
-            read_bandwidth_bytes_per_s=measure_bandwidth(known),
+            read_bandwidth_bytes_per_s=measure_bandwidth(known, place.threads) if here(known) else None,
         )
         records = []
         for folder, described in cases:
@@ -92,12 +103,31 @@ def build_folder() -> Path:
     return BUILD
 
 
-def measure_bandwidth(device: Device) -> float:
+def here(device: Device) -> bool:
+    """Whether it is the machine that runs this."""
+    return device.transport.kind == "local"
+
+
+@contextmanager
+def opened(device: Device, scratch: Path) -> Iterator[Place]:
+    """Where artifacts run; an attached device is held alone until the end."""
+    if here(device):
+        yield ThisMachine(devices.thread_count(device))
+        return
+    try:
+        transport = devices.open_transport(device)
+        with closing(transport), transport.lock():
+            yield AttachedDevice(device, transport, scratch)
+    except DeviceError as error:
+        raise ExportError(str(error)) from None
+
+
+def measure_bandwidth(device: Device, threads: int) -> float:
     """Memory read bandwidth, once per run."""
     from . import isolation, jobs
 
     with stage("memory", "read bandwidth"):
-        ended = isolation.run(jobs.BandwidthJob(threads=devices.thread_count(device)), limit_s=device.time_limit_s)
+        ended = isolation.run(jobs.BandwidthJob(threads=threads), limit_s=device.time_limit_s)
     if ended.outcome is not Outcome.PASS:
         raise ExportError(f"the memory bandwidth of this machine cannot be measured: {ended.detail}")
     return float(ended.result["bytes_per_s"])

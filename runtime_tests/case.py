@@ -10,7 +10,9 @@ from export.progress import counted
 
 from . import isolation, jobs
 from .evaluation import Evaluation
-from .record import Comparison, Gate, Latency, Outcome
+from .isolation import Ended
+from .place import ArtifactJob, Place
+from .record import Comparison, DeviceState, Environment, Gate, Latency, Outcome
 
 
 @dataclass(frozen=True)
@@ -19,13 +21,17 @@ class Setting:
 
     run_id: str
     device: Device
+    place: Place
+    """Where artifacts run; references are computed here, whatever the device."""
     threads: int
+    """Of the references."""
     evaluation: Evaluation
     source: str | None
     """Where checkpoints are, when not where the manifests say."""
     cache: Path
     scratch: Path
-    read_bandwidth_bytes_per_s: float
+    read_bandwidth_bytes_per_s: float | None
+    """Of the device, where it was measured."""
 
 
 @dataclass
@@ -39,6 +45,9 @@ class Case:
     comparisons: dict[str, Comparison] = field(default_factory=dict)
     probe_sqnr_db: list[float] = field(default_factory=list)
     latency: Latency | None = None
+    environment: Environment | None = None
+    states: list[DeviceState] = field(default_factory=list)
+    """Before and after the timings."""
 
     @property
     def origin(self) -> str:
@@ -65,9 +74,20 @@ class StoppedError(Exception):
 
 
 def ask(case: Case, job: jobs.Job, label: str) -> dict[str, Any]:
-    """Run a job in a child process; when it dies, so does the validation of this artifact, and no more."""
+    """Run a job in a child process here; when it dies, so does the validation of this artifact, and no more."""
     with counted(label) as progress:
-        ended = isolation.run(job, limit_s=case.setting.device.time_limit_s, on_progress=progress)
+        return result(isolation.run(job, limit_s=case.setting.device.time_limit_s, on_progress=progress), label)
+
+
+def ask_artifact(case: Case, job: ArtifactJob, label: str) -> dict[str, Any]:
+    """Run a job that needs the artifact where artifacts run."""
+    with counted(label) as progress:
+        ended = case.setting.place.perform(job, limit_s=case.setting.device.time_limit_s, on_progress=progress)
+    return result(ended, label)
+
+
+def result(ended: Ended, label: str) -> dict[str, Any]:
+    """What a job gave."""
     if ended.outcome is not Outcome.PASS:
         raise StoppedError(ended.outcome, f"{label}: {ended.detail}")
     return ended.result

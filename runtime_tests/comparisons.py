@@ -15,7 +15,7 @@ from export.errors import ExportError
 from export.progress import stage
 
 from . import accuracy, evaluation, gates, jobs, reference
-from .case import Case, StoppedError, ask
+from .case import Case, StoppedError, ask, ask_artifact
 from .evaluation import Windows
 from .record import Comparison, Outcome
 
@@ -118,7 +118,8 @@ def compare_lowering(case: Case, windows: Tokens, probes: Tokens, files: dict[st
     if "probes" in files:
         tasks.append(jobs.Task(**probes.task(probed)))
     with stage("artifact", f"{len(windows.windows.tokens)} windows"):
-        ask(case, jobs.LogitsJob(folder=case.folder_text, threads=case.setting.threads, tasks=tuple(tasks)), "artifact")
+        job = jobs.LogitsJob(folder=case.folder_text, threads=case.setting.place.threads, tasks=tuple(tasks))
+        ask_artifact(case, job, "artifact")
     problem = accuracy.not_finite(np.load(out, mmap_mode="r"))
     case.gates.append(gates.count("logits finite: problems", [problem] if problem else [], Outcome.MISMATCH))
     if problem:

@@ -120,11 +120,12 @@ def speed_test(n_prompt: int, n_gen: int, samples_ns: Sequence[int]) -> SpeedTes
     )
 
 
-def summarize(raw: dict[str, Any], described: Manifest, threads: int, bandwidth: float) -> Latency:
+def summarize(raw: dict[str, Any], described: Manifest, threads: int, bandwidth: float | None) -> Latency:
     """What the child measured → the numbers of a record."""
     tests = [speed_test(int(n), 0, samples) for n, samples in raw["prompts"].items()]
     generation = speed_test(0, len(raw["decode"][0]), [sum(repeat) for repeat in raw["decode"]])
     tokens = np.concatenate(raw["decode"]) / 1e9
+    third = max(1, len(tokens) // 3)
     per_token = bytes_per_token(described)
     return Latency(
         measured=True,
@@ -140,11 +141,13 @@ def summarize(raw: dict[str, Any], described: Manifest, threads: int, bandwidth:
         token_p95_s=float(np.quantile(tokens, 0.95)),
         token_samples_ns=tuple(tuple(repeat) for repeat in raw["decode"]),
         cv=max(test.stddev_ns / test.avg_ns for test in (*tests, generation)),
+        first_third_ts=float(1 / tokens[:third].mean()),
+        last_third_ts=float(1 / tokens[-third:].mean()),
         peak_rss_bytes=raw["peak_rss_bytes"],
         rss_before_load_bytes=raw["rss_before_load_bytes"],
         bytes_per_token=per_token,
         read_bandwidth_bytes_per_s=bandwidth,
-        bandwidth_share=per_token * generation.avg_ts / bandwidth,
+        bandwidth_share=per_token * generation.avg_ts / bandwidth if bandwidth else None,
     )
 
 

@@ -30,6 +30,10 @@ class Outcome(StrEnum):
     """The process died by a signal."""
     TIMEOUT = "timeout"
     TOO_SLOW = "too slow"
+    DEVICE_LOST = "device lost"
+    """The connection ended, or the device stopped answering."""
+    DEVICE_FULL = "device full"
+    """Too little room on the device."""
 
 
 Verdict = Literal["pass", "fail", "inconclusive"]
@@ -129,12 +133,17 @@ class Latency(Strict):
     """Every decoded token of every repeat."""
     cv: float
     """Largest standard deviation over mean among the tests."""
+    first_third_ts: float
+    """Decode rate over the first third of all generated tokens."""
+    last_third_ts: float
+    """Over the last third: lower where the device throttles."""
     peak_rss_bytes: int
     rss_before_load_bytes: int
     bytes_per_token: int
     """Weights one decoded token must read: linears and head; of the embedding one row, not counted."""
-    read_bandwidth_bytes_per_s: float
-    bandwidth_share: float
+    read_bandwidth_bytes_per_s: float | None
+    """Measured; null where nothing there can measure it."""
+    bandwidth_share: float | None
     """bytes_per_token × decode rate over the measured read bandwidth."""
 
 
@@ -145,15 +154,33 @@ class Environment(Strict):
     cpu: str
     cores: int
     memory_bytes: int
-    load_average_1min: float
+    load_average_1min: float | None
     python: str
+    """Empty where the runner needs none."""
     tools: dict[str, str]
+
+
+class DeviceState(Strict):
+    """What a device says of itself at one moment; null where it does not tell."""
+
+    temperatures_c: dict[str, float]
+    """By thermal zone."""
+    battery_percent: float | None
+    charging: bool | None
+    governor: str | None
+    """Of the first core's clock."""
+    online_cores: str | None
+    """As the kernel writes it: 0-7."""
+    affinity: str | None
+    """Cores a new process may use, likewise."""
+    load_average_1min: float | None
+    uptime_s: float | None
 
 
 class Record(Strict):
     """One artifact, one run."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     run_id: str
     artifact: str
     manifest_sha256: str
@@ -161,7 +188,11 @@ class Record(Strict):
     bits_per_weight: float
     device: str
     emulated: bool
+    """What it computes counts, how long it takes does not."""
     environment: Environment
+    state_before: DeviceState
+    state_after: DeviceState
+    """Around the timings."""
     commit: str
     dirty: bool
     started_at: str

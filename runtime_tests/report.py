@@ -10,7 +10,7 @@ from export.manifest import Manifest
 
 from . import summary
 from .plots import Bar, Series, bars, dots, lines
-from .record import Outcome, Record
+from .record import DeviceState, Outcome, Record
 
 TEMPLATE = "report.html.j2"
 
@@ -25,6 +25,7 @@ def render(records: Sequence[Record], manifests: Sequence[Manifest]) -> str:
         lstrip_blocks=True,
     )
     first = records[0]
+    rates = (r.latency.read_bandwidth_bytes_per_s for r in records if r.latency)
     return environment.get_template(TEMPLATE).render(
         records=records,
         manifests=manifests,
@@ -32,10 +33,42 @@ def render(records: Sequence[Record], manifests: Sequence[Manifest]) -> str:
         rows=[table_row(record) for record in records],
         charts=charts(records, manifests),
         run=first,
+        state=state_rows(first),
         memory_gb=f"{first.environment.memory_bytes / 1e9:.0f}",
-        bandwidth=next((r.latency.read_bandwidth_bytes_per_s / 1e9 for r in records if r.latency), None),
+        bandwidth=next((rate / 1e9 for rate in rates if rate), None),
         tools={name: version for name, version in first.environment.tools.items() if version != "not installed"},
     )
+
+
+def state_rows(record: Record) -> list[tuple[str, str, str]]:
+    """What the device said of itself before and after the timings: label, before, after."""
+    before, after = record.state_before, record.state_after
+    rows = [(f"temperature {zone}", f"{value:.1f} °C") for zone, value in before.temperatures_c.items()]
+    later = [
+        f"{after.temperatures_c[zone]:.1f} °C" if zone in after.temperatures_c else "–"
+        for zone in before.temperatures_c
+    ]
+    rows += [(label, shown(value)) for label, value in facts_of(before)]
+    later += [shown(value) for _, value in facts_of(after)]
+    return [(label, was, now) for (label, was), now in zip(rows, later, strict=True) if (was, now) != ("–", "–")]
+
+
+def facts_of(state: DeviceState) -> list[tuple[str, object]]:
+    """The numbers beside the temperatures, with labels for people."""
+    return [
+        ("battery, %", state.battery_percent),
+        ("charging", state.charging),
+        ("clock governor", state.governor),
+        ("cores online", state.online_cores),
+        ("cores allowed", state.affinity),
+        ("load average", state.load_average_1min),
+    ]
+
+
+def shown(value: object) -> str:
+    """A fact, or a dash where the device does not tell."""
+    words = {None: "–", True: "yes", False: "no"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def verdict(records: Sequence[Record]) -> dict[str, str]:

@@ -14,8 +14,8 @@ from export.errors import ExportError
 from export.manifest import Manifest
 from export.progress import stage
 
-from . import checks, comparisons, environment, evaluation, gates, golden, jobs, latency
-from .case import Case, Setting, StoppedError, ask
+from . import checks, comparisons, device_facts, evaluation, gates, golden, jobs, latency
+from .case import Case, Setting, StoppedError, ask, ask_artifact
 from .evaluation import Windows
 from .record import Accuracy, Outcome, Record
 
@@ -23,6 +23,7 @@ from .record import Accuracy, Outcome, Record
 def validate(folder: Path, described: Manifest, setting: Setting) -> Record:
     """Examine an artifact and write down what was found, whatever happens on the way."""
     case = Case(folder, described, setting)
+    case.environment = setting.place.environment()
     started, clock = datetime.now(UTC), time.perf_counter()
     try:
         examine(case)
@@ -31,17 +32,21 @@ def validate(folder: Path, described: Manifest, setting: Setting) -> Record:
         outcome, detail = stop.outcome, str(stop)
     except ExportError as error:
         outcome, detail = Outcome.RUN_FAIL, str(error)
+    unknown = device_facts.state("")
+    before, after = case.states if len(case.states) == 2 else (unknown, unknown)
     code = manifest.source_info()
     return Record(
-        schema_version=1,
+        schema_version=2,
         run_id=setting.run_id,
         artifact=described.id,
         manifest_sha256=hashlib.sha256((folder / manifest.FILE).read_bytes()).hexdigest(),
         size_bytes=described.artifact_bytes,
         bits_per_weight=described.quantization.bits_per_weight,
         device=setting.device.name,
-        emulated=False,
-        environment=environment.current(),
+        emulated=setting.device.emulated,
+        environment=case.environment,
+        state_before=before,
+        state_after=after,
         commit=code.commit,
         dirty=code.dirty,
         started_at=started.isoformat(timespec="seconds"),
@@ -104,9 +109,9 @@ def check_weights(case: Case) -> None:
 
 def check_conformance(case: Case) -> None:
     """The cache at its edges."""
-    job = jobs.ConformanceJob(folder=case.folder_text, threads=case.setting.threads)
+    job = jobs.ConformanceJob(folder=case.folder_text, threads=case.setting.place.threads)
     with stage("cache", "last position, past it, reset"):
-        found = ask(case, job, "cache")
+        found = ask_artifact(case, job, "cache")
     case.gates.append(gates.count("cache: broken promises", found["failures"], Outcome.MISMATCH))
 
 
@@ -116,10 +121,10 @@ def check_golden(case: Case) -> None:
     if answer is None:
         return
     job = jobs.GenerateJob(
-        folder=case.folder_text, threads=case.setting.threads, prompt=answer.prompt, count=len(answer.tokens)
+        folder=case.folder_text, threads=case.setting.place.threads, prompt=answer.prompt, count=len(answer.tokens)
     )
     with stage("golden", f"{len(answer.tokens)} tokens"):
-        tokens = ask(case, job, "golden")["tokens"]
+        tokens = ask_artifact(case, job, "golden")["tokens"]
     same = next(
         (i for i, pair in enumerate(zip(tokens, answer.tokens, strict=False)) if len(set(pair)) > 1), len(tokens)
     )
@@ -133,7 +138,7 @@ def measure_speed(case: Case, windows: Windows) -> None:
     tokens = np.resize(windows.tokens.ravel(), longest).tolist()
     job = jobs.SpeedJob(
         folder=case.folder_text,
-        threads=setting.threads,
+        threads=setting.place.threads,
         tokens=tuple(tokens),
         prompts=spec.prompts,
         generate=spec.generate,
@@ -141,10 +146,15 @@ def measure_speed(case: Case, windows: Windows) -> None:
         warmups=spec.warmups,
     )
     with stage("speed", f"{spec.repeats} repeats"):
-        raw = ask(case, job, "speed")
+        before = setting.place.state()
+        raw = ask_artifact(case, job, "speed")
     if not raw["measured"]:
         return
-    case.latency = latency.summarize(raw, case.manifest, setting.threads, setting.read_bandwidth_bytes_per_s)
+    case.states = [before, setting.place.state()]
+    case.environment = setting.place.environment()
+    case.latency = latency.summarize(raw, case.manifest, setting.place.threads, setting.read_bandwidth_bytes_per_s)
+    if setting.device.emulated:
+        return
     budgets = setting.device.budgets
     case.gates += gates.speed(
         case.latency,

@@ -16,7 +16,7 @@ from export import card, manifest, pipeline
 from export.cli import run as run_app
 from export.plan import ModelSpec, Plan, QuantRecipe, Target, TargetLimits, load_named
 from runtime_tests import __main__ as cli
-from runtime_tests import evaluation, isolation, worker
+from runtime_tests import evaluation, isolation, place, worker
 from runtime_tests.case import Setting
 
 FAKES = Path(__file__).parent / "fakes"
@@ -97,6 +97,7 @@ def setting(tmp_path, store):
     return Setting(
         run_id="run",
         device=device,
+        place=place.ThisMachine(1),
         threads=1,
         evaluation=evaluation.Evaluation.model_validate(fields),
         source=None,

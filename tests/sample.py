@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from runtime_tests import accuracy, environment, latency
+from runtime_tests import accuracy, device_facts, environment, latency
 from runtime_tests.record import Accuracy, Gate, Latency, Outcome, Record
 
 
@@ -21,7 +21,8 @@ def sample_latency():
     return Latency(
         measured=True, note="", n_threads=2, model_size=1_000_000, model_n_params=2_000_000, load_s=0.25,
         first_inference_s=0.05, ttft_p50_s=0.011, tests=tests, token_p50_s=0.01, token_p95_s=0.012,
-        token_samples_ns=((10, 11), (12, 13)), cv=0.05, peak_rss_bytes=123_000_000, rss_before_load_bytes=80_000_000,
+        token_samples_ns=((10, 11), (12, 13)), cv=0.05,
+        first_third_ts=101.0, last_third_ts=99.0, peak_rss_bytes=123_000_000, rss_before_load_bytes=80_000_000,
         bytes_per_token=900_000, read_bandwidth_bytes_per_s=2e10, bandwidth_share=0.0044,
     )  # fmt: skip
 
@@ -33,10 +34,11 @@ def sample_record(**changes):
         fails_as=Outcome.MISMATCH, detail="",
     )  # fmt: skip
     fields = {
-        "schema_version": 1, "run_id": "20260101-000000", "artifact": "tiny_int4-g32_fake",
+        "schema_version": 2, "run_id": "20260101-000000", "artifact": "tiny_int4-g32_fake",
         "manifest_sha256": "ab" * 32,
         "size_bytes": 1_000_000, "bits_per_weight": 4.9, "device": "host", "emulated": False,
-        "environment": environment.current(), "commit": "c" * 40, "dirty": False,
+        "environment": environment.current(), "state_before": device_facts.state(""),
+        "state_after": device_facts.state(""), "commit": "c" * 40, "dirty": False,
         "started_at": "2026-01-01T00:00:00+00:00", "seconds": 1.5, "gates": (gate,),
         "accuracy": Accuracy(evaluation="default", prefill=64, decode=64, domains=("english", "hindi"),
                              rewriting=lowering, quantization=lowering, noise=None, lowering=lowering,

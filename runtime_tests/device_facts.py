@@ -1,0 +1,106 @@
+"""What a device says of itself: one shell script that any POSIX shell runs, Android's too, and its lines as values.
+
+Everything is read from /proc, /sys and, on Android, properties; what a device does not tell is null, never guessed.
+"""
+
+import re
+
+from .record import DeviceState, Environment
+
+SCRIPT = r"""
+say() { [ -n "$2" ] && printf '%s=%s\n' "$1" "$2"; }
+first() { [ -r "$1" ] && head -n 1 "$1" 2>/dev/null; }
+if command -v getprop >/dev/null 2>&1; then
+    say os "Android $(getprop ro.build.version.release), $(getprop ro.build.fingerprint)"
+    say cpu "$(getprop ro.soc.model)"
+    say model "$(getprop ro.product.model)"
+else
+    say os "$(. /etc/os-release 2>/dev/null && printf %s "$PRETTY_NAME")"
+fi
+say kernel "$(uname -sr)"
+say machine "$(uname -m)"
+say model "$(tr -d '\000' </proc/device-tree/model 2>/dev/null)"
+say cpu "$(sed -n 's/^\(model name\|Hardware\)[[:space:]]*: *//p' /proc/cpuinfo 2>/dev/null | head -n 1)"
+say cores "$(grep -c '^processor' /proc/cpuinfo 2>/dev/null)"
+say memory_kb "$(sed -n 's/^MemTotal: *\([0-9]*\) kB/\1/p' /proc/meminfo 2>/dev/null)"
+say load "$(cut -d ' ' -f 1 /proc/loadavg 2>/dev/null)"
+say uptime "$(cut -d ' ' -f 1 /proc/uptime 2>/dev/null)"
+say governor "$(first /sys/devices/system/cpu/cpu0/cpufreq/scaling_governor)"
+say online "$(first /sys/devices/system/cpu/online)"
+say affinity "$(sed -n 's/^Cpus_allowed_list:[[:space:]]*//p' /proc/self/status 2>/dev/null)"
+for zone in /sys/class/thermal/thermal_zone*; do
+    say zone "$(first $zone/type):$(first $zone/temp)"
+done
+for supply in /sys/class/power_supply/*; do
+    if [ "$(first $supply/type)" = Battery ]; then
+        say battery "$(first $supply/capacity)"
+        say charging "$(first $supply/status)"
+    fi
+done
+exit 0
+"""
+HOTTEST, COLDEST = 150.0, -50.0
+"""Degrees Celsius no working sensor reports; some zones count milli-degrees, some answer with nonsense."""
+
+
+def values(text: str) -> dict[str, list[str]]:
+    """`key=value` lines; a key may come several times."""
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        key, equals, value = line.partition("=")
+        if equals and value.strip():
+            found.setdefault(key, []).append(value.strip())
+    return found
+
+
+def environment(text: str, tools: dict[str, str]) -> Environment:
+    """The device and the software, from the script's output."""
+    found = {key: entries[0] for key, entries in values(text).items()}
+    system = [found[key] for key in ("os", "kernel") if key in found]
+    name = [found[key] for key in ("model", "cpu") if key in found]
+    return Environment(
+        os=", ".join(system) or "not told",
+        cpu=", ".join(dict.fromkeys(name)) or found.get("machine", "not told"),
+        cores=int(number(found.get("cores")) or 1),
+        memory_bytes=int(number(found.get("memory_kb")) or 0) * 1024,
+        load_average_1min=number(found.get("load")),
+        python="",
+        tools=tools,
+    )
+
+
+def state(text: str) -> DeviceState:
+    """Temperatures, battery, clocks and load, from the script's output."""
+    found = values(text)
+    first = {key: entries[0] for key, entries in found.items()}
+    charging = first.get("charging")
+    return DeviceState(
+        temperatures_c=temperatures(found.get("zone", [])),
+        battery_percent=number(first.get("battery")),
+        charging=None if charging is None else charging.lower() in {"charging", "full"},
+        governor=first.get("governor"),
+        online_cores=first.get("online"),
+        affinity=first.get("affinity"),
+        load_average_1min=number(first.get("load")),
+        uptime_s=number(first.get("uptime")),
+    )
+
+
+def temperatures(zones: list[str]) -> dict[str, float]:
+    """`type:value` entries → °C by zone; zones of one type are numbered."""
+    found: dict[str, float] = {}
+    for zone in zones:
+        kind, _, text = zone.rpartition(":")
+        degrees = number(text)
+        if not kind or degrees is None:
+            continue
+        degrees = degrees / 1000 if abs(degrees) > HOTTEST else degrees
+        if COLDEST < degrees < HOTTEST:
+            same = sum(re.sub(r"#\d+$", "", name) == kind for name in found)
+            found[kind if not same else f"{kind}#{same + 1}"] = degrees
+    return found
+
+
+def number(text: str | None) -> float | None:
+    """A decimal number, or null."""
+    return float(text) if text and re.fullmatch(r"-?\d+(\.\d+)?", text) else None

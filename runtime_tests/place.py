@@ -1,0 +1,48 @@
+"""Where the jobs that need an artifact run: here, or on an attached device. Knows no format."""
+
+import subprocess
+from typing import Protocol
+
+import psutil
+
+from . import device_facts, environment, isolation
+from .isolation import Ended, Progress
+from .jobs import ConformanceJob, GenerateJob, LogitsJob, SpeedJob
+from .record import DeviceState, Environment
+
+ArtifactJob = LogitsJob | ConformanceJob | GenerateJob | SpeedJob
+
+
+class Place(Protocol):
+    """One device while artifacts are validated on it."""
+
+    threads: int
+    """That a session gets there."""
+
+    def perform(self, job: ArtifactJob, *, limit_s: float, on_progress: Progress | None = None) -> Ended:
+        """Do a job; whatever happens there comes back as an outcome."""
+
+    def environment(self) -> Environment:
+        """The machine and the software the numbers belong to."""
+
+    def state(self) -> DeviceState:
+        """What it says of itself now."""
+
+
+class ThisMachine:
+    """Every job in a child process of its own."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    def perform(self, job: ArtifactJob, *, limit_s: float, on_progress: Progress | None = None) -> Ended:
+        return isolation.run(job, limit_s=limit_s, on_progress=on_progress)
+
+    def environment(self) -> Environment:
+        return environment.current()
+
+    def state(self) -> DeviceState:
+        if not psutil.LINUX:
+            return device_facts.state("")
+        ended = subprocess.run(["sh", "-c", device_facts.SCRIPT], capture_output=True, text=True, check=True)
+        return device_facts.state(ended.stdout)

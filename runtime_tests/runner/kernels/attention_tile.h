@@ -1,0 +1,40 @@
+// The inner part of attention: some rows of queries against some keys. Compiled once for each instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "attention.h"
+
+namespace runner {
+
+/// Queries [query_begin, query_end) of every head of one group, against keys [key_begin, key_end).
+struct Tile {
+  int64_t group, query_begin, query_end, key_begin, key_end;
+};
+
+/// Keys whose scores are held at once.
+constexpr int64_t kKeyBlock = 128;
+
+/// A softmax that has seen a part of the keys. Rows are (query, head of the group), heads fastest: M of them.
+struct Partial {
+  float* sums;     // [M, D]  Σ 2^(score - maximum) · value
+  float* maxima;   // [M]     in units of log2
+  float* weights;  // [M]     Σ 2^(score - maximum)
+};
+
+/// Fills `partial`. `scratch` holds tile_scratch() floats.
+using AttendTile = void (*)(const Attention& call, const Tile& tile, const Partial& partial, float* scratch);
+
+/// Rows of a tile.
+inline int64_t tile_rows(const Attention& call, const Tile& tile) {
+  return (tile.query_end - tile.query_begin) * (call.heads / call.groups);
+}
+
+/// Floats of scratch: scaled queries [M, D] and scores [M, kKeyBlock].
+inline int64_t tile_scratch(const Attention& call, int64_t rows) { return rows * (call.head_dim + kKeyBlock); }
+
+void attend_tile_baseline(const Attention&, const Tile&, const Partial&, float* scratch);
+void attend_tile_avx2(const Attention&, const Tile&, const Partial&, float* scratch);
+void attend_tile_avx512(const Attention&, const Tile&, const Partial&, float* scratch);
+
+}  // namespace runner
