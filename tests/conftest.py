@@ -152,9 +152,9 @@ def emulated_pi5():
 
 @contextmanager
 def emulated(name, **size):
-    """A device of the lab; skips only where a Debian package is missing."""
-    if packages := lab.missing_packages():
-        pytest.skip(f"needs Debian's {', '.join(packages)}: make lab")
+    """A device of the lab; skips only where a Debian package, root or a kernel feature is missing, and says which."""
+    if lack := lab.lacks():
+        pytest.skip(f"needs {lack}")
     with lab.start(name, **size) as machine:
         yield machine
 

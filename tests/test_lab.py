@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from devices import lab
+from devices.lab import LabError, roots
 
 from .conftest import emulated
 from .processes import left_running
@@ -69,3 +70,47 @@ def test_a_device_ends_with_the_process_that_started_it(name, how):
             starter.kill()
             starter.wait()
             starter.stdout.close()
+
+
+def test_what_is_missing_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with (
+        pytest.raises(LabError, match="the lab needs Debian's adb, mmdebstrap, openssh-client: make lab"),
+        lab.start(DEVICES[0]),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("lacking", "message"),
+    [
+        ({"geteuid": lambda: 1000}, "the lab needs root"),
+        (
+            {"uname": lambda: os.uname_result(("Linux", "desk", "6.1.0-17-amd64", "", "x86_64"))},
+            "Linux 6.7, .* this is 6.1.0",
+        ),
+    ],
+)
+def test_a_machine_that_cannot_is_told_why(monkeypatch, lacking, message):
+    monkeypatch.setattr(lab, "missing_packages", list)
+    for name, answer in lacking.items():
+        monkeypatch.setattr(lab.os, name, answer)
+    with pytest.raises(LabError, match=message), lab.start(DEVICES[0]):
+        pass
+
+
+def test_a_command_keeps_its_exit_status_on_devices_that_need_no_lab():
+    command = [sys.executable, "-m", "devices.lab", "run", "host", "--", "sh", "-c", "exit 9"]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 9
+
+
+def test_a_root_that_cannot_be_made_is_not_there(monkeypatch, tmp_path):
+    def fail(folder):
+        folder.mkdir()
+        (folder / "half").touch()
+        raise LabError("no mirror")
+
+    monkeypatch.setattr(roots, "CACHE", tmp_path)
+    with pytest.raises(LabError, match="no mirror"):
+        roots.made("root", fail)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]

@@ -5,6 +5,7 @@ Times measured there mean nothing; files, exit codes, errors and arm64 arithmeti
 
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -21,9 +22,11 @@ from . import host, roots, sides
 from .machines import MACHINES
 from .roots import LabError
 
-__all__ = ["MACHINES", "Emulated", "LabError", "install", "missing_packages", "start"]
+__all__ = ["MACHINES", "Emulated", "LabError", "install", "lacks", "missing_packages", "start"]
 
 START_LIMIT_S = 90
+KERNEL = (6, 7)
+"""The first Linux with a binfmt_misc in every user namespace."""
 DATA_MB = 1536
 """Room for files on the device: memory is taken only for what is there."""
 PACKAGES = {"adb": "adb", "mmdebstrap": "mmdebstrap", "ssh": "openssh-client", "ssh-keygen": "openssh-client"}
@@ -112,6 +115,21 @@ def missing_packages() -> list[str]:
     return sorted({package for program, package in PACKAGES.items() if not shutil.which(program)})
 
 
+def lacks() -> str | None:
+    """What keeps the lab from running on this machine; None when nothing does."""
+    if packages := missing_packages():
+        return f"Debian's {', '.join(packages)}: make lab"
+    if os.geteuid() != 0:
+        return "root: it makes namespaces and mounts"
+    release = tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])
+    if release < KERNEL:
+        return f"Linux {KERNEL[0]}.{KERNEL[1]}, for a binfmt_misc of its own; this is {os.uname().release}"
+    apart = ["unshare", "--user", "--mount", "--net", "--pid", "--ipc", "--fork", "true"]
+    if subprocess.run(apart, capture_output=True, check=False).returncode:
+        return "a kernel or container that allows user namespaces (docker: --privileged)"
+    return None
+
+
 def install(packages: list[str]) -> None:
     """Install Debian packages on this machine."""
     if not packages:
@@ -127,10 +145,8 @@ def install(packages: list[str]) -> None:
 @contextmanager
 def start(name: str, *, data_mb: int = DATA_MB) -> Iterator[Emulated]:
     """A running emulated device. It ends with the block, and with this process however that ends."""
-    if packages := missing_packages():
-        raise LabError(f"the lab needs Debian's {', '.join(packages)}: make lab")
-    if os.geteuid() != 0:
-        raise LabError("the lab makes namespaces and mounts: run it as root")
+    if lack := lacks():
+        raise LabError(f"the lab needs {lack}")
     machine = MACHINES[name]
     root, qemu = roots.root_of(machine), roots.qemu()
     with tempfile.TemporaryDirectory(prefix="lab-") as scratch:
