@@ -1,11 +1,13 @@
 """Linux boards and Macs through the `ssh` program and its configuration. Knows nothing of what runs there."""
 
 import os
+import secrets
 import select
 import shlex
 import shutil
 import subprocess
 import tempfile
+from pathlib import Path
 
 from .address import Ssh
 from .processes import Deadline
@@ -47,7 +49,8 @@ class SshLink:
     def __init__(self, name: str, address: Ssh) -> None:
         self.name = name
         self._address = address
-        self._folder = tempfile.TemporaryDirectory(prefix="ssh-")
+        # ssh makes it, for this user only, and removes it when the connection ends. At most 104 characters may it have.
+        self._socket = Path(tempfile.gettempdir()) / f"ssh-{secrets.token_hex(8)}"
         self._master: subprocess.Popen[bytes] | None = None
 
     def open(self, deadline: Deadline) -> None:
@@ -90,11 +93,10 @@ class SshLink:
             except subprocess.TimeoutExpired:  # the other side is gone and cannot agree
                 self._master.kill()
                 self._master.wait()
-        self._folder.cleanup()
+        self._socket.unlink(missing_ok=True)
 
     def _ssh(self, master: str, command: str) -> list[str]:
-        socket = f"{self._folder.name}/s"  # a socket's path has at most 104 characters
-        mux = ["-T", "-o", f"ControlMaster={master}", "-o", f"ControlPath={socket}", "-o", "ControlPersist=no"]
+        mux = ["-T", "-o", f"ControlMaster={master}", "-o", f"ControlPath={self._socket}", "-o", "ControlPersist=no"]
         return ["ssh", *mux, *options(self._address), "--", self._address.host, command]
 
 
