@@ -30,15 +30,17 @@ class Survey:
 
     def below(self, name: str) -> dict[str, str]:
         """Relative path → sha256; a file is its own ROOT."""
-        found = {name_: hash_ for name_, hash_ in self.hashes.items() if name_ == name or name_.startswith(f"{name}/")}
-        return {path[len(name) + 1 :]: digest for path, digest in found.items()}
+        return {
+            path[len(name) + 1 :]: digest
+            for path, digest in self.hashes.items()
+            if path == name or path.startswith(f"{name}/")
+        }
 
 
 def survey(shell: Shell, names: tuple[str, ...], deadline: Deadline) -> Survey:
     """Ask the device for its free space and its files."""
-    ended = shell.ask(
-        scripts.survey(names), deadline, what=f"hashing {quoted(names)}" if names else "asking for its room"
-    )
+    what = f"hashing {quoted(names)}" if names else "asking for its room"
+    ended = shell.ask(scripts.survey(names), deadline, what=what)
     lines = ended.stdout.decode(errors="replace").splitlines()
     free = re.search(r"\s(\d+)\s+\d+%", lines[1]) if len(lines) > 1 else None
     if ended.returncode or not free:
