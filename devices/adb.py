@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import processes
 from .processes import Deadline
-from .transport import DeviceError
+from .transport import DeviceError, DeviceLostError
 
 READY = "device"
 PASSING = {"authorizing", "connecting"}
@@ -37,6 +37,7 @@ class AdbLink:
         self._serial = serial
 
     def client(self, script: str) -> list[str]:
+        require_server()
         return [self._program, "-s", self._serial, "shell", script]
 
     def explain(self, _stderr: bytes, /) -> str:
@@ -93,8 +94,16 @@ def states(program: str, deadline: Deadline) -> dict[str, str]:
     return dict(line.split("\t", 1) for line in lines if "\t" in line)
 
 
+def require_server() -> None:
+    """Raise DeviceLostError where a server of a place of its own was named and is gone: adb would start another."""
+    kind, _, path = os.environ.get("ADB_SERVER_SOCKET", "").partition(":")
+    if kind == "localfilesystem" and not Path(path).is_socket():
+        raise DeviceLostError(f"the adb server at {path} ended")
+
+
 def call(program: str, arguments: list[str], deadline: Deadline) -> str:
-    """One question to the adb server of this host."""
+    """One question to the adb server."""
+    require_server()
     try:
         ended = processes.call([program, *arguments], deadline)
     except TimeoutError:

@@ -292,6 +292,13 @@ def test_a_network_device_that_is_not_there(android, monkeypatch):
         open_android()
 
 
+def test_an_adb_server_that_ended_is_not_replaced(android, monkeypatch, tmp_path):
+    monkeypatch.setenv("ADB_SERVER_SOCKET", f"localfilesystem:{tmp_path}/adb")
+    with pytest.raises(DeviceLostError, match=r"the adb server at .* ended"):
+        open_android()
+    assert list(tmp_path.iterdir()) == []
+
+
 @contextmanager
 def distrustful_device():
     """As much of adbd as a phone shows whose owner has not yet allowed this computer: it asks for a signature."""

@@ -61,7 +61,8 @@ def test_a_device_ends_with_the_process_that_started_it(name, how):
             variables = {"emulated-android": b"ADB_SERVER_SOCKET=", "emulated-pi5": b"EMULATED_PI5_SSH_CONFIG="}
             scratch = next(line for line in starter.stdout if line.startswith(variables[name])).strip()
             folder = Path(scratch.decode().partition("=")[2].removeprefix("localfilesystem:")).parent
-            os.killpg(starter.pid, how)  # as a terminal does
+            # a terminal signals all of them
+            os.kill(starter.pid, how) if how == signal.SIGKILL else os.killpg(starter.pid, how)
             starter.wait(timeout=30)
             assert left_running(str(folder), patience_s=20) == []
             assert not folder.exists()

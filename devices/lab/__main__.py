@@ -46,7 +46,9 @@ def run(name: str, command: list[str]) -> int:
         return shell_status(subprocess.run(command, check=False).returncode)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with start(name) as device:
-        child = subprocess.Popen(command, env={**os.environ, **device.environment})
+        # Without its device the command has nothing to do: it ends with us, however we end.
+        tied = ["setpriv", "--pdeathsig", "KILL", *command]
+        child = subprocess.Popen(tied, env={**os.environ, **device.environment})
         try:
             return shell_status(child.wait())
         except KeyboardInterrupt:  # the command got it too

@@ -70,6 +70,8 @@ def main(spec: Spec) -> int:
                 return FAILED
             print(json.dumps({"port": listener.getsockname()[1], "init": int(init)}), flush=True)
             sys.stdin.buffer.read()
+            # Before the adb server ends: a client that misses it starts another one, which then has no place to listen.
+            shutil.rmtree(spec.scratch)
         finally:
             # With process 1 everything on the device ends, and the holder, which waits for it.
             os.kill(int(init) if init else holder, signal.SIGKILL)
@@ -77,7 +79,6 @@ def main(spec: Spec) -> int:
             if companion:
                 os.kill(companion, signal.SIGKILL)
                 os.waitpid(companion, 0)
-        shutil.rmtree(spec.scratch)
     return 0
 
 
