@@ -13,7 +13,7 @@ DEVICES := $(sort $(basename $(notdir $(wildcard devices/*.yaml))))
 FOLDERS := $(TARGETS:%=build/$(MODEL)_$(QUANT)_%)
 WEIGHTS := $(if $(SOURCE),--source $(SOURCE))
 
-.PHONY: all setup build validate test lint unit bench devices tiny golden readme lock clean help $(DEVICES)
+.PHONY: all setup build validate test lint unit bench devices lab tiny golden readme lock clean help $(DEVICES)
 
 all: build validate
 
@@ -34,8 +34,16 @@ build: setup                        ## build MODEL × QUANT for every target
 validate: setup                     ## prove and time the built artifacts of MODEL × QUANT on this machine
 	@$(PY) -m runtime_tests $(WEIGHTS) $(FOLDERS)
 
-$(DEVICES): %: build                ## build, then validate on that device
-	@$(PY) -m runtime_tests --device $* $(WEIGHTS) $(FOLDERS)
+$(DEVICES): %: setup                ## build what that device runs, then validate it there
+	@set -e; targets=$$($(PY) -m devices targets $*); \
+	for target in $$targets; do $(PY) -m export $(MODEL) $(QUANT) $$target $(WEIGHTS); done; \
+	$(PY) -m devices.lab run $* -- $(PY) -m runtime_tests --device $* $(WEIGHTS) \
+	  $$(for target in $$targets; do echo build/$(MODEL)_$(QUANT)_$$target; done)
+
+emulated-android emulated-pi5: lab
+
+lab: setup                          ## what the emulated devices need: Debian packages, arm64 root file systems, qemu
+	@$(PY) -m devices.lab build
 
 devices: setup                      ## the known devices
 	@$(PY) -m devices

@@ -19,7 +19,7 @@ else
 fi
 say kernel "$(uname -sr)"
 say machine "$(uname -m)"
-say model "$(tr -d '\000' </proc/device-tree/model 2>/dev/null)"
+say model "$(cat /proc/device-tree/model 2>/dev/null | tr -d '\000')"
 say cpu "$(sed -n 's/^\(model name\|Hardware\)[[:space:]]*: *//p' /proc/cpuinfo 2>/dev/null | head -n 1)"
 say cores "$(grep -c '^processor' /proc/cpuinfo 2>/dev/null)"
 say memory_kb "$(sed -n 's/^MemTotal: *\([0-9]*\) kB/\1/p' /proc/meminfo 2>/dev/null)"
