@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tempfile
 
-from .address import Ssh
+from .address import Host
 from .processes import Deadline
 from .transport import DeviceError
 
@@ -32,7 +32,7 @@ ADVICE = {
 }
 
 
-def options(address: Ssh) -> list[str]:
+def options(address: Host) -> list[str]:
     """As ssh's arguments; what is None is left to the ssh configuration."""
     given = {"-F": address.config, "-p": address.port, "-l": address.user, "-i": address.identity}
     chosen = [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
@@ -44,7 +44,7 @@ class SshLink:
 
     unsure = frozenset({255})
 
-    def __init__(self, name: str, address: Ssh) -> None:
+    def __init__(self, name: str, address: Host) -> None:
         self.name = name
         self._address = address
         self._folder = tempfile.TemporaryDirectory(prefix="ssh-")
@@ -98,7 +98,7 @@ class SshLink:
         return ["ssh", *mux, *options(self._address), "--", self._address.host, command]
 
 
-def connect(name: str, address: Ssh, deadline: Deadline) -> SshLink:
+def connect(name: str, address: Host, deadline: Deadline) -> SshLink:
     """The machine at that address."""
     if shutil.which("ssh") is None:
         raise DeviceError("ssh is not installed: install Debian's package openssh-client")
