@@ -37,7 +37,7 @@ class AdbLink:
         self._serial = serial
 
     def client(self, script: str) -> list[str]:
-        return [self._program, "-s", self._serial, "shell", "-T", script]
+        return [self._program, "-s", self._serial, "shell", script]
 
     def explain(self, _stderr: bytes, /) -> str:
         try:

@@ -1,13 +1,16 @@
 """The one implementation of Transport, over any link. Knows nothing of adb, ssh or what runs on the device."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from . import elf, lock, transfer
 from .processes import Deadline
-from .shell import ANSWER_S, Shell
+from .shell import ANSWER_S, PING_S, Shell
 from .transport import Completed, DeviceError
+
+LOG = logging.getLogger(__name__)
 
 
 class Attached:
@@ -40,12 +43,17 @@ class Attached:
         release = lock.take(self._ask, self._shell.link.name, self._shell.folder)
         try:
             yield
-        finally:
-            self._ask(release)
+        except BaseException:
+            try:
+                self._ask(release, timeout_s=PING_S)
+            except DeviceError as error:  # the first error is the one to show
+                LOG.warning("%s; its lock stays there until the next run", error)
+            raise
+        self._ask(release)
 
     def close(self) -> None:
         self._shell.link.close()
 
-    def _ask(self, script: str) -> bytes | None:
-        ended = self._shell.ask(script, Deadline.after(ANSWER_S), what="locking")
+    def _ask(self, script: str, *, timeout_s: float = ANSWER_S) -> bytes | None:
+        ended = self._shell.ask(script, Deadline.after(timeout_s), what="locking")
         return None if ended.returncode else ended.stdout

@@ -34,9 +34,9 @@ class Shell:
         with self.in_time(argv[0], deadline):
             ended = processes.call_held(self.link.client(script), deadline)
         if ended.returncode in unsure:
-            kept = self.ask(f"cat {status} && rm {status}", Deadline.after(ANSWER_S))
+            kept = self.ask(f"cat {status} && rm {status}", Deadline.after(ANSWER_S), what=argv[0])
             if kept.stdout.strip() != str(ended.returncode).encode():
-                raise self.lost(f"while {argv[0]} ran", ended)
+                raise self.lost(argv[0], ended)
         return ended
 
     def ask(
@@ -53,12 +53,12 @@ class Shell:
         with self.in_time(what, deadline):
             ended = processes.call(self.link.client(inside), deadline, stdin=stdin, stdout=stdout)
         if ended.returncode in self.link.unsure:
-            raise self.lost(f"in {what}", ended)
+            raise self.lost(what, ended)
         return ended
 
-    def lost(self, when: str, ended: Completed) -> DeviceLostError:
+    def lost(self, what: str, ended: Completed) -> DeviceLostError:
         """The error of a connection that ended."""
-        return DeviceLostError(f"{self.link.name}: lost {when}: {self.link.explain(ended.stderr)}")
+        return DeviceLostError(f"{self.link.name}: lost during {what}: {self.link.explain(ended.stderr)}")
 
     @contextmanager
     def in_time(self, what: str, deadline: Deadline) -> Iterator[None]:

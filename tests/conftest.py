@@ -153,16 +153,19 @@ def emulated_pi5():
 
 @contextmanager
 def emulated(name, **size):
-    """A device of the lab; skips only where a Debian package is missing."""
-    if packages := lab.missing_packages():
-        pytest.skip(f"needs Debian's {', '.join(packages)}: make lab")
+    """A device of the lab; skips only where a Debian package, root or a kernel feature is missing, and says which."""
+    if lack := lab.lacks():
+        pytest.skip(f"needs {lack}")
     with lab.start(name, **size) as machine:
         yield machine
 
 
 @pytest.fixture(scope="module")
 def attach(request, tmp_path_factory):
-    """Open a known device by name; one of the lab is started for that, or `machine` is taken."""
+    """Open a known device by name; one of the lab is started for that, or `machine` is taken.
+
+    Returns its transport and its working folder as seen from here, past the transport.
+    """
     with ExitStack() as stack:
 
         def attach(name, machine=None):
@@ -172,8 +175,10 @@ def attach(request, tmp_path_factory):
                 machine = machine or request.getfixturevalue(name.replace("-", "_"))
                 for key, value in machine.environment.items():
                     patch.setenv(key, value)
+                folder = machine.data / Path(device.workdir).name
             else:
-                device = device.model_copy(update={"workdir": str(tmp_path_factory.mktemp("device"))})
-            return stack.enter_context(closing(devices.open_transport(device)))
+                folder = tmp_path_factory.mktemp("device")
+                device = device.model_copy(update={"workdir": str(folder)})
+            return stack.enter_context(closing(devices.open_transport(device))), folder
 
         yield attach

@@ -132,13 +132,18 @@ def test_a_device_is_one_yaml(desk):
         ["make", "-n", "my-phone"], cwd=desk, env=environment, capture_output=True, text=True, check=True
     )
     assert "--device my-phone" in make.stdout
-    listed = subprocess.run([sys.executable, "-m", "devices"], cwd=desk, capture_output=True, text=True, check=True)
-    assert "my-phone" in listed.stdout
+    assert "my-phone" in list_devices(desk)
+
+
+def list_devices(folder):
+    """Without adb: it would start a server that stays."""
+    environment = {"PATH": "/usr/bin:/bin", "ADB": "false"}
+    command = [sys.executable, "-m", "devices"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 def test_the_list_says_of_each_device_whether_it_answers():
-    listed = subprocess.run([sys.executable, "-m", "devices"], cwd=ROOT, capture_output=True, text=True, check=True)
-    lines = {line.split()[0]: line for line in listed.stdout.splitlines()}
+    lines = {line.split()[0]: line for line in list_devices(ROOT).splitlines()}
     assert set(devices.names()) <= set(lines)
     assert f"attached, {os.uname().machine}" in lines["host"]
     assert "not running" in lines["emulated-android"]

@@ -5,12 +5,14 @@ Times measured there mean nothing; files, exit codes, errors and arm64 arithmeti
 
 import json
 import os
+import re
 import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,9 +22,11 @@ from . import host, roots, sides
 from .machines import MACHINES
 from .roots import LabError
 
-__all__ = ["MACHINES", "Emulated", "LabError", "install", "missing_packages", "start"]
+__all__ = ["MACHINES", "Emulated", "LabError", "install", "lacks", "missing_packages", "start"]
 
 START_LIMIT_S = 90
+KERNEL = (6, 7)
+"""The first Linux with a binfmt_misc in every user namespace."""
 DATA_MB = 1536
 """Room for files on the device: memory is taken only for what is there."""
 PACKAGES = {"adb": "adb", "mmdebstrap": "mmdebstrap", "ssh": "openssh-client", "ssh-keygen": "openssh-client"}
@@ -72,8 +76,14 @@ class Emulated:
         os.kill(self.init, signal.SIGUSR2)
 
     def crash(self) -> None:
-        """Everything that runs on it dies; its files stay, and its daemon comes back."""
+        """Everything that runs on it dies; its files stay. Returns when its daemon is back."""
+        died = self.processes().keys()
         self._signal_all(signal.SIGKILL)
+        deadline = time.monotonic() + START_LIMIT_S
+        while died & self.processes().keys() or not listens(self.init, MACHINES[self.name].port):
+            if time.monotonic() > deadline:
+                raise LabError(f"{self.name}: its daemon did not come back")
+            time.sleep(0.02)
 
     def switch_off(self) -> None:
         """It dies at once, with all that runs on it."""
@@ -93,9 +103,31 @@ def namespace_of(pid: int) -> str:
         return ""
 
 
+def listens(pid: int, port: int) -> bool:
+    """Whether a socket listens on that port in the network of that process."""
+    tables = (Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:] for table in ("tcp", "tcp6"))
+    columns = (line.split() for lines in tables for line in lines)
+    return any(line[1].endswith(f":{port:04X}") and line[3] == "0A" for line in columns)
+
+
 def missing_packages() -> list[str]:
     """Debian packages the lab needs and this machine lacks."""
     return sorted({package for program, package in PACKAGES.items() if not shutil.which(program)})
+
+
+def lacks() -> str | None:
+    """What keeps the lab from running on this machine; None when nothing does."""
+    if packages := missing_packages():
+        return f"Debian's {', '.join(packages)}: make lab"
+    if os.geteuid() != 0:
+        return "root: it makes namespaces and mounts"
+    release = tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])
+    if release < KERNEL:
+        return f"Linux {KERNEL[0]}.{KERNEL[1]}, for a binfmt_misc of its own; this is {os.uname().release}"
+    apart = ["unshare", "--user", "--mount", "--net", "--pid", "--ipc", "--fork", "true"]
+    if subprocess.run(apart, capture_output=True, check=False).returncode:
+        return "a kernel or container that allows user namespaces (docker: --privileged)"
+    return None
 
 
 def install(packages: list[str]) -> None:
@@ -113,10 +145,8 @@ def install(packages: list[str]) -> None:
 @contextmanager
 def start(name: str, *, data_mb: int = DATA_MB) -> Iterator[Emulated]:
     """A running emulated device. It ends with the block, and with this process however that ends."""
-    if packages := missing_packages():
-        raise LabError(f"the lab needs Debian's {', '.join(packages)}: make lab")
-    if os.geteuid() != 0:
-        raise LabError("the lab makes namespaces and mounts: run it as root")
+    if lack := lacks():
+        raise LabError(f"the lab needs {lack}")
     machine = MACHINES[name]
     root, qemu = roots.root_of(machine), roots.qemu()
     with tempfile.TemporaryDirectory(prefix="lab-") as scratch:
@@ -130,6 +160,7 @@ def start(name: str, *, data_mb: int = DATA_MB) -> Iterator[Emulated]:
             data=machine.data,
             data_mb=data_mb,
             secrets=side.secrets,
+            scratch=scratch,
             companion=side.companion,
         )
         with running(spec, Path(scratch) / "log") as answer:

@@ -42,6 +42,8 @@ class Spec:
     data_mb: int
     secrets: dict[str, str]
     """Name → text of the files in /run/lab."""
+    scratch: str
+    """A folder of this device's own, removed with it even when whoever started it could not."""
     companion: list[str]
     """A program on the host that serves this device and ends with it; may be empty."""
 
@@ -57,6 +59,7 @@ def main(spec: Spec) -> int:
         holder = fork(lambda: hold(spec, listener, theirs))
         theirs.close()
         companion = fork(lambda: replace_by(spec.companion)) if spec.companion else None
+        init = b""
         try:
             ours.recv(1)
             for kind in ("uid_map", "gid_map"):
@@ -68,9 +71,13 @@ def main(spec: Spec) -> int:
             print(json.dumps({"port": listener.getsockname()[1], "init": int(init)}), flush=True)
             sys.stdin.buffer.read()
         finally:
-            for child in filter(None, (holder, companion)):
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
+            # With process 1 everything on the device ends, and the holder, which waits for it.
+            os.kill(int(init) if init else holder, signal.SIGKILL)
+            os.waitpid(holder, 0)
+            if companion:
+                os.kill(companion, signal.SIGKILL)
+                os.waitpid(companion, 0)
+        shutil.rmtree(spec.scratch)
     return 0
 
 

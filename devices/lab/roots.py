@@ -18,7 +18,7 @@ from pathlib import Path
 from ..transport import DeviceError
 from .machines import Machine
 
-CACHE = Path("build/lab")
+CACHE = Path(__file__).parents[2] / "build/lab"
 RELEASE = "bookworm"
 FORMAT = 1
 """Raise when this file makes another root from the same machine."""
