@@ -4,6 +4,8 @@
 PYTHON ?= python3
 MODEL  ?= smollm2-135m
 QUANT  ?= int4-g32
+# whose baseline `make baseline` keeps
+DEVICE ?= host
 # where the weights are, when not where the model's YAML says (a folder, a .gguf file or a hub id)
 SOURCE ?=
 
@@ -13,7 +15,7 @@ DEVICES := $(sort $(basename $(notdir $(wildcard devices/*.yaml))))
 FOLDERS := $(TARGETS:%=build/$(MODEL)_$(QUANT)_%)
 WEIGHTS := $(if $(SOURCE),--source $(SOURCE))
 
-.PHONY: all setup build validate test lint unit bench devices lab tiny golden readme lock clean help $(DEVICES)
+.PHONY: all setup build validate test lint unit bench devices lab baseline tiny golden readme lock clean help $(DEVICES)
 
 all: build validate
 
@@ -47,6 +49,9 @@ lab: setup                          ## what the emulated devices need: Debian pa
 
 devices: setup                      ## the known devices
 	@$(PY) -m devices
+
+baseline: setup                     ## keep what the last run on DEVICE reached as that device's baseline
+	@$(PY) -m runtime_tests.baseline $(DEVICE)
 
 tiny:                               ## the whole job on a two-layer random model, in a minute
 	@$(MAKE) --no-print-directory all MODEL=tiny

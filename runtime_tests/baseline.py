@@ -114,9 +114,7 @@ def keep(records: list[Record], device: str) -> list[Path]:
 @app.command()
 def main(device: Annotated[str, typer.Argument(help="a name in devices/")]) -> None:
     """Keep what the artifacts reached on DEVICE as its baseline."""
-    if not RECORDS.is_file():
-        raise ExportError(f"{RECORDS}: no records; run `make {device}` first")
-    written = keep(record.read_all(RECORDS), device)
+    written = keep(record.newest_run(RECORDS, device), device)
     if not written:
         raise ExportError(f"{RECORDS}: no passing record with timings of {device}; run `make {device}` first")
     for path in written:

@@ -15,17 +15,28 @@ def test_a_record_comes_back_as_it_went(tmp_path):
     first, second = sample_record(), sample_record(outcome=Outcome.CRASH, latency=None, detail="died by SIGSEGV")
     record.append(first, path)
     record.append(second, path)
-    assert record.read_all(path) == [first, second]
+    assert record.newest_run(path, first.device) == [first, second]
 
 
-@pytest.mark.parametrize("change", [('"run_id"', '"run"'), ('"schema_version":2', '"schema_version":1'), ("{", "")])
+@pytest.mark.parametrize("change", [('"size_bytes"', '"size"'), ('"schema_version":2', '"schema_version":1')])
 def test_a_record_of_another_shape_is_refused_with_its_line(tmp_path, change):
     path = tmp_path / "records.jsonl"
+    record.append(sample_record(run_id="20250101-000000"), path)
     record.append(sample_record(), path)
-    with path.open("a") as file:
-        file.write(path.read_text().replace(*change, 1))
+    good, newest = path.read_text().splitlines()
+    path.write_text(f"{good}\n{newest.replace(*change, 1)}\n")
     with pytest.raises(ExportError, match="line 2"):
-        record.read_all(path)
+        record.newest_run(path, "host")
+
+
+def test_older_runs_and_other_devices_are_not_read(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"run_id": "20200101-000000", "device": "host", "of": "another version"}\n')
+    record.append(sample_record(), path)
+    record.append(sample_record(device="phone", run_id="20270101-000000"), path)
+    path.write_text(path.read_text() + "cut off")
+    assert record.newest_run(path, "host") == [sample_record()]
+    assert record.newest_run(tmp_path / "none.jsonl", "host") == []
 
 
 def test_gates_hold_at_their_limit_and_nan_never_does():
