@@ -4,6 +4,8 @@
 PYTHON ?= python3
 MODEL  ?= smollm2-135m
 QUANT  ?= int4-g32
+# whose baseline `make baseline` keeps
+DEVICE ?= host
 # where the weights are, when not where the model's YAML says (a folder, a .gguf file or a hub id)
 SOURCE ?=
 
@@ -13,7 +15,7 @@ DEVICES := $(sort $(basename $(notdir $(wildcard devices/*.yaml))))
 FOLDERS := $(TARGETS:%=build/$(MODEL)_$(QUANT)_%)
 WEIGHTS := $(if $(SOURCE),--source $(SOURCE))
 
-.PHONY: all setup build validate test lint unit bench devices tiny golden readme lock clean help $(DEVICES)
+.PHONY: all setup build validate test lint unit bench devices lab baseline tiny golden readme lock clean help $(DEVICES)
 
 all: build validate
 
@@ -34,11 +36,22 @@ build: setup                        ## build MODEL × QUANT for every target
 validate: setup                     ## prove and time the built artifacts of MODEL × QUANT on this machine
 	@$(PY) -m runtime_tests $(WEIGHTS) $(FOLDERS)
 
-$(DEVICES): %: build                ## build, then validate on that device
-	@$(PY) -m runtime_tests --device $* $(WEIGHTS) $(FOLDERS)
+$(DEVICES): %: setup                ## build what that device runs, then validate it there
+	@set -e; targets=$$($(PY) -m devices targets $*); \
+	for target in $$targets; do $(PY) -m export $(MODEL) $(QUANT) $$target $(WEIGHTS); done; \
+	$(PY) -m devices.lab run $* -- $(PY) -m runtime_tests --device $* $(WEIGHTS) \
+	  $$(for target in $$targets; do echo build/$(MODEL)_$(QUANT)_$$target; done)
+
+emulated-android emulated-pi5: lab
+
+lab: setup                          ## what the emulated devices need: Debian packages, arm64 root file systems, qemu
+	@$(PY) -m devices.lab build
 
 devices: setup                      ## the known devices
 	@$(PY) -m devices
+
+baseline: setup                     ## keep what the last run on DEVICE reached as that device's baseline
+	@$(PY) -m runtime_tests.baseline $(DEVICE)
 
 tiny:                               ## the whole job on a two-layer random model, in a minute
 	@$(MAKE) --no-print-directory all MODEL=tiny

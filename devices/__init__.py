@@ -22,6 +22,7 @@ from .transport import (
 __all__ = [
     "Budgets",
     "Completed",
+    "CoolDown",
     "DeadlineError",
     "Device",
     "DeviceBusyError",
@@ -50,6 +51,17 @@ class Budgets(BaseModel):
     """Tokens per second while generating."""
     max_ttft_s: PositiveFloat
     """Seconds from prompt to first token."""
+
+
+class CoolDown(BaseModel):
+    """When a device is cool enough to be timed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_c: PositiveFloat
+    """The hottest thermal zone, °C."""
+    limit_s: PositiveFloat
+    """Longest wait; timings of a device that is still hot then decide nothing."""
 
 
 class Device(BaseModel):
@@ -83,6 +95,8 @@ class Device(BaseModel):
     time_limit_s: PositiveFloat
     """Longest one step may take before it is ended."""
     budgets: Budgets
+    cool_down: CoolDown | None
+    """null: it is timed as it is."""
     max_cv: PositiveFloat
     """Standard deviation over mean of repeated timings above which a timing decides nothing."""
 

@@ -1,4 +1,8 @@
-"""python -m devices: every known device, whether it answers now, and what it runs."""
+"""The known devices.
+
+python -m devices                  every one, whether it answers now, and what it runs
+python -m devices targets DEVICE   the targets it runs, for scripts
+"""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -9,18 +13,31 @@ from rich.table import Table
 from . import Device, DeviceError, load, names, open_transport
 
 ANSWER_S = 8.0
+USAGE = 2
 WIDTH = 160
 """Of a table that goes to a file or a pipe."""
 
 
-def main() -> int:
-    """One line per device. All are asked at once."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+def main(arguments: list[str]) -> int:
+    """Exit status: 1 for one line of error, 2 for wrong usage."""
     try:
-        known = [load(name) for name in names()]
+        match arguments:
+            case []:
+                return show()
+            case ["targets", name]:
+                print(*load(name).targets)
+                return 0
     except DeviceError as error:
         Console(stderr=True).print(f"error: {error}", soft_wrap=True, markup=False)
         return 1
+    print(__doc__, file=sys.stderr)
+    return USAGE
+
+
+def show() -> int:
+    """One line per device. All are asked at once."""
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    known = [load(name) for name in names()]
     with ThreadPoolExecutor(max_workers=len(known)) as pool:
         states = list(pool.map(state, known))
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -47,4 +64,4 @@ def state(device: Device) -> tuple[bool, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -31,12 +31,11 @@ class Adb(BaseModel):
     """Regular expression of its `ro.product.model`, so that another phone is not taken for it; null: any."""
 
 
-class Ssh(BaseModel):
+class Host(BaseModel):
     """A machine with sshd. What is null is as the ssh configuration says."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["ssh"]
     host: str
     port: PositiveInt | None
     user: str | None
@@ -46,7 +45,21 @@ class Ssh(BaseModel):
     """ssh configuration file; null: the user's own."""
 
 
-Address = Annotated[Local | Adb | Ssh, Field(discriminator="kind")]
+class Ssh(Host):
+    """A Linux board."""
+
+    kind: Literal["ssh"]
+
+
+class Apple(Host):
+    """A Mac, or an iPhone attached to one."""
+
+    kind: Literal["apple"]
+    phone: str | None
+    """Identifier of the iPhone, as `xcrun devicectl list devices` shows it; null: the Mac itself."""
+
+
+Address = Annotated[Local | Adb | Ssh | Apple, Field(discriminator="kind")]
 
 
 def variable(text: str) -> str | None:
@@ -61,7 +74,7 @@ def lookup(text: str) -> str | None:
     return (os.environ.get(name) or None) if name else text
 
 
-def resolved(where: Ssh, device: str) -> Ssh:
+def resolved(where: Host, device: str) -> Host:
     """Every variable filled in. Raises DeviceError that names the one not set."""
     values = {}
     for field in ("host", "user", "identity", "config"):

@@ -45,7 +45,7 @@ def connect(device: "Device", deadline: Deadline) -> Link:
         case address.Adb():
             variable = address.variable(where.serial) or f"transport.serial in devices/{device.name}.yaml"
             return adb.connect(device.name, address.lookup(where.serial), variable, deadline)
-        case address.Ssh():
+        case address.Ssh() | address.Apple():
             return ssh.connect(device.name, address.resolved(where, device.name), deadline)
 
 

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from .address import Ssh
+from .address import Host
 from .processes import Deadline
 from .transport import DeviceError
 
@@ -34,7 +34,7 @@ ADVICE = {
 }
 
 
-def options(address: Ssh) -> list[str]:
+def options(address: Host) -> list[str]:
     """As ssh's arguments; what is None is left to the ssh configuration."""
     given = {"-F": address.config, "-p": address.port, "-l": address.user, "-i": address.identity}
     chosen = [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
@@ -46,7 +46,7 @@ class SshLink:
 
     unsure = frozenset({255})
 
-    def __init__(self, name: str, address: Ssh) -> None:
+    def __init__(self, name: str, address: Host) -> None:
         self.name = name
         self._address = address
         # ssh makes it, for this user only, and removes it when the connection ends. At most 104 characters may it have.
@@ -100,7 +100,7 @@ class SshLink:
         return ["ssh", *mux, *options(self._address), "--", self._address.host, command]
 
 
-def connect(name: str, address: Ssh, deadline: Deadline) -> SshLink:
+def connect(name: str, address: Host, deadline: Deadline) -> SshLink:
     """The machine at that address."""
     if shutil.which("ssh") is None:
         raise DeviceError("ssh is not installed: install Debian's package openssh-client")

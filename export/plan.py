@@ -159,6 +159,9 @@ class TargetLimits(Strict):
     min_sqnr_db: float
     min_probe_sqnr_db: float | None
     """SQNR the best of many single-token prompts must reach: there rounding noise has not grown yet. null: not run."""
+    min_same_tokens: Positive | None
+    """Greedy tokens after a prompt that every device must have in common with the machine that builds. null: another
+    processor's kernels may round otherwise."""
 
 
 class Target(Strict):

@@ -39,6 +39,8 @@ class RunnerModule(Protocol):
 class AttachedDevice:
     """One device, held for the length of a run."""
 
+    attached = True
+
     def __init__(self, device: Device, transport: Transport, scratch: Path) -> None:
         self.device = device
         self.transport = transport

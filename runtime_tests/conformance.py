@@ -7,9 +7,10 @@ from .session import Session
 PROBE = 16
 
 
-def check(session: Session, context_length: int) -> list[str]:
-    """Every promise that is broken, in words; an empty list is a pass."""
-    failures = reset_failures(session) + limit_failures(session, context_length)
+def check(session: Session, context_length: int, *, fill: bool) -> list[str]:
+    """Every promise that is broken, in words; an empty list is a pass. `fill`: the last position too."""
+    failures = reset_failures(session)
+    failures += limit_failures(session, context_length) if fill else []
     session.close()
     return failures
 

@@ -1,6 +1,7 @@
 """What a device says of itself: one shell script that any POSIX shell runs, Android's too, and its lines as values.
 
-Everything is read from /proc, /sys and, on Android, properties; what a device does not tell is null, never guessed.
+Everything is read from /proc, /sys and what Android and macOS have instead; what a device does not tell is null,
+never guessed.
 """
 
 import re
@@ -14,12 +15,21 @@ if command -v getprop >/dev/null 2>&1; then
     say os "Android $(getprop ro.build.version.release), $(getprop ro.build.fingerprint)"
     say cpu "$(getprop ro.soc.model)"
     say model "$(getprop ro.product.model)"
+elif command -v sw_vers >/dev/null 2>&1; then
+    say os "macOS $(sw_vers -productVersion)"
+    say model "$(sysctl -n hw.model)"
+    say cpu "$(sysctl -n machdep.cpu.brand_string)"
+    say cores "$(sysctl -n hw.physicalcpu)"
+    say memory_kb "$(($(sysctl -n hw.memsize) / 1024))"
+    say load "$(sysctl -n vm.loadavg | cut -d ' ' -f 2)"
+    say battery "$(pmset -g batt | sed -n 's/.*[^0-9]\([0-9]*\)%.*/\1/p')"
+    say charging "$(pmset -g batt | sed -n 's/.*%; \([a-z]*\);.*/\1/p')"
 else
     say os "$(. /etc/os-release 2>/dev/null && printf %s "$PRETTY_NAME")"
 fi
 say kernel "$(uname -sr)"
 say machine "$(uname -m)"
-say model "$(tr -d '\000' </proc/device-tree/model 2>/dev/null)"
+say model "$(cat /proc/device-tree/model 2>/dev/null | tr -d '\000')"
 say cpu "$(sed -n 's/^\(model name\|Hardware\)[[:space:]]*: *//p' /proc/cpuinfo 2>/dev/null | head -n 1)"
 say cores "$(grep -c '^processor' /proc/cpuinfo 2>/dev/null)"
 say memory_kb "$(sed -n 's/^MemTotal: *\([0-9]*\) kB/\1/p' /proc/meminfo 2>/dev/null)"
@@ -77,7 +87,7 @@ def state(text: str) -> DeviceState:
     return DeviceState(
         temperatures_c=temperatures(found.get("zone", [])),
         battery_percent=number(first.get("battery")),
-        charging=None if charging is None else charging.lower() in {"charging", "full"},
+        charging=None if charging is None else charging.lower() in {"charging", "full", "charged"},
         governor=first.get("governor"),
         online_cores=first.get("online"),
         affinity=first.get("affinity"),

@@ -43,6 +43,8 @@ class Evaluation(Strict):
     """Single-token steps after the prefill: an artifact is judged with a filled cache."""
     texts: tuple[TextSpec, ...]
     max_rewriting_error: float
+    max_filled_context: Positive
+    """A cache of more slots is not filled to its last position (minutes on an emulated processor)."""
     speed: SpeedSpec
 
 

@@ -74,17 +74,28 @@ def probes(sqnr_db: Sequence[float], limit: float) -> Gate:
     return judge("lowering: best probe SQNR", max(sqnr_db), "at least", limit, Outcome.MISMATCH, detail)
 
 
-def speed(measured: Latency, *, min_decode_tps: float, max_ttft_s: float, max_cv: float) -> list[Gate]:
-    """Timings against a device's budgets; noisier than `max_cv`, they decide only what is clear all the same."""
+def budgets(measured: Latency, *, min_decode_tps: float, max_ttft_s: float) -> list[Gate]:
+    """Timings against what a device must reach."""
     decode = measured.tests[-1].avg_ts
-    gates = [
+    return [
         judge("decode tokens/s", decode, "at least", min_decode_tps, Outcome.TOO_SLOW),
         judge("time to first token, s", measured.ttft_p50_s, "at most", max_ttft_s, Outcome.TOO_SLOW),
     ]
-    if measured.cv <= max_cv:
-        return gates
-    noise = {"verdict": "inconclusive", "detail": f"timings vary by {measured.cv:.0%}, more than {max_cv:.0%}"}
-    return [gate.model_copy(update=noise) if close(gate, measured.cv) else gate for gate in gates]
+
+
+def in_doubt(timed: Sequence[Gate], measured: Latency, *, max_cv: float, reason: str) -> list[Gate]:
+    """Timings that vary by more than `max_cv`, slow down on the way or began hot decide only what is clear.
+
+    `reason` says why they are doubtful whatever their spread; empty: they are not.
+    """
+    slowed = max(0.0, 1 - measured.last_third_ts / measured.first_third_ts)
+    spread = max(measured.cv, slowed)
+    if spread <= max_cv and not reason:
+        return list(timed)
+    what = "slow down" if slowed > measured.cv else "vary"
+    detail = reason or f"timings {what} by {spread:.0%}, more than {max_cv:.0%}"
+    noise = {"verdict": "inconclusive", "detail": detail}
+    return [gate.model_copy(update=noise) if close(gate, max(spread, max_cv)) else gate for gate in timed]
 
 
 def close(gate: Gate, cv: float) -> bool:

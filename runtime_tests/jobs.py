@@ -34,6 +34,9 @@ class LogitsJob(Strict):
 class ConformanceJob(Strict):
     """Feed up to the context limit and past it; reset and repeat."""
 
+    fill: bool
+    """Whether to fill the cache to its last position."""
+
     action: Literal["conformance"] = "conformance"
     folder: str
     threads: int

@@ -53,17 +53,19 @@ def generate(job: GenerateJob, execute: Execute) -> dict[str, Any]:
     return {"tokens": list(answer.generated[0].tokens)}
 
 
-def conformance(_job: ConformanceJob, context_length: int, execute: Execute) -> dict[str, Any]:
+def conformance(job: ConformanceJob, context_length: int, execute: Execute) -> dict[str, Any]:
     """The promises of `conformance.check`."""
     first, more = tuple(range(1, PROBE + 1)), tuple(range(PROBE + 1, 2 * PROBE))
     full = tuple(1 + i % PROBE for i in range(context_length - 1))
     script: list[Command] = [Reset(), Feed(first), Logits(), Feed(more), Reset(), Feed(first), Logits()]
-    _, (before, after, last) = execute([*script, Reset(), Feed(full), Feed((1,)), Logits()])
+    if job.fill:
+        script += [Reset(), Feed(full), Feed((1,)), Logits()]
+    _, (before, after, *last) = execute(script)
     failures = []
     difference = float(np.abs(before - after).max() / np.abs(before).max())
     if not difference <= 1e-4:
         failures.append(f"after a reset the logits differ by {difference:.1e} of the largest")
-    if not np.isfinite(last).all():
+    if not np.isfinite(np.array(last)).all():
         failures.append(f"logits at the last position, {context_length - 1}, are not finite")
     if not refuses(execute, [Reset(), Feed(first), Feed(full[: context_length - PROBE + 1])]):
         failures.append(f"a token past the context of {context_length} was accepted")

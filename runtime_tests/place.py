@@ -18,6 +18,8 @@ class Place(Protocol):
 
     threads: int
     """That a session gets there."""
+    attached: bool
+    """Whether it is another machine than this one."""
 
     def perform(self, job: ArtifactJob, *, limit_s: float, on_progress: Progress | None = None) -> Ended:
         """Do a job; whatever happens there comes back as an outcome."""
@@ -31,6 +33,8 @@ class Place(Protocol):
 
 class ThisMachine:
     """Every job in a child process of its own."""
+
+    attached = False
 
     def __init__(self, threads: int) -> None:
         self.threads = threads

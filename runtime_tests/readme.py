@@ -1,6 +1,5 @@
 """python -m runtime_tests.readme: the results table of README.md, from the last validation run's records."""
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import typer
 from export.cli import run
 from export.errors import ExportError
 
+from . import record
 from .record import Record
 
 RECORDS, README = Path("build/records/records.jsonl"), Path("README.md")
@@ -29,12 +29,11 @@ def main() -> None:
 
 
 def last_run() -> list[Record]:
-    """Records of the newest run."""
-    lines = RECORDS.read_text(encoding="utf-8").splitlines() if RECORDS.is_file() else []
-    if not lines:
+    """Records of the newest run on this machine."""
+    records = record.newest_run(RECORDS, "host")
+    if not records:
         raise ExportError(f"{RECORDS}: no records; run `make` first")
-    newest = json.loads(lines[-1])["run_id"]
-    return [Record.model_validate_json(line) for line in lines if json.loads(line)["run_id"] == newest]
+    return records
 
 
 def block(records: Sequence[Record]) -> str:
@@ -44,7 +43,7 @@ def block(records: Sequence[Record]) -> str:
     versions = ", ".join(
         f"{tool} {machine.tools[tool]}" for tool in ("torch", "executorch", "coremltools", "onnxruntime")
     )
-    lines = [HEADER, "|---" * HEADER.count(" | ") + "|---|", *(row(record) for record in records), ""]
+    lines = [HEADER, "|---" * HEADER.count(" | ") + "|---|", *(row(one) for one in records), ""]
     positions = newest.accuracy.lowering.positions if newest.accuracy.lowering else 0
     lines += [
         f"Measured by `make validate` on {machine.cpu}, {machine.cores} cores (shared), {machine.os}; {versions}; "
@@ -56,28 +55,28 @@ def block(records: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
-def row(record: Record) -> str:
+def row(one: Record) -> str:
     """One artifact."""
-    quantization, lowering, noise = record.accuracy.quantization, record.accuracy.lowering, record.accuracy.noise
-    speed = record.latency
+    quantization, lowering, noise = one.accuracy.quantization, one.accuracy.lowering, one.accuracy.noise
+    speed = one.latency
     floor = f" ({noise.mean_kl:.1e})" if noise else ""
     cells = [
-        f"`{record.artifact}`",
-        f"{record.size_bytes / 1e6:.1f} MB",
+        f"`{one.artifact}`",
+        f"{one.size_bytes / 1e6:.1f} MB",
         f"{quantization.mean_kl:.3f}" if quantization else "–",
         f"{lowering.mean_kl:.1e}{floor}" if lowering else "–",
         f"{lowering.top1:.1%}" if lowering else "–",
         f"{speed.tests[-2].avg_ts:.0f}" if speed else "not timed",
         f"{speed.tests[-1].avg_ts:.0f}" if speed else "not timed",
         f"{speed.peak_rss_bytes / 1e6:.0f} MB" if speed else "–",
-        record.outcome.value,
+        one.outcome.value,
     ]
     return f"| {' | '.join(cells)} |"
 
 
 def longest_prompt(records: Sequence[Record]) -> int:
     """Tokens of the longest timed prompt."""
-    return max((test.n_prompt for record in records if record.latency for test in record.latency.tests), default=0)
+    return max((test.n_prompt for one in records if one.latency for test in one.latency.tests), default=0)
 
 
 if __name__ == "__main__":

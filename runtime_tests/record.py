@@ -1,5 +1,6 @@
 """The evidence about one artifact from one run, as strict JSON. Knows nothing about how it was measured."""
 
+import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal
@@ -217,12 +218,27 @@ def append(record: Record, path: Path) -> None:
         file.write(record.model_dump_json() + "\n")
 
 
-def read_all(path: Path) -> list[Record]:
-    """Every record of a file, oldest first."""
+def newest_run(path: Path, device: str) -> list[Record]:
+    """The records of the last run on a device; older runs may be of other versions and are not read."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    of_device = [(number, line) for number, line in enumerate(lines, start=1) if field(line, "device") == device]
+    newest = field(of_device[-1][1], "run_id") if of_device else None
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            records.append(Record.model_validate_json(line))
-        except ValidationError as error:
-            raise ExportError(f"{path}, line {number}: not a record of this version: {explain(error)[:300]}") from None
+    for number, line in of_device:
+        if field(line, "run_id") == newest:
+            try:
+                records.append(Record.model_validate_json(line))
+            except ValidationError as error:
+                what = explain(error)[:300]
+                raise ExportError(f"{path}, line {number}: not a record of this version: {what}; run again") from None
     return records
+
+
+def field(line: str, name: str) -> str | None:
+    """One text of a line of JSON, of whatever version; None where it has none."""
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    value = found.get(name) if isinstance(found, dict) else None
+    return value if isinstance(value, str) else None

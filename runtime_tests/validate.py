@@ -14,10 +14,11 @@ from export.errors import ExportError
 from export.manifest import Manifest
 from export.progress import stage
 
-from . import checks, comparisons, device_facts, evaluation, gates, golden, jobs, latency
+from . import baseline, checks, comparisons, cooling, device_facts, evaluation, gates, golden, jobs, latency
 from .case import Case, Setting, StoppedError, ask, ask_artifact
 from .evaluation import Windows
-from .record import Accuracy, Outcome, Record
+from .generate import common_prefix
+from .record import Accuracy, Latency, Outcome, Record
 
 
 def validate(folder: Path, described: Manifest, setting: Setting) -> Record:
@@ -70,6 +71,7 @@ def examine(case: Case) -> None:
     comparisons.compare_lowering(case, windows, probes, files)
     check_conformance(case)
     check_golden(case)
+    check_same_tokens(case, windows.windows)
     measure_speed(case, windows.windows)
 
 
@@ -109,8 +111,10 @@ def check_weights(case: Case) -> None:
 
 def check_conformance(case: Case) -> None:
     """The cache at its edges."""
-    job = jobs.ConformanceJob(folder=case.folder_text, threads=case.setting.place.threads)
-    with stage("cache", "last position, past it, reset"):
+    limit = case.setting.evaluation.max_filled_context
+    fill = case.manifest.contract.kv.context_length <= limit
+    job = jobs.ConformanceJob(folder=case.folder_text, threads=case.setting.place.threads, fill=fill)
+    with stage("cache", "last position, past it, reset" if fill else f"past its end, reset (more than {limit} slots)"):
         found = ask_artifact(case, job, "cache")
     case.gates.append(gates.count("cache: broken promises", found["failures"], Outcome.MISMATCH))
 
@@ -125,10 +129,26 @@ def check_golden(case: Case) -> None:
     )
     with stage("golden", f"{len(answer.tokens)} tokens"):
         tokens = ask_artifact(case, job, "golden")["tokens"]
-    same = next(
-        (i for i, pair in enumerate(zip(tokens, answer.tokens, strict=False)) if len(set(pair)) > 1), len(tokens)
-    )
+    same = common_prefix(tokens, answer.tokens)
     case.gates.append(gates.judge("golden tokens", same, "at least", len(answer.tokens), Outcome.MISMATCH))
+
+
+def check_same_tokens(case: Case, windows: Windows) -> None:
+    """An attached device's greedy tokens are this machine's, where the target promises it."""
+    count = case.manifest.plan.target.limits.min_same_tokens
+    if count is None or not case.setting.place.attached:
+        return
+    prompt = tuple(windows.tokens[0, : windows.prefill].tolist())
+    here, there = (
+        jobs.GenerateJob(folder=case.folder_text, threads=threads, prompt=prompt, count=count)
+        for threads in (case.setting.threads, case.setting.place.threads)
+    )
+    with stage("tokens", f"{count}, here and there"):
+        wanted = ask(case, here, "tokens here")["tokens"]
+        found = ask_artifact(case, there, "tokens there")["tokens"]
+    detail = f"after {windows.prefill} tokens, greedy"
+    same = common_prefix(found, wanted)
+    case.gates.append(gates.judge("tokens as on this machine", same, "at least", count, Outcome.MISMATCH, detail))
 
 
 def measure_speed(case: Case, windows: Windows) -> None:
@@ -146,6 +166,7 @@ def measure_speed(case: Case, windows: Windows) -> None:
         warmups=spec.warmups,
     )
     with stage("speed", f"{spec.repeats} repeats"):
+        hot = cooling.wait(setting.place.state, setting.device.cool_down) if setting.device.cool_down else ""
         before = setting.place.state()
         raw = ask_artifact(case, job, "speed")
     if not raw["measured"]:
@@ -155,13 +176,18 @@ def measure_speed(case: Case, windows: Windows) -> None:
     case.latency = latency.summarize(raw, case.manifest, setting.place.threads, setting.read_bandwidth_bytes_per_s)
     if setting.device.emulated:
         return
-    budgets = setting.device.budgets
-    case.gates += gates.speed(
-        case.latency,
-        min_decode_tps=budgets.min_decode_tps,
-        max_ttft_s=budgets.max_ttft_s,
-        max_cv=setting.device.max_cv,
-    )
+    judge_speed(case, case.latency, hot)
+
+
+def judge_speed(case: Case, measured: Latency, hot: str) -> None:
+    """Budgets of the device's YAML and, where one is kept, its baseline; noise and heat leave close calls open."""
+    device, artifact = case.setting.device, case.manifest.id
+    found = gates.budgets(measured, min_decode_tps=device.budgets.min_decode_tps, max_ttft_s=device.budgets.max_ttft_s)
+    assert case.environment is not None
+    before = baseline.find(device.name, case.environment, artifact)
+    if before:
+        found += baseline.regression(measured, before, artifact)
+    case.gates += gates.in_doubt(found, measured, max_cv=device.max_cv, reason=hot)
 
 
 def accuracy_of(case: Case) -> Accuracy:

@@ -38,7 +38,7 @@ def perform(job: jobs.Job) -> dict[str, Any]:  # noqa: PLR0911 – one line per 
             from .conformance import check
 
             contract = manifest.read(Path(job.folder)).contract
-            return {"failures": check(opened(job.folder, job.threads), contract.kv.context_length)}
+            return {"failures": check(opened(job.folder, job.threads), contract.kv.context_length, fill=job.fill)}
         case jobs.SpeedJob():
             from .latency import measure
 

@@ -27,7 +27,7 @@ TARGET = Target(
     session="fake",
     artifact="model.safetensors",
     activations="none",
-    limits=TargetLimits(max_mean_kl=1e-4, min_top1=0.99, min_sqnr_db=40, min_probe_sqnr_db=None),
+    limits=TargetLimits(max_mean_kl=1e-4, min_top1=0.99, min_sqnr_db=40, min_probe_sqnr_db=None, min_same_tokens=None),
 )
 
 
@@ -89,6 +89,7 @@ def setting(tmp_path, store):
         "decode": 64,
         "texts": texts,
         "max_rewriting_error": 1e-4,
+        "max_filled_context": 1024,
         "speed": {"prompts": [8, 24], "generate": 4, "repeats": 5, "warmups": 1},
     }
     device = devices.load("host").model_copy(update={"targets": ("fake",), "max_cv": 1e9, "time_limit_s": 120.0})

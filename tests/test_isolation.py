@@ -82,7 +82,7 @@ def test_the_real_worker_answers():
 
 
 def test_the_real_worker_turns_an_exception_into_an_answer(tmp_path):
-    job = jobs.ConformanceJob(folder=str(tmp_path), threads=1)
+    job = jobs.ConformanceJob(folder=str(tmp_path), threads=1, fill=True)
     ended = isolation.run(job, limit_s=120)
     assert ended.outcome is Outcome.RUN_FAIL
     assert "manifest.json: missing" in ended.detail

@@ -15,17 +15,28 @@ def test_a_record_comes_back_as_it_went(tmp_path):
     first, second = sample_record(), sample_record(outcome=Outcome.CRASH, latency=None, detail="died by SIGSEGV")
     record.append(first, path)
     record.append(second, path)
-    assert record.read_all(path) == [first, second]
+    assert record.newest_run(path, first.device) == [first, second]
 
 
-@pytest.mark.parametrize("change", [('"run_id"', '"run"'), ('"schema_version":2', '"schema_version":1'), ("{", "")])
+@pytest.mark.parametrize("change", [('"size_bytes"', '"size"'), ('"schema_version":2', '"schema_version":1')])
 def test_a_record_of_another_shape_is_refused_with_its_line(tmp_path, change):
     path = tmp_path / "records.jsonl"
+    record.append(sample_record(run_id="20250101-000000"), path)
     record.append(sample_record(), path)
-    with path.open("a") as file:
-        file.write(path.read_text().replace(*change, 1))
+    good, newest = path.read_text().splitlines()
+    path.write_text(f"{good}\n{newest.replace(*change, 1)}\n")
     with pytest.raises(ExportError, match="line 2"):
-        record.read_all(path)
+        record.newest_run(path, "host")
+
+
+def test_older_runs_and_other_devices_are_not_read(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"run_id": "20200101-000000", "device": "host", "of": "another version"}\n')
+    record.append(sample_record(), path)
+    record.append(sample_record(device="phone", run_id="20270101-000000"), path)
+    path.write_text(path.read_text() + "cut off")
+    assert record.newest_run(path, "host") == [sample_record()]
+    assert record.newest_run(tmp_path / "none.jsonl", "host") == []
 
 
 def test_gates_hold_at_their_limit_and_nan_never_does():
@@ -44,16 +55,26 @@ def test_the_first_failure_names_the_outcome():
     assert gates.outcome_of([good, weights, kl]) == (Outcome.WEIGHTS_DIFFER, "weights is 3, must be at most 0: layer 7")
 
 
+def judged(measured, min_decode_tps, max_ttft_s, *, max_cv, hot=""):
+    found = gates.budgets(measured, min_decode_tps=min_decode_tps, max_ttft_s=max_ttft_s)
+    return gates.in_doubt(found, measured, max_cv=max_cv, reason=hot)
+
+
 def test_noise_makes_speed_undecided_and_nothing_else():
     noisy = sample_record().latency.model_copy(update={"cv": 0.5})
     decode = noisy.tests[-1].avg_ts
-    near = gates.speed(noisy, min_decode_tps=1.2 * decode, max_ttft_s=1.2 * noisy.ttft_p50_s, max_cv=0.1)
+    near = judged(noisy, 1.2 * decode, 1.2 * noisy.ttft_p50_s, max_cv=0.1)
     assert {gate.verdict for gate in near} == {"inconclusive"}
     assert gates.outcome_of(near)[0] is Outcome.INCONCLUSIVE
     assert sample_record(outcome=Outcome.INCONCLUSIVE).holds
-    far = gates.speed(noisy, min_decode_tps=100 * decode, max_ttft_s=100 * noisy.ttft_p50_s, max_cv=0.1)
+    far = judged(noisy, 100 * decode, 100 * noisy.ttft_p50_s, max_cv=0.1)
     assert [gate.verdict for gate in far] == ["fail", "pass"]  # no noise of this size explains that
-    calm = gates.speed(noisy, min_decode_tps=1.2 * decode, max_ttft_s=1.0, max_cv=0.9)
+    throttled = noisy.model_copy(update={"cv": 0.01, "first_third_ts": 100.0, "last_third_ts": 60.0})
+    assert {gate.verdict for gate in judged(throttled, 1.2 * decode, 1.0, max_cv=0.1)} == {"inconclusive", "pass"}
+    steady = noisy.model_copy(update={"cv": 0.01})
+    assert judged(steady, 1.01 * decode, 1.0, max_cv=0.1, hot="72 °C")[0].detail == "72 °C"
+    assert judged(steady, 1.01 * decode, 1.0, max_cv=0.1)[0].verdict == "fail"
+    calm = judged(noisy, 1.2 * decode, 1.0, max_cv=0.9)
     assert gates.outcome_of(calm)[0] is Outcome.TOO_SLOW
 
 
@@ -61,7 +82,9 @@ def test_limits_of_a_rounding_runtime_stand_on_top_of_float_noise():
     noise = sample_comparison().model_copy(
         update={"mean_kl": 0.03, "top1": 0.87, "sqnr_db": 24.0, "positions": 520, "kl_by_window": (0.03,) * 8}
     )
-    limits = TargetLimits(max_mean_kl=1e-3, min_top1=0.98, min_sqnr_db=25.0, min_probe_sqnr_db=None)
+    limits = TargetLimits(
+        max_mean_kl=1e-3, min_top1=0.98, min_sqnr_db=25.0, min_probe_sqnr_db=None, min_same_tokens=None
+    )
     like_noise = noise.model_copy(update={"mean_kl": 0.0305, "kl_by_window": (0.031, 0.03) * 4})
     worse = noise.model_copy(update={"mean_kl": 0.04, "top1": 0.7, "sqnr_db": 20.0, "kl_by_window": (0.041, 0.039) * 4})
     assert {gate.verdict for gate in gates.lowering(like_noise, limits, noise)} == {"pass"}

@@ -37,9 +37,14 @@ def install(transport: Transport, device: Device, *, timeout_s: float) -> tuple[
     packages = site_packages(transport.abi(), asked.stdout.decode().strip())
     place = f"runners/{packages.name}"
     transport.push(packages, place, timeout_s=timeout_s)
+    push_board(transport, timeout_s)
+    return ("env", f"PYTHONPATH={place}:runners", "PYTHONDONTWRITEBYTECODE=1", "python3", "-m", "board.onnx_main")
+
+
+def push_board(transport: Transport, timeout_s: float) -> None:
+    """The runners in Python."""
     for source in sorted(BOARD.glob("*.py")):
         transport.push(source, f"runners/board/{source.name}", timeout_s=timeout_s)
-    return ("env", f"PYTHONPATH={place}:runners", "PYTHONDONTWRITEBYTECODE=1", "python3", "-m", "board.onnx_main")
 
 
 def site_packages(abi: str, python: str) -> Path:
