@@ -113,7 +113,7 @@ def compiler_for(abi: Abi) -> Compiler:
     """The compiler, or one line that names the missing package."""
     native = platform.system() == "Linux" and host_abi() == abi
     if not native and abi != "aarch64":
-        raise ExportError(f"{abi}: the runner is compiled for it only on such a machine")
+        raise UnavailableError(f"{abi}: the runner is compiled for it only on such a machine")
     name = "g++" if native else CROSS_COMPILER
     for tool in ("cmake", "make", name):
         if shutil.which(tool) is None:
@@ -125,7 +125,7 @@ def compiler_for(abi: Abi) -> Compiler:
 def host_abi() -> Abi:
     """What this machine runs."""
     if platform.machine() not in MACHINES:
-        raise ExportError(f"{platform.machine()}: there is no runner for this processor")
+        raise UnavailableError(f"{platform.machine()}: there is no runner for this processor")
     return MACHINES[platform.machine()]
 
 
