@@ -159,9 +159,9 @@ class TargetLimits(Strict):
     min_sqnr_db: float
     min_probe_sqnr_db: float | None
     """SQNR the best of many single-token prompts must reach: there rounding noise has not grown yet. null: not run."""
-    min_same_tokens: Positive | None
-    """Greedy tokens after a prompt that every device must have in common with the machine that builds. null: another
-    processor's kernels may round otherwise."""
+    compared_tokens: Positive | None
+    """Greedy tokens that an attached device's answer is compared with this machine's. null: not compared, the
+    runtime's kernels of another processor round otherwise by design."""
 
 
 class Target(Strict):

@@ -5,6 +5,8 @@ from math import sqrt
 from statistics import stdev
 from typing import Literal
 
+from scipy.stats import t as student_t
+
 from export.plan import QuantLimits, TargetLimits
 
 from .record import Comparison, Gate, Latency, Outcome
@@ -54,14 +56,15 @@ def lowering(measured: Comparison, limits: TargetLimits, noise: Comparison | Non
 
 
 def beyond(noise: Comparison, measured: Comparison, limits: TargetLimits) -> TargetLimits:
-    """Limits on top of what noise does, with two standard errors of the comparison of the two."""
+    """Limits on top of what noise does, with the 95 % interval of the comparison of the two (Student's t)."""
     pairs = zip(measured.kl_by_window, noise.kl_by_window, strict=True)
     differences = [ours - floor for ours, floor in pairs]
-    kl_error = stdev(differences) / sqrt(len(differences)) if len(differences) > 1 else 0.0
+    count = len(differences)
+    kl_error = float(student_t.ppf(0.975, count - 1)) * stdev(differences) / sqrt(count) if count > 1 else 0.0
     top1_error = sqrt(2 * noise.top1 * (1 - noise.top1) / noise.positions)
     return limits.model_copy(
         update={
-            "max_mean_kl": limits.max_mean_kl + noise.mean_kl + 2 * kl_error,
+            "max_mean_kl": limits.max_mean_kl + noise.mean_kl + kl_error,
             "min_top1": limits.min_top1 * noise.top1 - 2 * top1_error,
             "min_sqnr_db": min(limits.min_sqnr_db, noise.sqnr_db - 2.0),
         }
@@ -72,6 +75,14 @@ def probes(sqnr_db: Sequence[float], limit: float) -> Gate:
     """The best single-token prompt: a wrong lowering is wrong for every token, rounding noise is not."""
     detail = f"{sum(x >= limit for x in sqnr_db)} of {len(sqnr_db)} single-token prompts reach it"
     return judge("lowering: best probe SQNR", max(sqnr_db), "at least", limit, Outcome.MISMATCH, detail)
+
+
+def same_tokens(same: int, count: int, gap: float, noise: float) -> Gate:
+    """Greedy answers of two machines may part only where noise can decide: see `same_tokens.py`."""
+    detail = f"{same} of {count} equal" + (
+        f", then a choice this close here; noise {noise:.2g}" if same < count else ""
+    )
+    return judge("tokens as on this machine: gap in logits", gap, "at most", noise, Outcome.MISMATCH, detail)
 
 
 def budgets(measured: Latency, *, min_decode_tps: float, max_ttft_s: float) -> list[Gate]:

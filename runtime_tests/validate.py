@@ -14,7 +14,19 @@ from export.errors import ExportError
 from export.manifest import Manifest
 from export.progress import stage
 
-from . import baseline, checks, comparisons, cooling, device_facts, evaluation, gates, golden, jobs, latency
+from . import (
+    baseline,
+    checks,
+    comparisons,
+    cooling,
+    device_facts,
+    evaluation,
+    gates,
+    golden,
+    jobs,
+    latency,
+    same_tokens,
+)
 from .case import Case, Setting, StoppedError, ask, ask_artifact
 from .evaluation import Windows
 from .generate import common_prefix
@@ -71,7 +83,7 @@ def examine(case: Case) -> None:
     comparisons.compare_lowering(case, windows, probes, files)
     check_conformance(case)
     check_golden(case)
-    check_same_tokens(case, windows.windows)
+    same_tokens.check(case, windows.windows, files)
     measure_speed(case, windows.windows)
 
 
@@ -131,24 +143,6 @@ def check_golden(case: Case) -> None:
         tokens = ask_artifact(case, job, "golden")["tokens"]
     same = common_prefix(tokens, answer.tokens)
     case.gates.append(gates.judge("golden tokens", same, "at least", len(answer.tokens), Outcome.MISMATCH))
-
-
-def check_same_tokens(case: Case, windows: Windows) -> None:
-    """An attached device's greedy tokens are this machine's, where the target promises it."""
-    count = case.manifest.plan.target.limits.min_same_tokens
-    if count is None or not case.setting.place.attached:
-        return
-    prompt = tuple(windows.tokens[0, : windows.prefill].tolist())
-    here, there = (
-        jobs.GenerateJob(folder=case.folder_text, threads=threads, prompt=prompt, count=count)
-        for threads in (case.setting.threads, case.setting.place.threads)
-    )
-    with stage("tokens", f"{count}, here and there"):
-        wanted = ask(case, here, "tokens here")["tokens"]
-        found = ask_artifact(case, there, "tokens there")["tokens"]
-    detail = f"after {windows.prefill} tokens, greedy"
-    same = common_prefix(found, wanted)
-    case.gates.append(gates.judge("tokens as on this machine", same, "at least", count, Outcome.MISMATCH, detail))
 
 
 def measure_speed(case: Case, windows: Windows) -> None:

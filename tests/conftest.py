@@ -27,7 +27,7 @@ TARGET = Target(
     session="fake",
     artifact="model.safetensors",
     activations="none",
-    limits=TargetLimits(max_mean_kl=1e-4, min_top1=0.99, min_sqnr_db=40, min_probe_sqnr_db=None, min_same_tokens=None),
+    limits=TargetLimits(max_mean_kl=1e-4, min_top1=0.99, min_sqnr_db=40, min_probe_sqnr_db=None, compared_tokens=None),
 )
 
 

@@ -83,7 +83,7 @@ def test_limits_of_a_rounding_runtime_stand_on_top_of_float_noise():
         update={"mean_kl": 0.03, "top1": 0.87, "sqnr_db": 24.0, "positions": 520, "kl_by_window": (0.03,) * 8}
     )
     limits = TargetLimits(
-        max_mean_kl=1e-3, min_top1=0.98, min_sqnr_db=25.0, min_probe_sqnr_db=None, min_same_tokens=None
+        max_mean_kl=1e-3, min_top1=0.98, min_sqnr_db=25.0, min_probe_sqnr_db=None, compared_tokens=None
     )
     like_noise = noise.model_copy(update={"mean_kl": 0.0305, "kl_by_window": (0.031, 0.03) * 4})
     worse = noise.model_copy(update={"mean_kl": 0.04, "top1": 0.7, "sqnr_db": 20.0, "kl_by_window": (0.041, 0.039) * 4})
