@@ -178,6 +178,8 @@ class Target(Strict):
     activations: Literal["none", "int8-per-token"]
     """Activation quantization the runtime adds; the eager reference does the same."""
     limits: TargetLimits
+    limits_on: dict[str, TargetLimits]
+    """Other limits on processors whose kernels round otherwise, by the ABI a device reports."""
 
 
 class Plan(Strict):

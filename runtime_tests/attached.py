@@ -48,6 +48,7 @@ class AttachedDevice:
         self.tools: dict[str, str] = {}
         self.installed: dict[str, tuple[tuple[str, ...], str]] = {}
         """By artifact folder: the command that starts the runner, and the model's path there."""
+        self.abi = transport.abi()
         self.threads = device.threads or self.environment().cores
 
     def environment(self) -> Environment:

@@ -6,6 +6,7 @@ from typing import Any
 
 from devices import Device
 from export.manifest import Manifest
+from export.plan import TargetLimits
 from export.progress import counted
 
 from . import isolation, jobs
@@ -48,6 +49,12 @@ class Case:
     environment: Environment | None = None
     states: list[DeviceState] = field(default_factory=list)
     """Before and after the timings."""
+
+    @property
+    def limits(self) -> TargetLimits:
+        """What the lowering may lose where it runs."""
+        target = self.manifest.plan.target
+        return target.limits_on.get(self.setting.place.abi, target.limits)
 
     @property
     def origin(self) -> str:

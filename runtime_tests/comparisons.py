@@ -63,7 +63,7 @@ def compute_references(case: Case, windows: Tokens, probes: Tokens) -> dict[str,
     ]
     if rounds_activations(case):
         wanted.append(("noise", "noise", windows))
-    if case.manifest.plan.target.limits.min_probe_sqnr_db is not None:
+    if case.limits.min_probe_sqnr_db is not None:
         wanted.append(("probes", "quantized", probes))
     files = {
         name: reference.locate(kind, case.manifest, tokens.windows.tokens, case.setting.cache)
@@ -126,7 +126,7 @@ def compare_lowering(case: Case, windows: Tokens, probes: Tokens, files: dict[st
         raise StoppedError(Outcome.MISMATCH, problem)
     with stage("compare", "lowering"):
         lowering = case.comparisons["lowering"] = compare(windows.windows, files["quantized"], out)
-    limits = case.manifest.plan.target.limits
+    limits = case.limits
     case.gates += gates.lowering(lowering, limits, case.comparisons.get("noise"))
     if limits.min_probe_sqnr_db is not None:
         case.probe_sqnr_db = accuracy.sqnr_by_window(np.load(files["probes"]), np.load(probed))

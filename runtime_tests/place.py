@@ -1,5 +1,6 @@
 """Where the jobs that need an artifact run: here, or on an attached device. Knows no format."""
 
+import platform
 import subprocess
 from typing import Protocol
 
@@ -18,6 +19,8 @@ class Place(Protocol):
 
     threads: int
     """That a session gets there."""
+    abi: str
+    """What it runs, as it says itself."""
     attached: bool
     """Whether it is another machine than this one."""
 
@@ -35,6 +38,7 @@ class ThisMachine:
     """Every job in a child process of its own."""
 
     attached = False
+    abi = platform.machine()
 
     def __init__(self, threads: int) -> None:
         self.threads = threads

@@ -22,7 +22,7 @@ DEVIATIONS = 3
 
 def check(case: Case, windows: Windows, files: dict[str, Path]) -> None:
     """Generate here and there, where the target asks for it and artifacts run elsewhere."""
-    count, place = case.manifest.plan.target.limits.compared_tokens, case.setting.place
+    count, place = case.limits.compared_tokens, case.setting.place
     if count is None or not place.attached:
         return
     prompt = tuple(windows.tokens[0, : windows.prefill].tolist())

@@ -28,6 +28,7 @@ TARGET = Target(
     artifact="model.safetensors",
     activations="none",
     limits=TargetLimits(max_mean_kl=1e-4, min_top1=0.99, min_sqnr_db=40, min_probe_sqnr_db=None, compared_tokens=None),
+    limits_on={},
 )
 
 

@@ -23,6 +23,8 @@ from ._onnx_graph import build as build_graph
 from ._onnx_weights import BLOCK_SIZES, Codes, DataFile, StoredTensors, block_size, split
 
 FILE = "model.onnx"
+STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Our names of the weights whose rows are stored as one matrix."""
 
 
 def check(plan: Plan, architecture: Architecture) -> None:
@@ -154,8 +156,9 @@ def codes_of(node: Any, tensors: StoredTensors) -> Codes | None:
 def rows_of(codes: Codes, architecture: Architecture) -> dict[str, int]:
     """Our names of the stacked weights in one stored matrix, and their rows."""
     name = codes.q.removesuffix(".q")
-    if not name.endswith(".qkv_proj.weight"):
+    kinds = next((kinds for stacked, kinds in STACKED.items() if name.endswith(f".{stacked}.weight")), None)
+    if kinds is None:
         return {name: codes.rows}
     shapes = architecture.linear_shapes()
-    parts = [name.replace("qkv_proj", f"{kind}_proj") for kind in "qkv"]
+    parts = [f"{name.rsplit('.', 2)[0]}.{kind}.weight" for kind in kinds]
     return {part: shapes[part][0] for part in parts}

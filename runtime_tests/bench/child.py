@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from ..jobs import BenchJob, BenchLogitsJob, report_progress
-from ..latency import peak_rss_bytes
 from . import runners
 
 
@@ -27,7 +26,7 @@ def measure(job: BenchJob) -> dict[str, Any]:
         "first_ns": first.ns,
         "prompts": prompts,
         "decode": decode,
-        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_rss_bytes": runner.peak_rss_bytes(),
     }
 
 

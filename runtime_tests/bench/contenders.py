@@ -19,6 +19,7 @@ PTE, ONNX = "executorch-xnnpack", "onnx-cpu"
 RUNTIMES = {
     "pte": "ExecuTorch Python runtime, stepped",
     "llm_runner": "ExecuTorch TextLLMRunner",
+    "device_runner": "our C++ runner",
     "genai": "onnxruntime-genai",
     "session": "our session, onnxruntime with IO binding",
 }
@@ -44,6 +45,7 @@ ROLES = (
     Role("pte-stock", "export_llm .pte", "pte", PTE, "export_llm"),
     Role("runner", "our .pte", "llm_runner", PTE, None, ("runner-stock",)),
     Role("runner-stock", "export_llm .pte", "llm_runner", PTE, "export_llm"),
+    Role("device-runner", "our .pte", "device_runner", PTE, None, ("runner-stock", "pte-stock")),
     Role("genai", "our ONNX", "genai", ONNX, None, ("genai-stock", "genai-stock-head8")),
     Role("genai-stock", "genai builder, default (int4 head)", "genai", ONNX, "genai"),
     Role("genai-stock-head8", "genai builder, int8 head, float embedding", "genai", ONNX, "genai-head8"),
@@ -98,7 +100,7 @@ def contender(role: Role, folder: Path, made: dict[str, stock.Made], threads: in
     described = manifest.read(ROOT / folder)
     stock_made = made[role.recipe] if role.recipe else None
     place = Path(stock_made.folder) if stock_made else folder
-    single = role.runner in ("pte", "llm_runner")
+    single = role.runner in ("pte", "llm_runner", "device_runner")
     entry = Entry(
         name=role.name,
         label=role.label,

@@ -1,5 +1,6 @@
 """An onnx_kv artifact in onnxruntime, cache buffers bound once. Knows token ids, never text."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,9 @@ class OnnxSession:
 
     def __init__(self, model: Path, contract: IOContract, threads: int) -> None:
         self.contract = contract
-        self.session = ort.InferenceSession(model, session_options(threads), providers=["CPUExecutionProvider"])
+        self.session = ort.InferenceSession(
+            model, session_options(model.parent, threads), providers=["CPUExecutionProvider"]
+        )
         self.binding = self.session.io_binding()
         self.cache = [self._bind_cache(i) for i in range(2 * contract.kv.layers)]
         self.mask = np.ones((1, contract.kv.context_length), np.int64)
@@ -76,15 +79,14 @@ class OnnxSession:
         return last
 
 
-def session_options(threads: int) -> ort.SessionOptions:
-    """`threads` computing threads that sleep between operators.
-
-    Threads that spin while they wait take the cores from one another when anything else runs: on two busy cores decode
-    was 1.2 to 2 times slower with spinning, and prefill 1.1 to 1.8 times.
-    """
+def session_options(folder: Path, threads: int) -> ort.SessionOptions:
+    """`threads` computing threads, and what else the artifact's genai_config.json asks of onnxruntime."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    config = json.loads((folder / "genai_config.json").read_bytes())
+    for name, value in config["model"]["decoder"]["session_options"].items():
+        if name.startswith("session."):
+            options.add_session_config_entry(name, value)
     options.log_severity_level = 3
     return options
 

@@ -105,7 +105,7 @@ class Constants(nn.Module):
         self.eps = nn.Buffer(torch.tensor([a.rms_norm_eps]))
 
     def normalize(self, x: Tensor, weight: Tensor) -> Tensor:
-        return x * torch.rsqrt(F.linear(x * x, self.average) + self.eps) * weight
+        return x * torch.rsqrt(F.linear(x * x, self.average, self.eps)) * weight
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return x * cos + F.linear(x, self.rotation) * sin

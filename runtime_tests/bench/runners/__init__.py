@@ -32,6 +32,9 @@ class Runner(Protocol):
     def logits(self, tokens: Sequence[int], prefill: int) -> NDArray[np.float32]:
         """Teacher forced: the first `prefill` tokens at once, the others one by one; [tokens - prefill + 1, V]."""
 
+    def peak_rss_bytes(self) -> int:
+        """Most memory the process that ran the artifact has held."""
+
 
 class RunnerModule(Protocol):
     """A module of this package."""

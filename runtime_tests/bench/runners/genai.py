@@ -9,6 +9,7 @@ import onnxruntime_genai as og
 from numpy.typing import NDArray
 
 from ...jobs import Opening
+from ...latency import peak_rss_bytes
 from . import Pass
 from .stepping import clock
 
@@ -46,6 +47,9 @@ class GenaiRunner:
             generator.append_tokens(row([token]))
             rows.append(last_logits(generator))
         return np.stack(rows)
+
+    def peak_rss_bytes(self) -> int:
+        return peak_rss_bytes()
 
 
 def row(tokens: Sequence[int]) -> NDArray[np.int32]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ...jobs import Opening
+from ...latency import peak_rss_bytes
 from . import Pass
 
 NS_PER_MS = 1_000_000
@@ -50,6 +51,9 @@ class TextRunner:
     def logits(self, tokens: Sequence[int], prefill: int) -> NDArray[np.float32]:
         steps = len(tokens) - prefill + 1
         raise ValueError(f"TextLLMRunner gives text only, no logits for {steps} positions")
+
+    def peak_rss_bytes(self) -> int:
+        return peak_rss_bytes()
 
 
 def open_runner(opening: Opening) -> TextRunner:

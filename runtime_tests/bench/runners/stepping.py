@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ...latency import peak_rss_bytes
 from . import Pass
 
 
@@ -44,6 +45,9 @@ class SteppingRunner:
         self.session.reset()
         rows = [self.session.feed(tokens[:prefill])]
         return np.stack(rows + [self.session.feed([token]) for token in tokens[prefill:]])
+
+    def peak_rss_bytes(self) -> int:
+        return peak_rss_bytes()
 
 
 def clock(work: Callable[[], object]) -> int:

@@ -1,0 +1,77 @@
+"""A .pte through our C++ runner, timed by the runner itself; each pass is a process of its own.
+
+What a process does before the timed pass is what the other rows do: the same prompt, once, dropped.
+"""
+
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...jobs import Opening
+from ...runner import (
+    Answer,
+    Command,
+    Feed,
+    Generate,
+    Logits,
+    Reset,
+    RunnerFailure,
+    parse_answer,
+    read_logits,
+    write_script,
+)
+from ...runner.build import build, host_abi
+from . import Pass
+
+WARM_UP = 8
+
+
+class DeviceRunner:
+    """The runner that devices use, built for this machine."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        bundle = build(host_abi())
+        self.command = (str(bundle.path / bundle.start[0]), path)
+        self.threads = threads
+        self.peak = 0
+        self._run([Reset(), Feed((0,))])
+
+    def _run(self, script: Sequence[Command]) -> tuple[Answer, NDArray[np.float32]]:
+        """One process; its answer and its logits [R, V]."""
+        with tempfile.TemporaryDirectory() as scratch:
+            text, logits = Path(scratch) / "script", Path(scratch) / "logits"
+            write_script(script, text)
+            options = ("--threads", str(self.threads), "--logits", str(logits))
+            done = subprocess.run([*self.command, str(text), *options], capture_output=True, check=False)
+            answer = parse_answer(done.stdout, done.returncode)
+            if isinstance(answer, RunnerFailure):
+                raise RuntimeError(f"{answer.stage}: {answer.error}")
+            self.peak = max(self.peak, answer.peak_rss_bytes)
+            return answer, np.array(read_logits(logits, answer))
+
+    def prompt(self, tokens: Sequence[int]) -> Pass:
+        answer, _ = self._run([Reset(), Feed(tuple(tokens))] * 2)
+        return Pass(len(tokens), answer.feeds[-1].ns)
+
+    def generate(self, tokens: Sequence[int], count: int) -> Pass:
+        start = [Reset(), Feed(tuple(tokens))]
+        answer, _ = self._run([*start, Generate(WARM_UP), *start, Generate(count)])
+        return Pass(count, sum(answer.generated[-1].ns))
+
+    def logits(self, tokens: Sequence[int], prefill: int) -> NDArray[np.float32]:
+        script: list[Command] = [Reset(), Feed(tuple(tokens[:prefill])), Logits()]
+        for token in tokens[prefill:]:
+            script += [Feed((token,)), Logits()]
+        return self._run(script)[1]
+
+    def peak_rss_bytes(self) -> int:
+        return self.peak
+
+
+def open_runner(opening: Opening) -> DeviceRunner:
+    """The C++ runner on a .pte."""
+    return DeviceRunner(opening.path, opening.threads)
