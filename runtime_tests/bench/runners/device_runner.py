@@ -58,7 +58,7 @@ class DeviceRunner:
         return Pass(len(tokens), answer.feeds[-1].ns)
 
     def generate(self, tokens: Sequence[int], count: int) -> Pass:
-        start = [Reset(), Feed(tuple(tokens))]
+        start: list[Command] = [Reset(), Feed(tuple(tokens))]
         answer, _ = self._run([*start, Generate(WARM_UP), *start, Generate(count)])
         return Pass(count, sum(answer.generated[-1].ns))
 
