@@ -65,11 +65,13 @@ def tiny(tmp_path_factory, store):
     """Builds the tiny model for a target, once; copy it before breaking it."""
 
     @cache
-    def build(target, quant="int4-g32"):
+    def build(target, quant="int4-g32", **model):
         out = tmp_path_factory.mktemp("tiny") / f"tiny_{quant}_{target}"
+        plan = load_plan("tiny", quant, target)
+        plan = plan.model_copy(update={"model": plan.model.model_copy(update=model)})
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pipeline, "CACHE", store)
-            pipeline.export(load_plan("tiny", quant, target), None, out)
+            pipeline.export(plan, None, out)
         return out
 
     return build
