@@ -31,6 +31,8 @@ DATA_MB = 1536
 """Room for files on the device: memory is taken only for what is there."""
 PACKAGES = {"adb": "adb", "mmdebstrap": "mmdebstrap", "ssh": "openssh-client", "ssh-keygen": "openssh-client"}
 """Program → Debian package it comes from."""
+TOOLS = {"cmake": "cmake", "make": "make", "g++": "g++", "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu"}
+"""Likewise: what programs for the devices are built with. They start without."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,12 @@ def listens(pid: int, port: int) -> bool:
 
 def missing_packages() -> list[str]:
     """Debian packages the lab needs and this machine lacks."""
-    return sorted({package for program, package in PACKAGES.items() if not shutil.which(program)})
+    return missing(PACKAGES)
+
+
+def missing(packages: dict[str, str]) -> list[str]:
+    """Those whose programs are not here."""
+    return sorted({package for program, package in packages.items() if not shutil.which(program)})
 
 
 def lacks() -> str | None:

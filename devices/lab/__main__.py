@@ -11,7 +11,7 @@ import sys
 from contextlib import suppress
 
 from .. import DeviceError, load
-from . import MACHINES, install, missing_packages, roots, start
+from . import MACHINES, PACKAGES, TOOLS, install, missing, roots, start
 
 USAGE = 2
 
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
 
 def build() -> int:
     """Everything that needs the network, once."""
-    install(missing_packages())
+    install(missing(PACKAGES | TOOLS))
     for name, machine in MACHINES.items():
         print(f"{name}: {roots.root_of(machine)}")
     print(f"qemu: {roots.qemu().parent}")

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 MOST = 10**9
+DIGITS = 1000
+"""Python refuses to read numbers of many more digits with an error of its own."""
 STAGES: dict[int, str] = {2: "usage", 3: "load", 4: "run"}
 SIGNALLED = 128
 
@@ -93,7 +95,7 @@ def parse_script(text: str) -> list[Command]:
 def parse_line(number: int, line: str) -> Command:
     """One command; words are separated by single spaces."""
     name, *words = line.split(" ")
-    if not all(word.isascii() and word.isdigit() and int(word) <= MOST for word in words):
+    if not all(word.isascii() and word.isdigit() and len(word) <= DIGITS and int(word) <= MOST for word in words):
         raise ValueError(f"script line {number}: not numbers from 0 to {MOST}: {line[:80]!r}")
     values = tuple(map(int, words))
     match name, values:
