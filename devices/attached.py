@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import elf, lock, transfer
 from .processes import Deadline
-from .shell import ANSWER_S, PING_S, Shell
+from .shell import ANSWER_S, Shell
 from .transport import Completed, DeviceError
 
 LOG = logging.getLogger(__name__)
@@ -43,13 +43,11 @@ class Attached:
         release = lock.take(self._ask, self._shell.link.name, self._shell.folder)
         try:
             yield
-        except BaseException:
+        finally:
             try:
-                self._ask(release, timeout_s=PING_S)
-            except DeviceError as error:  # the first error is the one to show
+                self._ask(release)
+            except DeviceError as error:  # what the run found, or its own error, is what counts
                 LOG.warning("%s; its lock stays there until the next run", error)
-            raise
-        self._ask(release)
 
     def close(self) -> None:
         self._shell.link.close()

@@ -59,6 +59,7 @@ def main(
             scratch=Path(scratch).resolve(),
             read_bandwidth_bytes_per_s=measure_bandwidth(known, place.threads) if here(known) else None,
         )
+        place.prepare([described for _, described in cases])
         records = []
         for folder, described in cases:
             console.print(f"[bold]{described.id}[/bold] on {known.name}")
@@ -117,7 +118,11 @@ def opened(device: Device, scratch: Path) -> Iterator[Place]:
     try:
         transport = devices.open_transport(device)
         with closing(transport), transport.lock():
-            yield AttachedDevice(device, transport, scratch)
+            place = AttachedDevice(device, transport, scratch)
+            try:
+                yield place
+            finally:
+                place.tidy()
     except DeviceError as error:
         raise ExportError(str(error)) from None
 

@@ -2,16 +2,30 @@
 
 import platform
 import subprocess
+from collections.abc import Sequence
 from typing import Protocol
 
 import psutil
 
+from devices import DeadlineError, DeviceError, DeviceLostError, NoSpaceError
+from export.manifest import Manifest
+
 from . import device_facts, environment, isolation
 from .isolation import Ended, Progress
 from .jobs import ConformanceJob, GenerateJob, LogitsJob, SpeedJob
-from .record import DeviceState, Environment
+from .record import DeviceState, Environment, Outcome
 
 ArtifactJob = LogitsJob | ConformanceJob | GenerateJob | SpeedJob
+OUTCOMES: dict[type[DeviceError], Outcome] = {
+    DeadlineError: Outcome.TIMEOUT,
+    DeviceLostError: Outcome.DEVICE_LOST,
+    NoSpaceError: Outcome.DEVICE_FULL,
+}
+
+
+def outcome_of(error: DeviceError) -> Outcome:
+    """How an artifact's validation ends when its device fails."""
+    return OUTCOMES.get(type(error), Outcome.RUN_FAIL)
 
 
 class Place(Protocol):
@@ -24,14 +38,17 @@ class Place(Protocol):
     attached: bool
     """Whether it is another machine than this one."""
 
+    def prepare(self, manifests: Sequence[Manifest]) -> None:
+        """Make ready for these artifacts. Raises DeviceError, ExportError."""
+
     def perform(self, job: ArtifactJob, *, limit_s: float, on_progress: Progress | None = None) -> Ended:
         """Do a job; whatever happens there comes back as an outcome."""
 
     def environment(self) -> Environment:
-        """The machine and the software the numbers belong to."""
+        """The machine and the software the numbers belong to, even when it cannot be reached now."""
 
     def state(self) -> DeviceState:
-        """What it says of itself now."""
+        """What it says of itself now. Raises DeviceError."""
 
 
 class ThisMachine:
@@ -42,6 +59,9 @@ class ThisMachine:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
+
+    def prepare(self, manifests: Sequence[Manifest]) -> None:
+        pass
 
     def perform(self, job: ArtifactJob, *, limit_s: float, on_progress: Progress | None = None) -> Ended:
         return isolation.run(job, limit_s=limit_s, on_progress=on_progress)

@@ -38,7 +38,7 @@ def measured_rows(record: Record) -> list[Measured]:
         rows += lowering_rows(record.accuracy.lowering, record)
     if record.accuracy.quantization:
         rows += quantization_rows(record.accuracy.quantization)
-    rows += speed_rows(record.latency) if record.latency else []
+    rows += speed_rows(record.timings) if record.timings else []
     machine = record.environment
     rows.append(Measured("measured on", machine.cpu, f"{record.device}, {machine.os}, {machine.cores} cores"))
     dirty = " with local changes" if record.dirty else ""

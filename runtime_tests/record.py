@@ -206,6 +206,11 @@ class Record(Strict):
     detail: str
 
     @property
+    def timings(self) -> Latency | None:
+        """What may be shown as its speed: nothing of an emulated device."""
+        return None if self.emulated else self.latency
+
+    @property
     def holds(self) -> bool:
         """No gate failed and nothing died."""
         return self.outcome in (Outcome.PASS, Outcome.INCONCLUSIVE)

@@ -144,7 +144,7 @@ def speed_plot(records: Sequence[Record], *, generation: bool) -> str:
     """Tokens per second with every repeat; empty when nothing was timed."""
     rows = []
     for i, record in enumerate(records):
-        for test in record.latency.tests if record.latency else ():
+        for test in record.timings.tests if record.timings else ():
             if bool(test.n_gen) == generation:
                 suffix = "" if generation else f" · {test.n_prompt} tokens"
                 value = rate(test.avg_ts, test.stddev_ts)

@@ -15,7 +15,7 @@ COLUMNS = ("artifact", "MB", "bits/w", "KL", "top-1", "prefill/s", "decode/s", "
 
 def row(record: Record) -> list[str]:
     """One line of the summary, as text; `–` where nothing was measured."""
-    lowering, speed = record.accuracy.lowering, record.latency
+    lowering, speed = record.accuracy.lowering, record.timings
     return [
         record.artifact,
         f"{record.size_bytes / 1e6:.1f}",

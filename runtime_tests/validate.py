@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from devices import Device
+from devices import Device, DeviceError
 from export import manifest, sources
 from export.errors import ExportError
 from export.manifest import Manifest
@@ -30,6 +30,7 @@ from . import (
 from .case import Case, Setting, StoppedError, ask, ask_artifact
 from .evaluation import Windows
 from .generate import common_prefix
+from .place import outcome_of
 from .record import Accuracy, Latency, Outcome, Record
 
 
@@ -43,6 +44,8 @@ def validate(folder: Path, described: Manifest, setting: Setting) -> Record:
         outcome, detail = gates.outcome_of(case.gates)
     except StoppedError as stop:
         outcome, detail = stop.outcome, str(stop)
+    except DeviceError as error:
+        outcome, detail = outcome_of(error), str(error)
     except ExportError as error:
         outcome, detail = Outcome.RUN_FAIL, str(error)
     unknown = device_facts.state("")

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from contextlib import ExitStack, closing, contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import runtime_tests.sessions
 from devices import lab
 from export import card, manifest, pipeline
 from export.cli import run as run_app
-from export.plan import ModelSpec, Plan, QuantRecipe, Target, TargetLimits, load_named
+from export.plan import ModelSpec, Plan, QuantRecipe, Target, TargetLimits, load_named, load_plan
 from runtime_tests import __main__ as cli
 from runtime_tests import evaluation, isolation, place, worker
 from runtime_tests.case import Setting
@@ -57,6 +58,23 @@ def built(tmp_path_factory, plugged_in, store):
         patch.setattr(pipeline, "CACHE", store)
         pipeline.export(plan, None, out)
     return out
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, store):
+    """Builds the tiny model for a target, once; copy it before breaking it."""
+
+    @cache
+    def build(target, quant="int4-g32", **model):
+        out = tmp_path_factory.mktemp("tiny") / f"tiny_{quant}_{target}"
+        plan = load_plan("tiny", quant, target)
+        plan = plan.model_copy(update={"model": plan.model.model_copy(update=model)})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline, "CACHE", store)
+            pipeline.export(plan, None, out)
+        return out
+
+    return build
 
 
 @pytest.fixture

@@ -36,6 +36,8 @@ from runtime_tests.runner import (
 )
 from runtime_tests.session import open_session
 
+from .scripts import BAD_LINES, EARLY
+
 QEMU = "qemu-aarch64-static"
 PROMPT = (5, 17, 301, 44, 8, 2, 399, 120)
 
@@ -235,36 +237,6 @@ def test_the_vocabulary_ends_where_it_ends(run, commands, message):
     assert isinstance(run([Feed((511,)), Top(512)])[0], Answer)
 
 
-BAD_LINES = [
-    "feed",
-    "feed ",
-    "feed 1  2",
-    "feed 1 2 ",
-    " feed 1",
-    "feed 1\t2",
-    "feed -1",
-    "feed +1",
-    "feed 1.0",
-    "feed 0x10",
-    "feed 1000000001",
-    "feed 99999999999999999999999",
-    "feed 1\r",
-    "feed ١",
-    "Feed 1",
-    "reset 1",
-    "logits 1",
-    "generate",
-    "generate 0",
-    "generate 1 2",
-    "top 0",
-    "top -5",
-    "top",
-    "quit",
-    "",
-    "feed 1\0",
-]
-
-
 @pytest.mark.parametrize("line", BAD_LINES)
 def test_a_bad_line_is_named(run, line):
     """Both readers of a script refuse the same lines; the good line before and after it is accepted."""
@@ -277,7 +249,7 @@ def test_a_bad_line_is_named(run, line):
     assert isinstance(run("feed 1\nfeed 1\n")[0], Answer)
 
 
-@pytest.mark.parametrize("script", ["logits\n", "top 1\n", "generate 1\n", "feed 1\nreset\ntop 1\n"])
+@pytest.mark.parametrize("script", EARLY)
 def test_logits_come_after_a_feed(run, script):
     failure, _ = run(script)
     assert failure.stage == "usage"

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from devices import Device, Transport
 from export.errors import ExportError
 
-from .onnx_kv import push_board
+from .onnx_kv import CACHE, push_board
 from .own import own_runner
 
 ENVIRONMENT = "runners/coremltools"
@@ -33,4 +33,4 @@ def install(transport: Transport, device: Device, *, timeout_s: float) -> tuple[
             last = (made.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"])[-1]
             raise ExportError(f"{device.name}: {wanted} cannot be installed there: {last}")
     push_board(transport, timeout_s)
-    return ("env", "PYTHONPATH=runners", "PYTHONDONTWRITEBYTECODE=1", PYTHON, "-m", "board.coreml_main")
+    return ("env", "PYTHONPATH=runners", f"PYTHONPYCACHEPREFIX={CACHE}", PYTHON, "-m", "board.coreml_main")

@@ -20,11 +20,14 @@ from .sdk import UnavailableError, settle
 
 BOARD = Path(__file__).parent / "board"
 PYTHON = "import sys; print(*sys.version_info[:2], sep='.')"
-LEFT_OUT = (
-    *("/tests/", ".pyi", "numpy/f2py/", "numpy/_core/include/"),
-    *(f"onnxruntime/{part}/" for part in ("tools", "transformers", "quantization", "datasets")),
-)
-"""Parts of the wheels that no runner imports."""
+UNUSED = {
+    "numpy": ("core", "_core/include", "distutils", "f2py", "ma", "polynomial", "random", "testing"),
+    "onnxruntime": ("backend", "datasets", "quantization", "tools", "transformers"),
+}
+LEFT_OUT = ("/tests/", ".pyi", ".pxd", *(f"/{name}/{part}/" for name, parts in UNUSED.items() for part in parts))
+"""Parts of the wheels that no runner imports: two thirds of their files, and every file is sent by itself."""
+CACHE = "runners/pycache"
+"""Bytecode is kept, but not among the files that were pushed: those stay what they are here."""
 
 
 def install(transport: Transport, device: Device, *, timeout_s: float) -> tuple[str, ...]:
@@ -38,7 +41,7 @@ def install(transport: Transport, device: Device, *, timeout_s: float) -> tuple[
     place = f"runners/{packages.name}"
     transport.push(packages, place, timeout_s=timeout_s)
     push_board(transport, timeout_s)
-    return ("env", f"PYTHONPATH={place}:runners", "PYTHONDONTWRITEBYTECODE=1", "python3", "-m", "board.onnx_main")
+    return ("env", f"PYTHONPATH={place}:runners", f"PYTHONPYCACHEPREFIX={CACHE}", "python3", "-m", "board.onnx_main")
 
 
 def push_board(transport: Transport, timeout_s: float) -> None:

@@ -17,6 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 MOST = 10**9
+DIGITS = 1000
+"""Longer numbers are refused unread: Python raises an error of its own for them."""
+MOST_THREADS = 1024
 USAGE, LOAD, RUN = ("usage", 2), ("load", 3), ("run", 4)
 
 
@@ -51,26 +54,25 @@ class LogitsFile:
     def __init__(self, path: str | None) -> None:
         self.rows, self.crc32 = 0, 0
         try:
-            self.file = Path(path).open("wb") if path else None  # noqa: SIM115 – closed by close()
+            # unbuffered: an error belongs to the row that could not be written
+            self.file = Path(path).open("wb", buffering=0) if path else None  # noqa: SIM115 – closed by close()
         except OSError as error:
-            raise Failure(RUN, f"{path}: {error.strerror}") from None
+            raise Failure(RUN, f"cannot write {path}: {error.strerror}") from None
 
     def add(self, logits: NDArray[np.float32]) -> None:
         assert self.file is not None  # the script was checked
         data = np.ascontiguousarray(logits, "<f4").tobytes()
         self.rows, self.crc32 = self.rows + 1, zlib.crc32(data, self.crc32)
+        left = memoryview(data)
         try:
-            self.file.write(data)
+            while left:
+                left = left[self.file.write(left) :]
         except OSError as error:
-            raise Failure(RUN, f"{self.file.name}: {error.strerror}") from None
+            raise Failure(RUN, f"cannot write {self.file.name}: {error.strerror}") from None
 
     def close(self) -> None:
-        if self.file is None:
-            return
-        try:
+        if self.file is not None:
             self.file.close()
-        except OSError as error:
-            raise Failure(RUN, f"{self.file.name}: {error.strerror}") from None
 
 
 class Run:
@@ -128,7 +130,7 @@ def parse(text: str, with_logits: bool) -> list[tuple[str, list[int]]]:
     commands, answered = [], False
     for number, line in enumerate(text[:-1].split("\n") if text.endswith("\n") else text.split("\n"), 1):
         name, *words = line.split(" ")
-        numbers = [int(word) for word in words if word.isascii() and word.isdigit()]
+        numbers = [int(word) for word in words if word.isascii() and word.isdigit() and len(word) <= DIGITS]
         counts = {"reset": not words, "logits": not words, "feed": bool(words), "generate": len(words) == 1}
         good = counts.get(name, name == "top" and len(words) == 1)
         good = good and len(numbers) == len(words) and max(numbers, default=0) <= MOST
@@ -143,8 +145,22 @@ def parse(text: str, with_logits: bool) -> list[tuple[str, list[int]]]:
     return commands
 
 
+def threads(text: str) -> int:
+    """The value of --threads."""
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MOST_THREADS):
+        raise argparse.ArgumentTypeError(f"takes 1 to {MOST_THREADS}, not {text!r}")
+    return int(text)
+
+
+def file_name(text: str) -> str:
+    """The value of --logits."""
+    if not text:
+        raise argparse.ArgumentTypeError("needs a value")
+    return text
+
+
 class Arguments(argparse.ArgumentParser):
-    """Wrong usage is an answer too."""
+    """Wrong usage is an answer too, and the usage of every runner is the same."""
 
     def error(self, message: str) -> NoReturn:
         raise Failure(USAGE, message)
@@ -161,16 +177,17 @@ def memory(field: str) -> int:
 
 def answer(runner: str, runtime: str, open_session: OpenSession) -> dict[str, Any]:
     """Do what the arguments say; the JSON object of a good end."""
-    arguments = Arguments(prog="runner", add_help=False)
+    arguments = Arguments(prog="runner", add_help=False, allow_abbrev=False)
     arguments.add_argument("model")
     arguments.add_argument("script")
-    arguments.add_argument("--threads", type=int)
-    arguments.add_argument("--logits")
+    arguments.add_argument("--threads", type=threads)
+    arguments.add_argument("--logits", type=file_name)
     given = arguments.parse_args()
     try:
-        commands = parse(Path(given.script).read_text(encoding="ascii"), bool(given.logits))
-    except (OSError, UnicodeDecodeError) as error:
-        raise Failure(USAGE, f"{given.script}: {error}") from None
+        text = Path(given.script).read_bytes().decode("ascii", "replace")
+    except OSError as error:
+        raise Failure(USAGE, f"cannot read the script {given.script}: {error.strerror}") from None
+    commands = parse(text, bool(given.logits))
     before, started = memory("VmRSS:"), time.perf_counter_ns()
     try:
         session = open_session(Path(given.model), given.threads)

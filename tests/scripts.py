@@ -1,0 +1,36 @@
+"""Scripts that every runner, and every reader of a script, must refuse alike."""
+
+BAD_LINES = [
+    "feed",
+    "feed ",
+    "feed 1  2",
+    "feed 1 2 ",
+    " feed 1",
+    "feed 1\t2",
+    "feed -1",
+    "feed +1",
+    "feed 1.0",
+    "feed 0x10",
+    "feed 1_0",
+    "feed 1000000001",
+    "feed 99999999999999999999999",
+    f"feed {'9' * 5000}",
+    "feed 1\r",
+    "feed ١",
+    "feed ²",
+    "Feed 1",
+    "reset 1",
+    "reset ",
+    "logits 1",
+    "generate",
+    "generate 0",
+    "generate 1 2",
+    "top 0",
+    "top -5",
+    "top",
+    "quit",
+    "",
+    "feed 1\0",
+]
+EARLY = ["logits\n", "top 1\n", "generate 1\n", "feed 1\nreset\ntop 1\n"]
+"""Ask for logits that are not there yet."""
