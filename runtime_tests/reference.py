@@ -67,14 +67,14 @@ def forward_of(kind: Kind, model: QuantizedModel, described: Manifest) -> Forwar
 
 
 def add_noise(llama: Llama) -> None:
-    """Change the output of every norm by one float32 ulp up or down: another machine's arithmetic, imitated."""
+    """Change every output of a norm or linear by one float32 ulp up or down: another machine's arithmetic, imitated."""
     generator = torch.Generator().manual_seed(0)
 
-    def disturb(_module: RMSNorm, _inputs: Any, out: torch.Tensor) -> torch.Tensor:
+    def disturb(_module: torch.nn.Module, _inputs: Any, out: torch.Tensor) -> torch.Tensor:
         return out * (1 + 2.0**-23 * torch.randint(-1, 2, out.shape, generator=generator))
 
     for module in llama.modules():
-        if isinstance(module, RMSNorm):
+        if isinstance(module, RMSNorm | torch.nn.Linear):
             module.register_forward_hook(disturb)
 
 

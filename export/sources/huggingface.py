@@ -92,21 +92,17 @@ class FolderSource:
                 raise ExportError(f"{index_path}: {name} points at {file!r}, not at a .safetensors file beside it")
         return {name: self.folder / file for name, file in weight_map.items()}
 
-    @cached_property
-    def _handles(self) -> dict[Path, Any]:
-        return {}
-
     def _open(self, path: Path) -> Any:
-        if path not in self._handles:
-            try:
-                self._handles[path] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ExportError(f"{path}: damaged safetensors ({error}); download or save it again") from None
-        return self._handles[path]
+        """Mapped anew each time: what was read stays in memory as long as its mapping lives."""
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ExportError(f"{path}: damaged safetensors ({error}); download or save it again") from None
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: tuple(self._open(path).get_slice(name).get_shape()) for name, path in self._owner.items()}
+        files = {path: self._open(path) for path in set(self._owner.values())}
+        return {name: tuple(files[path].get_slice(name).get_shape()) for name, path in self._owner.items()}
 
     def _tensor(self, name: str) -> torch.Tensor:
         try:

@@ -36,13 +36,17 @@ PlannedMemory::PlannedMemory(const executorch::runtime::MethodMeta& meta) {
   allocator_.emplace(executorch::runtime::Span<executorch::runtime::Span<uint8_t>>(spans_.data(), spans_.size()));
 }
 
-Model::Model(const std::string& path) : module_(path, Module::LoadMode::Mmap) {
+Model::Model(const std::string& path) : Model(path, std::make_unique<Loader>(path)) {}
+
+Model::Model(const std::string& path, std::unique_ptr<Loader> loader)
+    : loader_(loader.get()), module_(std::move(loader)) {
   // the default verification trusts every offset in the file
   check(module_.load(Program::Verification::InternalConsistency), Stage::load, "cannot load " + path);
   const auto meta = module_.method_meta(kForward);
   check(meta.error(), Stage::load, "cannot find method forward of " + path);
   memory_.emplace(*meta);
   check(module_.load_method(kForward, memory_->allocator()), Stage::load, "cannot load method forward of " + path);
+  loader_->keep();
   context_length_ = constant("get_max_context_len");
   vocab_size_ = constant("get_vocab_size");
   check_inputs();

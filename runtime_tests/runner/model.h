@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "loader.h"
+
 namespace runner {
 
 /// The memory a program asks for, most of it its cache. It is resident as far as it has been used: Module's own buffers
@@ -43,11 +45,13 @@ class Model {
   int64_t context_length() const { return context_length_; }
 
  private:
+  Model(const std::string& path, std::unique_ptr<Loader> loader);
   void check_inputs();
   int64_t constant(const std::string& method);
   void execute(const int64_t* tokens, int64_t count);
 
   std::optional<PlannedMemory> memory_;  // outlives the module, whose method lies in it
+  Loader* loader_;                      // the module's
   executorch::extension::Module module_;
   int64_t vocab_size_ = 0, context_length_ = 0, longest_piece_ = 0, position_ = 0;
   const float* logits_ = nullptr;
