@@ -77,10 +77,14 @@ def connect(name: str, serial: str | None, variable: str, deadline: Deadline) ->
         if len(attached) > 1:
             raise DeviceError(f"{name}: {len(attached)} devices are attached ({', '.join(attached)}): set {variable}")
         (serial,) = attached
+    passing = PASSING
     if attached.get(serial) != READY and ":" in serial:
-        # A network device; what it prints is no answer, its state afterwards is.
+        # A network device; what these print is no answer, its state afterwards is. One that was lost stays listed as
+        # connected, and a new one is offline until it answers.
+        call(program, ["disconnect", serial], deadline)
         call(program, ["connect", serial], deadline)
-    while (state := states(program, deadline).get(serial)) in PASSING and deadline.left_s():
+        passing = PASSING | {"offline"}
+    while (state := states(program, deadline).get(serial)) in passing and deadline.left_s():
         time.sleep(0.1)
     if state != READY:
         raise DeviceError(f"{name}: {advice(serial, state)}")
@@ -108,7 +112,7 @@ def call(program: str, arguments: list[str], deadline: Deadline) -> str:
         ended = processes.call([program, *arguments], deadline)
     except TimeoutError:
         raise DeviceError(f"adb {arguments[0]}: no answer within {deadline.limit_s:g} s; try adb kill-server") from None
-    if ended.returncode and arguments[0] != "connect":
+    if ended.returncode and arguments[0] not in {"connect", "disconnect"}:
         reason = ended.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
         raise DeviceError(f"adb {arguments[0]}: {reason[-1]}")
     return ended.stdout.decode(errors="replace")

@@ -1,6 +1,7 @@
 """A finished artifact in a format of our own, and a run of every check on it, in this process where that is enough."""
 
 import json
+import logging
 import shutil
 import sys
 from contextlib import ExitStack, closing, contextmanager
@@ -177,6 +178,17 @@ def emulated(name, **size):
         pytest.skip(f"needs {lack}")
     with lab.start(name, **size) as machine:
         yield machine
+
+
+@pytest.fixture
+def notes():
+    """What `devices` warns of, whoever else has set up logging in this process."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("devices").addHandler(handler)
+    yield lines
+    logging.getLogger("devices").removeHandler(handler)
 
 
 @pytest.fixture(scope="module")

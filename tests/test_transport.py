@@ -186,11 +186,11 @@ def test_an_error_frees_the_device(transport, there):
     assert names(there) == []
 
 
-def test_the_lock_of_a_dead_process_is_broken_with_a_note(transport, there, capsys):
+def test_the_lock_of_a_dead_process_is_broken_with_a_note(transport, there, notes):
     ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     put_lock(there, replace(lock.Owner.this_process(), pid=int(ended.stdout)))
     with transport.lock():
-        assert "is dead; its lock is broken" in capsys.readouterr().err
+        assert "is dead; its lock is broken" in notes[0]
         assert names(there) == [".lock/owner"]
 
 
