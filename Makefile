@@ -15,7 +15,7 @@ DEVICES := $(sort $(basename $(notdir $(wildcard devices/*.yaml))))
 FOLDERS := $(TARGETS:%=build/$(MODEL)_$(QUANT)_%)
 WEIGHTS := $(if $(SOURCE),--source $(SOURCE))
 
-.PHONY: all setup build validate test lint unit bench devices lab baseline tiny golden readme lock clean help $(DEVICES)
+.PHONY: all setup build validate test lint unit bench bench-docs devices lab baseline tiny golden readme lock clean help $(DEVICES)
 
 all: build validate
 
@@ -69,6 +69,9 @@ unit: setup
 bench: setup                        ## our artifacts against the stock exporters' on the same weights, interleaved
 	@$(PY) -m runtime_tests.bench $(MODEL) $(QUANT)
 
+bench-docs: setup                   ## the same with exports timed, written to docs/benchmarks.md (on a quiet machine)
+	@$(PY) -m runtime_tests.bench $(MODEL) $(QUANT) --export --write
+
 golden: setup                       ## rewrite the exact answers of the tiny model
 	@for quant in fp32 int4-g32; do $(PY) -m runtime_tests.golden tiny $$quant; done
 
@@ -83,5 +86,5 @@ clean:                              ## remove build/ (artifacts, caches, reports
 	rm -rf build
 
 help:
-	@sed -n 's/^\([a-z$$()A-Z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | sed 's/\$$(DEVICES)/DEVICE/' | expand -t 20
+	@sed -n 's/^\([a-z$$()A-Z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | sed 's/\$$(DEVICES)/DEVICE/' | expand -t 20
 	@echo "  devices: $(DEVICES)   targets: $(TARGETS)   MODEL=$(MODEL) QUANT=$(QUANT) SOURCE=$(SOURCE)"

@@ -20,7 +20,8 @@ channel: ours reads more bytes for each decoded token. The builder's other row h
 pays with a float embedding: its options cannot share an int8 table (version 0.18), nor does `rtn_last` change a tied \
 head.
 - Both .pte files are stepped by the same Python calls; TextLLMRunner is ExecuTorch's own loop and counts \
-milliseconds, tokenization and sampling included.
+milliseconds, tokenization and sampling included. Our C++ runner, the one for devices, times its own steps; each of \
+its passes is a process of its own, and its memory is without Python and torch.
 - Stepped rows time the model alone, the others choose the token inside the clock.
 - KL and top-1 agreement: mean over {positions} positions of the evaluation `{evaluation}` against the fp32 \
 checkpoint, prefill and then token by token through the runtime of the row. Compare rows, not models: {checkpoint}."""
