@@ -67,7 +67,9 @@ def exporters(run: Benchmark) -> list[str]:
         "the stock ones given the weights in the form they read, timed when their artifacts were made. Not "
         "interleaved: what else ran then counts."
     )
-    return ["## Export", tables.markdown(tables.exports(run)), note]
+    unknown = [cost.label for cost in run.exports if cost.load_average_1min is None]
+    left_out = [f"Not shown: {', '.join(unknown)}, timed while something unknown ran beside it."] if unknown else []
+    return ["## Export", tables.markdown(tables.exports(run)), note, *left_out]
 
 
 def conditions(run: Benchmark) -> str:

@@ -86,16 +86,17 @@ def fastest(run: Benchmark, ours: str, theirs: str) -> str:
 
 
 def exports(run: Benchmark) -> list[Row]:
-    """Header and a row per exporter."""
+    """Header and a row per exporter; a time means nothing where it is not known what else ran."""
     header: Row = ("exporter", "seconds", "peak RSS GB", "load average when it started")
     rows = [
         (
             cost.label,
             f"{cost.seconds:.0f}",
             f"{cost.peak_rss_bytes / 1e9:.1f}",
-            NONE if cost.load_average_1min is None else f"{cost.load_average_1min:.1f}",
+            f"{cost.load_average_1min:.1f}",
         )
         for cost in run.exports
+        if cost.load_average_1min is not None
     ]
     return [header, *rows]
 
