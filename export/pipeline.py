@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from . import artifact, backends, card, checkpoint, disk, manifest, quantize, tokenizer
+from . import artifact, backends, card, checkpoint, disk, manifest, memory, quantize, tokenizer
 from .backends import Build
 from .manifest import Manifest
 from .plan import Architecture, Plan
@@ -25,6 +25,7 @@ def export(plan: Plan, source: str | None, out: Path) -> Manifest:
             build = Build(plan, tokenizer.write(weights.source, folder, weights.architecture.vocab_size), folder)
         with stage("quantize", plan.quant.description):
             model = quantize.quantize(weights, plan.quant, CACHE)
+            memory.give_back()
         with stage("lower", plan.target.description):
             lowered = backend.lower(model, build)
         with stage("describe"):
