@@ -177,6 +177,8 @@ class Target(Strict):
     """File or folder the artifact is, inside the artifact folder."""
     activations: Literal["none", "int8-per-token"]
     """Activation quantization the runtime adds; the eager reference does the same."""
+    logits: Literal["last", "all"]
+    """Positions of a prompt that the artifact gives logits of."""
     limits: TargetLimits
     limits_on: dict[str, TargetLimits]
     """Other limits on processors whose kernels round otherwise, by the ABI a device reports."""

@@ -29,6 +29,7 @@ TARGET = Target(
     session="fake",
     artifact="model.safetensors",
     activations="none",
+    logits="last",
     limits=TargetLimits(max_mean_kl=1e-4, min_top1=0.99, min_sqnr_db=40, min_probe_sqnr_db=None, compared_tokens=None),
     limits_on={},
 )

@@ -53,11 +53,18 @@ def test_measured_rows_appear(described):
 
 @pytest.mark.parametrize(
     ("backend", "words"),
-    [("pte", "TextLLMRunner"), ("pte", "llama_main"), ("onnx_kv", "og.Generator"), ("onnx_kv", "lm_eval"),
+    [("pte", "TextLLMRunner"), ("pte", "llama_main"), ("onnx_kv", "og.Generator"), ("onnx_kv", "logits: all"),
      ("mlpackage", "make_state"), ("mlpackage", "causalMask")],
 )  # fmt: skip
 def test_every_format_shows_its_stock_clients(described, backend, words):
     assert words in card.render(with_backend(described, backend), [])
+
+
+def test_an_artifact_that_scores_prompts_shows_lm_eval(described):
+    onnx = with_backend(described, "onnx_kv")
+    assert "lm_eval --model" not in card.render(onnx, [])
+    contract = onnx.contract.model_copy(update={"logits": "all"})
+    assert "lm_eval --model" in card.render(onnx.model_copy(update={"contract": contract}), [])
 
 
 def test_a_backend_without_instructions_is_refused(described):

@@ -285,6 +285,8 @@ def refused(plan: Plan, **changes: Any) -> str:
 def test_refuses_activation_quantization(plan):
     target = plan.target.model_copy(update={"activations": "int8-per-token"})
     assert "q_proj.weight: activations 'int8-per-token'" in refused(plan, target=target)
+    target = plan.target.model_copy(update={"logits": "last"})
+    assert "set `logits: all`" in refused(plan, target=target)
 
 
 def test_refuses_bits_core_ml_cannot_store(plan):

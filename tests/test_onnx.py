@@ -12,7 +12,7 @@ import torch
 from export import checkpoint, manifest, plan
 from export.backends import onnx_kv
 from export.backends._onnx_activations import sensitive
-from export.backends._onnx_weights import block_size
+from export.backends._onnx_weights import block_size, brain_floats
 from export.errors import ExportError
 from export.pipeline import CACHE, export
 from export.quantize import EMBEDDING, QuantizedModel, eager, quantize, quantized_names
@@ -24,8 +24,8 @@ PER_CHANNEL_8 = plan.WeightScheme(bits=8, group_size=None)
 GROUPS_4 = plan.WeightScheme(bits=4, group_size=32)
 
 
-def tiny(quant="int4-g32", linear=None, table=None, tied=True) -> plan.Plan:
-    """The tiny plan with another recipe, linear scheme, embedding/head scheme, or an untied head."""
+def tiny(quant="int4-g32", linear=None, table=None, tied=True, logits="last") -> plan.Plan:
+    """The tiny plan with another recipe, linear scheme, embedding/head scheme, an untied head, or all logits."""
     p = plan.load_plan("tiny", quant, "onnx-cpu")
     recipe = p.quant.model_copy(
         update={
@@ -37,7 +37,8 @@ def tiny(quant="int4-g32", linear=None, table=None, tied=True) -> plan.Plan:
     model = p.model.model_copy(
         update={"architecture": p.model.architecture.model_copy(update={"tie_word_embeddings": tied})}
     )
-    return p.model_copy(update={"quant": recipe, "model": model})
+    target = p.target.model_copy(update={"logits": logits})
+    return p.model_copy(update={"quant": recipe, "model": model, "target": target})
 
 
 def quantized(folder: Path) -> QuantizedModel:
@@ -108,10 +109,18 @@ def untied(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def lm_eval_model(untied):
+def all_logits(tmp_path_factory) -> Path:
+    """For clients that score prompts: the same untied model with the logits of every position."""
+    out = tmp_path_factory.mktemp("onnx") / "all"
+    export(tiny(tied=False, logits="all"), None, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def lm_eval_model(all_logits):
     from lm_eval.models.onnxruntime_genai import ONNXRuntimeGenAILM
 
-    return ONNXRuntimeGenAILM(str(untied), max_gen_toks=12)
+    return ONNXRuntimeGenAILM(str(all_logits), max_gen_toks=12)
 
 
 def test_integers_and_scales_in_the_file_are_the_quantizers(artifact):
@@ -135,16 +144,36 @@ def test_a_flipped_nibble_shows_in_the_read_back(artifact, tmp_path):
         assert_same_integers(copy_with(artifact, tmp_path / "bad", "model.layers.0.mlp.down_proj.weight.q", flip))
 
 
-def test_repeated_channel_scales_that_differ_are_refused(artifact, tmp_path):
-    folder = tmp_path / "channel"
-    export(tiny(linear=PER_CHANNEL_8), None, folder)
+def test_per_channel_integers_and_scales_are_the_quantizers(tmp_path):
+    export(tiny(linear=PER_CHANNEL_8), None, tmp_path / "channel")
+    recipe = manifest.read(tmp_path / "channel").plan.quant
+    assert recipe.linear == PER_CHANNEL_8
+    assert_same_integers(tmp_path / "channel")
 
-    def flip(scales):
-        scales[7, 1] *= 2
 
-    name = "model.layers.0.mlp.down_proj.weight.scale"  # 512 columns: blocks of 32
-    with pytest.raises(ExportError, match="differs within a channel"):
-        readback(copy_with(folder, tmp_path / "bad", name, flip))
+def test_scales_that_the_graph_changes_are_refused(artifact, tmp_path):
+    bad = shutil.copytree(artifact, tmp_path / "bad")
+    proto = onnx.load(bad / "model.onnx", load_external_data=False)
+    cast = next(
+        node for node in proto.graph.node if node.output[0] == "model.layers.1.mlp.down_proj.weight.scale.float"
+    )
+    cast.op_type = "Exp"
+    (bad / "model.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(ExportError, match=r"down_proj.*scales are computed by Exp"):
+        readback(bad)
+
+
+def test_scales_are_stored_as_the_quantizer_chose_them(artifact):
+    """Two bytes each, one per group or row; onnxruntime gets float32 when it loads the file."""
+    initializers = onnx.load(artifact / "model.onnx", load_external_data=False).graph.initializer
+    scales = {t.name: t for t in initializers if t.name.endswith(".scale")}
+    assert {onnx.TensorProto.DataType.Name(t.data_type) for t in scales.values()} == {"BFLOAT16"}
+    assert list(scales[f"{EMBEDDING}.scale"].dims) == [512, 1]
+
+
+def test_a_scale_that_is_no_bfloat16_is_refused():
+    with pytest.raises(ExportError, match="not a bfloat16"):
+        brain_floats(torch.tensor([[1.0], [1.001]]))
 
 
 def test_a_truncated_data_file_is_refused(artifact, tmp_path):
@@ -326,6 +355,27 @@ def test_onnxruntime_genai_reads_the_tokenizer_files(artifact):
     theirs, ours, text = og.Tokenizer(og.Model(str(artifact))), load_tokenizer(artifact), "Grüße aus Köln, 1 + 1 = 2"
     assert theirs.encode(text).tolist() == ours.encode(text)
     assert theirs.decode(theirs.encode(text)) == text
+
+
+def test_logits_of_every_position_end_in_those_of_the_last(untied, all_logits):
+    """Nothing but the outputs differs; shorter products may round otherwise in the last bit."""
+    ids = tokens(PREFILL)
+    last, every = (session_of(folder).feed(ids) for folder in (untied, all_logits))
+    np.testing.assert_allclose(last, every, atol=1e-4)
+    for folder, positions in ((untied, 1), (all_logits, PREFILL)):
+        assert generate_prompt_logits(folder, ids).shape[1] == positions
+
+
+def generate_prompt_logits(folder: Path, ids: list[int]) -> np.ndarray:
+    """What onnxruntime-genai has after a prompt."""
+    import onnxruntime_genai as og
+
+    model = og.Model(str(folder))
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=PREFILL + 1)
+    generator = og.Generator(model, params)
+    generator.append_tokens(ids)
+    return generator.get_output("logits")
 
 
 def test_lm_evaluation_harness_scores_as_our_session_does(untied, lm_eval_model):

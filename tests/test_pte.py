@@ -189,6 +189,7 @@ def test_a_truncated_file_is_refused(folder, tmp_path):
     ("quant", "target", "message"),
     [
         ({}, {"activations": "none"}, "weight-only linears wrongly"),
+        ({}, {"logits": "all"}, "set `logits: last`"),
         ({"linear": {"bits": 4, "group_size": 16}}, {}, r"layers\.0\.self_attn\.q_proj.*multiple of 32"),
         ({"linear": {"bits": 8, "group_size": 32}}, {}, "no int8 groups"),
         ({"embedding": {"bits": 4, "group_size": 32}}, {}, "embedding must be int8 per channel"),

@@ -35,6 +35,10 @@ class Graph:
         self.nodes: list[Any] = []
         self.embedding: Codes | str | None = None
         """What a tied head multiplies with: codes, or the name of the float matrix."""
+        self.scales: dict[str, str] = {}
+        """Stored scales → the float32 scales of every block."""
+        self.last_index = ""
+        """Initializer [-1]."""
         self.attention: tuple[str, ...] = ()
         """Inputs every GroupQueryAttention shares: sequence lengths and RoPE tables."""
 
@@ -64,12 +68,17 @@ class Graph:
 def build(model: QuantizedModel, data: DataFile, contract: IOContract) -> Any:
     """The ModelProto; weights are appended to `data` in execution order."""
     graph = Graph(model, data)
+    graph.last_index = graph.constant("last_index", [-1])
     graph.attention = (*sequence_lengths(graph), *rope(graph, contract.kv.context_length))
     x = embed(graph)
     names = norm_names(model.architecture)
     normed = first_norm(graph, x, names[0])
-    for i in range(model.architecture.num_hidden_layers):
-        normed, x = add_norm(graph, x, attend(graph, normed, i), names[2 * i + 1])
+    last = model.architecture.num_hidden_layers - 1
+    for i in range(last + 1):
+        attended = attend(graph, normed, i)
+        if i == last and contract.logits == "last":  # nothing after the last cache needs the other positions
+            attended, x = last_position(graph, attended), last_position(graph, x)
+        normed, x = add_norm(graph, x, project_out(graph, attended, i), names[2 * i + 1])
         normed, x = add_norm(graph, x, feed_forward(graph, normed, i), names[2 * i + 2])
     head(graph, normed)
     return assemble(graph, contract)
@@ -116,7 +125,7 @@ def embed(graph: Graph) -> str:
     # The gather takes codes and scales of one rank. Reshaping the scales (and the few rows gathered) rather than the
     # codes leaves one copy of the codes in memory too: onnxruntime folds a reshape of a constant into a new constant.
     shape = graph.constant("embedding_scale_shape", [codes.rows, codes.blocks, 1])
-    scale = graph.node("Reshape", [codes.scale, shape], "embedding_scale")
+    scale = graph.node("Reshape", [block_scales(graph, codes), shape], "embedding_scale")
     attributes = {"bits": codes.bits, "block_size": codes.block, "gather_axis": 0, "quantize_axis": 2}
     rows = graph.node("GatherBlockQuantized", [codes.q, "input_ids", scale], "embedded_blocks", attributes)
     return graph.node("Reshape", [rows, graph.constant("embedded_shape", [0, 0, codes.columns])], "embedded")
@@ -152,8 +161,18 @@ def attend(graph: Graph, x: str, i: int) -> str:
     past = (f"past_key_values.{i}.key", f"past_key_values.{i}.value")
     outputs = [f"{layer}.out", f"present.{i}.key", f"present.{i}.value"]
     inputs = [*project_qkv(graph, x, layer), *past, *graph.attention]
-    attended = graph.node("GroupQueryAttention", inputs, outputs, attributes)
-    return linear(graph, attended, f"{layer}.o_proj.weight", [f"{layer}.o_proj.weight"])
+    return graph.node("GroupQueryAttention", inputs, outputs, attributes)
+
+
+def project_out(graph: Graph, attended: str, i: int) -> str:
+    """The heads' outputs back to the residual stream."""
+    name = f"model.layers.{i}.self_attn.o_proj.weight"
+    return linear(graph, attended, name, [name])
+
+
+def last_position(graph: Graph, x: str) -> str:
+    """[B, S, N] → [B, 1, N]."""
+    return graph.node("Gather", [x, graph.last_index], f"{x}.last", {"axis": 1})
 
 
 def project_qkv(graph: Graph, x: str, layer: str) -> tuple[str, str, str]:
@@ -210,7 +229,21 @@ def multiply(graph: Graph, x: str, codes: Codes, name: str, *, level: int) -> st
     """x [B, S, K] · codesᵀ."""
     attributes = {"K": codes.columns, "N": codes.rows, "bits": codes.bits, "block_size": codes.block}
     attributes["accuracy_level"] = level
-    return graph.node("MatMulNBits", [x, codes.q, codes.scale], f"{name}.out", attributes)
+    return graph.node("MatMulNBits", [x, codes.q, block_scales(graph, codes)], f"{name}.out", attributes)
+
+
+def block_scales(graph: Graph, codes: Codes) -> str:
+    """The stored scales as onnxruntime wants them, float32 [N, blocks].
+
+    onnxruntime computes this once, when it loads the model, so the file keeps half the bytes.
+    """
+    if codes.scale not in graph.scales:
+        scale = graph.node("Cast", [codes.scale], f"{codes.scale}.float", {"to": TensorProto.FLOAT})
+        if codes.per_channel:
+            shape = graph.constant(f"{codes.scale}.shape", [codes.rows, codes.blocks])
+            scale = graph.node("Expand", [scale, shape], f"{codes.scale}.blocks")
+        graph.scales[codes.scale] = scale
+    return graph.scales[codes.scale]
 
 
 def multiply_float(graph: Graph, x: str, weight: str, name: str) -> str:
@@ -219,7 +252,7 @@ def multiply_float(graph: Graph, x: str, weight: str, name: str) -> str:
 
 
 def head(graph: Graph, x: str) -> None:
-    """[B, S, hidden] → logits [B, S, V]; a tied head is the embedding's own initializer."""
+    """[B, S or 1, hidden] → logits [B, S or 1, V]; a tied head is the embedding's own initializer."""
     if not graph.architecture.tie_word_embeddings:
         out = linear(graph, x, HEAD, [HEAD])
     elif isinstance(graph.embedding, Codes):

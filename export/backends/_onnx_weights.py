@@ -1,8 +1,9 @@
 """Weights in and out of model.onnx.data: our integers in MatMulNBits' layout. Knows nothing about the graph.
 
 Layout: `NAME.q` uint8 [N, blocks, block · bits / 8], codes offset by 2^(bits-1) so that no zero points are needed, of
-two 4-bit codes the even column in the low nibble; `NAME.scale` float32 [N, blocks]. A per-channel scheme has no block
-size onnxruntime takes, so its one scale per row is repeated over blocks that divide the row.
+two 4-bit codes the even column in the low nibble; `NAME.scale` bfloat16 [N, groups], as the quantizer chose them; the
+graph makes float32 of them, and of a row's one scale as many as it has blocks (a per-channel scheme has no block size
+onnxruntime takes).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,6 @@ spoils as many channels as its block has: KL of the head alone on SmolLM2-135M (
 32, 0.0020 with 64, 0.0048 with 192. Time hardly depends on it: a head of 128,256 × 2,048 takes 22.4 ms with blocks of
 128 and 256, 23.0 with 64, 24.8 with 32."""
 PAGE = 4096
-GRANULARITY = "granularity"
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,12 @@ class Codes:
     columns: int
     bits: int
     block: int
+    per_channel: bool
+    """One stored scale per row."""
 
     @property
     def blocks(self) -> int:
         return self.columns // self.block
-
-    @property
-    def size_bytes(self) -> int:
-        return self.rows * (self.columns * self.bits // 8 + self.blocks * 4)
 
 
 class DataFile:
@@ -58,18 +56,16 @@ class DataFile:
         self.location = location
         self.tensors: list[Any] = []
 
-    def add(self, name: str, values: NDArray[Any], granularity: str = "") -> str:
+    def add(self, name: str, values: NDArray[Any]) -> str:
         """Append one array; tensors of a page or more start on a page, so that they can be memory-mapped."""
         alignment = PAGE if values.nbytes >= PAGE else 64
         offset = -(-self.file.tell() // alignment) * alignment
         self.file.write(bytes(offset - self.file.tell()))
-        self.file.write(np.ascontiguousarray(values).data.cast("B"))
+        self.file.write(np.ascontiguousarray(values).view(np.uint8).data)
         tensor = TensorProto(name=name, dims=values.shape, data_type=helper.np_dtype_to_tensor_dtype(values.dtype))
         tensor.raw_data = b""  # set_external_data wants the field; the bytes are in the data file
         external_data_helper.set_external_data(tensor, self.location, offset=offset, length=values.nbytes)
         tensor.ClearField("raw_data")
-        if granularity:
-            helper.set_model_props(tensor, {GRANULARITY: granularity})
         self.tensors.append(tensor)
         return name
 
@@ -77,14 +73,21 @@ class DataFile:
         """Append quantized matrices of one scheme (IntxUnpackedToInt8Tensor), stacked along their rows."""
         columns = weights[0].shape[1]
         block = block_size(scheme, columns)
-        repeat = 1 if scheme.group_size else columns // block
         packed = [
             pack(weight.qdata.numpy(), scheme.bits).reshape(len(weight), columns // block, -1) for weight in weights
         ]
-        scales = [weight.scale.to(torch.float32).numpy().repeat(repeat, axis=1) for weight in weights]
         q = self.add(f"{name}.q", packed[0] if len(packed) == 1 else np.concatenate(packed))
-        scale = self.add(f"{name}.scale", np.concatenate(scales), "group" if scheme.group_size else "channel")
-        return Codes(q, scale, sum(len(part) for part in packed), columns, scheme.bits, block)
+        scale = self.add(f"{name}.scale", np.concatenate([brain_floats(weight.scale) for weight in weights]))
+        rows = sum(len(part) for part in packed)
+        return Codes(q, scale, rows, columns, scheme.bits, block, per_channel=not scheme.group_size)
+
+
+def brain_floats(scale: torch.Tensor) -> NDArray[Any]:
+    """Scales as bfloat16; the quantizer rounds them so before it chooses integers, and nothing is lost here."""
+    short = scale.to(torch.bfloat16)
+    if not torch.equal(short.to(scale.dtype), scale):
+        raise ExportError("a scale is not a bfloat16; scales are rounded before the integers are chosen")
+    return short.contiguous().view(torch.int16).numpy().view(helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16))
 
 
 def block_size(scheme: WeightScheme, columns: int) -> int:
@@ -131,17 +134,7 @@ class StoredTensors:
     def weight(self, codes: Codes) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
         """Integers [N, K] and scales [N, groups] of one stored matrix; per channel: one column."""
         qdata = unpack(self.read(codes.q).reshape(codes.rows, -1), codes.bits)
-        scale = np.array(self.read(codes.scale))
-        if properties(self.tensors[codes.scale])[GRANULARITY] == "group":
-            return qdata, scale
-        if (scale != scale[:, :1]).any():
-            raise ExportError(f"{self.folder}: {codes.scale} differs within a channel; build the artifact again")
-        return qdata, scale[:, :1]
-
-
-def properties(tensor: Any) -> Mapping[str, str]:
-    """What we noted beside a tensor."""
-    return {entry.key: entry.value for entry in tensor.metadata_props}
+        return qdata, self.read(codes.scale).astype(np.float32)
 
 
 def split(qdata: NDArray[np.int8], scale: NDArray[np.float32], rows: Mapping[str, int]) -> Iterator[StoredWeight]:

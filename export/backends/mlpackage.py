@@ -28,6 +28,11 @@ def check(plan: Plan, architecture: Architecture) -> None:
             f"target {plan.target.name!r}: {first}: activations {plan.target.activations!r}, but Core ML quantizes no "
             "activations at run time; set `activations: none`"
         )
+    if plan.target.logits != "all":
+        raise ExportError(
+            f"target {plan.target.name!r}: logits {plan.target.logits!r}, but Apple's convention has those of every "
+            "position; set `logits: all`"
+        )
     if not plan.target.artifact.endswith(".mlpackage"):
         raise ExportError(f"target {plan.target.name!r}: artifact {plan.target.artifact!r} must end in .mlpackage")
     if architecture.head_dim % 2:

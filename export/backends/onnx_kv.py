@@ -1,12 +1,12 @@
 """ONNX for onnxruntime on CPUs: model.onnx, model.onnx.data, genai_config.json. Chooses no integers.
 
-onnxruntime-genai runs the folder as it is. Every logit position is an output, because lm-evaluation-harness scores
-prompts through onnxruntime-genai with them.
+onnxruntime-genai runs the folder as it is. A target chooses whether a prompt yields the logits of its last position,
+which is what generation needs, or of every one, for clients that score prompts.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def check_block(plan: Plan, name: str, columns: int) -> None:
 
 def lower(model: QuantizedModel, build: Build) -> Lowered:
     """Stream the weights to model.onnx.data, then write the graph and onnxruntime-genai's configuration."""
-    contract = contract_of(model.architecture, build.plan.model.context_length)
+    contract = contract_of(model.architecture, build.plan)
     with (build.folder / f"{FILE}.data").open("wb") as file:
         proto = build_graph(model, DataFile(file, f"{FILE}.data"), contract)
     (build.folder / FILE).write_bytes(proto.SerializeToString(deterministic=True))
@@ -72,9 +72,9 @@ def lower(model: QuantizedModel, build: Build) -> Lowered:
     return Lowered(contract, facts(proto, model.architecture))
 
 
-def contract_of(architecture: Architecture, context_length: int) -> IOContract:
+def contract_of(architecture: Architecture, plan: Plan) -> IOContract:
     """Inputs and outputs as onnxruntime-genai's own builder names them."""
-    a, layers = architecture, range(architecture.num_hidden_layers)
+    a, layers, context_length = architecture, range(architecture.num_hidden_layers), plan.model.context_length
     kinds = [(i, kind) for i in layers for kind in ("key", "value")]
     past, present = (
         tuple(
@@ -89,7 +89,8 @@ def contract_of(architecture: Architecture, context_length: int) -> IOContract:
     )
     ids = TensorSpec(name="input_ids", dtype="int64", shape=("batch_size", "sequence_length"))
     mask = TensorSpec(name="attention_mask", dtype="int64", shape=("batch_size", "total_sequence_length"))
-    logits = TensorSpec(name="logits", dtype="float32", shape=("batch_size", "sequence_length", a.vocab_size))
+    positions: str | int = "sequence_length" if plan.target.logits == "all" else 1
+    logits = TensorSpec(name="logits", dtype="float32", shape=("batch_size", positions, a.vocab_size))
     return IOContract(
         inputs=(ids, mask, *past),
         outputs=(logits, *present),
@@ -103,7 +104,7 @@ def contract_of(architecture: Architecture, context_length: int) -> IOContract:
             context_length=context_length,
         ),
         max_prefill=context_length,
-        logits="all",
+        logits=plan.target.logits,
     )
 
 
@@ -113,7 +114,8 @@ def facts(proto: Any, architecture: Architecture) -> dict[str, int | float | str
     levels = Counter(entry.i for node in proto.graph.node for entry in node.attribute if entry.name == "accuracy_level")
     shared = 0
     if architecture.tie_word_embeddings:
-        stored = (tensor for tensor in proto.graph.initializer if tensor.name.startswith(EMBEDDING))
+        table = (tensor for tensor in proto.graph.initializer if tensor.name.startswith(EMBEDDING))
+        stored = (tensor for tensor in table if onnx.external_data_helper.uses_external_data(tensor))
         shared = sum(onnx.external_data_helper.ExternalDataInfo(tensor).length for tensor in stored)
     return {
         "nodes": sum(counts.values()),
@@ -130,27 +132,39 @@ def read_weights(artifact: Path, architecture: Architecture) -> Iterator[StoredW
     path = artifact / FILE if artifact.is_dir() else artifact
     graph = onnx.load(path, load_external_data=False).graph
     tensors = StoredTensors(graph.initializer, path.parent)
+    makers = {output: node for node in graph.node for output in node.output}
     seen = set()
     for node in graph.node:
-        codes = codes_of(node, tensors)
+        codes = codes_of(node, tensors, makers)
         if codes and codes.q not in seen:
             seen.add(codes.q)
             yield from split(*tensors.weight(codes), rows_of(codes, architecture))
 
 
-def codes_of(node: Any, tensors: StoredTensors) -> Codes | None:
+def codes_of(node: Any, tensors: StoredTensors, makers: Mapping[str, Any]) -> Codes | None:
     """The quantized matrix a node multiplies with or gathers from."""
     attributes = {entry.name: entry.i for entry in node.attribute}
     if node.op_type == "MatMulNBits":
-        return Codes(
-            node.input[1], node.input[2], attributes["N"], attributes["K"], attributes["bits"], attributes["block_size"]
-        )
-    if node.op_type == "GatherBlockQuantized":
-        rows, blocks, _ = tensors.tensors[node.input[0]].dims
+        q, scale, rows, columns = node.input[1], node.input[2], attributes["N"], attributes["K"]
+    elif node.op_type == "GatherBlockQuantized":
+        q, scale = node.input[0], node.input[2]
+        rows, blocks, _ = tensors.tensors[q].dims
         columns = blocks * attributes["block_size"]
-        scale = node.input[0].removesuffix(".q") + ".scale"
-        return Codes(node.input[0], scale, rows, columns, attributes["bits"], attributes["block_size"])
-    return None
+    else:
+        return None
+    stored = stored_scale(scale, makers)
+    per_channel = tensors.tensors[stored].dims[1] == 1
+    return Codes(q, stored, rows, columns, attributes["bits"], attributes["block_size"], per_channel)
+
+
+def stored_scale(name: str, makers: Mapping[str, Any]) -> str:
+    """The initializer a node's scales are made of."""
+    while name in makers:
+        maker = makers[name]
+        if maker.op_type not in {"Cast", "Expand", "Reshape"}:
+            raise ExportError(f"{name}: scales are computed by {maker.op_type}; build the artifact again")
+        name = maker.input[0]
+    return name
 
 
 def rows_of(codes: Codes, architecture: Architecture) -> dict[str, int]:

@@ -69,7 +69,8 @@ class OnnxSession:
     def _run(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """One call with tokens [1, S]; logits [V] of the last."""
         new = tokens.shape[1]
-        logits = self.logits if new == 1 else np.empty((1, new, self.vocab_size), np.float32)
+        positions = new if self.contract.logits == "all" else 1
+        logits = self.logits if positions == 1 else np.empty((1, positions, self.vocab_size), np.float32)
         self.binding.bind_cpu_input("input_ids", tokens)
         self.binding.bind_cpu_input("attention_mask", self.mask[:, : self.length + new])
         self.binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)

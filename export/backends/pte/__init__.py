@@ -20,6 +20,11 @@ def check(plan: Plan, architecture: Architecture) -> None:
             f"{rule}: XNNPACK computes weight-only linears wrongly (output = reference / scale); "
             "set `activations: int8-per-token` in the target"
         )
+    if plan.target.logits != "last":
+        raise ExportError(
+            f"target {plan.target.name!r}: logits {plan.target.logits!r}, but the program has those of the last "
+            "position only; set `logits: last`"
+        )
     for name in quantized_names(architecture, plan.quant):
         scheme = scheme_of(plan.quant, name)
         assert scheme is not None
