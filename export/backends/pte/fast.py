@@ -146,7 +146,7 @@ def identical(a: Any, b: Any) -> bool:
         return True
     if isinstance(a, torch.Tensor | torch.SymInt | torch.SymFloat | torch.SymBool):
         return False
-    if isinstance(a, list) and isinstance(b, list):
+    if isinstance(a, list | tuple) and type(a) is type(b):
         return len(a) == len(b) and all(map(identical, a, b))
     return type(a) is type(b) and bool(a == b)
 

@@ -125,6 +125,7 @@ class Layer(nn.Module):
         self.key_cache = nn.Buffer(torch.zeros(shape), persistent=False)
         self.value_cache = nn.Buffer(torch.zeros(shape), persistent=False)
         self.heads, self.kv_heads, self.head_dim = a.num_attention_heads, a.num_key_value_heads, a.head_dim
+        self.last = index == a.num_hidden_layers - 1
 
     def forward(self, x: Tensor, start: int, cos: Tensor, sin: Tensor, c: Constants) -> Tensor:
         h = self.activation(c.normalize(x, self.norm_1))
@@ -137,7 +138,10 @@ class Layer(nn.Module):
         torch.ops.llama.update_cache(k, self.key_cache, start)
         torch.ops.llama.update_cache(v, self.value_cache, start)
         attended = torch.ops.llama.custom_sdpa(q, self.key_cache, self.value_cache, start, None, 0.0, True)
-        x = x + self.o(self.activation(attended.view(1, -1, self.heads * self.head_dim)))
+        attended = attended.view(1, -1, self.heads * self.head_dim)
+        if self.last:  # nothing after the last cache needs the other positions
+            x, attended = x[:, -1:], attended[:, -1:]
+        x = x + self.o(self.activation(attended))
         h = self.activation(c.normalize(x, self.norm_2))
         gate, up = self.gate(h), self.up(h)
         out: Tensor = x + self.down(self.activation(gate * torch.sigmoid(gate) * up))
@@ -170,6 +174,6 @@ class PteLlama(nn.Module):
         x = self.embedding(tokens)
         for layer in self.layers:
             x = layer(x, start, cos, sin, c)
-        x = c.normalize(x[:, -1:], self.norm)
+        x = c.normalize(x, self.norm)
         out: Tensor = self.head(quantize_activation(x) if isinstance(self.head, QuantizedLinear) else x)
         return out
