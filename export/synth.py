@@ -11,8 +11,9 @@ import typer
 from safetensors.torch import save_file
 
 from .cli import run
+from .config_json import config_json
 from .errors import ExportError
-from .plan import Architecture, ModelSpec, load_named
+from .plan import ModelSpec, load_named
 from .progress import track
 from .sources.seeded import SeededSource
 
@@ -45,7 +46,8 @@ def main(
 
 def write(source: SeededSource, folder: Path) -> None:
     """All files of the checkpoint, one shard in memory at a time."""
-    (folder / "config.json").write_text(json.dumps(config(source.architecture), indent=2) + "\n", encoding="utf-8")
+    config = config_json(source.architecture, torch.bfloat16)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_tokenizer(source, folder)
     weight_map: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
@@ -75,14 +77,6 @@ def write_tokenizer(source: SeededSource, folder: Path) -> None:
         llama3_tokenizer.write(package_file("llama_models/llama3/tokenizer.model"), folder)
     else:
         source.write_tokenizer(folder)
-
-
-def config(a: Architecture) -> dict[str, object]:
-    """config.json as transformers writes it for Llama."""
-    fields = a.model_dump()
-    if a.rope_scaling:
-        fields["rope_scaling"] = {"rope_type": "llama3", **a.rope_scaling.model_dump()}
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16", **fields}
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from export import manifest
 from export.checkpoint import Checkpoint
+from export.config_json import config_json
 from export.manifest import ROOT, Manifest
 from export.model import Llama, RMSNorm
 from export.quantize import HEAD, QuantizedModel, eager
@@ -83,13 +84,10 @@ def hugging_face(checkpoint: Checkpoint) -> Forward:
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    a = checkpoint.architecture
-    scaling = {"rope_type": "llama3", **a.rope_scaling.model_dump()} if a.rope_scaling else {"rope_type": "default"}
-    fields = a.model_dump(exclude={"rope_theta", "rope_scaling"})
-    config = LlamaConfig(**fields, rope_parameters={"rope_theta": a.rope_theta, **scaling})
+    config = LlamaConfig.from_dict(config_json(checkpoint.architecture, torch.float32))
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    weights = {name: checkpoint.read(name) for name in a.tensor_shapes()}
+    weights = {name: checkpoint.read(name) for name in checkpoint.architecture.tensor_shapes()}
     weights.setdefault(HEAD, weights["model.embed_tokens.weight"])
     model.load_state_dict(weights, strict=True, assign=True)
     model.model.rotary_emb = LlamaRotaryEmbedding(config)  # its table is no weight, so meta left it empty
@@ -111,7 +109,7 @@ def locate(kind: Kind, described: Manifest, tokens: NDArray[np.int64], cache: Pa
         inputs |= {"key": described.quantization.key, "activations": described.plan.target.activations}
         inputs["code"] += [digest("export/quantize.py"), digest("export/rounding.py"), version("torchao")]
     if kind == "huggingface":
-        inputs["code"].append(version("transformers"))
+        inputs["code"] += [digest("export/config_json.py"), version("transformers")]
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     return cache / f"reference-{kind}-{key[:16]}.npy"
 

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 
-from export import checkpoint, synth, tokenizer
+from export import checkpoint, tokenizer
+from export.config_json import config_json
 from export.errors import ExportError
 from export.plan import Architecture, ModelSpec, load_named
 from export.sources import open_source
@@ -39,7 +40,7 @@ def weights(architecture=SMALL):
 def write_folder(folder, architecture=SMALL, *, dtype=torch.bfloat16, shards=1, tensors=None):
     """A Hugging Face folder with tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(synth.config(architecture)))
+    (folder / "config.json").write_text(json.dumps(config_json(architecture, dtype)))
     SeededSource("3", architecture).write_tokenizer(folder)
     tensors = {name: t.to(dtype) for name, t in (tensors or weights(architecture)).items()}
     if shards == 1:

@@ -20,6 +20,7 @@ from export.plan import ModelSpec, Plan, QuantRecipe, Target, TargetLimits, load
 from runtime_tests import __main__ as cli
 from runtime_tests import evaluation, isolation, place, worker
 from runtime_tests.case import Setting
+from runtime_tests.session import open_session
 
 FAKES = Path(__file__).parent / "fakes"
 TARGET = Target(
@@ -83,6 +84,11 @@ def tiny(tmp_path_factory, store):
 def artifact(built, tmp_path):
     """A copy of the artifact that a test may break."""
     return shutil.copytree(built, tmp_path / "artifact")
+
+
+def opened(folder):
+    """A folder's artifact in its runtime."""
+    return open_session(folder, manifest.read(folder), threads=2)
 
 
 def reseal(folder, **changes):

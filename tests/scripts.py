@@ -1,4 +1,10 @@
-"""Scripts that every runner, and every reader of a script, must refuse alike."""
+"""Scripts for any runner: parts of good ones, and those that every runner, and every reader, must refuse alike."""
+
+import torch
+
+from runtime_tests.runner import Feed, Logits
+
+PROMPT = (5, 17, 301, 44, 8, 2, 399, 120)
 
 BAD_LINES = [
     "feed",
@@ -34,3 +40,11 @@ BAD_LINES = [
 ]
 EARLY = ["logits\n", "top 1\n", "generate 1\n", "feed 1\nreset\ntop 1\n"]
 """Ask for logits that are not there yet."""
+
+
+def steps(tokens):
+    return [part for token in tokens for part in (Feed((token,)), Logits())]
+
+
+def random_tokens(count, seed=3):
+    return tuple(torch.randint(0, 512, (count,), generator=torch.Generator().manual_seed(seed)).tolist())

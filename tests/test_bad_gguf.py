@@ -8,6 +8,8 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
+import gguf
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from export import checkpoint, manifest, tokenizer
 from export.errors import ExportError
 from export.plan import ModelSpec, load_named
 from export.sources import locate, open_source
+from export.sources.gguf_file import READABLE_TYPES
 
 from .checkpoints import (
     LLAMA,
@@ -118,6 +121,29 @@ def test_nan_in_a_gguf_names_the_tensor(tmp_path):
     tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = float("nan")
     path = write_gguf(tmp_path / "model.gguf", tensors=tensors)
     assert "model.layers.0.mlp.up_proj.weight holds NaN" in refusal(LLAMA, path)
+
+
+@pytest.mark.parametrize("kind", gguf.GGMLQuantizationType, ids=lambda kind: kind.name)
+def test_the_readable_types_are_those_that_gguf_dequantizes_whatever_their_bytes(kind):
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    count = 128 // size + 1
+    data = np.random.default_rng(3).integers(0, 256, (40, count * size), np.uint8)
+    if kind.name in READABLE_TYPES:
+        assert gguf.quants.dequantize(data, kind).shape == (40, count * block)
+    else:
+        with pytest.raises(NotImplementedError):
+            gguf.quants.dequantize(data, kind)
+
+
+@pytest.mark.parametrize("kind", ["Q8_1", "F64", "I8", "I16", "I32", "I64"])
+def test_a_type_that_cannot_be_read_is_named_before_any_work(tmp_path, kind):
+    path = write_gguf(tmp_path / "model.gguf")
+    data, name = bytearray(path.read_bytes()), b"blk.0.attn_q.weight"
+    at = data.index(name) + len(name) + struct.calcsize("<IQQ")  # behind the number of dimensions, and two of them
+    struct.pack_into("<I", data, at, gguf.GGMLQuantizationType[kind])
+    path.write_bytes(data)
+    with pytest.raises(ExportError, match=rf"tensor {name.decode()} is of type {kind}, .* use a file in F32, F16"):
+        open_source(str(path), None)
 
 
 def header(tensors, keys, body):

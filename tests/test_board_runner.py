@@ -32,9 +32,9 @@ from runtime_tests.runner import (
     write_script,
 )
 from runtime_tests.runner.board import protocol
-from runtime_tests.session import open_session
 
-from .scripts import BAD_LINES, EARLY
+from .conftest import opened
+from .scripts import BAD_LINES, EARLY, steps
 
 CONTEXT = 600
 """More than one call of either runtime takes."""
@@ -93,10 +93,6 @@ def run(start, artifacts, tmp_path):
 both = pytest.mark.parametrize("kind", KINDS)
 
 
-def opened(folder):
-    return open_session(folder, manifest.read(folder), threads=2)
-
-
 def tokens(count, seed=3):
     return tuple(np.random.default_rng(seed).integers(0, 512, count).tolist())
 
@@ -118,10 +114,7 @@ def test_the_golden_tokens_and_the_python_sessions(run, artifacts, kind):
 def test_logits_are_the_python_sessions(run, artifacts, kind):
     """The same runtime with the same calls: equal to the last bit. The prompt takes more than one call."""
     ids = tokens(590)
-    commands = [Feed(ids[:580]), Logits()]
-    for token in ids[580:]:
-        commands += [Feed((token,)), Logits()]
-    _, rows = run(kind, commands)
+    _, rows = run(kind, [Feed(ids[:580]), Logits(), *steps(ids[580:])])
     session = opened(artifacts[kind])
     expected = np.stack([session.feed(ids[:580]), *(session.feed([token]) for token in ids[580:])])
     np.testing.assert_array_equal(rows, expected)

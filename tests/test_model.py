@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from export import checkpoint
 from export.model import Llama
 from export.plan import Architecture, ModelSpec, RopeScaling, load_named
 from export.quantize import eager
 from export.sources.seeded import SeededSource
+from runtime_tests.reference import hugging_face
 
 META = Architecture(
     vocab_size=300,
@@ -27,20 +27,6 @@ META = Architecture(
     tie_word_embeddings=False,
     max_position_embeddings=131072,
 )
-
-
-def huggingface(a: Architecture, read) -> LlamaForCausalLM:
-    fields = a.model_dump()
-    if a.rope_scaling:
-        fields["rope_scaling"] = {"rope_type": "llama3", **a.rope_scaling.model_dump()}
-    config = LlamaConfig(**fields, attn_implementation="sdpa")
-    model = LlamaForCausalLM(config).eval()
-    weights = {name: read(name) for name in a.tensor_shapes()}
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert not unexpected
-    assert set(missing) <= {"lm_head.weight"}
-    model.tie_weights()
-    return model
 
 
 def cached(model: Llama, tokens: torch.Tensor, prefill: int) -> torch.Tensor:
@@ -64,7 +50,7 @@ def test_logits_equal_transformers(name):
     a = weights.architecture
     tokens = torch.randint(0, a.vocab_size, (1, 160), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        expected = huggingface(a, weights.read)(tokens).logits
+        expected = hugging_face(weights)(tokens)
         ours, _ = eager(weights.read, a, "none")(tokens)
     assert (ours - expected).abs().max() <= 1e-4
     assert expected.std() > 0.1  # not equal because both are flat
@@ -76,7 +62,7 @@ def test_cached_decode_at_depth_equals_transformers():
     # past original_max_position_embeddings (64), so that scaled RoPE is seen at work
     tokens = torch.randint(0, a.vocab_size, (2, 200), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        expected = huggingface(a, weights.read)(tokens).logits
+        expected = hugging_face(weights)(tokens)
     assert (cached(eager(weights.read, a, "none"), tokens, 120) - expected).abs().max() <= 1e-4
 
 

@@ -310,6 +310,8 @@ def test_the_last_slot_can_be_fed_and_the_next_is_refused(artifact):
     session.feed([1])
     with pytest.raises(ValueError, match=f"context length {length}"):
         session.feed([1])
+    with pytest.raises(ValueError, match="no tokens"):
+        session.feed([])
 
 
 def greedy(session, prompt: list[int], count: int) -> list[int]:

@@ -14,6 +14,7 @@ import torch
 
 from export import checkpoint, manifest, tokenizer
 from export.checkpoint import Checkpoint
+from export.config_json import config_json
 from export.errors import ExportError
 from export.manifest import Manifest
 from export.plan import Architecture
@@ -47,7 +48,7 @@ def write_hugging_face(source: Checkpoint, folder: Path) -> None:
     a, dtype = source.architecture, exact_dtype(source)
     save_file(read_all(source, dtype), folder / "model.safetensors", {"format": "pt"})
     ids = tokenizer.write(source.source, folder, a.vocab_size)
-    config = hugging_face_config(a, dtype) | {"bos_token_id": ids.bos_id, "eos_token_id": list(ids.eos_ids)}
+    config = config_json(a, dtype) | {"bos_token_id": ids.bos_id, "eos_token_id": list(ids.eos_ids)}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -70,21 +71,6 @@ def exact_dtype(source: Checkpoint) -> torch.dtype:
     """bfloat16 if it holds every weight exactly, else float32; one tensor in memory at a time."""
     tensors = (source.read(name) for name in source.architecture.tensor_shapes())
     return torch.bfloat16 if all(torch.equal(w.bfloat16().float(), w) for w in tensors) else torch.float32
-
-
-def hugging_face_config(a: Architecture, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json in the keys that transformers 4 and 5 and the onnxruntime-genai builder all read."""
-    scaling = {"rope_type": "llama3", **a.rope_scaling.model_dump()} if a.rope_scaling else None
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **a.model_dump(exclude={"rope_scaling"}),
-        "rope_scaling": scaling,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
 
 
 def meta_params(a: Architecture) -> dict[str, Any]:

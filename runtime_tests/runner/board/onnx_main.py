@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from .protocol import main
 
 PIECE = 256
-"""Most tokens per run: logits come for every position."""
+"""Most tokens per run: where logits come for every position, 256 × 128,256 of them are 131 MB."""
 
 
 class Session:
@@ -44,6 +44,10 @@ class Session:
             self.binding.bind_ortvalue_input(entry.name, buffer)
             self.binding.bind_ortvalue_output(entry.name.replace("past_key_values", "present"), buffer)
             self.cache.append(buffer)
+        (logits,) = (entry for entry in self.session.get_outputs() if entry.name == "logits")
+        self.last_only = logits.shape[1] == 1
+        """Whether the graph yields the logits of the last position, or of every one."""
+        self.logits = np.empty((1, 1, self.vocab_size), np.float32)
         self.mask = np.ones((1, self.context_length), np.int64)
         self.length = 0
 
@@ -58,7 +62,7 @@ class Session:
     def run(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """One call with tokens [1, S]; logits [V] of the last."""
         new = tokens.shape[1]
-        logits = np.empty((1, new, self.vocab_size), np.float32)
+        logits = self.logits if self.last_only or new == 1 else np.empty((1, new, self.vocab_size), np.float32)
         self.binding.bind_cpu_input("input_ids", tokens)
         self.binding.bind_cpu_input("attention_mask", self.mask[:, : self.length + new])
         self.binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
