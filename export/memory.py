@@ -77,8 +77,8 @@ class GroupFiles:
         limit = (folder / self.limit).read_text().strip()
         if limit == "max":
             return None
-        lines = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        cached = sum(int(value) for name, value in lines if name in self.cached)
+        lines = (line.partition(" ") for line in (folder / "memory.stat").read_text().splitlines())
+        cached = sum(int(value) for name, _, value in lines if name in self.cached)
         used = int((folder / self.used).read_text()) - cached
         return Room(max(0, int(limit) - used), f"the control group's {self.limit}")
 
