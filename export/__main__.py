@@ -1,13 +1,16 @@
-"""python -m export MODEL QUANT TARGET [--source DIR_OR_HF_ID] [--out DIR]."""
+"""python -m export MODEL QUANT TARGET… [--source DIR_OR_HF_ID] [--out DIR]."""
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .cli import run
 from .progress import console
+
+if TYPE_CHECKING:  # importing is left until the arguments are right
+    from .plan import Plan
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -16,17 +19,31 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     model: Annotated[str, typer.Argument(help="a name in configs/models")],
     quant: Annotated[str, typer.Argument(help="a name in configs/quant")],
-    target: Annotated[str, typer.Argument(help="a name in configs/targets")],
+    target: Annotated[list[str], typer.Argument(help="names in configs/targets; several are built side by side")],
     source: Annotated[str | None, typer.Option(help="folder, .gguf file or hub id the weights come from")] = None,
-    out: Annotated[Path | None, typer.Option(help="the finished folder; default build/MODEL_QUANT_TARGET")] = None,
+    out: Annotated[Path | None, typer.Option(help="the finished folder of one target")] = None,
 ) -> None:
-    """Build one artifact folder: quantize once, lower, describe."""
+    """Build build/MODEL_QUANT_TARGET, one artifact folder for each target: quantize once, lower, describe."""
     from .plan import load_plan
 
-    plan = load_plan(model, quant, target)
+    if len(target) > 1 and out:
+        raise typer.BadParameter("names the folder of one target; leave it out or give one target", param_hint="--out")
+    if len(set(target)) < len(target):
+        raise typer.BadParameter("the same target twice", param_hint="TARGET")
+    plans = [load_plan(model, quant, name) for name in target]
+    if len(plans) > 1:
+        from . import pipeline, together
+
+        console.print(f"[bold]{model}_{quant}[/bold]")
+        together.build(plans, source, Path("build"), pipeline.CACHE)
+    else:
+        build_one(plans[0], source, out or Path("build") / plans[0].id)
+
+
+def build_one(plan: "Plan", source: str | None, folder: Path) -> None:
+    """Build here and say what was built."""
     from .pipeline import export
 
-    folder = out or Path("build") / plan.id
     console.print(f"[bold]{plan.id}[/bold]")
     built = export(plan, source, folder)
     print(

@@ -35,11 +35,22 @@ class Checkpoint:
         return tensor
 
 
-def load(model: ModelSpec, source: str | None) -> Checkpoint:
-    """Open `source` (or the model's own) and check it against the model's architecture."""
+def origin_of(model: ModelSpec, source: str | None) -> str:
+    """Where the weights come from: `source`, or the model's own."""
     origin = model.source if source is None else source
     if origin is None:
         raise ExportError(f"model {model.name!r} has no weights of its own: give --source DIR")
+    return origin
+
+
+def architecture_of(model: ModelSpec, source: str | None) -> Architecture:
+    """The model's shapes; those of a model without any stand in the checkpoint's header, and no weight is read."""
+    return model.architecture or open_source(origin_of(model, source), None).architecture
+
+
+def load(model: ModelSpec, source: str | None) -> Checkpoint:
+    """Open `source` (or the model's own) and check it against the model's architecture."""
+    origin = origin_of(model, source)
     opened = open_source(origin, model.architecture)
     architecture = opened.architecture
     if model.architecture is not None:

@@ -54,24 +54,43 @@ def writing(folder: Path) -> Iterator[None]:
         raise ExportError(f"{folder}: the disk is full ({reason}); free some space and run again") from None
 
 
-def require_room(folder: Path, needed_bytes: int) -> None:
-    """Refuse work that cannot end well: the disk of `folder` has less than what will be written at least."""
+def require_file(folder: Path, needed_bytes: int) -> None:
+    """Refuse work that ends in one file larger than the shell allows."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if limit != resource.RLIM_INFINITY and limit < needed_bytes:
         raise ExportError(
             f"{folder}: needs a file of {megabytes(needed_bytes)} MB, files are limited to {megabytes(limit)} MB here "
             "(ulimit -f); raise the limit"
         )
+
+
+def require_room(folder: Path, needed_bytes: int) -> None:
+    """Refuse work that cannot end well: the disk of `folder` has less than what will be written."""
     if (free := free_bytes(folder)) < needed_bytes:
+        missing = megabytes(needed_bytes - free)
         raise ExportError(
-            f"{folder}: needs {megabytes(needed_bytes)} MB on the disk, has {megabytes(free)} MB; free some space"
+            f"{folder}: needs {megabytes(needed_bytes)} MB on the disk, has {megabytes(free)} MB; free {missing} MB"
         )
 
 
 def free_bytes(folder: Path) -> int:
     """Free space where the folder is, or will be."""
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(place).free
+    return shutil.disk_usage(existing(folder)).free
+
+
+def device(folder: Path) -> int:
+    """Which disk the folder is, or will be, on."""
+    return existing(folder).stat().st_dev
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def size(size_bytes: int) -> str:
+    """For people: `3.4 GB`, `2.1 MB`; a GB is a thousand million bytes."""
+    return f"{size_bytes / 1e9:,.1f} GB" if size_bytes >= 1e8 else f"{megabytes(size_bytes)} MB"
 
 
 def megabytes(size_bytes: int) -> str:

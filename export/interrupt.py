@@ -1,9 +1,12 @@
 """Ctrl-C and SIGTERM: raised at once, and noted, because libraries swallow KeyboardInterrupt. Knows no builds."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 _noted: list[int] = []
+_held: list[bool] = []
 
 
 def listen() -> None:
@@ -17,7 +20,19 @@ def listen() -> None:
 def note(number: int, _frame: FrameType | None) -> None:
     """Remember the signal and raise what Ctrl-C raises."""
     _noted.append(number)
-    raise KeyboardInterrupt
+    if not _held:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """A signal that comes meanwhile is raised at the end: not between starting a process and knowing that it runs."""
+    _held.append(True)
+    try:
+        yield
+    finally:
+        _held.pop()
+    check()
 
 
 def check() -> None:

@@ -1,7 +1,90 @@
-"""Memory that is free but still counted as ours."""
+"""Memory: what this process may still take, and giving back what is free but counted as ours. Knows no builds."""
 
 import ctypes
+import resource
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+PROC, CGROUPS = Path("/proc/self"), Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much memory there is, bytes, and who says so."""
+
+    bytes: int
+    limited_by: str
+    """For people: `this machine`, `the container's limit (memory.max)`, `ulimit -v`."""
+
+
+def free() -> Room:
+    """What all processes together may still take: free memory of this machine, or of the control group if less.
+
+    File pages count as free, because the kernel drops them; swap does not.
+    """
+    machine = Room(psutil.virtual_memory().available, "this machine")
+    return min((machine, *cgroup_rooms(PROC, CGROUPS)), key=lambda room: room.bytes)
+
+
+def within_reach() -> Room:
+    """What this process may hold in all: what it holds now and what is free, or its own limit if less."""
+    now, room = psutil.Process().memory_info(), free()
+    reach = Room(now.rss + room.bytes, room.limited_by)
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return reach
+    # address space, of which more is mapped than ever held
+    return min(reach, Room(max(0, now.rss + limit - now.vms), "ulimit -v"), key=lambda room: room.bytes)
+
+
+def cgroup_rooms(proc: Path, mount: Path) -> Iterator[Room]:
+    """Free memory of every control group this process is in that has a limit: versions 1 and 2, ours and its parents.
+
+    A container may see its own group as the root, or the host's path with only its own group mounted.
+    """
+    if not (proc / "cgroup").is_file():
+        return  # not Linux
+    for line in (proc / "cgroup").read_text().splitlines():
+        _, controllers, inside = line.split(":", 2)
+        if controllers == "":
+            files, tops = V2, [mount, mount / "unified"]
+        elif "memory" in controllers.split(","):
+            files, tops = V1, [mount / "memory"]
+        else:
+            continue
+        for top in tops:
+            group = top / inside.strip("/")
+            for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(top))):
+                if (folder / files.limit).is_file() and (room := files.room(folder)):
+                    yield room
+
+
+@dataclass(frozen=True)
+class GroupFiles:
+    """Where a version of control groups keeps its numbers."""
+
+    limit: str
+    used: str
+    cached: tuple[str, str]
+    """Lines of memory.stat: file pages, which the kernel drops before it refuses."""
+
+    def room(self, folder: Path) -> Room | None:
+        """Free memory of one group; None without a limit."""
+        limit = (folder / self.limit).read_text().strip()
+        if limit == "max":
+            return None
+        lines = (line.partition(" ") for line in (folder / "memory.stat").read_text().splitlines())
+        cached = sum(int(value) for name, _, value in lines if name in self.cached)
+        used = int((folder / self.used).read_text()) - cached
+        return Room(max(0, int(limit) - used), f"the control group's {self.limit}")
+
+
+V1 = GroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
+V2 = GroupFiles("memory.max", "memory.current", ("inactive_file", "active_file"))
 
 
 def give_back() -> None:

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from . import artifact, backends, card, checkpoint, disk, manifest, memory, quantize, tokenizer
+from . import artifact, backends, card, checkpoint, manifest, memory, preflight, quantize, tokenizer
 from .backends import Build
 from .manifest import Manifest
 from .plan import Architecture, Plan
 from .progress import stage
-from .quantize import QuantizedModel, least_bytes
+from .quantize import QuantizedModel
 
 CACHE = manifest.ROOT / "build" / "cache"
 
@@ -15,14 +15,14 @@ CACHE = manifest.ROOT / "build" / "cache"
 def export(plan: Plan, source: str | None, out: Path) -> Manifest:
     """Build one artifact folder. Each line is one stage; each value is what the next one needs."""
     backend = backends.load(plan.target.backend)
-    if plan.model.architecture:
-        check(plan, plan.model.architecture, backend)
+    architecture = checkpoint.architecture_of(plan.model, source)
+    check(plan, architecture, backend)
+    preflight.require(preflight.estimate(plan, source, architecture, CACHE), out, CACHE)
     with artifact.building(out, plan.id) as folder:
         with stage("checkpoint"):
             weights = checkpoint.load(plan.model, source)
-            check(plan, weights.architecture, backend)
-            disk.require_room(out.parent, least_bytes(plan.quant, weights.architecture))
-            build = Build(plan, tokenizer.write(weights.source, folder, weights.architecture.vocab_size), folder)
+            build = Build(plan, tokenizer.write(weights.source, folder, architecture.vocab_size), folder)
+            memory.give_back()
         with stage("quantize", plan.quant.description):
             model = quantize.quantize(weights, plan.quant, CACHE)
             memory.give_back()

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,18 +15,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from . import disk
+from . import disk, memory
 from .checkpoint import Checkpoint
 from .errors import ExportError
 from .manifest import LayerInfo
 from .model import Llama
 from .plan import Architecture, QuantRecipe, WeightScheme
 from .progress import track
-from .rounding import Rounded, as_torchao, bits_of, round_to_nearest
+from .rounding import BLOCK_ELEMENTS, Rounded, as_torchao, bits_of, round_to_nearest
+from .sources import locate
 
 HERE = Path(__file__).parent
 CODE = [HERE / "quantize.py", HERE / "rounding.py", *sorted(HERE.glob("sources/*.py"))]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ROUNDING_BYTES = 50
+"""What rounding holds for each element of a block, measured: the block in float32 a dozen times over."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,22 @@ class QuantizedModel:
 
     def read(self, name: str) -> torch.Tensor:
         """One weight: torchao IntxUnpackedToInt8Tensor where quantized, else float32; a tied head is the embedding."""
+        with self.reader() as read:
+            return read(name)
+
+    @contextmanager
+    def reader(self) -> Iterator[Callable[[str], torch.Tensor]]:
+        """`read` for who keeps many weights: they share one mapping of the store, where each `read` makes its own."""
+        with safe_open(self.store, framework="pt") if self.store else nullcontext() as file:
+            yield lambda name: self._read(name, file)
+
+    def _read(self, name: str, file: Any) -> torch.Tensor:
         if name == HEAD and self.architecture.tie_word_embeddings:
             name = EMBEDDING
         scheme = scheme_of(self.recipe, name)
-        if scheme is None or self.store is None:
+        if scheme is None or file is None:
             return self.checkpoint.read(name)
-        with safe_open(self.store, framework="pt") as file:
-            qdata, scale = file.get_tensor(f"{name}.qdata"), file.get_tensor(f"{name}.scale")
+        qdata, scale = file.get_tensor(f"{name}.qdata"), file.get_tensor(f"{name}.scale")
         weight: torch.Tensor = as_torchao(qdata, scale, scheme.bits)
         return weight
 
@@ -72,9 +86,48 @@ def stored_bits(recipe: QuantRecipe, architecture: Architecture, *, float_bits: 
     return bits
 
 
-def least_bytes(recipe: QuantRecipe, architecture: Architecture) -> int:
-    """What an artifact holds at least, in any format."""
-    return int(stored_bits(recipe, architecture, float_bits=16) / 8)
+@dataclass(frozen=True)
+class Counts:
+    """How many numbers a quantized model has, by the way they are kept; a tied head is the embedding."""
+
+    integers: int
+    scales: int
+    floats: int
+    largest: int
+    """Elements of the largest tensor: the embedding of a small model."""
+
+    @property
+    def store_bytes(self) -> int:
+        """The cached file: an integer takes a byte there, whatever its bits, and a scale four."""
+        return self.integers + 4 * self.scales
+
+
+def counts(recipe: QuantRecipe, architecture: Architecture) -> Counts:
+    """From the shapes alone."""
+    integers = scales = floats = largest = 0
+    for name, shape in architecture.tensor_shapes().items():
+        scheme, elements = scheme_of(recipe, name), torch.Size(shape).numel()
+        largest = max(largest, elements)
+        if scheme is None:
+            floats += elements
+        else:
+            integers += elements
+            scales += elements // (scheme.group_size or shape[-1])
+    return Counts(integers, scales, floats, largest)
+
+
+def memory_bytes(recipe: QuantRecipe, architecture: Architecture) -> int:
+    """The most that quantizing holds beyond the imported libraries, bytes; 0 for a recipe that quantizes nothing.
+
+    At first the largest tensor: in float32, rounded block by block, its integers joined. In the end all integers, and
+    what the blocks left behind: half as much again as they need at a time.
+    """
+    found = counts(recipe, architecture)
+    if not found.integers:
+        return 0
+    blocks = min(os.cpu_count() or 1, -(-found.largest // BLOCK_ELEMENTS))
+    rounding = ROUNDING_BYTES * min(blocks * BLOCK_ELEMENTS, found.largest)
+    return max(6 * found.largest + rounding, found.store_bytes + rounding * 3 // 2)
 
 
 def scheme_of(recipe: QuantRecipe, name: str) -> WeightScheme | None:
@@ -116,14 +169,14 @@ def quantize(checkpoint: Checkpoint, recipe: QuantRecipe, cache: Path) -> Quanti
         with disk.locked(store, wait=True):  # builds of one recipe at the same time quantize once
             if not store.is_file():
                 write_store(store, key, checkpoint, recipe)
+                memory.give_back()  # or the integers' memory is still ours while they are read back
     return QuantizedModel(checkpoint, recipe, key, store, stored_errors(store, key))
 
 
 def write_store(store: Path, key: str, checkpoint: Checkpoint, recipe: QuantRecipe) -> None:
     """Quantize into `store`, complete or not at all. The caller holds its lock."""
     names = quantized_names(checkpoint.architecture, recipe)
-    # an integer takes a byte here, whatever its bits
-    disk.require_room(store.parent, sum(torch.Size(checkpoint.source.shapes[name]).numel() for name in names))
+    disk.require_room(store.parent, counts(recipe, checkpoint.architecture).store_bytes)
     tensors: dict[str, torch.Tensor] = {}
     errors: list[LayerInfo] = []
     for name in track(names, "quantize"):
@@ -136,6 +189,7 @@ def write_store(store: Path, key: str, checkpoint: Checkpoint, recipe: QuantReci
     try:
         with disk.writing(store.parent):
             notes = {"key": key, "sha256": digest(tensors[name] for name in sorted(tensors))}
+            notes["asked"] = asked_key(checkpoint.origin, recipe, checkpoint.architecture)
             save_file(tensors, partial, notes | {"errors": json.dumps([error.model_dump() for error in errors])})
         partial.replace(store)
     except SafetensorError as error:
@@ -178,12 +232,38 @@ def stored_errors(store: Path, key: str) -> tuple[LayerInfo, ...]:
     return tuple(LayerInfo(**fields) for fields in json.loads(metadata["errors"]))
 
 
+def is_stored(origin: str, recipe: QuantRecipe, architecture: Architecture, cache: Path) -> bool:
+    """Whether these weights seem to be quantized already, told without reading them. For estimates only."""
+    asked = asked_key(origin, recipe, architecture)
+    return any(asked == asked_of(store) for store in cache.glob("quantized-*.safetensors"))
+
+
+def asked_of(store: Path) -> str | None:
+    """The question a stored result answered; None for a damaged file, which is nobody's answer."""
+    try:
+        with safe_open(store, framework="pt") as file:
+            found: str | None = file.metadata().get("asked")
+    except (SafetensorError, OSError):
+        return None
+    return found
+
+
 def content_key(checkpoint: Checkpoint, recipe: QuantRecipe) -> str:
     """sha256 over everything that decides the integers."""
+    seed = checkpoint.origin if checkpoint.origin.startswith("seed:") else None
+    return key_of({"weights": checkpoint.sha256, "seed": seed}, recipe, checkpoint.architecture)
+
+
+def asked_key(origin: str, recipe: QuantRecipe, architecture: Architecture) -> str:
+    """As `content_key`, but with the place of the weights instead of their bytes."""
+    return key_of({"origin": str(locate(origin))}, recipe, architecture)
+
+
+def key_of(weights: dict[str, Any], recipe: QuantRecipe, architecture: Architecture) -> str:
+    """sha256 over some weights and what is done with them."""
     inputs = {
-        "weights": checkpoint.sha256,
-        "seed": checkpoint.origin if checkpoint.origin.startswith("seed:") else None,
-        "architecture": checkpoint.architecture.model_dump(),
+        **weights,
+        "architecture": architecture.model_dump(),
         "recipe": recipe.model_dump(exclude={"name", "description", "limits"}),
         "torchao": version("torchao"),
         "code": [hashlib.sha256(path.read_bytes()).hexdigest() for path in CODE],

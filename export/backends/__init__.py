@@ -1,4 +1,4 @@
-"""What a format must provide: one module here with these three functions, named in a target YAML."""
+"""What a format must provide: one module here with these four functions, named in a target YAML."""
 
 import importlib
 import pkgutil
@@ -35,6 +35,16 @@ class Lowered:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """The most that lowering takes at a time."""
+
+    memory_bytes: int
+    """Held beyond the libraries that every build imports: the format's own libraries, tensors, mapped files."""
+    disk_bytes: int
+    """Written beside the artifact folder's final place, temporary files included."""
+
+
+@dataclass(frozen=True)
 class StoredWeight:
     """One quantized weight as found in a finished file."""
 
@@ -50,6 +60,12 @@ class Backend(Protocol):
 
     def check(self, plan: Plan, architecture: Architecture) -> None:
         """Raise ExportError, naming layer, rule and remedy, if the runtime would refuse the plan or get it wrong."""
+
+    def needs(self, plan: Plan, architecture: Architecture) -> Needs:
+        """What `lower` will take, from the shapes alone: tens of per cent too much at most, and hardly ever too little.
+
+        Asked for plans that `check` would refuse too.
+        """
 
     def lower(self, model: QuantizedModel, build: Build) -> Lowered:
         """Write the artifact's files into `build.folder`."""

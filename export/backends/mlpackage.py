@@ -14,8 +14,12 @@ from typing import Any
 from ..contract import IOContract, KVLayout, TensorSpec
 from ..errors import ExportError
 from ..plan import Architecture, Plan
-from ..quantize import QuantizedModel, quantized_names, scheme_of
-from . import Build, Lowered, StoredWeight
+from ..quantize import QuantizedModel, counts, quantized_names, scheme_of, stored_bits
+from . import Build, Lowered, Needs, StoredWeight
+
+LIBRARIES_BYTES = 230_000_000
+LAYER_BYTES = 1_500_000
+"""Measured: coremltools; a layer's operations."""
 
 
 def check(plan: Plan, architecture: Architecture) -> None:
@@ -49,6 +53,18 @@ def check_bits(plan: Plan, architecture: Architecture) -> None:
                 f"recipe {plan.quant.name!r}: {name}: int{scheme.bits}, but Core ML stores int4 and int8 only; "
                 "use bits 4 or 8"
             )
+
+
+def needs(plan: Plan, architecture: Architecture) -> Needs:
+    """Every weight at once as the program's constants, integers a byte each; the largest once more while it is read.
+
+    coremltools writes the weights into a temporary folder and copies them from there, so they are on the disk twice.
+    """
+    found = counts(plan.quant, architecture)
+    constants = found.integers + 2 * found.scales + 2 * found.floats
+    being_read = found.largest * (1 if found.integers else 6)  # float32, and on its way to fp16
+    memory = LIBRARIES_BYTES + LAYER_BYTES * architecture.num_hidden_layers + constants + being_read
+    return Needs(memory, 2 * int(stored_bits(plan.quant, architecture, float_bits=16) / 8))
 
 
 def lower(model: QuantizedModel, build: Build) -> Lowered:

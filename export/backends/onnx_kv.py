@@ -15,8 +15,8 @@ import onnx
 from ..contract import IOContract, KVLayout, TensorSpec
 from ..errors import ExportError
 from ..plan import Architecture, Plan
-from ..quantize import EMBEDDING, QuantizedModel, quantized_names, scheme_of
-from . import Build, Lowered, StoredWeight
+from ..quantize import EMBEDDING, QuantizedModel, counts, quantized_names, scheme_of, stored_bits
+from . import Build, Lowered, Needs, StoredWeight
 from . import _onnx_genai_config as genai
 from ._onnx_activations import FLOAT_ACTIVATIONS
 from ._onnx_graph import build as build_graph
@@ -59,6 +59,15 @@ def check_block(plan: Plan, name: str, columns: int) -> None:
         f"recipe {plan.quant.name!r}: {name} is per channel with {columns} input features, which no block size of "
         f"MatMulNBits ({sizes}) divides; leave it in float (null)"
     )
+
+
+def needs(plan: Plan, architecture: Architecture) -> Needs:
+    """One tensor at a time, read and packed. On disk a scale takes four bytes, and one of a channel is repeated."""
+    found = counts(plan.quant, architecture)
+    libraries = 40_000_000  # onnx, and the graph without its weights
+    memory = libraries + found.largest * (2 if found.integers else 8)
+    scales = 2 * found.scales + (128 * architecture.vocab_size if plan.quant.embedding else 0)
+    return Needs(memory, int(stored_bits(plan.quant, architecture, float_bits=32) / 8) + scales)
 
 
 def lower(model: QuantizedModel, build: Build) -> Lowered:

@@ -14,6 +14,9 @@ import torch
 from ..errors import ExportError
 from ..plan import Architecture
 
+GGUF_BYTES_PER_TOKEN = 3400
+"""Measured: a GGUF's vocabulary and merges, as the library holds them."""
+
 
 class Source(Protocol):
     """An opened checkpoint. Tensors are read one at a time, so memory stays at one tensor."""
@@ -99,6 +102,17 @@ def open_source(spec: str, expected: Architecture | None) -> Source:
 
         return GgufSource(place)
     raise ExportError(f"{place}: not a checkpoint we read; give a Hugging Face folder or a .gguf file")
+
+
+def memory_bytes(spec: str, architecture: Architecture) -> int:
+    """What an opened checkpoint holds besides the tensor being read, bytes.
+
+    A GGUF file stays mapped and its vocabulary is held; a folder's shards are mapped one tensor at a time.
+    """
+    place = locate(spec)
+    if isinstance(place, Path) and place.suffix.lower() == ".gguf":
+        return place.stat().st_size + GGUF_BYTES_PER_TOKEN * architecture.vocab_size
+    return 0
 
 
 def sha256(path: Path) -> str:

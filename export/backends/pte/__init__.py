@@ -6,10 +6,13 @@ from pathlib import Path
 from ...contract import IOContract, KVLayout, TensorSpec
 from ...errors import ExportError
 from ...plan import Architecture, Plan
-from ...quantize import QuantizedModel, quantized_names, scheme_of
-from .. import Build, Lowered, StoredWeight
+from ...quantize import QuantizedModel, counts, quantized_names, scheme_of, stored_bits
+from .. import Build, Lowered, Needs, StoredWeight
 
 MAX_PREFILL = 512
+LIBRARIES_BYTES = 100_000_000
+LAYER_BYTES = 10_000_000
+"""Measured: executorch and its libraries; a layer's graph with every node's values and history."""
 
 
 def check(plan: Plan, architecture: Architecture) -> None:
@@ -35,6 +38,26 @@ def check(plan: Plan, architecture: Architecture) -> None:
             raise ExportError(f"{rule}: {name}: XNNPACK has no int8 groups; use group_size: null")
         elif scheme.group_size and scheme.group_size % 32:
             raise ExportError(f"{rule}: {name}: XNNPACK needs groups of a multiple of 32, not {scheme.group_size}")
+
+
+def needs(plan: Plan, architecture: Architecture) -> Needs:
+    """Every weight at once, and again as XNNPACK's blobs; the caches, which are buffers of the traced module.
+
+    The integers are the quantized store's own pages. A tied table is head and embedding, one copy too many in the file
+    until it is found.
+    """
+    found, a = counts(plan.quant, architecture), architecture
+    packed = int(stored_bits(plan.quant, a, float_bits=32) / 8)
+    table = table_bytes(plan, a) if a.tie_word_embeddings else 0
+    caches = 2 * 4 * a.num_hidden_layers * plan.model.context_length * a.num_key_value_heads * a.head_dim
+    held = found.store_bytes + found.scales + 4 * found.floats  # zero points are as many as scales, a byte each
+    memory = LIBRARIES_BYTES + LAYER_BYTES * a.num_hidden_layers + held + packed + table + caches
+    return Needs(memory, packed + table)
+
+
+def table_bytes(plan: Plan, a: Architecture) -> int:
+    """The embedding table as the file holds it."""
+    return a.vocab_size * (a.hidden_size + 4 if plan.quant.embedding else 4 * a.hidden_size)
 
 
 def lower(model: QuantizedModel, build: Build) -> Lowered:

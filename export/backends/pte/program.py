@@ -30,7 +30,8 @@ Facts = dict[str, int | float | str]
 
 def write(model: QuantizedModel, build: Build, contract: IOContract) -> Facts:
     """Write the artifact and count what XNNPACK took."""
-    module = PteLlama(model.read, model.architecture, contract.kv.context_length).eval()
+    with model.reader() as read:  # a mapping for each weight would be 150 GB of address space for 1B
+        module = PteLlama(read, model.architecture, contract.kv.context_length).eval()
     with quiet():
         program = functionalize(trace(module, contract.max_prefill))
     with quiet(), ordered_groups(), fast_lowering(), no_decompositions():

@@ -3,7 +3,7 @@
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from export.backends import Lowered, StoredWeight
+from export.backends import Lowered, Needs, StoredWeight
 from export.contract import IOContract, KVLayout, TensorSpec
 
 FAULT = "model.fault"
@@ -11,6 +11,10 @@ FAULT = "model.fault"
 
 def check(plan, architecture):
     pass
+
+
+def needs(plan, architecture):
+    return Needs(memory_bytes=10_000_000, disk_bytes=3_000_000)
 
 
 def lower(model, build):
