@@ -62,12 +62,11 @@ def check_block(plan: Plan, name: str, columns: int) -> None:
 
 
 def needs(plan: Plan, architecture: Architecture) -> Needs:
-    """One tensor at a time, read and packed. On disk a scale takes four bytes, and one of a channel is repeated."""
+    """One tensor at a time, read and packed."""
     found = counts(plan.quant, architecture)
     libraries = 40_000_000  # onnx, and the graph without its weights
     memory = libraries + found.largest * (2 if found.integers else 8)
-    scales = 2 * found.scales + (128 * architecture.vocab_size if plan.quant.embedding else 0)
-    return Needs(memory, int(stored_bits(plan.quant, architecture, float_bits=32) / 8) + scales)
+    return Needs(memory, int(stored_bits(plan.quant, architecture, float_bits=32) / 8))
 
 
 def lower(model: QuantizedModel, build: Build) -> Lowered:
