@@ -17,6 +17,7 @@ from runtime_tests.bench import (
     page,
     processes,
     ratios,
+    recipes,
     results,
     rounds,
     runners,
@@ -250,12 +251,12 @@ def test_a_stock_artifact_is_made_once_and_a_failure_says_why(artifact, tmp_path
     for module in (stock, processes):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     (tmp_path / "input").write_text("content")
-    recipes = {
-        "zip": stock.Recipe("zip", "zipfile", ("-c", "{out}/model.zip", "input"), (), ("torch",)),
-        "bad": stock.Recipe("bad", "zipfile", ("-t", "{out}/none.zip"), (), ("torch",)),
-        "absent": stock.Recipe("absent", "no_such_package.export", (), (), ("no-such-package",)),
+    known = {
+        "zip": recipes.Recipe("zip", "zipfile", ("-c", "{out}/model.zip", "input"), (), ("torch",)),
+        "bad": recipes.Recipe("bad", "zipfile", ("-t", "{out}/none.zip"), (), ("torch",)),
+        "absent": recipes.Recipe("absent", "no_such_package.export", (), (), ("no-such-package",)),
     }
-    monkeypatch.setattr(stock, "RECIPES", recipes)
+    monkeypatch.setattr(stock, "RECIPES", known)
     made = stock.make("zip", described, folder, None)
     assert (tmp_path / made.folder / "model.zip").is_file()
     assert made.seconds > 0
@@ -271,7 +272,13 @@ def test_a_stock_artifact_is_made_once_and_a_failure_says_why(artifact, tmp_path
 
 def test_every_option_of_a_stock_command_is_filled_in(artifact):
     _, described = artifact
-    values = stock.values_of(described) | {"meta": "M", "huggingface": "H", "manifest": "m.json", "source": ""}
+    values = stock.values_of(described) | {
+        "meta": "M",
+        "huggingface": "H",
+        "gguf": "G",
+        "manifest": "m.json",
+        "source": "",
+    }
     for recipe in stock.RECIPES.values():
         command = stock.command(recipe, values, Path("out"))
         assert not any("{o" in argument or argument == "" for argument in command)

@@ -25,12 +25,13 @@ from .. import environment
 from . import contenders, export_cost, fidelity, page, results, rounds, tables
 from .contenders import Field
 from .results import Benchmark, ExportCost, Settings
+from .roles import ROLES
 from .stock import BENCH
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 RESULTS = ROOT / BENCH / "results.jsonl"
 PAGE = ROOT / "docs" / "benchmarks.md"
-ALL = ",".join(role.name for role in contenders.ROLES)
+ALL = ",".join(role.name for role in ROLES)
 
 
 @dataclass(frozen=True)
