@@ -12,7 +12,7 @@ from export.plan import Plan, load_plan
 from export.progress import console
 
 from ..jobs import Opening
-from . import processes, stock
+from . import processes, stock, traffic
 from .results import Entry
 from .roles import ONNX, ROLES, RUNTIMES, Role
 
@@ -76,6 +76,12 @@ def contender(role: Role, folder: Path, made: dict[str, stock.Made], threads: in
         ours=stock_made is None,
         runtime=runtime.label,
         size_bytes=model_bytes(place),
+        weight_bytes_per_token=traffic.weight_bytes(
+            ROOT / place / (runtime.file or "model.onnx"), described, ours=stock_made is None
+        ),
+        kv_bytes_per_position=traffic.kv_bytes_per_position(
+            described.architecture, runtime.kv_dtype if stock_made else described.contract.kv.dtype
+        ),
         against=role.against,
         made_by=stock_made.command if stock_made else "",
         tools=stock_made.tools if stock_made else described.tools,

@@ -12,6 +12,8 @@ class Runtime(NamedTuple):
     label: str
     file: str = ""
     """What it opens inside an artifact's folder; empty: the folder."""
+    kv_dtype: str = "float32"
+    """Keys and values of stock artifacts there."""
 
 
 RUNTIMES = {
@@ -20,7 +22,7 @@ RUNTIMES = {
     "device_runner": Runtime("our C++ runner", "model.pte"),
     "genai": Runtime("onnxruntime-genai"),
     "session": Runtime("our session, onnxruntime with IO binding"),
-    "llamacpp": Runtime("llama.cpp", "model.gguf"),
+    "llamacpp": Runtime("llama.cpp", "model.gguf", "float16"),
 }
 
 
