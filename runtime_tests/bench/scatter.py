@@ -7,8 +7,8 @@ from typing import NamedTuple
 from ..plots import linear_axis, tick_text
 from .svg import MUTED, OURS, STOCK, STRONG, document, dot, line, text
 
-LEFT, RIGHT, TOP, BOTTOM = 70, 430, 40, 360
-NAMES = 470
+LEFT, RIGHT, TOP, BOTTOM = 60, 380, 40, 360
+NAMES = 412
 """Where the names' column begins."""
 NAME_ROW = 17
 
