@@ -10,12 +10,14 @@ DEVICE ?= host
 SOURCE ?=
 
 PY      := .venv/bin/python
+# contenders of `make bench-quick`
+QUICK   := device-runner,runner-stock,genai,genai-stock,session,llamacpp-q4_0,llamacpp-q4_k_m
 TARGETS := $(sort $(basename $(notdir $(wildcard configs/targets/*.yaml))))
 DEVICES := $(sort $(basename $(notdir $(wildcard devices/*.yaml))))
 FOLDERS := $(TARGETS:%=build/$(MODEL)_$(QUANT)_%)
 WEIGHTS := $(if $(SOURCE),--source $(SOURCE))
 
-.PHONY: all setup build validate test lint unit bench bench-docs devices lab baseline tiny golden readme lock clean help $(DEVICES)
+.PHONY: all setup build validate test lint unit bench bench-quick bench-docs bench-pages devices lab baseline tiny golden readme lock clean help $(DEVICES)
 
 all: build validate
 
@@ -66,11 +68,18 @@ lint: setup
 unit: setup
 	@$(PY) -m pytest
 
-bench: setup                        ## our artifacts against the stock exporters' on the same weights, interleaved
-	@$(PY) -m runtime_tests.bench $(MODEL) $(QUANT)
+bench: setup                        ## our artifacts against stock runtimes' on the same weights, interleaved
+	@$(PY) -m runtime_tests.bench $(MODEL) $(QUANT) $(WEIGHTS)
 
-bench-docs: setup                   ## the same with exports timed, written to docs/benchmarks.md (on a quiet machine)
-	@$(PY) -m runtime_tests.bench $(MODEL) $(QUANT) --export --write
+bench-quick: setup                  ## the same ratios from two short repetitions, in three minutes once all is built
+	@$(PY) -m runtime_tests.bench $(MODEL) $(QUANT) $(WEIGHTS) --only $(QUICK) \
+	  --repetitions 2 --passes 1 --generate 64 --no-long-context --no-accuracy
+
+bench-docs: setup                   ## bench with exports timed, written to docs/benchmarks (on a quiet machine)
+	@$(PY) -m runtime_tests.bench $(MODEL) $(QUANT) $(WEIGHTS) --export --write
+
+bench-pages: setup                  ## write the pages in docs/benchmarks again from the records beside them
+	@$(PY) -m runtime_tests.bench.publish
 
 golden: setup                       ## rewrite the exact answers of the tiny model
 	@for quant in fp32 int4-g32; do $(PY) -m runtime_tests.golden tiny $$quant; done

@@ -124,6 +124,19 @@ class BenchJob(Strict):
     generate: int
     passes: int
     """Timed passes of each kind, after one that is dropped."""
+    far_prompt: int
+    """Tokens before the generation that shows what a long context costs; one pass. 0: not asked."""
+    far_generate: int
+
+
+class OverheadJob(Strict):
+    """Time the steps of one of our sessions, and the runtime's own calls inside them."""
+
+    action: Literal["bench-overhead"] = "bench-overhead"
+    folder: str
+    threads: int
+    prompt: tuple[int, ...]
+    generate: int
 
 
 class BenchLogitsJob(Strict):
@@ -148,6 +161,7 @@ Job = (
     | WeightsJob
     | ReferenceJob
     | BenchJob
+    | OverheadJob
     | BenchLogitsJob
 )
 

@@ -27,7 +27,7 @@ class LoadError(Exception):
     """The artifact does not load."""
 
 
-def perform(job: jobs.Job) -> dict[str, Any]:  # noqa: PLR0911 – one line per kind of job
+def perform(job: jobs.Job) -> dict[str, Any]:  # noqa: C901, PLR0911 – one line per kind of job
     """Do a job; the modules that need torch are imported by the jobs that need them."""
     match job:
         case jobs.LogitsJob():
@@ -59,6 +59,10 @@ def perform(job: jobs.Job) -> dict[str, Any]:  # noqa: PLR0911 – one line per 
             from .bench.child import measure as measure_contender
 
             return measure_contender(job)
+        case jobs.OverheadJob():
+            from .bench.host_overhead import measure as measure_overhead
+
+            return measure_overhead(job)
         case jobs.BenchLogitsJob():
             from .bench.child import write_logits as write_contender_logits
 

@@ -9,26 +9,28 @@ import pytest
 from export import pipeline
 from export.errors import ExportError
 from export.plan import load_plan
-from runtime_tests import environment, isolation
+from runtime_tests import isolation
 from runtime_tests.bench import __main__ as cli
 from runtime_tests.bench import (
     contenders,
     fidelity,
     page,
+    perform,
     processes,
     ratios,
+    recipes,
     results,
     rounds,
     runners,
     stock,
     tables,
 )
-from runtime_tests.bench.results import Benchmark, Entry, ExportCost, Fidelity, Sample, Settings, Timing
+from runtime_tests.bench.results import Benchmark
+from runtime_tests.bench.table_text import NONE, markdown, plain
 from runtime_tests.jobs import Opening
 from runtime_tests.record import Outcome
 
-SETTINGS = Settings(threads=2, context=256, prompts=(4, 8), generate=16, passes=2, repetitions=3)
-
+from .bench_run import SETTINGS, entry, stored_run, timing
 
 # ratios and order
 
@@ -73,12 +75,6 @@ def test_every_contender_stands_in_every_place_once():
 # the run
 
 
-def timing(decode_tps, *, prefill_tps=1000.0):
-    passes = ((16, round(16e9 / decode_tps)), (16, round(16e9 / decode_tps)))
-    prompts = {n: ((n, round(n * 1e9 / prefill_tps)),) * 2 for n in (4, 8)}
-    return Timing(load_ns=10**8, first_ns=10**7, prompts=prompts, decode=passes, peak_rss_bytes=3 * 10**8)
-
-
 WORKER = """
 import json, os, sys
 job = json.load(sys.stdin)
@@ -91,7 +87,8 @@ print(json.dumps({"result": %s}))
 def test_a_contender_that_crashes_is_a_row_and_the_run_goes_on(monkeypatch):
     script = WORKER % timing(100.0).model_dump_json()
     monkeypatch.setattr(isolation, "WORKER", (sys.executable, "-c", script))
-    samples = list(rounds.measure([contender("good"), contender("broken")], SETTINGS, range(8)))
+    pair = [contender("good"), contender("broken")]
+    samples = [one for i in range(3) for one in rounds.measure(pair, SETTINGS, range(8), i)]
     assert [(s.contender, s.repetition, s.position) for s in samples[:4]] == [
         ("good", 0, 0),
         ("broken", 0, 1),
@@ -108,64 +105,10 @@ def contender(name):
     return contenders.Contender(entry(name, ours=True), opening)
 
 
-def entry(name, *, ours, against=()):
-    return Entry(
-        name=name,
-        label=f"{name} file",
-        ours=ours,
-        runtime="a runtime",
-        size_bytes=90_000_000 if ours else 100_000_000,
-        against=against,
-        made_by="" if ours else "python -m stock --option 1",
-        tools={} if ours else {"exporter": "1.2.3"},
-    )
-
-
-def sample(name, repetition, decode_tps):
-    outcome = Outcome.PASS if decode_tps else Outcome.CRASH
-    return Sample(
-        contender=name,
-        repetition=repetition,
-        position=0,
-        load_average_1min=0.5,
-        outcome=outcome,
-        detail="" if decode_tps else "died by SIGSEGV",
-        timing=timing(decode_tps) if decode_tps else None,
-    )
-
-
 @pytest.fixture
 def run(tmp_path):
     """A stored run: ours twice as fast as stock, a third contender that always dies. Read back from its file."""
-    rates = {"ours": (120, 100, 80), "stock": (60, 50, 40), "dead": (0, 0, 0)}
-    fields = {"positions": 65, "p99_kl": 0.9, "perplexity": 20.0, "reference_perplexity": 18.0}
-    benchmark = Benchmark(
-        schema_version=1,
-        run_id="20260102-030405",
-        command="python -m runtime_tests.bench --write",
-        model="tiny",
-        quant="int4-g32",
-        started_at="2026-01-02T03:04:05+00:00",
-        seconds=90,
-        commit="0123456789abcdef",
-        dirty=False,
-        environment=environment.current(),
-        load_average_after=1.5,
-        settings=SETTINGS,
-        entries=(
-            entry("ours", ours=True, against=("stock", "dead")),
-            entry("stock", ours=False),
-            entry("dead", ours=False),
-        ),
-        missing={"llama.cpp": "not installed: pip install it"},
-        samples=tuple(sample(name, i, rate) for name, values in rates.items() for i, rate in enumerate(values)),
-        fidelity=(Fidelity(contender="ours", outcome=Outcome.PASS, detail="", mean_kl=0.125, top1=0.75, **fields),),
-        exports=(
-            ExportCost(
-                label="stock exporter", command="c", seconds=721, peak_rss_bytes=2_890_000_000, load_average_1min=1.0
-            ),
-        ),
-    )
+    benchmark = stored_run()
     results.append(benchmark, tmp_path / "results.jsonl")
     return Benchmark.model_validate_json((tmp_path / "results.jsonl").read_text())
 
@@ -176,18 +119,18 @@ def test_the_tables_show_medians_spreads_ratios_and_the_dead(run):
     assert cells["decode 16 tok/s"] == "100.0 (84.0–116.0)"
     assert (cells["MB"], cells["load s"], cells["TTFT 4 ms"]) == ("90.0", "0.10 (0.10–0.10)", "4 (4–4)")
     assert (cells["KL to fp32"], cells["top-1"]) == ("0.125", "75.0%")
-    assert dead[3:] == (tables.NONE,) * (len(header) - 3)
+    assert dead[3:] == (NONE,) * (len(header) - 3)
     header, pair, none = tables.compared(run)
     cells = dict(zip(header, pair, strict=True))
     assert (cells["decode"], cells["so decode is"], cells["size"]) == ("2.00 (2.00–2.00)", "faster", "0.90")
     assert cells["decode, fastest pass"] == "2.00"
-    assert none[2:5] == (tables.NONE, tables.NONE, tables.NONE)
+    assert none[2:5] == (NONE, NONE, NONE)
 
 
 def test_the_page_states_its_conditions(run):
-    text = page.render(run, evaluation="default", checkpoint="random weights, seed 20")
+    text = page.render(run, {"a.svg": "a figure"})
     for words in (
-        "python -m runtime_tests.bench --write",
+        "python -m runtime_tests.bench tiny --write",
         "0123456789ab",
         "2026-01-02",
         run.environment.cpu,
@@ -199,6 +142,8 @@ def test_the_page_states_its_conditions(run):
         "exporter 1.2.3",
         "| stock exporter | 721 | 2.9 | 1.0 |",
         "65 positions",
+        "![a figure](a.svg)",
+        "10.0–40.0 GB/s",
     ):
         assert words in text
     assert "{" not in text
@@ -206,9 +151,9 @@ def test_the_page_states_its_conditions(run):
 
 
 def test_a_difference_in_columns_is_none(run):
-    lines = tables.markdown(tables.measured(run)).splitlines()
+    lines = markdown(tables.measured(run)).splitlines()
     assert len({line.count("|") for line in lines}) == 1
-    assert len(tables.plain(tables.measured(run)).splitlines()) == 4
+    assert len(plain(tables.measured(run)).splitlines()) == 4
 
 
 def test_wrong_options_are_refused_in_one_line():
@@ -217,9 +162,9 @@ def test_wrong_options_are_refused_in_one_line():
     with pytest.raises(ExportError, match="lengths like 42,512"):
         cli.lengths("42,many")
     with pytest.raises(ExportError, match="do not fit a context of 256"):
-        cli.prompt_tokens([1], SETTINGS.model_copy(update={"prompts": (250,)}))
+        perform.prompt_tokens([1], SETTINGS.model_copy(update={"prompts": (250,)}))
     assert cli.lengths("512,42") == (42, 512)
-    assert len(cli.prompt_tokens([1, 2, 3], SETTINGS)) == 8
+    assert len(perform.prompt_tokens([1, 2, 3], SETTINGS)) == 128
 
 
 # stock artifacts
@@ -250,12 +195,12 @@ def test_a_stock_artifact_is_made_once_and_a_failure_says_why(artifact, tmp_path
     for module in (stock, processes):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     (tmp_path / "input").write_text("content")
-    recipes = {
-        "zip": stock.Recipe("zip", "zipfile", ("-c", "{out}/model.zip", "input"), (), ("torch",)),
-        "bad": stock.Recipe("bad", "zipfile", ("-t", "{out}/none.zip"), (), ("torch",)),
-        "absent": stock.Recipe("absent", "no_such_package.export", (), (), ("no-such-package",)),
+    known = {
+        "zip": recipes.Recipe("zip", "zipfile", ("-c", "{out}/model.zip", "input"), (), ("torch",)),
+        "bad": recipes.Recipe("bad", "zipfile", ("-t", "{out}/none.zip"), (), ("torch",)),
+        "absent": recipes.Recipe("absent", "no_such_package.export", (), (), ("no-such-package",)),
     }
-    monkeypatch.setattr(stock, "RECIPES", recipes)
+    monkeypatch.setattr(stock, "RECIPES", known)
     made = stock.make("zip", described, folder, None)
     assert (tmp_path / made.folder / "model.zip").is_file()
     assert made.seconds > 0
@@ -271,7 +216,13 @@ def test_a_stock_artifact_is_made_once_and_a_failure_says_why(artifact, tmp_path
 
 def test_every_option_of_a_stock_command_is_filled_in(artifact):
     _, described = artifact
-    values = stock.values_of(described) | {"meta": "M", "huggingface": "H", "manifest": "m.json", "source": ""}
+    values = stock.values_of(described) | {
+        "meta": "M",
+        "huggingface": "H",
+        "gguf": "G",
+        "manifest": "m.json",
+        "source": "",
+    }
     for recipe in stock.RECIPES.values():
         command = stock.command(recipe, values, Path("out"))
         assert not any("{o" in argument or argument == "" for argument in command)

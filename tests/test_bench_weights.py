@@ -9,8 +9,8 @@ from export import checkpoint
 from export.errors import ExportError
 from export.plan import ModelSpec, load_named
 from export.quantize import eager
-from export.sources.gguf_file import halves_apart
-from runtime_tests.bench import checkpoints
+from export.sources.gguf_file import GgufSource, halves_apart
+from runtime_tests.bench import checkpoints, gguf_form, row_order
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +57,39 @@ def test_metas_form_gives_the_same_logits_in_executorchs_own_model(plain, tmp_pa
         torch.testing.assert_close(model(TOKENS), our_logits(plain), atol=1e-4, rtol=1e-4)
 
 
+def test_the_gguf_comes_back_equal_through_our_own_reader(plain, tmp_path):
+    untied = plain.source.__class__("20", plain.architecture.model_copy(update={"tie_word_embeddings": False}))
+    for kind, source in (("tied", plain), ("untied", checkpoint.Checkpoint(untied, "seed:20", untied.architecture))):
+        folder = tmp_path / kind
+        folder.mkdir()
+        checkpoints.write_gguf(source, folder)
+        back = GgufSource(folder / gguf_form.FILE)
+        assert back.architecture == source.architecture
+        assert back.shapes == source.architecture.tensor_shapes()
+        assert all(torch.equal(back.read(name), source.read(name)) for name in back.shapes)
+
+
+def test_bf16_matrices_in_the_gguf_come_back_equal(plain, tmp_path):
+    gguf_form.write(plain, tmp_path, torch.bfloat16)
+    back = GgufSource(tmp_path / gguf_form.FILE)
+    assert back.description.startswith("GGUF, BF16,")
+    for name, shape in back.shapes.items():
+        want = plain.read(name) if len(shape) == 1 else plain.read(name).bfloat16().float()
+        assert torch.equal(back.read(name), want)
+
+
+def test_rope_factors_are_those_of_llama_3_2():
+    """Computed by hand: high frequencies are kept, the lowest are slowed 32 times, those between are blended."""
+    factors = gguf_form.rope_factors(load_named(ModelSpec, "models", "llama32-1b-instruct").architecture)
+    assert factors.shape == (32,)
+    assert torch.equal(factors[:12], torch.ones(12))
+    assert torch.equal(factors[-8:], torch.full((8,), 32.0))
+    assert bool((factors.diff() >= 0).all())
+
+
 def test_metas_row_order_is_the_inverse_of_the_gguf_readers():
     weight = torch.randn(4 * 8, 16)
-    assert torch.equal(halves_apart(checkpoints.pairs_together(weight, 4), 4), weight)
+    assert torch.equal(halves_apart(row_order.pairs_together(weight, 4), 4), weight)
 
 
 def test_a_scaling_that_export_llm_cannot_compute_is_refused(tiny):

@@ -1,4 +1,4 @@
-"""One checkpoint in the forms that the stock exporters read: a Hugging Face folder, or Meta's file and params.json.
+"""One checkpoint in the forms that stock tools read: a Hugging Face folder, Meta's file and params.json, a GGUF.
 
 Knows nothing about quantization, exporters or timing.
 
@@ -20,6 +20,8 @@ from export.manifest import Manifest
 from export.plan import Architecture
 
 from ..jobs import SourceDiffersError
+from . import gguf_form
+from .row_order import in_meta_order
 
 META_LAYER = {
     "self_attn.q_proj": "attention.wq",
@@ -56,7 +58,7 @@ def write_meta(source: Checkpoint, folder: Path) -> None:
     """consolidated.00.pth and params.json, as `export_llm` takes them."""
     a = source.architecture
     params = meta_params(a)
-    weights = {meta_name(name): meta_layout(name, w, a) for name, w in read_all(source, exact_dtype(source)).items()}
+    weights = {meta_name(name): in_meta_order(name, w, a) for name, w in read_all(source, exact_dtype(source)).items()}
     weights.setdefault("output.weight", weights["tok_embeddings.weight"])
     torch.save(weights, folder / "consolidated.00.pth")
     (folder / "params.json").write_text(json.dumps(params, indent=2) + "\n", encoding="utf-8")
@@ -106,21 +108,6 @@ def meta_name(name: str) -> str:
     return f"{layers}.{index}.{META_LAYER['.'.join(module)]}.{leaf}"
 
 
-def meta_layout(name: str, weight: torch.Tensor, a: Architecture) -> torch.Tensor:
-    """Query and key rows in Meta's rotary order; everything else as it is."""
-    heads = {"self_attn.q_proj.weight": a.num_attention_heads, "self_attn.k_proj.weight": a.num_key_value_heads}
-    for suffix, count in heads.items():
-        if name.endswith(suffix):
-            return pairs_together(weight, count)
-    return weight
-
-
-def pairs_together(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """[heads · D, K] with rotary pairs (i, i + D/2), as Hugging Face has them → Meta's pairs (2i, 2i+1)."""
-    rows, columns = weight.shape
-    return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
-
-
 def opened(described: Manifest, source: str | None) -> Checkpoint:
     """The checkpoint an artifact was built from, or an error that it is another one now."""
     found = checkpoint.load(described.plan.model, source or described.checkpoint.origin)
@@ -129,7 +116,12 @@ def opened(described: Manifest, source: str | None) -> Checkpoint:
     return found
 
 
-FORMS = {"huggingface": write_hugging_face, "meta": write_meta}
+def write_gguf(source: Checkpoint, folder: Path) -> None:
+    """model.gguf, which llama.cpp quantizes; the numbers are the checkpoint's own, bit for bit."""
+    gguf_form.write(source, folder, exact_dtype(source))
+
+
+FORMS = {"huggingface": write_hugging_face, "meta": write_meta, "gguf": write_gguf}
 
 
 def main(form: str, out: str, manifest_path: str, source: str | None = None) -> None:

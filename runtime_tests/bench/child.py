@@ -10,7 +10,10 @@ from . import runners
 
 
 def measure(job: BenchJob) -> dict[str, Any]:
-    """Load, first prompt, then every prompt length and generation; passes as [tokens, ns], warm-up dropped."""
+    """Load, first prompt, every prompt length, generation, the same at a long context.
+
+    Passes as [tokens, ns], warm-up dropped.
+    """
     module = runners.module(job.opening.runner)  # importing the runtime is not loading the artifact
     started = time.perf_counter_ns()
     runner = module.open_runner(job.opening)
@@ -21,12 +24,16 @@ def measure(job: BenchJob) -> dict[str, Any]:
     }
     runner.generate(job.tokens[: job.prompts[0]], min(8, job.generate))
     decode = [runner.generate(job.tokens[: job.prompts[0]], job.generate) for _ in range(job.passes)]
+    peak = runner.peak_rss_bytes()  # before the long context, which some runtimes answer with logits of every position
+    far = [runner.generate(job.tokens[: job.far_prompt], job.far_generate)] if job.far_prompt else []
     return {
         "load_ns": load_ns,
         "first_ns": first.ns,
         "prompts": prompts,
         "decode": decode,
-        "peak_rss_bytes": runner.peak_rss_bytes(),
+        "far": far,
+        "peak_rss_bytes": peak,
+        "far_peak_rss_bytes": runner.peak_rss_bytes(),
     }
 
 

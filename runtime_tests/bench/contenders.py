@@ -1,4 +1,4 @@
-"""Who takes part: our artifacts and the stock ones, each with the runtime that runs it. Knows nothing about timing."""
+"""Who takes part, ready to run: our artifacts and the stock ones, built or made where needed. Times nothing."""
 
 import shutil
 import sys
@@ -12,45 +12,9 @@ from export.plan import Plan, load_plan
 from export.progress import console
 
 from ..jobs import Opening
-from . import processes, stock
+from . import processes, stock, traffic
 from .results import Entry
-
-PTE, ONNX = "executorch-xnnpack", "onnx-cpu"
-RUNTIMES = {
-    "pte": "ExecuTorch Python runtime, stepped",
-    "llm_runner": "ExecuTorch TextLLMRunner",
-    "device_runner": "our C++ runner",
-    "genai": "onnxruntime-genai",
-    "session": "our session, onnxruntime with IO binding",
-}
-
-
-@dataclass(frozen=True)
-class Role:
-    """A contender before anything is built."""
-
-    name: str
-    label: str
-    runner: str
-    """Module in runners."""
-    target: str
-    """Our target it belongs to."""
-    recipe: str | None
-    """Recipe of the stock artifact; None: ours."""
-    against: tuple[str, ...] = ()
-
-
-ROLES = (
-    Role("pte", "our .pte", "pte", PTE, None, ("pte-stock",)),
-    Role("pte-stock", "export_llm .pte", "pte", PTE, "export_llm"),
-    Role("runner", "our .pte", "llm_runner", PTE, None, ("runner-stock",)),
-    Role("runner-stock", "export_llm .pte", "llm_runner", PTE, "export_llm"),
-    Role("device-runner", "our .pte", "device_runner", PTE, None, ("runner-stock", "pte-stock")),
-    Role("genai", "our ONNX", "genai", ONNX, None, ("genai-stock", "genai-stock-head8")),
-    Role("genai-stock", "genai builder, default (int4 head)", "genai", ONNX, "genai"),
-    Role("genai-stock-head8", "genai builder, int8 head, float embedding", "genai", ONNX, "genai-head8"),
-    Role("session", "our ONNX", "session", ONNX, None, ("genai-stock", "genai-stock-head8")),
-)
+from .roles import ONNX, ROLES, RUNTIMES, Role
 
 
 @dataclass(frozen=True)
@@ -76,13 +40,13 @@ class Field:
 def gather(model: str, quant: str, source: str | None, threads: int, names: tuple[str, ...]) -> Field:
     """Build what is not there yet; a peer that cannot be had is named, not dropped."""
     roles = [role for role in ROLES if role.name in names]
-    targets = sorted({role.target for role in roles})
+    targets = sorted({role.target for role in roles if role.target}) or [ONNX]
     ours = {target: built(load_plan(model, quant, target), source) for target in targets}
     made: dict[str, stock.Made] = {}
-    missing: dict[str, str] = {"llama.cpp": llama_cpp()}
+    missing: dict[str, str] = {}
     for role in roles:
         if role.recipe and role.recipe not in made:
-            folder = ours[role.target]
+            folder = home(role, ours)
             try:
                 made[role.recipe] = stock.make(
                     role.recipe, manifest.read(ROOT / folder), folder / manifest.FILE, source
@@ -92,7 +56,12 @@ def gather(model: str, quant: str, source: str | None, threads: int, names: tupl
     ready = [role for role in roles if role.recipe is None or role.recipe in made]
     if not ready:
         raise ExportError(f"no contender left: {'; '.join(f'{name}: {why}' for name, why in missing.items())}")
-    return Field(tuple(contender(role, ours[role.target], made, threads) for role in ready), missing, made, ours)
+    return Field(tuple(contender(role, home(role, ours), made, threads) for role in ready), missing, made, ours)
+
+
+def home(role: Role, ours: dict[str, Path]) -> Path:
+    """Our artifact that a role belongs to; it says which checkpoint, cache length and tokenizer."""
+    return ours[role.target] if role.target else next(iter(ours.values()))
 
 
 def contender(role: Role, folder: Path, made: dict[str, stock.Made], threads: int) -> Contender:
@@ -100,20 +69,26 @@ def contender(role: Role, folder: Path, made: dict[str, stock.Made], threads: in
     described = manifest.read(ROOT / folder)
     stock_made = made[role.recipe] if role.recipe else None
     place = Path(stock_made.folder) if stock_made else folder
-    single = role.runner in ("pte", "llm_runner", "device_runner")
+    runtime = RUNTIMES[role.runner]
     entry = Entry(
         name=role.name,
         label=role.label,
         ours=stock_made is None,
-        runtime=RUNTIMES[role.runner],
+        runtime=runtime.label,
         size_bytes=model_bytes(place),
+        weight_bytes_per_token=traffic.weight_bytes(
+            ROOT / place / (runtime.file or "model.onnx"), described, ours=stock_made is None
+        ),
+        kv_bytes_per_position=traffic.kv_bytes_per_position(
+            described.architecture, runtime.kv_dtype if stock_made else described.contract.kv.dtype
+        ),
         against=role.against,
         made_by=stock_made.command if stock_made else "",
         tools=stock_made.tools if stock_made else described.tools,
     )
     opening = Opening(
         runner=role.runner,
-        path=str(ROOT / place / "model.pte" if single else ROOT / place),
+        path=str(ROOT / place / runtime.file),
         tokenizer=str(ROOT / folder / "tokenizer.json"),
         context=described.contract.kv.context_length,
         threads=threads,
@@ -156,8 +131,3 @@ def fresh(folder: Path, plan: Plan, source: str | None) -> bool:
         return False
     same = found.plan == plan and found.checkpoint.origin == (source or plan.model.source)
     return same and found.source.sha256 == manifest.source_info().sha256
-
-
-def llama_cpp() -> str:
-    """llama.cpp is named, never built here: its Python package compiles for minutes."""
-    return "not run by this benchmark; to try it: pip install llama-cpp-python (compiles llama.cpp), then llama-bench"

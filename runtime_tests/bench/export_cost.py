@@ -22,6 +22,9 @@ EXPORTERS = {
     "export_llm": "ExecuTorch export_llm",
     "genai": "onnxruntime-genai builder",
     "genai-head8": "onnxruntime-genai builder, int8 head",
+    "llamacpp-q4_0": "llama.cpp quantize, Q4_0",
+    "llamacpp-q4_k_m": "llama.cpp quantize, Q4_K_M",
+    "llamacpp-q8_0": "llama.cpp quantize, Q8_0",
 }
 
 

@@ -1,7 +1,10 @@
-"""docs/benchmarks.md from one benchmark run. Knows nothing about how it was measured."""
+"""The page of one benchmark run. Knows nothing about how it was measured, or of other models' pages."""
 
-from . import tables
+from collections.abc import Mapping
+
+from . import bound_tables, tables
 from .results import Benchmark
+from .table_text import Row, markdown
 
 HOW = """\
 Every repetition runs each row once, in a process of its own, in rotating order (A B C …, then B C … A), so that what \
@@ -11,6 +14,25 @@ slots. A cell is the median over {repetitions} repetitions with p10–p90 behind
 within each repetition, with its quartiles. "faster" or "slower" is said when the quartiles lie on one side of 1. \
 "Fastest pass" compares the one fastest pass of each side, on a busy machine the closest to a quiet one. \
 TTFT is a warm prompt: tokens in, logits of the last one out."""
+
+LONG = """\
+After its other passes every process prefills {far_prompt} tokens and times {far_generate} more, once. Positions are \
+those in the middle of the timed tokens. llama.cpp's cache holds float16 by default; the table of memory says what \
+each one takes."""
+
+MEMORY = """\
+The most that any repetition held. The cache counts with all {context} slots. Files mapped into memory count as far as \
+they were read; rows in Python count its libraries too (torch among them for .pte)."""
+
+BANDWIDTH = """\
+Bytes are those of the artifact: all linears and the head with their scales; nothing of a table in which only rows are \
+looked up. What a runtime packs them into may be larger. The share is decode rate × bytes over the read bandwidth, \
+measured at the beginning of each repetition as a plain sum over 256 MiB with the same threads: {bandwidth} GB/s. \
+Where the model fits a processor's caches it can exceed 1."""
+
+OVERHEAD = """\
+{steps} steps of each of our Python sessions: the whole step against the runtime's call inside it. The C++ runner \
+times its own steps and reports no time outside them."""
 
 READ = """\
 - The stock ONNX artifact is written without `intra_op_num_threads`, and onnxruntime-genai then computes with half of \
@@ -22,35 +44,64 @@ head.
 - Both .pte files are stepped by the same Python calls; TextLLMRunner is ExecuTorch's own loop and counts \
 milliseconds, tokenization and sampling included. Our C++ runner, the one for devices, times its own steps; each of \
 its passes is a process of its own, and its memory is without Python and torch.
+- llama.cpp: its own mixtures at default settings, quantized by itself from our weights as a GGUF without vocabulary, \
+memory-mapped, flash attention and weight repacking at their defaults, stepped by its C functions.
 - Stepped rows time the model alone, the others choose the token inside the clock.
 - KL and top-1 agreement: mean over {positions} positions of the evaluation `{evaluation}` against the fp32 \
 checkpoint, prefill and then token by token through the runtime of the row. Compare rows, not models: {checkpoint}."""
 
 
-def render(run: Benchmark, *, evaluation: str, checkpoint: str) -> str:
-    """The whole page."""
+def render(run: Benchmark, figures: Mapping[str, str]) -> str:
+    """The whole page; `figures` are files beside it and what they show."""
+    sections = {
+        "Ratios, ours over stock": ratios(run),
+        "Figures": [f"![{label}]({file})" for file, label in figures.items()],
+        "Measured": [markdown(tables.measured(run)), missing(run), did_not_run(run)],
+        "Long contexts": table(bound_tables.long_context(run), LONG.format(**run.settings.model_dump())),
+        "Memory": table(bound_tables.memory(run), MEMORY.format(**run.settings.model_dump())),
+        "Bandwidth": table(bound_tables.bandwidth(run), BANDWIDTH.format(bandwidth=bandwidth(run))),
+        "Host overhead": table(bound_tables.overheads(run), OVERHEAD.format(steps=run.settings.generate)),
+        "How it was measured": [HOW.format(**run.settings.model_dump())],
+        "How to read it": [READ.format(positions=positions(run), evaluation=run.evaluation, checkpoint=run.checkpoint)],
+        "Export": exporters(run),
+        "Conditions": [conditions(run)],
+        "How the stock artifacts were made": commands(run),
+    }
     parts = [
-        "# Benchmarks",
-        f"Ours against the stock exporters: `{run.model}`, recipe `{run.quant}`, the same weights, one run.",
+        f"# {run.model}, {run.quant}: ours against stock",
+        f"The same weights ({run.checkpoint}), one interleaved run. All models: [benchmarks](../benchmarks.md).",
         f"Written by `{run.command}`; do not edit.",
-        "## Ratios, ours over stock",
-        tables.markdown(tables.compared(run)),
-        "Above 1 means more tokens per second; for load time and size it means slower and larger.",
-        "## Measured",
-        tables.markdown(tables.measured(run)),
-        "\n".join(f"- not in the run: {name}: {why}" for name, why in run.missing.items()),
-        "\n".join(f"- did not run: {line}" for line in run.failures),
-        "### How it was measured",
-        HOW.format(**run.settings.model_dump()),
-        "### How to read it",
-        READ.format(positions=positions(run), evaluation=evaluation, checkpoint=checkpoint),
-        *exporters(run),
-        "## Conditions",
-        conditions(run),
-        "## How the stock artifacts were made",
-        *commands(run),
     ]
+    for title, contents in sections.items():
+        parts += [f"## {title}", *contents] if contents else []
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def ratios(run: Benchmark) -> list[str]:
+    """Pairs, where there are any."""
+    rows = tables.compared(run)
+    return table(rows, "Above 1 means more: tokens per second, seconds of loading, bytes.") if rows[1:] else []
+
+
+def table(rows: list[Row], note: str) -> list[str]:
+    """Rows and what they mean; nothing without rows."""
+    return [markdown(rows), note] if rows else []
+
+
+def missing(run: Benchmark) -> str:
+    """Peers that could not be had."""
+    return "\n".join(f"- not in the run: {name}: {why}" for name, why in run.missing.items())
+
+
+def did_not_run(run: Benchmark) -> str:
+    """Peers that failed."""
+    return "\n".join(f"- did not run: {line}" for line in run.failures)
+
+
+def bandwidth(run: Benchmark) -> str:
+    """Range of the repetitions, GB/s."""
+    rates = run.read_bandwidth_bytes_per_s
+    return f"{min(rates) / 1e9:.1f}–{max(rates) / 1e9:.1f}"
 
 
 def positions(run: Benchmark) -> int:
@@ -69,7 +120,7 @@ def exporters(run: Benchmark) -> list[str]:
     )
     unknown = [cost.label for cost in run.exports if cost.load_average_1min is None]
     left_out = [f"Not shown: {', '.join(unknown)}, timed while something unknown ran beside it."] if unknown else []
-    return ["## Export", tables.markdown(tables.exports(run)), note, *left_out]
+    return [markdown(tables.exports(run)), note, *left_out]
 
 
 def conditions(run: Benchmark) -> str:
@@ -84,7 +135,7 @@ def conditions(run: Benchmark) -> str:
         f"- versions: Python {machine.python}, " + ", ".join(f"{name} {found}" for name, found in tools.items()),
         f"- commit: `{run.commit[:12]}`{dirty}",
         f"- date: {run.started_at}, {run.seconds / 60:.0f} minutes",
-        "- raw samples: `build/bench/results.jsonl`, run `" + run.run_id + "`",
+        f"- raw samples: [{run.model}_{run.quant}.json]({run.model}_{run.quant}.json), run `{run.run_id}`",
     ]
     return "\n".join(lines)
 

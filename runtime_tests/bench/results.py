@@ -9,40 +9,8 @@ from export.plan import Strict
 
 from ..record import Environment, Outcome
 from .ratios import Ratio, Spread, ratio, spread
-
-Passes = tuple[tuple[int, int], ...]
-"""(tokens, nanoseconds) of each pass."""
-
-
-class Timing(Strict):
-    """What one child process measured."""
-
-    load_ns: int
-    first_ns: int
-    """The first prompt after loading, when runtimes pack weights."""
-    prompts: dict[int, Passes]
-    """By prompt length."""
-    decode: Passes
-    peak_rss_bytes: int
-
-    @property
-    def ttft_s(self) -> float:
-        """Seconds from the shortest prompt's tokens to its logits, warm."""
-        return median(ns for _, ns in self.prompts[min(self.prompts)]) / 1e9
-
-    def prefill_tps(self, length: int) -> float:
-        """Prompt tokens per second."""
-        return rate(self.prompts[length])
-
-    @property
-    def decode_tps(self) -> float:
-        """Generated tokens per second."""
-        return rate(self.decode)
-
-
-def rate(passes: Passes) -> float:
-    """Tokens per second, the median of the passes."""
-    return median(tokens * 1e9 / ns for tokens, ns in passes)
+from .timing import Timing
+from .traffic import bound_share
 
 
 class Sample(Strict):
@@ -67,6 +35,10 @@ class Entry(Strict):
     ours: bool
     runtime: str
     size_bytes: int
+    weight_bytes_per_token: int
+    """Stored weights that every decoded token must read."""
+    kv_bytes_per_position: int
+    """Keys and values of one position, all layers."""
     against: tuple[str, ...]
     """Names of the stock contenders it is compared with."""
     made_by: str
@@ -86,6 +58,31 @@ class Fidelity(Strict):
     top1: float
     perplexity: float
     reference_perplexity: float
+
+
+class HostOverhead(Strict):
+    """Single-token steps of one of our sessions: what is spent around the runtime's own call."""
+
+    label: str
+    step_ns: tuple[int, ...]
+    """Whole steps, tokens in to logits out."""
+    runtime_ns: tuple[int, ...]
+    """The runtime's calls inside the same steps."""
+
+    @property
+    def share(self) -> float:
+        """Part of the steps' time that is not the runtime's."""
+        return 1 - sum(self.runtime_ns) / sum(self.step_ns)
+
+    @property
+    def step_s(self) -> float:
+        """Median seconds of a step."""
+        return median(self.step_ns) / 1e9
+
+    @property
+    def own_s(self) -> float:
+        """Median seconds of our own code in a step."""
+        return median(step - call for step, call in zip(self.step_ns, self.runtime_ns, strict=True)) / 1e9
 
 
 class ExportCost(Strict):
@@ -108,12 +105,25 @@ class Settings(Strict):
     generate: int
     passes: int
     repetitions: int
+    far_prompt: int
+    """Prompt before the generation at a long context; 0: not timed."""
+    far_generate: int
+
+    @property
+    def near_position(self) -> int:
+        """Positions in the cache at the middle of a generation."""
+        return min(self.prompts) + self.generate // 2
+
+    @property
+    def far_position(self) -> int:
+        """The same after the long prompt."""
+        return self.far_prompt + self.far_generate // 2
 
 
 class Benchmark(Strict):
     """One run."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     run_id: str
     command: str
     model: str
@@ -125,11 +135,18 @@ class Benchmark(Strict):
     dirty: bool
     environment: Environment
     load_average_after: float
+    evaluation: str
+    """Whose text the prompts are, and what logits were compared on."""
+    checkpoint: str
+    """What the weights are, for people."""
     settings: Settings
     entries: tuple[Entry, ...]
     missing: dict[str, str]
     """Peer → why it did not take part."""
     samples: tuple[Sample, ...]
+    read_bandwidth_bytes_per_s: tuple[float, ...]
+    """Measured at the beginning of each repetition."""
+    overheads: tuple[HostOverhead, ...]
     fidelity: tuple[Fidelity, ...]
     exports: tuple[ExportCost, ...]
 
@@ -145,6 +162,17 @@ class Benchmark(Strict):
     def ratio(self, ours: str, theirs: str, metric: Callable[[Timing], float]) -> Ratio | None:
         """Paired ratio of two contenders."""
         return ratio(self.values(ours, metric), self.values(theirs, metric))
+
+    def bound_share(self, entry: Entry, metric: Callable[[Timing], float], position: int) -> Spread | None:
+        """Rate over what reading weights and cache would allow, with the bandwidth of the same repetition."""
+        needed = entry.weight_bytes_per_token + position * entry.kv_bytes_per_position
+        shares = [
+            bound_share(
+                tokens_per_s=rate, bytes_per_token=needed, bandwidth_bytes_per_s=self.read_bandwidth_bytes_per_s[i]
+            )
+            for i, rate in self.values(entry.name, metric).items()
+        ]
+        return spread(shares) if shares else None
 
     def fastest_decode_tps(self, contender: str) -> float | None:
         """Tokens per second of the single fastest pass: what the machine gives in its quietest moment."""

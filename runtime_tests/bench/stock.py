@@ -4,14 +4,13 @@ Kept under a key of everything that decides them: checkpoint, options, versions 
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 import shlex
 import shutil
 import sys
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from export.disk import locked
@@ -20,24 +19,11 @@ from export.manifest import ROOT, Manifest
 from export.progress import console
 
 from . import processes
+from .recipes import RECIPES, Recipe
 
 BENCH = Path("build") / "bench"
 RECORD = "made.json"
 LOG = "log.txt"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a child process makes one folder. `{…}` in arguments: `out`, `context`, or the folder of an input."""
-
-    name: str
-    module: str
-    """Run as `python -m`."""
-    arguments: tuple[str, ...]
-    inputs: tuple[str, ...]
-    """Names of the recipes it needs first."""
-    tools: tuple[str, ...]
-    """Packages whose versions decide the result; the first one is the exporter."""
 
 
 @dataclass(frozen=True)
@@ -61,56 +47,6 @@ class Made:
 
 class NotMadeError(ExportError):
     """A peer that is not installed, or whose exporter failed."""
-
-
-EXPORT_LLM = (
-    "base.model_class=llama3_2",
-    "base.checkpoint={meta}/consolidated.00.pth",
-    "base.params={meta}/params.json",
-    'base.metadata=\'{{"get_bos_id": {bos}, "get_eos_ids": [{eos}]}}\'',
-    "model.dtype_override=fp32",
-    "model.enable_dynamic_shape=True",
-    "model.use_kv_cache=True",
-    "model.use_sdpa_with_kv_cache=True",
-    "export.max_seq_length={context}",
-    "export.max_context_length={context}",
-    "export.output_name={out}/model.pte",
-    "quantization.qmode=8da4w",
-    "quantization.group_size={group}",
-    "quantization.embedding_quantize='8,0'",
-    "backend.xnnpack.enabled=True",
-    "backend.xnnpack.extended_ops=True",
-    "hydra.run.dir={out}/hydra",
-)
-GENAI = ("-i", "{huggingface}", "-o", "{out}", "-p", "int4", "-e", "cpu", "-c", "{out}/cache", "--extra_options")
-GENAI_INT4 = ("int4_block_size={group}", "int4_accuracy_level=4")
-GENAI_HEAD8 = ("matmul_mixed_precision=last_matmul:int8", "shared_embeddings=false")
-"""The one way to an int8 head that works in 0.18: `rtn_last` and `k_quant_last` leave a tied head at int4, and a shared
-int8 table refers to a tensor that is not in the file."""
-FORM = "runtime_tests.bench.checkpoints"
-GENAI_TOOLS = ("onnxruntime-genai", "onnxruntime", "onnx-ir", "transformers", "torch")
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe("huggingface", FORM, ("huggingface", "{out}", "{manifest}", "{source}"), (), ("torch", "safetensors")),
-        Recipe("meta", FORM, ("meta", "{out}", "{manifest}", "{source}"), (), ("torch",)),
-        Recipe(
-            "export_llm",
-            "executorch.extension.llm.export.export_llm",
-            EXPORT_LLM,
-            ("meta",),
-            ("executorch", "torchao", "torch"),
-        ),
-        Recipe("genai", "onnxruntime_genai.models.builder", (*GENAI, *GENAI_INT4), ("huggingface",), GENAI_TOOLS),
-        Recipe(
-            "genai-head8",
-            "onnxruntime_genai.models.builder",
-            (*GENAI, *GENAI_INT4, *GENAI_HEAD8),
-            ("huggingface",),
-            GENAI_TOOLS,
-        ),
-    )
-}
 
 
 def make(name: str, described: Manifest, manifest_path: Path, source: str | None) -> Made:
@@ -184,5 +120,8 @@ def versions(recipe: Recipe) -> dict[str, str]:
 
 def require_installed(recipe: Recipe) -> None:
     """Refuse a peer whose package is not there, and say how to get it."""
-    if importlib.util.find_spec(recipe.module.partition(".")[0]) is None:
-        raise NotMadeError(f"not installed: pip install {recipe.tools[0]}")
+    for tool in recipe.tools:
+        try:
+            version(tool)
+        except PackageNotFoundError:
+            raise NotMadeError(f"not installed: pip install {tool}") from None

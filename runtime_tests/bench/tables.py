@@ -1,12 +1,10 @@
-"""A benchmark as rows of text, for the terminal and for markdown. Knows nothing about where they are shown."""
+"""Rates, accuracy, ratios and export times of a benchmark as rows of text. Knows nothing about where they are shown."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from .ratios import Ratio, Spread
-from .results import Benchmark, Entry, Fidelity, Timing
-
-Row = tuple[str, ...]
-NONE = "–"
+from .results import Benchmark, Entry, Fidelity
+from .table_text import NONE, Row, with_quartiles, with_spread
+from .timing import Timing
 
 
 def measured(run: Benchmark) -> list[Row]:
@@ -52,9 +50,11 @@ def accuracy_cells(run: Benchmark, name: str) -> Row:
 
 
 def compared(run: Benchmark) -> list[Row]:
-    """Header and a row per pair, ours over stock: above 1 is more for rates, larger for size, slower for load."""
+    """Header and a row per pair, ours over stock: above 1 is more."""
     prefills = (f"prefill {n}" for n in run.settings.prompts)
-    header: Row = ("ours", "stock", "decode", "so decode is", "decode, fastest pass", *prefills, "load time", "size")
+    far = (f"decode at {run.settings.far_position}",) if run.settings.far_prompt else ()
+    header: Row = ("ours", "stock", "decode", "so decode is", "decode, fastest pass", *far, *prefills)
+    header += ("load time", "peak RSS", "size")
     by_name = {entry.name: entry for entry in run.entries}
     pairs = [(ours, by_name[name]) for ours in run.entries for name in ours.against if name in by_name]
     return [header, *(compared_row(run, ours, theirs) for ours, theirs in pairs)]
@@ -73,8 +73,10 @@ def compared_row(run: Benchmark, ours: Entry, theirs: Entry) -> Row:
         with_quartiles(decode),
         decode.verdict if decode else NONE,
         fastest(run, ours.name, theirs.name),
+        *((cell(lambda timing: timing.far_decode_tps),) if run.settings.far_prompt else ()),
         *(cell(prefill(n)) for n in run.settings.prompts),
         cell(lambda timing: timing.load_ns / 1e9),
+        cell(lambda timing: timing.peak_rss_bytes),
         f"{ours.size_bytes / theirs.size_bytes:.2f}",
     )
 
@@ -99,27 +101,3 @@ def exports(run: Benchmark) -> list[Row]:
         if cost.load_average_1min is not None
     ]
     return [header, *rows]
-
-
-def with_spread(found: Spread | None, digits: int) -> str:
-    """`118.2 (116.0–119.4)`."""
-    if found is None:
-        return NONE
-    return f"{found.median:.{digits}f} ({found.p10:.{digits}f}–{found.p90:.{digits}f})"
-
-
-def with_quartiles(found: Ratio | None) -> str:
-    """`1.52 (1.48–1.55)`."""
-    return NONE if found is None else f"{found.median:.2f} ({found.q1:.2f}–{found.q3:.2f})"
-
-
-def plain(rows: Sequence[Row]) -> str:
-    """Columns padded with spaces."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """A pipe table; the first row is the header."""
-    lines = ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])

@@ -1,0 +1,71 @@
+"""A GGUF in llama.cpp by its C functions, through llama-cpp-python's bindings; none of its Python loops are used.
+
+Flash attention, cache type (float16) and weight repacking are at llama.cpp's defaults; the file is memory-mapped.
+"""
+
+import ctypes
+from collections.abc import Sequence
+
+import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
+
+from ...jobs import Opening
+from .stepping import SteppingRunner
+
+PIECE = 512
+"""Most tokens per call, n_batch and n_ubatch: llama.cpp computes longer prompts in pieces of this many anyway."""
+SILENT = llama_cpp.llama_log_callback(lambda _level, _text, _data: None)
+"""llama.cpp prints a page about every model; a failure is told by what its functions return. Never freed."""
+
+
+class LlamaSteps:
+    """One model and one context; llama.cpp counts positions itself."""
+
+    def __init__(self, path: str, context: int, threads: int) -> None:
+        llama_cpp.llama_log_set(SILENT, ctypes.c_void_p())
+        llama_cpp.llama_backend_init()
+        self._model = llama_cpp.llama_model_load_from_file(path.encode(), model_parameters())
+        if not self._model:
+            raise ValueError(f"{path}: llama.cpp does not load it")
+        self._context = llama_cpp.llama_init_from_model(self._model, context_parameters(context, threads))
+        if not self._context:
+            raise ValueError(f"{path}: llama.cpp makes no context of {context} tokens for it")
+        self._piece = int(llama_cpp.llama_n_batch(self._context))  # a longer batch aborts the process
+        self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+
+    def reset(self) -> None:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+
+    def feed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        for start in range(0, len(tokens), self._piece):
+            piece = tokens[start : start + self._piece]
+            ids = (llama_cpp.llama_token * len(piece))(*piece)
+            # a batch without flags gives the logits of its last token only
+            status = llama_cpp.llama_decode(self._context, llama_cpp.llama_batch_get_one(ids, len(piece)))
+            if status != 0:
+                raise ValueError(f"llama_decode: status {status} for {len(piece)} tokens")
+        values = llama_cpp.llama_get_logits_ith(self._context, -1)
+        return np.ctypeslib.as_array(values, (self._vocab_size,)).copy()
+
+
+def model_parameters() -> llama_cpp.llama_model_params:
+    """Memory-mapped, on the processor."""
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
+    parameters.n_gpu_layers = 0
+    return parameters
+
+
+def context_parameters(context: int, threads: int) -> llama_cpp.llama_context_params:
+    """Cache slots in tokens; as many threads for prompts as for single tokens."""
+    parameters = llama_cpp.llama_context_default_params()
+    parameters.n_ctx = context
+    parameters.n_batch = parameters.n_ubatch = min(PIECE, context)
+    parameters.n_threads = parameters.n_threads_batch = threads
+    return parameters
+
+
+def open_runner(opening: Opening) -> SteppingRunner:
+    """Load a GGUF."""
+    return SteppingRunner(LlamaSteps(opening.path, opening.context, opening.threads))

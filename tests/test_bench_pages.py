@@ -1,0 +1,93 @@
+"""Pages of several models beside one another: writing one leaves the others, words change without measuring again."""
+
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from export.errors import ExportError
+from runtime_tests.bench import figures, publish, scatter
+
+from .bench_run import stored_run
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_a_second_models_page_leaves_the_first_as_it_is(tmp_path):
+    publish.publish(stored_run("tiny"), tmp_path)
+    first = {path: path.read_bytes() for path in tmp_path.rglob("tiny*")}
+    assert len(first) == 6  # record, page, four figures
+    publish.publish(stored_run("small"), tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("tiny*")} == first
+    index = (tmp_path / "benchmarks.md").read_text()
+    assert index.index("## small, int4-g32") < index.index("## tiny, int4-g32")
+    assert index.count("2.00 (2.00–2.00)") >= 2
+    for name in ("small", "tiny"):
+        assert f"(benchmarks/{name}_int4-g32.md)" in index
+        assert f"(benchmarks/{name}_int4-g32-decode.svg)" in index
+
+
+def test_every_link_of_a_page_is_a_file(tmp_path):
+    written = publish.publish(stored_run(), tmp_path)
+    assert all(path.is_file() for path in written)
+    page = (tmp_path / "benchmarks" / "tiny_int4-g32.md").read_text()
+    for path in written[:-1]:
+        assert path.suffix == ".md" or f"({path.name})" in page
+    assert "(../benchmarks.md)" in page
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_pages_are_rendered_again_from_the_records(tmp_path, monkeypatch, capsys):
+    publish.publish(stored_run(), tmp_path)
+    page = tmp_path / "benchmarks" / "tiny_int4-g32.md"
+    kept = page.read_text()
+    page.write_text("old words")
+    monkeypatch.setattr(publish, "DOCS", tmp_path)
+    monkeypatch.setattr(publish, "ROOT", tmp_path)
+    publish.main()
+    assert page.read_text() == kept
+    assert "benchmarks.md" in capsys.readouterr().out
+
+
+def test_a_record_of_another_version_is_refused_in_one_line(tmp_path):
+    (tmp_path / "old.json").write_text('{"schema_version": 1}')
+    with pytest.raises(ExportError, match=r"old\.json: of another version: .*; measure again with --write") as caught:
+        publish.read(tmp_path / "old.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_figures_show_who_ran_and_mark_ours():
+    drawn = figures.draw(stored_run())
+    assert sorted(drawn) == ["accuracy", "decode", "decode-far", "prefill"]
+    for figure in drawn.values():
+        root = ET.fromstring(figure.svg)
+        assert root.tag == f"{SVG}svg"
+        assert "prefers-color-scheme: dark" in figure.svg
+    shown = [node.text for node in ET.fromstring(drawn["decode"].svg).iter(f"{SVG}text")]
+    assert "ours file" in shown
+    assert "100 (84–116)" in shown
+    assert "dead file" not in shown
+    bars = {
+        node.get("class"): float(node.get("width")) for node in ET.fromstring(drawn["decode"].svg).iter(f"{SVG}rect")
+    }
+    assert bars["ours"] == pytest.approx(2 * bars["stock"], rel=1e-3)
+
+
+def test_without_logits_there_is_no_figure_of_accuracy():
+    assert "accuracy" not in figures.draw(stored_run().model_copy(update={"fidelity": ()}))
+
+
+def test_names_beside_points_do_not_overlap():
+    heights = scatter.apart([10, 11, 12, 200])
+    assert heights == [10, 27, 44, 200]
+
+
+@pytest.mark.parametrize(
+    ("values", "ends"), [((0.37, 0.6), (0.2, 1.0)), ((0.005, 0.4), (0.005, 0.5)), ((0.1,), (0.1, 0.2))]
+)
+def test_the_logarithmic_axis_holds_every_value(values, ends):
+    ticks = scatter.log_ticks(values)
+    assert (ticks[0], ticks[-1]) == pytest.approx(ends)
+
+
+def test_one_point_alone_can_be_drawn():
+    ET.fromstring(scatter.draw([scatter.Point(90.0, 0.1, "only <one>", True)], "KL", "MB", "nats"))
