@@ -36,6 +36,7 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     passes: Annotated[int, typer.Option(min=1, help="timed passes in each process")] = 2,
     threads: Annotated[int | None, typer.Option(min=1, help="default: physical cores")] = None,
     only: Annotated[str, typer.Option(help="contenders, by name")] = ALL,
+    also: Annotated[str, typer.Option(help="further recipes of ours, measured beside QUANT")] = "",
     eval_name: Annotated[str, typer.Option("--eval", help="a name in configs/evals")] = "default",
     accuracy: Annotated[bool, typer.Option(help="compare logits with fp32")] = True,
     long_context: Annotated[bool, typer.Option(help="time decoding at the end of the cache too")] = True,
@@ -45,7 +46,8 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     """Measure our artifacts against the stock ones of the same weights, interleaved, in one run."""
     request = perform.Request(model, quant, source, eval_name, accuracy, export)
     count = threads or devices.thread_count(devices.load("host"))
-    field = contenders.gather(model, quant, source, count, chosen(only))
+    further = tuple(name.strip() for name in also.split(",") if name.strip())
+    field = contenders.gather(contenders.Asked(model, quant, source, count, chosen(only), further))
     context = field.contenders[0].opening.context
     settings = Settings(
         threads=count,

@@ -14,7 +14,7 @@ from export.progress import console
 from ..jobs import Opening
 from . import processes, stock, traffic
 from .results import Entry
-from .roles import ONNX, ROLES, RUNTIMES, Role
+from .roles import ONNX, RUNTIMES, Role, roles
 
 
 @dataclass(frozen=True)
@@ -37,30 +37,50 @@ class Field:
     """Target → our artifact folder, relative to the checkout."""
 
 
-def gather(model: str, quant: str, source: str | None, threads: int, names: tuple[str, ...]) -> Field:
+class NotBuiltError(ExportError):
+    """An artifact of ours that the exporter refuses."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which contenders, of which weights."""
+
+    model: str
+    quant: str
+    source: str | None
+    threads: int
+    names: tuple[str, ...]
+    also: tuple[str, ...] = ()
+    """Further recipes of ours to measure beside `quant`."""
+
+
+def gather(asked: Asked) -> Field:
     """Build what is not there yet; a peer that cannot be had is named, not dropped."""
-    roles = [role for role in ROLES if role.name in names]
-    targets = sorted({role.target for role in roles if role.target}) or [ONNX]
-    ours = {target: built(load_plan(model, quant, target), source) for target in targets}
+    wanted = roles(asked.names, asked.also)
+    targets = sorted({role.target for role in wanted if role.target}) or [ONNX]
+    ours = {target: built(load_plan(asked.model, asked.quant, target), asked.source) for target in targets}
     made: dict[str, stock.Made] = {}
     missing: dict[str, str] = {}
-    for role in roles:
-        if role.recipe and role.recipe not in made:
-            folder = home(role, ours)
-            try:
+    ready: list[Contender] = []
+    for role in wanted:
+        try:
+            folder = home(role, asked, ours)
+            if role.recipe and role.recipe not in made:
                 made[role.recipe] = stock.make(
-                    role.recipe, manifest.read(ROOT / folder), folder / manifest.FILE, source
+                    role.recipe, manifest.read(ROOT / folder), folder / manifest.FILE, asked.source
                 )
-            except stock.NotMadeError as error:
-                missing[role.name] = str(error)
-    ready = [role for role in roles if role.recipe is None or role.recipe in made]
+            ready.append(contender(role, folder, made, asked.threads))
+        except (stock.NotMadeError, NotBuiltError) as error:
+            missing[role.name] = str(error)
     if not ready:
         raise ExportError(f"no contender left: {'; '.join(f'{name}: {why}' for name, why in missing.items())}")
-    return Field(tuple(contender(role, home(role, ours), made, threads) for role in ready), missing, made, ours)
+    return Field(tuple(ready), missing, made, ours)
 
 
-def home(role: Role, ours: dict[str, Path]) -> Path:
+def home(role: Role, asked: Asked, ours: dict[str, Path]) -> Path:
     """Our artifact that a role belongs to; it says which checkpoint, cache length and tokenizer."""
+    if role.quant and role.target:
+        return built(load_plan(asked.model, role.quant, role.target), asked.source)
     return ours[role.target] if role.target else next(iter(ours.values()))
 
 
@@ -113,7 +133,7 @@ def built(plan: Plan, source: str | None) -> Path:
         (sys.executable, *export_command(plan, folder, source)), ROOT / f"{folder}.{stock.LOG}", plan.id
     )
     if done.returncode != 0:
-        raise ExportError(f"{plan.id}: export failed: {done.last_words}")
+        raise NotBuiltError(f"{plan.id}: export failed: {done.last_words}")
     return folder
 
 

@@ -1,6 +1,7 @@
 """Every contender by name: whose file, which runtime, compared with whom. Builds and times nothing."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 PTE, ONNX = "executorch-xnnpack", "onnx-cpu"
@@ -39,6 +40,8 @@ class Role:
     recipe: str | None
     """Recipe of the stock artifact; None: ours."""
     against: tuple[str, ...] = ()
+    quant: str | None = None
+    """Recipe of ours; None: the one the benchmark is about."""
 
 
 def llama_cpp(kind: str) -> Role:
@@ -60,3 +63,17 @@ ROLES = (
     llama_cpp("q4_0"),
     llama_cpp("q4_k_m"),
 )
+VARIED = ("device-runner", "genai", "session")
+"""Ours that are measured with other recipes too, where asked."""
+
+
+def roles(names: Sequence[str], also: Sequence[str]) -> list[Role]:
+    """The named contenders; those of VARIED again for each further recipe of ours, named `NAME@RECIPE`."""
+    chosen = [role for role in ROLES if role.name in names]
+    varied = [role for role in chosen if role.name in VARIED]
+    others = [
+        replace(role, name=f"{role.name}@{quant}", label=f"{role.label}, {quant}", quant=quant)
+        for quant in also
+        for role in varied
+    ]
+    return chosen + others

@@ -11,6 +11,7 @@ from export.plan import Architecture, WeightScheme
 from ..latency import stored_bytes
 
 MATMULS = ("MatMulNBits", "MatMul", "Gemm")
+CHANGES = ("Cast", "Expand", "Reshape")
 KV_BYTES = {"float32": 4, "float16": 2}
 
 
@@ -44,12 +45,16 @@ def gguf_bytes(model: Path) -> int:
 
 
 def onnx_bytes(model: Path) -> int:
-    """Initializers that a matrix product takes, also through a Reshape, once each."""
+    """Initializers that a matrix product takes, also changed in form or type on the way, once each."""
     import onnx
 
     graph = onnx.load(model, load_external_data=False).graph
-    reshaped = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Reshape"}
-    read = {reshaped.get(name, name) for node in graph.node if node.op_type in MATMULS for name in node.input}
+    changed = {node.output[0]: node.input[0] for node in graph.node if node.op_type in CHANGES}
+
+    def origin(name: str) -> str:
+        return origin(changed[name]) if name in changed else name
+
+    read = {origin(name) for node in graph.node if node.op_type in MATMULS for name in node.input}
     halves = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)  # two to a byte, which numpy does not know
 
     def stored(tensor: Any) -> int:
