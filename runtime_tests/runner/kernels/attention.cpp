@@ -31,10 +31,10 @@ float* scratch(int64_t floats) {
   return room.data();
 }
 
-/// How a call is cut: by group, block of queries and, where these are few, range of keys. The number of threads has no say,
+/// How a call is cut: by groups, block of queries and, where these are few, range of keys. The number of threads has no say,
 /// so that it does not change the result.
 struct Cut {
-  int64_t queries, query_blocks, keys, splits;
+  int64_t groups, group_blocks, queries, query_blocks, keys, splits;
   int64_t rows, row_blocks;
 };
 
@@ -45,8 +45,11 @@ Cut cut(const Attention& call) {
   const int64_t share = call.heads / call.groups, visible = call.start + call.new_tokens;
   c.queries = std::min(call.new_tokens, std::max<int64_t>(1, kRowsOfTile / share));
   c.query_blocks = ceil_div(call.new_tokens, c.queries);
-  c.rows = c.queries * share;
-  c.row_blocks = call.groups * c.query_blocks;
+  // A decode step is bound by memory: its tiles take all groups, so that they read positions whole, one after another.
+  c.groups = call.new_tokens == 1 ? call.groups : 1;
+  c.group_blocks = call.groups / c.groups;
+  c.rows = c.groups * c.queries * share;
+  c.row_blocks = c.group_blocks * c.query_blocks;
   c.splits = std::clamp<int64_t>(visible / kSplit, 1, ceil_div(kTasks, c.row_blocks));
   c.keys = ceil_div(visible, c.splits);
   c.splits = ceil_div(visible, c.keys);
@@ -55,9 +58,10 @@ Cut cut(const Attention& call) {
 
 /// Queries of a block and the keys they see, of one split; the heaviest blocks come first.
 Tile tile_of(const Attention& call, const Cut& c, int64_t row_block, int64_t split) {
-  const int64_t block = c.query_blocks - 1 - row_block / call.groups;
+  const int64_t block = c.query_blocks - 1 - row_block / c.group_blocks;
   Tile tile = {};
-  tile.group = row_block % call.groups;
+  tile.group_begin = row_block % c.group_blocks * c.groups;
+  tile.group_end = tile.group_begin + c.groups;
   tile.query_begin = block * c.queries;
   tile.query_end = std::min(tile.query_begin + c.queries, call.new_tokens);
   tile.key_begin = split * c.keys;
@@ -75,10 +79,12 @@ Partial partial_at(const Attention& call, const Cut& c, float* at) {
 void finish(const Attention& call, const Cut& c, const Tile& tile, const float* parts, float* out) {
   const int64_t share = call.heads / call.groups, dim = call.head_dim, size = partial_floats(call, c);
   const int64_t rows = tile_rows(call, tile), maxima = c.rows * dim, weights = maxima + c.rows;
+  const int64_t of_group = group_rows(call, tile);
   for (int64_t row = 0; row < rows; ++row) {
     float maximum = parts[maxima + row], weight = 0.0F;
     for (int64_t s = 1; s < c.splits; ++s) maximum = std::max(maximum, parts[s * size + maxima + row]);
-    const int64_t query = tile.query_begin + row / share, head = tile.group * share + row % share;
+    const int64_t query = tile.query_begin + row % of_group / share;
+    const int64_t head = (tile.group_begin + row / of_group) * share + row % share;
     float* to = out + (query * call.heads + head) * dim;
     std::fill(to, to + dim, 0.0F);
     for (int64_t s = 0; s < c.splits; ++s) {

@@ -15,6 +15,7 @@ constexpr int kLanes = 4, kRows = 4;  // 32 registers
 #else
 constexpr int kLanes = 4, kRows = 2;
 #endif
+constexpr int64_t kAhead = 16;
 constexpr int kColumns = 4;  // vectors of a row, or keys, worked on at once
 
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
@@ -104,6 +105,7 @@ inline void score_four(
   for (int64_t d = 0; d < head_dim; d += kLanes) {
     Vector k[kColumns];
     for (int j = 0; j < kColumns; ++j) k[j] = load(keys[j] + d);
+    for (int j = 0; j < kColumns; ++j) __builtin_prefetch(keys[j] + kAhead * key_stride + d);
     for (int r = 0; r < R; ++r) {
       const Vector q = load(query + r * head_dim + d);
       for (int j = 0; j < kColumns; ++j) sums[r][j] += q * k[j];
@@ -122,6 +124,7 @@ inline void add_columns(
   for (int64_t j = 0; j < keys; ++j) {
     Vector v[N];
     for (int n = 0; n < N; ++n) v[n] = load(value + j * value_stride + n * kLanes);
+    for (int n = 0; n < N; ++n) __builtin_prefetch(value + (j + kAhead) * value_stride + n * kLanes);
     for (int r = 0; r < R; ++r) {
       const float weight = p[r * kKeyBlock + j];
       for (int n = 0; n < N; ++n) total[r][n] += weight * v[n];
@@ -182,38 +185,46 @@ inline void attend_rows(
 /// Queries of the tile's rows, scaled so that the softmax can use powers of two.
 inline void gather_queries(const Attention& call, const Tile& tile, float* to) {
   const int64_t share = call.heads / call.groups, length = share * call.head_dim;
-  for (int64_t i = tile.query_begin; i < tile.query_end; ++i) {
-    const float* from = call.query + (i * call.heads + tile.group * share) * call.head_dim;
-    for (int64_t d = 0; d < length; ++d) *to++ = from[d] * (call.scale * kLog2E);
-  }
+  for (int64_t group = tile.group_begin; group < tile.group_end; ++group)
+    for (int64_t i = tile.query_begin; i < tile.query_end; ++i) {
+      const float* from = call.query + (i * call.heads + group * share) * call.head_dim;
+      for (int64_t d = 0; d < length; ++d) *to++ = from[d] * (call.scale * kLog2E);
+    }
 }
 
 constexpr decltype(&attend_rows<1>) kAttendRows[] = {attend_rows<1>, attend_rows<2>, attend_rows<3>, attend_rows<4>};
 
+/// The rows of one group, the first of which is `first`, through one block of keys that begins with `begin`.
+inline void attend_group(
+    const Attention& call, const Tile& tile, const Block& block, int64_t begin, int64_t first, const float* queries,
+    float* scores, const Partial& partial) {
+  const int64_t rows = group_rows(call, tile), share = call.heads / call.groups, dim = call.head_dim;
+  for (int64_t row = 0; row < rows;) {
+    const int64_t taken = rows - row < kRows ? rows - row : kRows;
+    int64_t visible[kRows];  // keys of this block up to the query's own position
+    for (int64_t r = 0; r < taken; ++r) visible[r] = call.start + tile.query_begin + (row + r) / share + 1 - begin;
+    const int64_t at = first + row;
+    kAttendRows[taken - 1](
+        block, visible, dim, queries + at * dim, scores, partial.sums + at * dim, partial.maxima + at,
+        partial.weights + at);
+    row += taken;
+  }
+}
+
 }  // namespace
 
 void ATTEND_TILE(const Attention& call, const Tile& tile, const Partial& partial, float* scratch) {
-  const int64_t rows = tile_rows(call, tile), share = call.heads / call.groups, dim = call.head_dim;
+  const int64_t rows = tile_rows(call, tile), dim = call.head_dim, stride = call.groups * dim;
   float* queries = scratch;
   float* scores = scratch + rows * dim;
   gather_queries(call, tile, queries);
   for (int64_t i = 0; i < rows * dim; ++i) partial.sums[i] = 0.0F;
   for (int64_t i = 0; i < rows; ++i) partial.maxima[i] = kLowest, partial.weights[i] = 0.0F;
-  const int64_t stride = call.groups * dim;
   for (int64_t begin = tile.key_begin; begin < tile.key_end; begin += kKeyBlock) {
-    const int64_t left = tile.key_end - begin;
-    const int64_t at = begin * stride + tile.group * dim;
-    const Block block = {call.key + at, call.value + at, stride, left < kKeyBlock ? left : kKeyBlock};
-    for (int64_t row = 0; row < rows;) {
-      const int64_t taken = rows - row < kRows ? rows - row : kRows;
-      int64_t visible[kRows];  // keys of this block up to the query's own position
-      for (int64_t r = 0; r < taken; ++r)
-        visible[r] = call.start + tile.query_begin + (row + r) / share + 1 - begin;
-      float* to = partial.sums + row * dim;
-      float* held = scores + row * kKeyBlock;
-      kAttendRows[taken - 1](
-          block, visible, dim, queries + row * dim, held, to, partial.maxima + row, partial.weights + row);
-      row += taken;
+    const int64_t left = tile.key_end - begin, keys = left < kKeyBlock ? left : kKeyBlock;
+    for (int64_t group = tile.group_begin; group < tile.group_end; ++group) {
+      const int64_t at = begin * stride + group * dim, first = (group - tile.group_begin) * group_rows(call, tile);
+      attend_group(call, tile, {call.key + at, call.value + at, stride, keys}, begin, first, queries, scores, partial);
     }
   }
 }
