@@ -128,12 +128,31 @@ class QuantLimits(Strict):
     min_top1: float
 
 
+class CalibrationText(Strict):
+    """A text of configs/calibration and how many windows are cut from it."""
+
+    file: str
+    windows: Positive
+
+
+class Calibration(Strict):
+    """What a recipe lets both models read, and how it uses it (`export/calibrate/gptq.py`)."""
+
+    texts: tuple[CalibrationText, ...]
+    length: Annotated[int, Field(ge=16)]
+    """Tokens of a window."""
+    damping: Annotated[float, Field(gt=0)]
+    pull: Annotated[float, Field(ge=0)]
+
+
 class QuantRecipe(Strict):
     """How weights become integers."""
 
     name: str
     description: str
-    method: Literal["none", "rtn"]
+    method: Literal["none", "rtn", "gptq"]
+    """`rtn`: each weight to nearest. `gptq`: linears by what they compute on calibration text, the rest to nearest."""
+    calibration: Calibration | None = None
     linear: WeightScheme | None
     embedding: WeightScheme | None
     head: WeightScheme | None
@@ -144,6 +163,10 @@ class QuantRecipe(Strict):
         quantizes = any((self.linear, self.embedding, self.head))
         if quantizes == (self.method == "none"):
             raise ValueError(f"method {self.method!r} contradicts the schemes of linear, embedding and head")
+        if (self.method == "gptq") != (self.calibration is not None):
+            raise ValueError(f"method {self.method!r} contradicts calibration: gptq needs one, other methods have none")
+        if self.method == "gptq" and self.linear is None:
+            raise ValueError("method 'gptq' needs a scheme for linear")
         return self
 
 

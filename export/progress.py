@@ -28,11 +28,10 @@ def _progress() -> Progress:
     )
 
 
-def track(items: Iterable[Item], label: str) -> Iterator[Item]:
-    """Iterate with a bar."""
-    items = list(items)
+def track(items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
+    """Iterate with a bar; the items come one by one."""
     with _progress() as bar:
-        task = bar.add_task(label, total=len(items))
+        task = bar.add_task(label, total=total)
         for item in items:
             yield item
             bar.advance(task)

@@ -15,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from . import disk, memory
+from . import calibrate, disk, memory
+from .calibrate import texts
+from .calibrate.unfinished import Unfinished
 from .checkpoint import Checkpoint
 from .errors import ExportError
 from .manifest import LayerInfo
@@ -26,7 +28,8 @@ from .rounding import BLOCK_ELEMENTS, Rounded, as_torchao, bits_of, round_to_nea
 from .sources import locate
 
 HERE = Path(__file__).parent
-CODE = [HERE / "quantize.py", HERE / "rounding.py", *sorted(HERE.glob("sources/*.py"))]
+CODE = [HERE / "quantize.py", HERE / "rounding.py", HERE / "model.py", HERE / "windows.py"]
+CODE += [*sorted(HERE.glob("calibrate/*.py")), *sorted(HERE.glob("sources/*.py"))]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROUNDING_BYTES = 50
 """What rounding holds for each element of a block, measured: the block in float32 a dozen times over."""
@@ -125,9 +128,10 @@ def memory_bytes(recipe: QuantRecipe, architecture: Architecture) -> int:
     found = counts(recipe, architecture)
     if not found.integers:
         return 0
+    calibrating = calibrate.memory_bytes(recipe.calibration, architecture) if recipe.calibration else 0
     blocks = min(os.cpu_count() or 1, -(-found.largest // BLOCK_ELEMENTS))
-    rounding = ROUNDING_BYTES * min(blocks * BLOCK_ELEMENTS, found.largest)
-    return max(6 * found.largest + rounding, found.store_bytes + rounding * 3 // 2)
+    block_bytes = ROUNDING_BYTES * min(blocks * BLOCK_ELEMENTS, found.largest)
+    return max(6 * found.largest + block_bytes, found.store_bytes + max(calibrating, block_bytes * 3 // 2))
 
 
 def scheme_of(recipe: QuantRecipe, name: str) -> WeightScheme | None:
@@ -175,14 +179,14 @@ def quantize(checkpoint: Checkpoint, recipe: QuantRecipe, cache: Path) -> Quanti
 
 def write_store(store: Path, key: str, checkpoint: Checkpoint, recipe: QuantRecipe) -> None:
     """Quantize into `store`, complete or not at all. The caller holds its lock."""
-    names = quantized_names(checkpoint.architecture, recipe)
     disk.require_room(store.parent, counts(recipe, checkpoint.architecture).store_bytes)
+    unfinished = Unfinished(store.with_suffix(".unfinished"))
     tensors: dict[str, torch.Tensor] = {}
     errors: list[LayerInfo] = []
-    for name in track(names, "quantize"):
+    count = len(quantized_names(checkpoint.architecture, recipe))
+    for name, rounded in track(rounding(checkpoint, recipe, unfinished), "quantize", count):
         scheme = scheme_of(recipe, name)
         assert scheme is not None
-        rounded = round_to_nearest(checkpoint.read(name), scheme)
         tensors[f"{name}.qdata"], tensors[f"{name}.scale"] = rounded.qdata, rounded.scale
         errors.append(layer_info(name, scheme, rounded))
     partial = store.with_name(f"{store.name}.part")
@@ -192,10 +196,33 @@ def write_store(store: Path, key: str, checkpoint: Checkpoint, recipe: QuantReci
             notes["asked"] = asked_key(checkpoint.origin, recipe, checkpoint.architecture)
             save_file(tensors, partial, notes | {"errors": json.dumps([error.model_dump() for error in errors])})
         partial.replace(store)
+        unfinished.remove()
     except SafetensorError as error:
         raise ExportError(f"{partial}: cannot be written ({error})") from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def rounding(checkpoint: Checkpoint, recipe: QuantRecipe, unfinished: Unfinished) -> Iterator[tuple[str, Rounded]]:
+    """Name and integers of every tensor of the recipe; the table first, for what reads it comes after."""
+    linears = checkpoint.architecture.linear_shapes()
+    table: torch.Tensor | None = None
+    for name in quantized_names(checkpoint.architecture, recipe):
+        if name in linears and recipe.calibration:
+            continue
+        scheme = scheme_of(recipe, name)
+        assert scheme is not None
+        rounded = round_to_nearest(checkpoint.read(name), scheme)
+        if name == EMBEDDING and recipe.calibration:
+            table = rounded.dequantized()
+        yield name, rounded
+    if recipe.calibration:
+        assert recipe.linear is not None
+        table = checkpoint.read(EMBEDDING) if table is None else table
+        found = calibrate.round_linears(checkpoint, recipe.calibration, recipe.linear, table, unfinished.read)
+        for name, rounded in found:
+            unfinished.keep(name, rounded)
+            yield name, rounded
 
 
 def layer_info(name: str, scheme: WeightScheme, rounded: Rounded) -> LayerInfo:
@@ -265,6 +292,7 @@ def key_of(weights: dict[str, Any], recipe: QuantRecipe, architecture: Architect
         **weights,
         "architecture": architecture.model_dump(),
         "recipe": recipe.model_dump(exclude={"name", "description", "limits"}),
+        "texts": texts.sha256(recipe.calibration),
         "torchao": version("torchao"),
         "code": [hashlib.sha256(path.read_bytes()).hexdigest() for path in CODE],
     }

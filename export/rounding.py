@@ -39,6 +39,17 @@ class Rounded:
         """Signal-to-quantization-noise ratio of the weight itself."""
         return 10 * log10(max(self.signal, 1e-30) / max(self.noise, 1e-30))
 
+    def dequantized(self) -> torch.Tensor:
+        """float32 [N, K]."""
+        return self.qdata * self.scale.repeat_interleave(self.qdata.shape[1] // self.scale.shape[1], 1)
+
+
+def compared(weight: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor) -> Rounded:
+    """Integers and scales, however chosen, with what they cost."""
+    error = qdata * scale.repeat_interleave(qdata.shape[1] // scale.shape[1], 1) - weight
+    signal, noise = (float(torch.linalg.vector_norm(x)) ** 2 for x in (weight, error))
+    return Rounded(qdata, scale, signal, noise, float(error.abs().max()))
+
 
 def round_to_nearest(weight: torch.Tensor, scheme: WeightScheme) -> Rounded:
     """weight float32 [N, K]. Rows are independent, so blocks of them run on all cores."""

@@ -51,7 +51,7 @@ def write(source: SeededSource, folder: Path) -> None:
     write_tokenizer(source, folder)
     weight_map: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
-    for name in track(source.shapes, "weights"):
+    for name in track(source.shapes, "weights", len(source.shapes)):
         shard[name] = source.read(name).to(torch.bfloat16)
         if sum(tensor.nbytes for tensor in shard.values()) > SHARD_BYTES:
             flush(shard, weight_map, folder)

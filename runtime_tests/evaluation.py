@@ -11,6 +11,7 @@ from pydantic import Field
 from export.errors import ExportError
 from export.manifest import Manifest
 from export.plan import CONFIGS, Positive, Strict, load_named
+from export.windows import cut
 
 TEXT = CONFIGS / "evals" / "text"
 
@@ -79,29 +80,12 @@ def cut_windows(evaluation: Evaluation, tokenizer: Any, manifest: Manifest) -> W
     rows: list[list[int]] = []
     domains: list[str] = []
     for spec in evaluation.texts:
-        rows += cut(read_text(spec.file), spec.windows, length, tokenizer)
+        rows += cut(read_text(spec.file), f"evaluation text {spec.file}", spec.windows, length, tokenizer)
         domains += [spec.domain] * spec.windows
     tokens = np.array(rows, dtype=np.int64)
     if tokens.max() >= manifest.architecture.vocab_size:
         raise ExportError(f"{manifest.id}: its tokenizer gives id {tokens.max()}, beyond the vocabulary")
     return Windows(tokens, tuple(domains), evaluation.prefill)
-
-
-def cut(text: str, count: int, length: int, tokenizer: Any) -> list[list[int]]:
-    """`count` windows of `length` tokens, spread evenly over the text."""
-    start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    body = length - len(start)
-    stride = len(ids) // count
-    if stride < body:
-        raise ExportError(f"evaluation text of {len(ids)} tokens is too short for {count} windows of {length}")
-    return [start + ids[i * stride : i * stride + body] for i in range(count)]
-
-
-def adds_bos(tokenizer: Any) -> bool:
-    """Whether plain encoding puts the beginning-of-sequence token first."""
-    ids = tokenizer.encode("a")
-    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
 
 
 def read_text(name: str) -> str:

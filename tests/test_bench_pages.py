@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from export.errors import ExportError
-from runtime_tests.bench import figures, publish, scatter
+from runtime_tests.bench import domain_table, figures, publish, scatter
 
 from .bench_run import stored_run
 
@@ -91,3 +91,14 @@ def test_the_logarithmic_axis_holds_every_value(values, ends):
 
 def test_one_point_alone_can_be_drawn():
     ET.fromstring(scatter.draw([scatter.Point(90.0, 0.1, "only <one>", True)], "KL", "MB", "nats"))
+
+
+def test_kinds_of_text_count_alike_and_the_best_comes_first():
+    run = stored_run()
+    better = run.fidelity[0].model_copy(update={"contender": "stock", "kl_by_domain": {"prose": 0.02, "code": 0.04}})
+    rows = domain_table.domains(run.model_copy(update={"fidelity": (*run.fidelity, better)}))
+    assert rows[0][3:] == ("KL, mean of all kinds", "prose", "code", "top-1")
+    assert [row[3] for row in rows[1:]] == ["0.0300", "0.1250"]
+    assert rows[2][4:6] == ("0.1000", "0.1500")
+    one = run.fidelity[0].model_copy(update={"kl_by_domain": {"prose": 0.1}})
+    assert domain_table.domains(run.model_copy(update={"fidelity": (one,)})) == []

@@ -89,7 +89,7 @@ def decoder(model: QuantizedModel, inputs: dict[str, Var]) -> Var:
     x = mb.gather(
         x=table, indices=inputs["inputIds"], axis=0, batch_dims=0, validate_indices=False, name=mil_name((EMBEDDING,))
     )
-    for i in track(range(a.num_hidden_layers), "author"):
+    for i in track(range(a.num_hidden_layers), "author", a.num_hidden_layers):
         prefix = f"model.layers.{i}."
         normed = rms_norm(model, x, f"{prefix}input_layernorm.weight")
         x = mb.add(x=x, y=attention(model, normed, i, step, caches))

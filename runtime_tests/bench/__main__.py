@@ -13,7 +13,7 @@ from export.cli import run as run_app
 from export.errors import ExportError
 from export.manifest import ROOT
 
-from . import bound_tables, contenders, perform, publish, results, tables
+from . import bound_tables, contenders, domain_table, perform, publish, results, tables
 from .publish import DOCS
 from .results import Benchmark, Settings
 from .roles import ROLES
@@ -97,6 +97,7 @@ def show(benchmark: Benchmark) -> None:
         bound_tables.bandwidth(benchmark),
         bound_tables.overheads(benchmark),
         tables.exports(benchmark),
+        domain_table.domains(benchmark),
         tables.compared(benchmark),
     )
     for rows in filter(None, shown):

@@ -94,6 +94,7 @@ def passed(name: str, measured: Comparison) -> Fidelity:
         top1=measured.top1,
         perplexity=measured.perplexity,
         reference_perplexity=measured.reference_perplexity,
+        kl_by_domain=measured.kl_by_domain,
     )
 
 
@@ -109,4 +110,5 @@ def failed(name: str, ended: Ended) -> Fidelity:
         top1=0.0,
         perplexity=0.0,
         reference_perplexity=0.0,
+        kl_by_domain={},
     )

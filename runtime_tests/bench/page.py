@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from . import bound_tables, tables
+from . import bound_tables, domain_table, tables
 from .results import Benchmark
 from .table_text import Row, markdown
 
@@ -19,6 +19,8 @@ LONG = """\
 After its other passes every process prefills {far_prompt} tokens and times {far_generate} more, once. Positions are \
 those in the middle of the timed tokens. llama.cpp's cache holds float16 by default; the table of memory says what \
 each one takes."""
+
+DOMAINS = "Mean KL in nats to the fp32 checkpoint over the positions of each kind; the kinds count alike."
 
 MEMORY = """\
 The most that any repetition held. The cache counts with all {context} slots. Files mapped into memory count as far as \
@@ -57,6 +59,7 @@ def render(run: Benchmark, figures: Mapping[str, str]) -> str:
         "Ratios, ours over stock": ratios(run),
         "Figures": [f"![{label}]({file})" for file, label in figures.items()],
         "Measured": [markdown(tables.measured(run)), missing(run), did_not_run(run)],
+        "Accuracy by kind of text": table(domain_table.domains(run), DOMAINS),
         "Long contexts": table(bound_tables.long_context(run), LONG.format(**run.settings.model_dump())),
         "Memory": table(bound_tables.memory(run), MEMORY.format(**run.settings.model_dump())),
         "Bandwidth": table(bound_tables.bandwidth(run), BANDWIDTH.format(bandwidth=bandwidth(run))),

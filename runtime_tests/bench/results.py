@@ -58,6 +58,8 @@ class Fidelity(Strict):
     top1: float
     perplexity: float
     reference_perplexity: float
+    kl_by_domain: dict[str, float]
+    """Mean KL of each kind of text in the evaluation."""
 
 
 class HostOverhead(Strict):

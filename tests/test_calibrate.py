@@ -1,0 +1,280 @@
+"""Calibrated rounding: what it minimizes, that it goes on where it was interrupted, and that it helps on other text."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from export import calibrate, checkpoint, dither, quantize
+from export.calibrate import layerwise
+from export.calibrate.gptq import Moments, Rounding, choose_integers, choose_scales, target
+from export.errors import ExportError
+from export.plan import Calibration, CalibrationText, QuantRecipe, WeightScheme, load_plan
+from export.rounding import SMALLEST_SCALE, round_to_nearest
+
+GROUPS = WeightScheme(bits=4, group_size=32)
+TEXT = Calibration(
+    length=64,
+    damping=0.01,
+    pull=0.02,
+    texts=(CalibrationText(file="prose.txt", windows=24), CalibrationText(file="code.txt", windows=8)),
+)
+
+
+def weight(rows=48, columns=128, seed=0):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(columns=128, count=4000, seed=1):
+    """Inputs [count, K] whose channels go together, as those of a real layer do."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(12, columns, generator=generator)
+    return torch.randn(count, 12, generator=generator) @ mix + 0.3 * torch.randn(count, columns, generator=generator)
+
+
+def moments_of(x, y=None, drift=None):
+    y = x if y is None else y
+    return Moments(y.T @ y, x.T @ y, None if drift is None else drift.T @ y)
+
+
+def error(found, w, x):
+    return float(((found.dequantized() - w) @ x.T).square().sum())
+
+
+def test_with_inputs_that_tell_nothing_apart_integers_are_the_nearest():
+    w, scale = weight(), torch.full((48, 4), 0.25)
+    found = choose_integers(w, torch.eye(128), scale, GROUPS, damping=0.01)
+    torch.testing.assert_close(found, (w / 0.25).round().clamp(-8, 7).to(torch.int8))
+
+
+def test_what_the_layer_computes_is_closer_than_with_the_nearest_integers():
+    w, x = weight(), correlated()
+    (found,) = Rounding(GROUPS, 0.01, 0.02).choose([w], moments_of(x))
+    assert error(found, w, x) < 0.5 * error(round_to_nearest(w, GROUPS), w, x)
+
+
+def test_rows_that_share_inputs_are_rounded_as_each_alone():
+    w, x = weight(), correlated()
+    rounding = Rounding(GROUPS, 0.01, 0.02)
+    both = rounding.choose([w[:16], w[16:]], moments_of(x))
+    alone = rounding.choose([w[16:]], moments_of(x))
+    assert torch.equal(both[1].scale, alone[0].scale)
+    assert (both[1].qdata == alone[0].qdata).float().mean() > 0.99
+
+
+def test_scales_are_positive_bfloat16_and_weigh_errors():
+    w, importance = weight(), correlated().square().sum(0)
+    scale = choose_scales(w, importance, GROUPS)
+    assert torch.equal(scale.bfloat16().float(), scale)
+    assert float(scale.min()) >= SMALLEST_SCALE
+
+    def cost(s):
+        wide = s.repeat_interleave(32, 1)
+        return float((((w / wide).round().clamp(-8, 7) * wide - w).square() * importance).sum())
+
+    assert cost(scale) < cost(round_to_nearest(w, GROUPS).scale)
+    assert float(choose_scales(torch.zeros(2, 64), torch.ones(64), GROUPS).min()) >= SMALLEST_SCALE
+
+
+def test_the_target_undoes_what_the_inputs_have_lost():
+    """Inputs that are scaled down want weights that are scaled up; a drift behind wants to be made up for."""
+    w, x = weight(), correlated()
+    same = target(w, moments_of(x), pull=1e-6)
+    torch.testing.assert_close(same, w, atol=1e-2, rtol=1e-2)
+    scaled = target(w, moments_of(x, x * 0.5), pull=1e-6)
+    torch.testing.assert_close(scaled, 2 * w, atol=3e-2, rtol=1e-2)
+    behind = torch.randn(48, 128, generator=torch.Generator().manual_seed(5))
+    caught = target(w, moments_of(x, drift=x @ behind.T), pull=1e-6)
+    torch.testing.assert_close(caught, w + behind, atol=3e-2, rtol=1e-2)
+    torch.testing.assert_close(target(w, moments_of(x, x * 0.5), pull=1e6), w, atol=1e-2, rtol=1e-2)
+
+
+def test_inputs_that_are_no_numbers_have_no_factor():
+    broken = moments_of(correlated())
+    broken.inputs[3, 3] = -1e9
+    with pytest.raises(torch.linalg.LinAlgError):
+        Rounding(GROUPS, 0.01, 0.0).choose([weight()], broken)
+
+
+@pytest.fixture(scope="module")
+def plan():
+    found = load_plan("tiny", "int4-g32", "onnx-cpu")
+    fields = {"method": "gptq", "calibration": TEXT}
+    return found.model_copy(update={"quant": found.quant.model_copy(update=fields)})
+
+
+@pytest.fixture(scope="module")
+def opened(plan):
+    return checkpoint.load(plan.model, None)
+
+
+@pytest.fixture(scope="module")
+def calibrated(plan, opened, tmp_path_factory):
+    return quantize.quantize(opened, plan.quant, tmp_path_factory.mktemp("cache"))
+
+
+def assert_same(found, wanted):
+    """Integers and scales, to the bit, and what was noted about them."""
+    ours, theirs = load_file(found.store), load_file(wanted.store)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert found.layers == wanted.layers
+
+
+def divergence(opened, model):
+    """Mean KL to the float model on text it was not calibrated with."""
+    ids = calibrate.tokens(opened, TEXT.model_copy(update={"texts": (CalibrationText(file="maths.txt", windows=8),)}))
+    with torch.no_grad():
+        full, _ = quantize.eager(
+            opened.read if opened.architecture.tie_word_embeddings is False else reader(opened),
+            opened.architecture,
+            "none",
+        )(ids)
+        ours, _ = quantize.eager(model.read, opened.architecture, "none")(ids)
+    p, q = full.double().log_softmax(-1), ours.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def reader(opened):
+    return lambda name: opened.read(quantize.EMBEDDING if name == quantize.HEAD else name)
+
+
+def test_it_loses_less_than_rounding_to_nearest(plan, opened, calibrated, tmp_path):
+    nearest = quantize.quantize(opened, load_plan("tiny", "int4-g32", "onnx-cpu").quant, tmp_path)
+    assert divergence(opened, calibrated) < 0.8 * divergence(opened, nearest)
+
+
+def test_every_tensor_of_the_recipe_is_there_once(plan, opened, calibrated):
+    assert sorted(layer.name for layer in calibrated.layers) == sorted(
+        quantize.quantized_names(opened.architecture, plan.quant)
+    )
+
+
+def test_the_same_inputs_give_the_same_bytes(plan, opened, calibrated, tmp_path):
+    again = quantize.quantize(opened, plan.quant, tmp_path)
+    assert_same(again, calibrated)
+
+
+def test_an_interrupted_run_goes_on_where_it_was(plan, opened, calibrated, tmp_path, monkeypatch):
+    rounded = []
+    choose = Rounding.choose
+
+    def interrupted(self, weights, moments):
+        if len(rounded) == 5:
+            raise KeyboardInterrupt
+        rounded.append(len(weights))
+        return choose(self, weights, moments)
+
+    monkeypatch.setattr(Rounding, "choose", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantize.quantize(opened, plan.quant, tmp_path)
+    (folder,) = tmp_path.glob("*.unfinished")
+    kept = sorted(path.name for path in folder.iterdir())
+    assert len(kept) == sum(rounded)
+    (folder / kept[0]).write_bytes(b"damaged")  # is rounded again, with what shares its inputs
+    monkeypatch.setattr(Rounding, "choose", lambda self, *args: rounded.append(0) or choose(self, *args))
+    resumed = quantize.quantize(opened, plan.quant, tmp_path)
+    assert_same(resumed, calibrated)
+    assert rounded.count(0) == 2 * 4 - 5 + 1
+    assert not folder.exists()
+
+
+def test_other_text_is_another_model(plan, opened):
+    fewer = TEXT.model_copy(update={"texts": TEXT.texts[:1]})
+    other = plan.quant.model_copy(update={"calibration": fewer})
+    assert quantize.content_key(opened, plan.quant) != quantize.content_key(opened, other)
+
+
+def test_the_text_itself_is_part_of_the_key(plan, opened, monkeypatch, tmp_path):
+    before = quantize.content_key(opened, plan.quant)
+    for text in TEXT.texts:
+        (tmp_path / text.file).write_text("other words " * 2000)
+    monkeypatch.setattr("export.calibrate.texts.TEXT", tmp_path)
+    assert quantize.content_key(opened, plan.quant) != before
+
+
+@pytest.mark.parametrize(
+    ("file", "windows", "says"),
+    [
+        ("prose.txt", 100_000, r"prose\.txt of .* tokens is too short for 100000"),
+        ("nowhere.txt", 1, r"nowhere\.txt: missing; a recipe in configs/quant"),
+    ],
+)
+def test_text_that_is_missing_or_too_short_is_named(plan, opened, tmp_path, file, windows, says):
+    texts = (CalibrationText(file=file, windows=windows),)
+    recipe = plan.quant.model_copy(update={"calibration": TEXT.model_copy(update={"texts": texts})})
+    with pytest.raises(ExportError, match=says):
+        quantize.quantize(opened, recipe, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"method": "gptq"}, "gptq needs one"),
+        ({"method": "rtn", "calibration": TEXT.model_dump()}, "other methods have none"),
+        ({"method": "gptq", "calibration": TEXT.model_dump(), "linear": None}, "needs a scheme for linear"),
+    ],
+)
+def test_a_recipe_that_contradicts_itself_is_refused(plan, fields, says):
+    rtn = load_plan("tiny", "int4-g32", "onnx-cpu").quant.model_dump()
+    with pytest.raises(ValueError, match=says):
+        QuantRecipe.model_validate({**rtn, **fields})
+
+
+def test_calibration_text_is_not_evaluated_and_the_other_way_round():
+    from export.calibrate import texts
+    from runtime_tests.evaluation import TEXT as EVALUATED
+
+    pairs = [("prose.txt", "wikitext2.txt"), ("maths.txt", "mgsm/en.txt"), ("code.txt", "code.txt")] + [
+        (f"udhr/{p.name}", f"udhr/{p.name}") for p in (EVALUATED / "udhr").iterdir()
+    ]
+    for ours, theirs in pairs:
+        text = texts.read(ours)
+        lines = [line for line in (EVALUATED / theirs).read_text(encoding="utf-8").splitlines() if len(line) > 60]
+        assert not [line for line in lines if line in text]
+
+
+def test_layers_are_computed_as_the_model_computes_them(opened):
+    """The walk without rounding is the model."""
+    a, ids = opened.architecture, torch.arange(40)[None]
+    stream = torch.nn.functional.embedding(ids, opened.read(quantize.EMBEDDING))
+    both = layerwise.Both(stream.clone(), stream.clone())
+
+    class Nothing:
+        def choose(self, weights, moments):
+            return [Exact(weight) for weight in weights]
+
+    class Exact:
+        def __init__(self, weight):
+            self.weight = weight
+
+        def dequantized(self):
+            return self.weight
+
+    with torch.inference_mode():
+        names = [name for name, _ in layerwise.round_layers(opened.read, a, Nothing(), both, lambda _: None)]
+        model = quantize.eager(reader(opened), a, "none")
+        logits, _ = model(ids)
+        ours = model.lm_head(model.model.norm(both.quantized))
+    assert names == list(a.linear_shapes())
+    torch.testing.assert_close(ours, logits, atol=1e-4, rtol=1e-4)
+
+
+def test_noise_of_one_step_takes_the_weights_off_their_grid():
+    steps = torch.randint(0, 16, (4, 64), generator=torch.Generator().manual_seed(3))
+    steps[:, ::32], steps[:, 1::32] = 0, 15
+    weight = 0.25 * steps - 1
+    found = dither.dithered(weight, torch.Generator().manual_seed(0))
+    difference = found - weight
+    assert float(difference.abs().max()) <= 0.125
+    assert float(difference.abs().mean()) == pytest.approx(0.0625, rel=0.2)
+    assert torch.equal(found, dither.dithered(weight, torch.Generator().manual_seed(0)))
+    assert not torch.equal(found, dither.dithered(weight, torch.Generator().manual_seed(1)))
+
+
+def test_a_dithered_checkpoint_is_one(opened, tmp_path):
+    dither.write(opened, tmp_path, seed=0)
+    found = checkpoint.load(load_plan("tiny", "int4-g32", "onnx-cpu").model, str(tmp_path))
+    assert found.architecture == opened.architecture
+    for name in opened.architecture.tensor_shapes():
+        same = torch.equal(found.read(name), opened.read(name))
+        assert same == ("norm" in name), name
