@@ -39,24 +39,30 @@ class Moments:
 class Rounding:
     """How linears are rounded."""
 
-    scheme: WeightScheme
     damping: float
     """Added to the diagonal of the inputs' moments before they are inverted, in parts of its mean."""
     pull: float
     """Draws the target towards the weight itself, in parts of the mean second moment: few tokens know little."""
 
-    def choose(self, weights: Sequence[Tensor], moments: Moments) -> list[Rounded]:
-        """Integers and scales of linears with the same inputs.
+    def choose(self, weights: Sequence[Tensor], schemes: Sequence[WeightScheme], moments: Moments) -> list[Rounded]:
+        """Integers and scales of linears with the same inputs, float32 [N, K] each.
 
         Raises torch.linalg.LinAlgError if the moments are not positive definite even when damped.
         """
-        weight = torch.cat(list(weights))
-        wanted = target(weight, moments, self.pull)
-        scale = choose_scales(wanted, moments.inputs.diagonal(), self.scheme)
-        integers = choose_integers(wanted, moments.inputs, scale, self.scheme, self.damping)
-        rows = [len(part) for part in weights]
-        parts = zip(weights, torch.split(integers, rows), torch.split(scale, rows), strict=True)
-        return [compared(part, qdata.contiguous(), found.contiguous()) for part, qdata, found in parts]
+        rows = [len(weight) for weight in weights]
+        wanted = torch.split(target(torch.cat(list(weights)), moments, self.pull), rows)
+        order = moments.inputs.diagonal().argsort(descending=True)
+        factor = inverse_factor(moments.inputs[order][:, order], self.damping)
+        found: dict[int, Rounded] = {}
+        for scheme in dict.fromkeys(schemes):  # rows of one scheme one after another: they are computed together
+            same = [i for i, one in enumerate(schemes) if one == scheme]
+            stacked = torch.cat([wanted[i] for i in same])
+            scale = choose_scales(stacked, moments.inputs.diagonal(), scheme)
+            integers = choose_integers(stacked, order, factor, scale, scheme)
+            parts = (torch.split(tensor, [rows[i] for i in same]) for tensor in (integers, scale))
+            for i, qdata, its_scale in zip(same, *parts, strict=True):
+                found[i] = compared(weights[i], qdata.contiguous(), its_scale.contiguous())
+        return [found[i] for i in range(len(weights))]
 
 
 def target(weight: Tensor, moments: Moments, pull: float) -> Tensor:
@@ -94,15 +100,12 @@ def choose_scales(weight: Tensor, importance: Tensor, scheme: WeightScheme) -> T
     return best
 
 
-def choose_integers(weight: Tensor, moments: Tensor, scale: Tensor, scheme: WeightScheme, damping: float) -> Tensor:
-    """weight [N, K], inputs' moments [K, K], scales [N, groups] → int8 [N, K].
+def choose_integers(weight: Tensor, order: Tensor, factor: Tensor, scale: Tensor, scheme: WeightScheme) -> Tensor:
+    """weight [N, K], scales [N, groups] → int8 [N, K].
 
-    `damping` is added to the moments' diagonal, in parts of its mean. Raises torch.linalg.LinAlgError if they are not
-    positive definite even so.
+    Columns are taken in `order` [K]; `factor` [K, K] is the inverse factor of the inputs' moments in that order.
     """
     low, high = limits(scheme)
-    order = moments.diagonal().argsort(descending=True)
-    factor = inverse_factor(moments[order][:, order], damping)
     columns = weight.T[order].contiguous()  # [K, N]
     scales = scale.repeat_interleave(weight.shape[1] // scale.shape[1], 1).T[order].contiguous()
     integers = torch.empty_like(columns)
@@ -121,7 +124,10 @@ def choose_integers(weight: Tensor, moments: Tensor, scale: Tensor, scheme: Weig
 
 
 def inverse_factor(moments: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the damped moments' inverse; columns without any input keep to themselves."""
+    """Upper Cholesky factor of the damped moments' inverse [K, K]; columns without any input keep to themselves.
+
+    Raises torch.linalg.LinAlgError if they are not positive definite even so.
+    """
     damped = moments.double()
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = 1
