@@ -1,6 +1,6 @@
 """One self-contained HTML page per run: verdict, numbers, plots, gates, environment. Loads nothing from anywhere."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from export.manifest import Manifest
 
-from . import summary
+from . import choice_plots, summary
 from .plots import Bar, Series, bars, dots, lines
 from .record import DeviceState, Outcome, Record
 
@@ -118,7 +118,17 @@ def charts(records: Sequence[Record], manifests: Sequence[Manifest]) -> list[dic
         chart("KL per text", domain_plot(records), "Quantized model → artifact, mean nats by domain.", legend),
         chart("Weight SQNR per layer", layer_plot(manifests), "Linears, in execution order, dB.", layers),
     ]
-    return [one for one in drawn if one["svg"]]
+    return [one for one in [*drawn, *choices(manifests)] if one["svg"]]
+
+
+def choices(manifests: Sequence[Manifest]) -> Iterator[dict[str, Any]]:
+    """Of each quantization that promoted linears: which, and what other sizes would have cost."""
+    for one in quantizations(manifests).values():
+        name = f"{one.plan.model.name} {one.plan.quant.name}"
+        note = "Framed: promoted. Stronger: rounding it alone costs more KL."
+        yield chart(f"Bits per linear: {name}", choice_plots.choice_map(one), note, [])
+        note = "Expected held-out KL, most saved per byte first, scaled to what was measured (dot)."
+        yield chart(f"Size and loss: {name}", choice_plots.front(one), note, [])
 
 
 def chart(title: str, svg: str, note: str, legend: Sequence[tuple[str, int]]) -> dict[str, Any]:
