@@ -129,9 +129,18 @@ class QuantLimits(Strict):
 
 
 class CalibrationText(Strict):
-    """A text of configs/calibration and how many windows are cut from it."""
+    """A text and how many windows are cut from it."""
 
     file: str
+    """In configs/calibration, or of a data set: `hub:OWNER/NAME@REVISION/PATH`, .txt or .jsonl with a field `text`."""
+    windows: Positive
+
+
+class GeneratedText(Strict):
+    """What the model writes itself, answering prompts through its chat template."""
+
+    prompts: str
+    """In configs/calibration, one to a line."""
     windows: Positive
 
 
@@ -145,6 +154,12 @@ class Mixture(Strict):
     held_out_every: Annotated[int, Field(ge=2)]
     """One window of so many is not calibrated with; the loss is estimated on it."""
     texts: tuple[CalibrationText, ...]
+    generated: GeneratedText | None
+
+    @property
+    def windows(self) -> int:
+        """Of all texts."""
+        return sum(text.windows for text in self.texts) + (self.generated.windows if self.generated else 0)
 
 
 def load_mixture(value: Any) -> Any:

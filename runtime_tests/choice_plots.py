@@ -42,9 +42,10 @@ def cell(x: float, y: float, width: float, one: Candidate, strength: float) -> s
     """One linear, framed when promoted."""
     bits = "int8" if one.promoted else "as the recipe says"
     frame = f'stroke="{colour(3)}" stroke-width="2"' if one.promoted else ""
-    size = f'width="{width - 2 * CELL_GAP:.1f}" height="{ROW - 2 * CELL_GAP}"'
+    size = f'width="{width - 2 * CELL_GAP:.1f}" height="{ROW - 2 * CELL_GAP}" rx="2"'
     return (
-        f'<rect x="{x + CELL_GAP:.1f}" y="{y + CELL_GAP}" {size} rx="2" fill="{colour(0)}" fill-opacity="{strength:.2f}" {frame}>'
+        f'<rect x="{x + CELL_GAP:.1f}" y="{y + CELL_GAP}" {size} '
+        f'fill="{colour(0)}" fill-opacity="{strength:.2f}" {frame}>'
         f"<title>{escape(one.name)}: {bits}; alone costs KL {one.kl:.2e}, promoted {one.promoted_kl:.2e}, "
         f"{one.extra_bytes / 1e3:,.0f} kB more</title></rect>"
     )

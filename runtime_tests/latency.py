@@ -4,7 +4,6 @@ Time to first token is the time of one prompt: tokens in, logits of the last one
 outside every clock. Runs inside the child process, so that its peak memory is the artifact's.
 """
 
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from export import manifest
 from export.manifest import Manifest
+from export.memory import peak_rss_bytes
 from export.plan import WeightScheme
 from export.schemes import EMBEDDING, HEAD, bits_each
 
@@ -77,18 +77,6 @@ def time_tokens(session: Session, job: SpeedJob, prompt: int) -> list[int]:
         samples.append(time.perf_counter_ns() - started)
         token = int(logits.argmax())
     return samples
-
-
-def peak_rss_bytes() -> int:
-    """Most memory this process has held."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
 
 
 def read_bandwidth(threads: int) -> float:

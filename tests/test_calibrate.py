@@ -1,5 +1,7 @@
 """Calibrated rounding: what it minimizes, that it goes on where it was interrupted, and that it helps on other text."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -8,6 +10,7 @@ from export import calibrate, checkpoint, dither, quantize
 from export.calibrate import layerwise
 from export.calibrate.activations import unchanged
 from export.calibrate.gptq import Moments, Rounding, choose_integers, choose_scales, inverse_factor, target
+from export.calibrate.unfinished import Unfinished
 from export.errors import ExportError
 from export.plan import CalibrationText, Gptq, Mixture, QuantRecipe, WeightScheme, load_plan
 from export.rounding import SMALLEST_SCALE, round_to_nearest
@@ -20,6 +23,7 @@ TEXT = Mixture(
     length=64,
     held_out_every=8,
     texts=(CalibrationText(file="prose.txt", windows=27), CalibrationText(file="code.txt", windows=9)),
+    generated=None,
 )
 PROMOTION = {
     "scheme": CHANNELS.model_dump(),
@@ -140,9 +144,13 @@ def assert_same(found, wanted):
     assert found.layers == wanted.layers
 
 
+def ids_of(opened, mixture):
+    return calibrate.tokens(opened, mixture, Unfinished(Path("/nowhere")))
+
+
 def divergence(opened, model):
     """Mean KL to the float model on text it was not calibrated with."""
-    ids = calibrate.tokens(opened, TEXT.model_copy(update={"texts": (CalibrationText(file="maths.txt", windows=8),)}))
+    ids = ids_of(opened, TEXT.model_copy(update={"texts": (CalibrationText(file="maths.txt", windows=8),)}))
     with torch.no_grad():
         full, _ = quantize.eager(reader(opened), opened.architecture, "none")(ids)
         ours, _ = quantize.eager(model.read, opened.architecture, "none")(ids)

@@ -1,5 +1,7 @@
 """Mixed precision: the estimate of what each linear costs, the choice under a budget, and artifacts that hold it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from export import calibrate, checkpoint, quantize, schemes
 from export.calibrate import promote, sensitivity
 from export.calibrate.activations import int8_per_token
 from export.calibrate.scales import nearest
+from export.calibrate.unfinished import Unfinished
 from export.errors import ExportError
 from export.manifest import Candidate
 from export.model import RMSNorm
@@ -21,6 +24,7 @@ TEXT = Mixture(
     length=64,
     held_out_every=6,
     texts=(CalibrationText(file="prose.txt", windows=18), CalibrationText(file="code.txt", windows=6)),
+    generated=None,
 )
 BUDGETS = ("linear_bits_per_weight", "size_budget_mb", "max_kl")
 
@@ -57,7 +61,7 @@ def six_bits(plan, opened, tmp_path_factory):
 @pytest.fixture(scope="module")
 def sensitivities(plan, opened):
     """On many windows, so that the draw of tokens matters little."""
-    ids = calibrate.tokens(opened, TEXT)
+    ids = calibrate.tokens(opened, TEXT, Unfinished(Path("/nowhere")))
     norm = RMSNorm(256, opened.architecture.rms_norm_eps)
     norm.weight = torch.nn.Parameter(opened.read("model.norm.weight"), requires_grad=False)
     table = opened.read(EMBEDDING)
@@ -138,7 +142,7 @@ def test_it_loses_less_than_without_promotion(plan, opened, six_bits, tmp_path):
 
 
 def test_the_loss_on_held_out_windows_is_the_models(opened, six_bits):
-    _, held_out = calibrate.split(calibrate.tokens(opened, TEXT), TEXT.held_out_every)
+    _, held_out = calibrate.split(calibrate.tokens(opened, TEXT, Unfinished(Path("/nowhere"))), TEXT.held_out_every)
     read = lambda name: opened.read(EMBEDDING if name == "lm_head.weight" else name)  # noqa: E731
     with torch.no_grad():
         p = quantize.eager(read, opened.architecture, "none")(held_out)[0].log_softmax(-1)
@@ -196,7 +200,7 @@ def test_scales_for_what_is_computed_lose_less_than_nearest(plan, opened, tmp_pa
     found = quantize.quantize(opened, searched, tmp_path)
     plain = quantize.quantize(opened, plan.quant, tmp_path)
     gptq = quantize.quantize(opened, mixed(plan), tmp_path)
-    held_out = calibrate.split(calibrate.tokens(opened, TEXT), TEXT.held_out_every)[1]
+    held_out = calibrate.split(calibrate.tokens(opened, TEXT, Unfinished(Path("/nowhere"))), TEXT.held_out_every)[1]
     read = lambda name: opened.read(EMBEDDING if name == "lm_head.weight" else name)  # noqa: E731
     with torch.no_grad():
         p = quantize.eager(read, opened.architecture, "none")(held_out)[0].log_softmax(-1)

@@ -12,12 +12,12 @@ from .. import schemes, tokenizer
 from ..checkpoint import Checkpoint
 from ..errors import ExportError
 from ..manifest import Candidate
-from ..model import RMSNorm
+from ..model import Llama, RMSNorm
 from ..plan import Architecture, Mixture, QuantRecipe, WeightScheme
 from ..progress import track
 from ..rounding import Rounded
 from ..schemes import EMBEDDING, HEAD, Schemes
-from . import promote, scales, sensitivity, texts
+from . import generate, promote, scales, sensitivity, texts
 from .activations import ROUND
 from .gptq import Rounding
 from .layerwise import Both, Task, round_layers
@@ -47,7 +47,7 @@ def run(
 ) -> Calibrated:
     """Choose the integers of every linear; `rounded` has embedding and head where the recipe quantizes them."""
     assert recipe.calibration is not None
-    ids = tokens(checkpoint, recipe.calibration).to(device())
+    ids = tokens(checkpoint, recipe.calibration, unfinished).to(device())
     calibrator = Calibrator(checkpoint, recipe, rounded, unfinished, *split(ids, recipe.calibration.held_out_every))
     if recipe.method == "scales":
         return calibrator.search_scales()
@@ -84,8 +84,24 @@ class Calibrator:
         return Calibrated(linears, self.base, self.used.numel(), None, ())
 
     def round(self, chosen: Schemes, unfinished: Unfinished) -> Calibrated:
-        """GPTQ of every linear."""
-        settings, a = self.recipe.gptq, self.architecture
+        """GPTQ of every linear, and what it loses."""
+        with torch.inference_mode():
+            stream = self.streams()
+            found = self.walk(chosen, unfinished, stream)
+            linears = dict(track(found, "quantize", len(self.architecture.linear_shapes())))
+            last = Both(stream.full[len(self.used) :].clone(), stream.quantized[len(self.used) :].clone())
+            del stream, found
+            kl = self.loss(last)
+        return Calibrated(linears, chosen, self.used.numel(), kl, ())
+
+    def streams(self) -> Both:
+        """What enters both models' first layers, windows that are calibrated with first."""
+        ids = torch.cat([self.used, self.held_out])
+        return Both(self.embedded(ids), self.looked_up(ids))
+
+    def walk(self, chosen: Schemes, unfinished: Unfinished, stream: Both) -> Iterator[tuple[str, Rounded]]:
+        """Name and integers of every linear, kept as they come; `stream` goes along."""
+        settings = self.recipe.gptq
         assert settings is not None
         task = Task(
             scheme_of=known(chosen),
@@ -94,18 +110,9 @@ class Calibrator:
             used=len(self.used),
             done=unfinished.read,
         )
-        linears = {}
-        with torch.inference_mode():
-            ids = torch.cat([self.used, self.held_out])
-            stream = Both(self.embedded(ids), self.looked_up(ids))
-            found = round_layers(self.read, a, task, stream)
-            for name, one in track(on_cpu(found), "quantize", len(a.linear_shapes())):
-                unfinished.keep(name, one)
-                linears[name] = one
-            last = Both(stream.full[len(self.used) :].clone(), stream.quantized[len(self.used) :].clone())
-            del stream
-            kl = self.loss(last)
-        return Calibrated(linears, chosen, self.used.numel(), kl, ())
+        for name, one in on_cpu(round_layers(self.read, self.architecture, task, stream)):
+            unfinished.keep(name, one)
+            yield name, one
 
     def promote(self) -> Calibrated:
         """GPTQ, with more bits for the linears that need them most."""
@@ -207,24 +214,50 @@ def split(ids: Tensor, held_out_every: int) -> tuple[Tensor, Tensor]:
     return ids[~held], ids[held]
 
 
-def tokens(checkpoint: Checkpoint, mixture: Mixture) -> Tensor:
-    """The calibration text in the checkpoint's own tokens, int64 [W, L]."""
+def tokens(checkpoint: Checkpoint, mixture: Mixture, unfinished: Unfinished) -> Tensor:
+    """The calibration text in the checkpoint's own tokens, int64 [W, L]: windows of texts, then of generated ones."""
+    vocab = checkpoint.architecture.vocab_size
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.write(checkpoint.source, Path(folder), checkpoint.architecture.vocab_size)
-        ids = texts.windows(mixture, tokenizer.load(Path(folder)))
-    if int(ids.max()) >= checkpoint.architecture.vocab_size:
+        its_ids = tokenizer.write(checkpoint.source, Path(folder), vocab)
+        loaded = tokenizer.load(Path(folder))
+    ids = texts.windows(mixture, loaded)
+    if mixture.generated is not None:
+        prompts = generate.prompt_ids(texts.lines(mixture.generated.prompts), loaded, checkpoint.origin)
+        ids = torch.cat([ids, generated(checkpoint, mixture, prompts, frozenset(its_ids.eos_ids), unfinished)])
+    if int(ids.max()) >= vocab:
         raise ExportError(f"the tokenizer gives id {int(ids.max())}, beyond the vocabulary")
     return ids
+
+
+def generated(
+    checkpoint: Checkpoint, mixture: Mixture, prompts: list[list[int]], ends: frozenset[int], unfinished: Unfinished
+) -> Tensor:
+    """Windows that the full model writes; an interrupted run keeps them."""
+    assert mixture.generated is not None
+    if (found := unfinished.read_windows()) is not None:
+        return found
+    a = checkpoint.architecture
+    weights = {name: checkpoint.read(name).to(device()) for name in a.tensor_shapes()}
+    weights.setdefault(HEAD, weights[EMBEDDING])
+    found = generate.conversations(Llama(a).load(weights), prompts, ends, mixture.generated.windows, mixture.length)
+    unfinished.keep_windows(found)
+    return found
 
 
 def memory_bytes(mixture: Mixture, a: Architecture) -> int:
     """The most that calibrating holds: both streams and what down_proj reads, its moments and their factors.
 
-    Half as much again is what stands beside them, measured: pieces being computed, memory freed in between.
+    Half as much again is what stands beside them, measured: pieces being computed, memory freed in between. A model
+    that writes text itself is in memory as a whole meanwhile, with its cache, twice while it grows.
     """
-    count = sum(text.windows for text in mixture.texts) * mixture.length
+    count = mixture.windows * mixture.length
     streams = 2 * 4 * count * (a.hidden_size + a.intermediate_size)
     moments = a.intermediate_size**2 * (2 * 4 + FACTOR_BYTES) + 4 * a.intermediate_size * a.hidden_size * 8
     layer = 2 * 4 * (3 * a.intermediate_size + 4 * a.hidden_size) * a.hidden_size
     table = 2 * 4 * a.vocab_size * a.hidden_size
-    return max((streams + moments + layer) * 3 // 2, table + 2 * 4 * count * a.hidden_size)
+    writing = 0
+    if mixture.generated is not None:
+        cache = 2 * a.num_hidden_layers * a.num_key_value_heads * a.head_dim * mixture.length
+        weights = sum(torch.Size(shape).numel() for shape in a.tensor_shapes().values())
+        writing = 4 * (weights + 2 * mixture.generated.windows * cache)
+    return max((streams + moments + layer) * 3 // 2, table + 2 * 4 * count * a.hidden_size, writing)

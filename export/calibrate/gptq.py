@@ -18,6 +18,8 @@ from ..rounding import SMALLEST_SCALE, Rounded, compared
 
 BLOCK = 64
 """Columns whose errors are spread at once."""
+SEARCHED_AT_ONCE = 2**18
+"""Elements whose scales are searched together: they stay in a core's cache for all tries."""
 SHRINK = torch.linspace(0.6, 1.05, 46).tolist()
 """Scales that are tried, in parts of the smallest one that clips nothing."""
 
@@ -86,6 +88,12 @@ def limits(scheme: WeightScheme) -> tuple[int, int]:
 
 def choose_scales(weight: Tensor, importance: Tensor, scheme: WeightScheme) -> Tensor:
     """weight [N, K], importance of columns [K] → scales [N, groups], exact in bf16, with the least weighted error."""
+    rows = max(1, SEARCHED_AT_ONCE // weight.shape[1])
+    return torch.cat([search_scales(part, importance, scheme) for part in torch.split(weight, rows)])
+
+
+def search_scales(weight: Tensor, importance: Tensor, scheme: WeightScheme) -> Tensor:
+    """`choose_scales` of some rows."""
     low, high = limits(scheme)
     groups = weight.reshape(len(weight), -1, scheme.group_size or weight.shape[1])  # [N, groups, columns of one]
     weights = importance.reshape(groups.shape[1:])
