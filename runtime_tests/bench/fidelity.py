@@ -18,7 +18,7 @@ from .. import evaluation, isolation
 from ..accuracy import compare, not_finite
 from ..evaluation import Windows
 from ..isolation import Ended
-from ..jobs import BenchLogitsJob, ReferenceJob, ReferenceTask
+from ..jobs import BenchLogitsJob, Opening, ReferenceJob, ReferenceTask
 from ..record import Comparison, Outcome
 from .contenders import Contender
 from .results import Fidelity
@@ -46,7 +46,7 @@ def judge(contenders: Sequence[Contender], folder: Path, source: str | None, cut
         for contender in contenders:
             if contender.opening.runner != NO_LOGITS:
                 with stage("accuracy", contender.entry.name):
-                    found.append(judge_one(contender, described, cut, room))
+                    found.append(judge_one(contender.entry.name, contender.opening, described, cut, room))
     return found
 
 
@@ -63,11 +63,11 @@ def compute_reference(folder: Path, source: str | None, cut: Windows, room: Path
         raise ExportError(f"fp32 reference: {ended.outcome.value}: {ended.detail}")
 
 
-def judge_one(contender: Contender, described: Manifest, cut: Windows, room: Path) -> Fidelity:
-    """Logits of one contender, compared; a crash is a result."""
+def judge_one(name: str, opening: Opening, described: Manifest, cut: Windows, room: Path) -> Fidelity:
+    """Logits of one opened artifact, compared; a crash is a result."""
     out = room / "candidate.npy"
     job = BenchLogitsJob(
-        opening=contender.opening,
+        opening=opening,
         vocab_size=described.architecture.vocab_size,
         tokens=str(room / "tokens.npy"),
         prefill=cut.prefill,
@@ -75,11 +75,11 @@ def judge_one(contender: Contender, described: Manifest, cut: Windows, room: Pat
     )
     ended = isolation.run(job, limit_s=LIMIT_S)
     if ended.outcome is not Outcome.PASS:
-        return failed(contender.entry.name, ended)
+        return failed(name, ended)
     reference, candidate = (np.load(path, mmap_mode="r") for path in (room / "reference.npy", out))
     if problem := not_finite(candidate):
-        return failed(contender.entry.name, Ended(Outcome.MISMATCH, problem))
-    return passed(contender.entry.name, compare(reference, candidate, cut.targets, cut.domains))
+        return failed(name, Ended(Outcome.MISMATCH, problem))
+    return passed(name, compare(reference, candidate, cut.targets, cut.domains))
 
 
 def passed(name: str, measured: Comparison) -> Fidelity:
