@@ -13,7 +13,7 @@ PY      := .venv/bin/python
 # contenders of `make bench-quick`
 QUICK   := device-runner,runner-stock,genai,genai-stock,session,llamacpp-q4_0,llamacpp-q4_k_m
 # recipes that `make study` judges as ONNX only
-STUDIED := int4-g64-gptq,int4-g32-gptq-prose,int4-g32-scales,int4-g32
+STUDIED := int4-g32-gptq-chat,int4-g64-gptq,int4-g32-gptq-prose,int4-g32-scales,int4-g32
 TARGETS := $(sort $(basename $(notdir $(wildcard configs/targets/*.yaml))))
 DEVICES := $(sort $(basename $(notdir $(wildcard devices/*.yaml))))
 FOLDERS := $(TARGETS:%=build/$(MODEL)_$(QUANT)_%)
