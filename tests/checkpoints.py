@@ -30,6 +30,12 @@ GGUF_NAMES = {
     "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 
+BNB_CONFIG = {
+    "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "_load_in_4bit": True,
+    "_load_in_8bit": False, "bnb_4bit_compute_dtype": "bfloat16", "llm_int8_enable_fp32_cpu_offload": False,
+    "llm_int8_has_fp16_weight": False, "llm_int8_threshold": 6.0,
+}  # fmt: skip
+
 
 def weights(architecture=SMALL):
     """Seeded float32 tensors, exact in bfloat16 and float16."""
@@ -52,6 +58,32 @@ def write_folder(folder, architecture=SMALL, *, dtype=torch.bfloat16, shards=1, 
     weight_map = {name: f"model-{i}.safetensors" for i, part in names.items() for name in part}
     write_index(folder, weight_map)
     return folder
+
+
+def write_bnb(folder, architecture=SMALL, *, kind="nf4", nested=True, storage=torch.uint8, keep=(), blocksize=64):
+    """A folder whose linears bitsandbytes has quantized, but those whose names hold one of `keep`, in bfloat16."""
+    from bitsandbytes.functional import quantize_4bit
+
+    tensors = {}
+    for name, weight in weights(architecture).items():
+        tensors[name] = weight.bfloat16()
+        if name.endswith("_proj.weight") and not any(part in name for part in keep):
+            tensors[name], state = quantize_4bit(
+                tensors[name], blocksize=blocksize, compress_statistics=nested, quant_type=kind, quant_storage=storage
+            )
+            tensors |= {f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()}
+    write_folder(folder, architecture)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    set_config(folder, quantization_config=BNB_CONFIG | {
+        "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": nested, "llm_int8_skip_modules": list(keep),
+        "bnb_4bit_quant_storage": str(storage).removeprefix("torch."),
+    })  # fmt: skip
+    return folder
+
+
+def set_config(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def write_index(folder, weight_map):

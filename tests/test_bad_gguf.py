@@ -27,6 +27,7 @@ from .checkpoints import (
     refusal,
     tokenizer_refusal,
     weights,
+    write_bnb,
     write_folder,
     write_gguf,
 )
@@ -203,14 +204,21 @@ def damaged(data, seed):
         yield f"bit at {at}", data[:at] + bytes([data[at] ^ 1 << choose.randrange(8)]) + data[at + 1 :]
 
 
-@pytest.mark.parametrize("form", ["safetensors", "gguf"])
+def write_form(form, place):
+    """A checkpoint and its file that is worth damaging."""
+    if form == "gguf":
+        return (path := write_gguf(place / "model.gguf", kind="Q8_0")), path
+    if form == "bitsandbytes":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+        return write_bnb(place), place / "model.safetensors"
+    return write_folder(place), place / "model.safetensors"
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bitsandbytes", "gguf"])
 def test_damage_by_chance_is_refused_or_harmless(tmp_path, form):
     """A flipped bit in a weight cannot be seen; everything else must be, and nothing but ExportError comes out."""
-    if form == "gguf":
-        place = path = write_gguf(tmp_path / "model.gguf", kind="Q8_0")
-    else:
-        place = write_folder(tmp_path / "folder")
-        path = place / "model.safetensors"
+    (tmp_path / "checkpoint").mkdir()
+    place, path = write_form(form, tmp_path / "checkpoint")
     good, shapes = path.read_bytes(), SMALL.tensor_shapes()
     lines = []
     with within(120):
