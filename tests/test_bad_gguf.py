@@ -108,13 +108,33 @@ def test_a_tokenizer_that_cannot_be_made(tmp_path, extra, words):
     assert words in tokenizer_refusal(path, tmp_path / "out")
 
 
-def test_llama3_rope_scaling_and_other_architectures_are_refused(tmp_path):
-    with_table = weights() | {"!rope_freqs.weight": torch.ones(8)}
-    assert "rope_freqs.weight" in refusal(LLAMA, write_gguf(tmp_path / "model.gguf", tensors=with_table))
-    other = (tmp_path / "model.gguf").read_bytes().replace(b"llama", b"mamba", 1)
-    (tmp_path / "model.gguf").write_bytes(other)
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        (torch.ones(7), "has shape [7], heads have 8 rotary pairs"),
+        (torch.ones(2, 4), "has shape [2, 4], heads have 8 rotary pairs"),
+        (torch.full((8,), 2.0), "is not Llama 3's RoPE scaling"),  # linear
+        (torch.linspace(1, 8, 8), "is not Llama 3's RoPE scaling"),
+        (torch.linspace(8, 1, 8), "is not Llama 3's RoPE scaling"),
+        (torch.full((8,), 0.5), "is not Llama 3's RoPE scaling"),
+        (torch.zeros(8), "holds numbers that are no slowing factors"),
+        (torch.full((8,), float("nan")), "holds numbers that are no slowing factors"),
+        (torch.full((8,), float("inf")), "holds numbers that are no slowing factors"),
+    ],
+)
+def test_rope_factors_that_are_not_llama3s(tmp_path, table, words):
+    path = write_gguf(tmp_path / "model.gguf", tensors=weights() | {"!rope_freqs.weight": table})
+    assert f"tensor rope_freqs.weight {words}" in refusal(LLAMA, path)
+
+
+def test_other_models_adapters_and_parts_are_refused(tmp_path):
+    path = tmp_path / "model.gguf"
+    assert "general.type is 'adapter'" in refusal(LLAMA, write_gguf(path, extra={"general.type": "adapter"}))
+    assert "one of 3 parts; join them" in refusal(LLAMA, write_gguf(path, extra={"split.count": 3}))
+    write_gguf(path)
+    path.write_bytes(path.read_bytes().replace(b"llama", b"mamba", 1))
     with pytest.raises(ExportError, match=r"damaged|only 'llama' is supported"):
-        checkpoint.load(LLAMA, str(tmp_path / "model.gguf"))
+        checkpoint.load(LLAMA, str(path))
 
 
 def test_nan_in_a_gguf_names_the_tensor(tmp_path):
