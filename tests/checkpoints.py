@@ -1,5 +1,6 @@
 """Very small checkpoints in every form the project reads, to be opened or broken by tests."""
 
+import base64
 import json
 
 import gguf
@@ -15,6 +16,8 @@ from export.errors import ExportError
 from export.plan import Architecture, ModelSpec, load_named
 from export.sources import open_source
 from export.sources.seeded import SeededSource
+from runtime_tests.bench.checkpoints import meta_name, meta_params
+from runtime_tests.bench.row_order import in_meta_order
 
 LLAMA = load_named(ModelSpec, "models", "llama")
 SMALL = Architecture(
@@ -78,6 +81,20 @@ def write_bnb(folder, architecture=SMALL, *, kind="nf4", nested=True, storage=to
         "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": nested, "llm_int8_skip_modules": list(keep),
         "bnb_4bit_quant_storage": str(storage).removeprefix("torch."),
     })  # fmt: skip
+    return folder
+
+
+META_SMALL = SMALL.model_copy(update={"vocab_size": 512, "max_position_embeddings": 8192})
+
+
+def write_meta(folder):
+    """META_SMALL as Meta saves a model; its tokenizer knows the bytes and Llama 3's special tokens."""
+    tensors = {meta_name(n): in_meta_order(n, w, META_SMALL).bfloat16() for n, w in weights(META_SMALL).items()}
+    tensors["output.weight"] = tensors["tok_embeddings.weight"].clone()
+    torch.save(tensors, folder / "consolidated.00.pth")
+    (folder / "params.json").write_text(json.dumps(meta_params(META_SMALL)))
+    ranks = "".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256))
+    (folder / "tokenizer.model").write_text(ranks)
     return folder
 
 

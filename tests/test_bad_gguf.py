@@ -21,6 +21,7 @@ from export.sources.gguf_file import READABLE_TYPES
 
 from .checkpoints import (
     LLAMA,
+    META_SMALL,
     SMALL,
     metadata,
     read_everything,
@@ -30,6 +31,7 @@ from .checkpoints import (
     write_bnb,
     write_folder,
     write_gguf,
+    write_meta,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -231,22 +233,25 @@ def write_form(form, place):
     if form == "bitsandbytes":
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
         return write_bnb(place), place / "model.safetensors"
+    if form == "meta":
+        return write_meta(place), place / "consolidated.00.pth"
     return write_folder(place), place / "model.safetensors"
 
 
-@pytest.mark.parametrize("form", ["safetensors", "bitsandbytes", "gguf"])
+@pytest.mark.parametrize("form", ["safetensors", "bitsandbytes", "gguf", "meta"])
 def test_damage_by_chance_is_refused_or_harmless(tmp_path, form):
     """A flipped bit in a weight cannot be seen; everything else must be, and nothing but ExportError comes out."""
     (tmp_path / "checkpoint").mkdir()
     place, path = write_form(form, tmp_path / "checkpoint")
-    good, shapes = path.read_bytes(), SMALL.tensor_shapes()
+    architecture = META_SMALL if form == "meta" else SMALL
+    good, shapes = path.read_bytes(), architecture.tensor_shapes()
     lines = []
     with within(120):
         for what, data in damaged(good, seed=5):
             path.write_bytes(data)
             try:
                 found = read_everything(LLAMA, place)
-                ids = tokenizer.write(open_source(str(place), None), fresh(tmp_path / "out"), SMALL.vocab_size)
+                ids = tokenizer.write(open_source(str(place), None), fresh(tmp_path / "out"), architecture.vocab_size)
             except ExportError as error:
                 lines.append(str(error))
                 continue
