@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from export import calibrate, checkpoint, quantize, schemes
+from export import calibrate, checkpoint, manifest, quantize, schemes
 from export.calibrate import promote, sensitivity
 from export.calibrate.activations import int8_per_token
 from export.calibrate.scales import nearest
@@ -16,6 +16,9 @@ from export.model import RMSNorm
 from export.plan import CalibrationText, Gptq, Mixture, Promotion, WeightScheme, load_plan
 from export.rounding import as_torchao, round_to_nearest
 from export.schemes import EMBEDDING
+from runtime_tests import weights
+from runtime_tests.jobs import WeightsJob
+from runtime_tests.session import open_session
 
 GROUPS, CHANNELS = WeightScheme(bits=4, group_size=32), WeightScheme(bits=8, group_size=None)
 TEXT = Mixture(
@@ -232,3 +235,27 @@ def test_nearest_of_the_scale_search_is_nearest():
     wide = found.scale.repeat_interleave(32, 1)
     assert torch.equal(found.qdata, (w / wide).round().clamp(-8, 7).to(torch.int8))
     assert found.noise < round_to_nearest(w, GROUPS).noise
+
+
+@pytest.mark.parametrize("target", ["onnx-cpu", "executorch-xnnpack", "coreml"])
+def test_artifacts_hold_both_schemes_and_compute_with_them(tiny, store, target):
+    folder = tiny(target, "int4-mixed")
+    described = manifest.read(folder)
+    job = WeightsJob(folder=str(folder), source=None, cache=str(store))
+    found = weights.compare(job)
+    assert (found["differing"], found["missing"]) == (0, [])
+    linears = described.architecture.linear_shapes()
+    bits = {layer.name: layer.bits for layer in described.quantization.layers if layer.name in linears}
+    assert set(bits.values()) == {4, 8}
+    assert {name for name, b in bits.items() if b == 8} == {
+        one.name for one in described.quantization.calibration.candidates if one.promoted
+    }
+    model = weights.rebuild(described, None, store)
+    session = open_session(folder, described, threads=1)
+    tokens = list(range(40, 72))
+    got = torch.from_numpy(session.feed(tokens))
+    session.close()
+    with torch.no_grad():
+        eager = quantize.eager(model.read, model.architecture, described.plan.target.activations)
+        wanted = eager(torch.tensor([tokens]))[0][0, -1]
+    assert float((got - wanted).norm() / wanted.norm()) < 0.05
