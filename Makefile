@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := all
 PYTHON ?= python3
 MODEL  ?= smollm2-135m
-QUANT  ?= int4-g32
+QUANT  ?= int4-g32-scales
 # whose baseline `make baseline` keeps
 DEVICE ?= host
 # where the weights are, when not where the model's YAML says (a folder, a .gguf file or a hub id)
@@ -69,6 +69,9 @@ lint: setup
 
 unit: setup
 	@$(PY) -m pytest
+
+# compared with the integers that other exporters choose too: nearest, at the scale of a group's largest weight
+bench bench-quick bench-docs: QUANT := int4-g32
 
 bench: setup                        ## our artifacts against stock runtimes' on the same weights, interleaved
 	@$(PY) -m runtime_tests.bench $(MODEL) $(QUANT) $(WEIGHTS)

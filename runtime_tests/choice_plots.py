@@ -77,7 +77,7 @@ def front(described: Manifest) -> str:
     x, y = place(*at)
     said = f"{at[0]:.1f} MB, KL {at[1]:.4f}, {len(chosen)} of {len(candidates)} linears promoted"
     parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5.5" fill="{colour(3)}"><title>{said}</title></circle>')
-    parts.append(text(x + 9, y - 7, said, "value"))
+    parts.append(text(WIDTH - RIGHT, TOP + 12, said, "value", "end"))
     return svg(HEIGHT, "size and expected KL", parts)
 
 
