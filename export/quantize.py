@@ -98,7 +98,7 @@ def memory_bytes(recipe: QuantRecipe, architecture: Architecture) -> int:
     found = schemes.of_recipe(recipe, architecture).counts()
     if not found.integers:
         return 0
-    calibrating = calibrate.memory_bytes(recipe.calibration, architecture) if recipe.calibration else 0
+    calibrating = calibrate.memory_bytes(recipe, architecture) if recipe.calibration else 0
     blocks = min(os.cpu_count() or 1, -(-found.largest // BLOCK_ELEMENTS))
     block_bytes = ROUNDING_BYTES * min(blocks * BLOCK_ELEMENTS, found.largest)
     return max(6 * found.largest + block_bytes, found.store_bytes + max(calibrating, block_bytes * 3 // 2))

@@ -77,11 +77,12 @@ class Calibrator:
         return schemes.of_recipe(self.recipe, self.architecture)
 
     def search_scales(self) -> Calibrated:
-        """Nearest integers at searched scales."""
+        """Nearest integers at searched scales. No loss is estimated, so no window is held out."""
+        ids = torch.cat([self.used, self.held_out])
         with torch.inference_mode():
-            found = scales.round_layers(self.read, self.architecture, known(self.base), self.embedded(self.used))
+            found = scales.round_layers(self.read, self.architecture, known(self.base), self.embedded(ids))
             linears = dict(track(on_cpu(found), "quantize", len(self.architecture.linear_shapes())))
-        return Calibrated(linears, self.base, self.used.numel(), None, ())
+        return Calibrated(linears, self.base, ids.numel(), None, ())
 
     def round(self, chosen: Schemes, unfinished: Unfinished) -> Calibrated:
         """GPTQ of every linear, and what it loses."""
@@ -244,20 +245,31 @@ def generated(
     return found
 
 
-def memory_bytes(mixture: Mixture, a: Architecture) -> int:
-    """The most that calibrating holds: both streams and what down_proj reads, its moments and their factors.
+def memory_bytes(recipe: QuantRecipe, a: Architecture) -> int:
+    """The most that calibrating holds beside the integers, bytes; a model that writes text itself is there as a whole.
 
-    Half as much again is what stands beside them, measured: pieces being computed, memory freed in between. A model
-    that writes text itself is in memory as a whole meanwhile, with its cache, twice while it grows.
+    Half as much again as what is counted stands beside it, measured: pieces being computed, memory freed in between.
     """
-    count = mixture.windows * mixture.length
-    streams = 2 * 4 * count * (a.hidden_size + a.intermediate_size)
-    moments = a.intermediate_size**2 * (2 * 4 + FACTOR_BYTES) + 4 * a.intermediate_size * a.hidden_size * 8
-    layer = 2 * 4 * (3 * a.intermediate_size + 4 * a.hidden_size) * a.hidden_size
-    table = 2 * 4 * a.vocab_size * a.hidden_size
-    writing = 0
-    if mixture.generated is not None:
-        cache = 2 * a.num_hidden_layers * a.num_key_value_heads * a.head_dim * mixture.length
-        weights = sum(torch.Size(shape).numel() for shape in a.tensor_shapes().values())
-        writing = 4 * (weights + 2 * mixture.generated.windows * cache)
-    return max((streams + moments + layer) * 3 // 2, table + 2 * 4 * count * a.hidden_size, writing)
+    assert recipe.calibration is not None
+    count = recipe.calibration.windows * recipe.calibration.length
+    table, layer = 4 * a.vocab_size * a.hidden_size, 4 * (3 * a.intermediate_size + 4 * a.hidden_size) * a.hidden_size
+    if recipe.method == "scales":
+        walking, looking_up = 4 * count * a.hidden_size + 2 * layer, table + 4 * count * a.hidden_size
+    else:
+        walking = 2 * 4 * count * (a.hidden_size + a.intermediate_size) + gptq_bytes(a) + 2 * layer
+        looking_up = 2 * (table + 4 * count * a.hidden_size)
+    return max(walking * 3 // 2, looking_up, writing_bytes(recipe.calibration, a))
+
+
+def gptq_bytes(a: Architecture) -> int:
+    """Moments of what down_proj reads, their factors, and its weight on the way."""
+    return a.intermediate_size**2 * (2 * 4 + FACTOR_BYTES) + 4 * a.intermediate_size * a.hidden_size * 8
+
+
+def writing_bytes(mixture: Mixture, a: Architecture) -> int:
+    """Weights, and the cache of all rows, twice while it grows."""
+    if mixture.generated is None:
+        return 0
+    cache = 2 * a.num_hidden_layers * a.num_key_value_heads * a.head_dim * mixture.length
+    weights = sum(torch.Size(shape).numel() for shape in a.tensor_shapes().values())
+    return 4 * (weights + 2 * mixture.generated.windows * cache)
