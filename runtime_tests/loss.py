@@ -95,8 +95,9 @@ def cells(part: Slice, largest: Sequence[float]) -> tuple[Cell, ...]:
 
 
 def nats(value: float) -> str:
-    """A KL: `0.373`, `3.2e-03`."""
-    return f"{value:.3f}" if value >= 0.01 else f"{value:.1e}"
+    """A KL: `0.373`, `3.2e-03`, `0`."""
+    small = f"{value:.1e}" if value else "0"
+    return f"{value:.3f}" if value >= 0.01 else small
 
 
 def perplexity(value: float) -> str:

@@ -90,12 +90,12 @@ def verdict(records: Sequence[Record]) -> dict[str, str]:
 
 
 def table_row(record: Record) -> dict[str, str]:
-    """The summary's cells by column name, and the quantization's loss beside the lowering's."""
+    """The summary's cells by column name, and what quantization and lowering lose."""
     cells = dict(zip(summary.COLUMNS, summary.row(record), strict=True))
-    quantization, total = record.accuracy.quantization, record.accuracy.total
+    quantization, lowering, total = record.accuracy.quantization, record.accuracy.lowering, record.accuracy.total
     cells["quant KL"] = loss.nats(quantization.mean_kl) if quantization else "–"
+    cells["lowering KL"] = loss.nats(lowering.mean_kl) if lowering else "–"
     cells["ppl"] = with_error(total.perplexity, total.perplexity_error) if total else "–"
-    cells["fp32 ppl"] = loss.perplexity(total.reference_perplexity) if total else "–"
     cells["css"] = css(record.outcome)
     return cells
 

@@ -1,4 +1,4 @@
-"""A run in the terminal: one table, where each artifact loses most, then what failed.
+"""A run in the terminal: one table, what each artifact loses and where most, then what failed.
 
 Plain text when stdout is no terminal.
 """
@@ -11,37 +11,22 @@ from rich.table import Table
 from rich.text import Text
 
 from .loss import nats, worst
-from .record import Comparison, Outcome, Record
+from .record import Accuracy, Outcome, Record
 
 COLOURS = {Outcome.PASS: "green", Outcome.INCONCLUSIVE: "yellow"}
-COLUMNS = (
-    "artifact",
-    "MB",
-    "bits/w",
-    "KL",
-    "top-1",
-    "lowering",
-    "prefill/s",
-    "decode/s",
-    "TTFT ms",
-    "RSS MB",
-    "verdict",
-)
-
-
-WORST = ("KL as shipped, fp32 → file", "all", "worst text", "KL", "worst positions", "KL")
+COLUMNS = ("artifact", "MB", "bits/w", "KL", "top-1", "prefill/s", "decode/s", "TTFT ms", "RSS MB", "verdict")
+LOSSES = ("mean KL, nats", "as shipped", "quantization", "lowering", "worst text", "", "worst positions", "")
 
 
 def row(record: Record) -> list[str]:
     """One line of the summary, as text; `–` where nothing was measured. KL and top-1 are the file's as shipped."""
-    total, lowering, speed = record.accuracy.total, record.accuracy.lowering, record.timings
+    total, speed = record.accuracy.total, record.timings
     return [
         record.artifact,
         f"{record.size_bytes / 1e6:.1f}",
         f"{record.bits_per_weight:.2f}",
         nats(total.mean_kl) if total else "–",
         f"{total.top1:.1%}" if total else "–",
-        nats(lowering.mean_kl) if lowering else "–",
         f"{max(test.avg_ts for test in speed.tests if test.n_prompt):.0f}" if speed else "–",
         f"{speed.tests[-1].avg_ts:.1f}" if speed else "–",
         f"{speed.ttft_p50_s * 1e3:.0f}" if speed else "–",
@@ -50,11 +35,15 @@ def row(record: Record) -> list[str]:
     ]
 
 
-def worst_row(artifact: str, total: Comparison) -> list[str]:
-    """Where an artifact loses most."""
+def loss_row(artifact: str, accuracy: Accuracy) -> list[str]:
+    """What an artifact loses, through which step, and on which text and positions most; empty if it was not reached."""
+    total, steps = accuracy.total, (accuracy.quantization, accuracy.lowering)
+    if total is None:
+        return []
     text, of_text = worst(total.by_domain)
     positions, of_positions = worst(total.by_position)
-    return [artifact, nats(total.mean_kl), text, nats(of_text.mean_kl), positions, nats(of_positions.mean_kl)]
+    by_step = (nats(step.mean_kl) if step else "–" for step in steps)
+    return [artifact, nats(total.mean_kl), *by_step, text, nats(of_text.mean_kl), positions, nats(of_positions.mean_kl)]
 
 
 def show(records: Sequence[Record], page: Path) -> None:
@@ -64,10 +53,10 @@ def show(records: Sequence[Record], page: Path) -> None:
         console.print(table(records))
     else:
         print_plain([list(COLUMNS), *(row(record) for record in records)])
-    worst_rows = [worst_row(one.artifact, one.accuracy.total) for one in records if one.accuracy.total]
-    if worst_rows:
+    losses = [found for record in records if (found := loss_row(record.artifact, record.accuracy))]
+    if losses:
         print()
-        print_plain([list(WORST), *worst_rows])
+        print_plain([list(LOSSES), *losses])
     for record in records:
         for line in problems(record):
             console.print(Text(line, style="red" if not record.holds else "yellow"), soft_wrap=True)

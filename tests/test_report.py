@@ -128,10 +128,11 @@ def test_the_terminal_names_the_worst_text_and_positions(tmp_path, capsys):
     early = record.model_copy(update={"accuracy": record.accuracy.model_copy(update={"total": None})})
     summary.show([sample_record(), early], tmp_path / "index.html")
     lines = capsys.readouterr().out.splitlines()
-    header = next(i for i, line in enumerate(lines) if line.startswith("KL as shipped"))
+    header = next(i for i, line in enumerate(lines) if line.startswith("mean KL, nats"))
     total = sample_record().accuracy.total
     (text, of_text), (place, of_place) = loss.worst(total.by_domain), loss.worst(total.by_position)
-    cells = ["tiny_int4-g32_fake", loss.nats(total.mean_kl), text, loss.nats(of_text.mean_kl)]
+    steps = (total, sample_record().accuracy.quantization, sample_record().accuracy.lowering)
+    cells = ["tiny_int4-g32_fake", *(loss.nats(one.mean_kl) for one in steps), text, loss.nats(of_text.mean_kl)]
     cells += [*place.split(), loss.nats(of_place.mean_kl)]
     assert lines[header + 1].split() == cells
     assert "crash" in lines[header + 2]  # nothing is said of where the other one loses
