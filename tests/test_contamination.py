@@ -96,3 +96,12 @@ def test_the_benchmark_refuses_it_too(calibration):
     fidelity.refuse_read_text("default", ["int4-g32"])
     with pytest.raises(ExportError, match=r"prose\.txt: missing; the recipe 'int4-g32-gptq' calibrated on it"):
         fidelity.refuse_read_text("default", ["int4-g32", "int4-g32-gptq"])
+
+
+def test_the_command_names_both_files_in_one_line(command, artifact, calibration, capsys):
+    (calibration / "mine.txt").write_text(evaluation.read_text("udhr/de.txt"))
+    plan = manifest.read(artifact).plan.model_copy(update={"quant": calibrating_on("mine.txt")})
+    reseal(artifact, plan=plan)
+    assert command(artifact) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "mine.txt" in line]
+    assert str(evaluation.TEXT / "udhr/de.txt") in line
