@@ -19,6 +19,10 @@ BEST_SQNR_DB = 200.0
 """Reported when nothing differs: float64 cannot tell more."""
 
 
+LARGEST_NLL = 500.0
+"""Its exponential, and a multiple of that, are still finite in float64."""
+
+
 @dataclass(frozen=True)
 class WindowScores:
     """What is kept of one window; each array has one number per position, [S]."""
@@ -93,8 +97,8 @@ def negative_log_likelihood(log_probabilities: Floats, targets: NDArray[np.int64
 
 
 def perplexity(nll: NDArray[np.float64]) -> float:
-    """exp(mean NLL)."""
-    return float(np.exp(nll.mean()))
+    """exp(mean NLL), and 1e217 for anything above it: JSON has no infinity."""
+    return float(np.exp(min(nll.mean(), LARGEST_NLL)))
 
 
 def perplexity_error(nll: NDArray[np.float64]) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from runtime_tests import accuracy, evaluation, loss
-from runtime_tests.record import Slice
+from runtime_tests.record import Comparison, Slice
 
 RNG = np.random.default_rng(0)
 
@@ -51,6 +51,13 @@ def test_perplexity_error_is_the_standard_error_of_the_mean():
     nll = np.array([[1.0, 2.0], [3.0, 4.0]])
     assert accuracy.perplexity(nll) == pytest.approx(math.exp(2.5))
     assert accuracy.perplexity_error(nll) == pytest.approx(math.exp(2.5) * math.sqrt(5 / 3) / 2)
+
+
+def test_logits_far_beyond_all_measure_still_make_a_record():
+    reference = logits(2, 3, 8)
+    measured = compare(reference, reference * -2000)
+    assert Comparison.model_validate_json(measured.model_dump_json()) == measured
+    assert 1e200 < measured.perplexity < math.inf
 
 
 def test_sqnr_of_known_noise():
