@@ -52,6 +52,18 @@ def test_measured_rows_appear(described):
     assert record.commit[:12] in text
 
 
+def test_the_loss_as_shipped_comes_first_with_a_line_for_every_slice(described):
+    record = sample_record()
+    total = record.accuracy.total
+    lines = card.render(described, publish.measured_rows(record)).splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("| verdict")) + 1
+    assert lines[first].startswith(f"| KL as shipped, mean (p99) | {total.mean_kl:.3f} ({total.p99_kl:.3f}) nats |")
+    for label, part in total.by_domain.items():
+        (line,) = [line for line in lines if line.startswith(f"| {label} |")]
+        assert f"KL {part.mean_kl:.3f} ({part.p99_kl:.3f}), top-1 {part.top1:.1%}" in line
+    assert len([line for line in lines if line.startswith("| positions ")]) == len(total.by_position) == 2
+
+
 @pytest.mark.parametrize(
     ("backend", "words"),
     [("pte", "TextLLMRunner"), ("pte", "llama_main"), ("onnx_kv", "og.Generator"), ("onnx_kv", "logits: all"),

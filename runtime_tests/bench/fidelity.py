@@ -12,9 +12,10 @@ import numpy as np
 from export import manifest, tokenizer
 from export.errors import ExportError
 from export.manifest import ROOT, Manifest
+from export.plan import QuantRecipe, load_named
 from export.progress import stage
 
-from .. import evaluation, isolation
+from .. import contamination, evaluation, isolation
 from ..accuracy import compare, not_finite
 from ..evaluation import Windows
 from ..isolation import Ended
@@ -32,6 +33,14 @@ NO_LOGITS = "llm_runner"
 def windows(folder: Path, eval_name: str) -> Windows:
     """Token windows of an evaluation for one of our artifacts."""
     return evaluation.cut_windows(evaluation.load(eval_name), tokenizer.load(folder), manifest.read(folder))
+
+
+def refuse_read_text(eval_name: str, recipes: Sequence[str]) -> None:
+    """No recipe may have calibrated on the evaluation's text. Raises ExportError."""
+    judged = evaluation.load(eval_name)
+    for name in recipes:
+        if found := contamination.problems(judged, load_named(QuantRecipe, "quant", name)):
+            raise ExportError(found[0])
 
 
 def judge(contenders: Sequence[Contender], folder: Path, source: str | None, cut: Windows) -> list[Fidelity]:
@@ -79,7 +88,7 @@ def judge_one(name: str, opening: Opening, described: Manifest, cut: Windows, ro
     reference, candidate = (np.load(path, mmap_mode="r") for path in (room / "reference.npy", out))
     if problem := not_finite(candidate):
         return failed(name, Ended(Outcome.MISMATCH, problem))
-    return passed(name, compare(reference, candidate, cut.targets, cut.domains))
+    return passed(name, compare(reference, candidate, cut.targets, cut.labels))
 
 
 def passed(name: str, measured: Comparison) -> Fidelity:
@@ -94,7 +103,7 @@ def passed(name: str, measured: Comparison) -> Fidelity:
         top1=measured.top1,
         perplexity=measured.perplexity,
         reference_perplexity=measured.reference_perplexity,
-        kl_by_domain=measured.kl_by_domain,
+        by_domain=measured.by_domain,
     )
 
 
@@ -110,5 +119,5 @@ def failed(name: str, ended: Ended) -> Fidelity:
         top1=0.0,
         perplexity=0.0,
         reference_perplexity=0.0,
-        kl_by_domain={},
+        by_domain={},
     )
