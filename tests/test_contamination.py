@@ -7,7 +7,7 @@ import pytest
 from export import manifest
 from export.calibrate import texts
 from export.errors import ExportError
-from export.plan import Calibration, CalibrationText, QuantRecipe, load_named, names
+from export.plan import CalibrationText, Mixture, QuantRecipe, load_named, names
 from runtime_tests import contamination, evaluation, validate
 from runtime_tests.bench import fidelity
 from runtime_tests.record import Outcome
@@ -19,8 +19,13 @@ GPTQ = load_named(QuantRecipe, "quant", "int4-g32-gptq")
 
 def calibrating_on(*files, name="leaky"):
     """A recipe that calibrates on these files of configs/calibration."""
-    read = Calibration(
-        texts=tuple(CalibrationText(file=file, windows=1) for file in files), length=64, damping=0.01, pull=0.02
+    read = Mixture(
+        name="leaky",
+        description="ours",
+        length=64,
+        held_out_every=2,
+        texts=tuple(CalibrationText(file=file, windows=1) for file in files),
+        generated=None,
     )
     return GPTQ.model_copy(update={"name": name, "calibration": read})
 
@@ -39,9 +44,10 @@ def test_something_that_is_shipped_calibrates():
 
 
 @pytest.mark.parametrize("eval_name", names("evals"))
-@pytest.mark.parametrize("quant", [n for n in names("quant") if load_named(QuantRecipe, "quant", n).calibration])
-def test_no_shipped_recipe_calibrates_on_text_of_a_shipped_evaluation(quant, eval_name):
-    assert contamination.problems(evaluation.load(eval_name), load_named(QuantRecipe, "quant", quant)) == []
+@pytest.mark.parametrize("mixture", names("mixtures"))
+def test_no_shipped_mixture_has_text_of_a_shipped_evaluation(mixture, eval_name):
+    recipe = GPTQ.model_copy(update={"calibration": load_named(Mixture, "mixtures", mixture)})
+    assert contamination.problems(evaluation.load(eval_name), recipe) == []
 
 
 FILES = sorted({spec.file for name in names("evals") for spec in evaluation.load(name).texts})
