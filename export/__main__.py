@@ -1,4 +1,4 @@
-"""python -m export MODEL QUANT TARGET… [--source DIR_OR_HF_ID] [--out DIR]."""
+"""python -m export MODEL QUANT TARGET… [--source DIR_OR_HF_ID] [--adapter DIR] [--out DIR]."""
 
 import sys
 from pathlib import Path
@@ -20,7 +20,8 @@ def main(
     model: Annotated[str, typer.Argument(help="a name in configs/models")],
     quant: Annotated[str, typer.Argument(help="a name in configs/quant")],
     target: Annotated[list[str], typer.Argument(help="names in configs/targets; several are built side by side")],
-    source: Annotated[str | None, typer.Option(help="folder, .gguf file or hub id the weights come from")] = None,
+    source: Annotated[str | None, typer.Option(help="folder, .gguf file or hub id of the weights")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="folder of a LoRA adapter that is merged into it")] = None,
     out: Annotated[Path | None, typer.Option(help="the finished folder of one target")] = None,
 ) -> None:
     """Build build/MODEL_QUANT_TARGET, one artifact folder for each target: quantize once, lower, describe."""
@@ -31,6 +32,10 @@ def main(
     if len(set(target)) < len(target):
         raise typer.BadParameter("the same target twice", param_hint="TARGET")
     plans = [load_plan(model, quant, name) for name in target]
+    if adapter:
+        from . import checkpoint, sources
+
+        source = sources.adapted(checkpoint.origin_of(plans[0].model, source), adapter)
     if len(plans) > 1:
         from . import pipeline, together
 

@@ -44,8 +44,30 @@ class Source(Protocol):
         """Write tokenizer files (and generation defaults, when the checkpoint has them) into a folder."""
 
 
+ADAPTER = "adapter:"
+"""`adapter:FOLDER//SPEC` is the checkpoint SPEC with the LoRA adapter in FOLDER merged; no path holds `//`."""
+
+
+def adapted(spec: str, adapter: Path) -> str:
+    """The spec of a checkpoint with an adapter."""
+    return f"{ADAPTER}{Path(os.path.expanduser(adapter)).resolve()}//{spec}"  # noqa: PTH111  (see `locate`)
+
+
+def split_adapter(spec: str) -> tuple[str, str]:
+    """`adapter:FOLDER//SPEC` → FOLDER and SPEC."""
+    folder, separator, base = spec.removeprefix(ADAPTER).partition("//")
+    if not (folder and separator):
+        raise ExportError(f"{spec}: expected adapter:FOLDER//CHECKPOINT")
+    if base.startswith((ADAPTER, "seed:")):
+        raise ExportError(f"{spec}: an adapter is merged into a checkpoint, not into {base.partition(':')[0]}:…")
+    return folder, base
+
+
 def locate(spec: str) -> Path | str:
-    """A `source` string of a model YAML or of --source: a local path, or a `hub:`/`seed:` string unchanged."""
+    """A `source` string of a model YAML or of --source: a local path, or a `hub:`/`seed:`/`adapter:` string."""
+    if spec.startswith(ADAPTER):
+        folder, base = split_adapter(spec)
+        return f"{ADAPTER}{locate(folder)}//{locate(base)}"
     if spec.startswith("package:"):
         return package_file(spec.removeprefix("package:"))
     if spec.startswith(("hub:", "seed:")):
@@ -82,6 +104,13 @@ def open_source(spec: str, expected: Architecture | None) -> Source:
 
     Raises ExportError: nothing there, unreadable, or a kind we do not read.
     """
+    if spec.startswith(ADAPTER):
+        from .lora import LoraSource
+
+        folder, base = split_adapter(spec)
+        if not isinstance(found := locate(folder), Path):
+            raise ExportError(f"{folder}: no such folder; download the adapter and give its folder")
+        return LoraSource(open_source(base, expected), found)
     place = locate(spec)
     if isinstance(place, str) and place.startswith("seed:"):
         from .seeded import SeededSource
@@ -108,6 +137,8 @@ def open_folder(folder: Path) -> Source:
         from .meta_original import MetaSource
 
         return MetaSource(folder)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ExportError(f"{folder}: a LoRA adapter, not a model; give it with --adapter, and its base with --source")
     from .huggingface import FolderSource
 
     return FolderSource(folder)
@@ -118,6 +149,8 @@ def memory_bytes(spec: str, architecture: Architecture) -> int:
 
     A GGUF file stays mapped and its vocabulary is held; a folder's shards are mapped one tensor at a time.
     """
+    if spec.startswith(ADAPTER):
+        return memory_bytes(split_adapter(spec)[1], architecture)
     place = locate(spec)
     if isinstance(place, Path) and place.suffix.lower() == ".gguf":
         return place.stat().st_size + GGUF_BYTES_PER_TOKEN * architecture.vocab_size

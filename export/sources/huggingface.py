@@ -82,10 +82,15 @@ class FolderSource:
             raise ExportError(
                 f"{self.folder / 'tokenizer.json'}: missing; save the tokenizer with `save_pretrained` into the folder"
             )
-        for name in TOKENIZER_FILES:
-            if (self.folder / name).is_file():
-                shutil.copyfile(self.folder / name, folder / name)
-                (folder / name).chmod(0o644)
+        copy_tokenizer(self.folder, folder)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Those of the tokenizer's files that are there."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+            (folder / name).chmod(0o644)
 
 
 def open_weights(folder: Path, config: dict[str, Any], path: Path) -> Weights:

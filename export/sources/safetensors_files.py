@@ -38,23 +38,24 @@ class Stored:
 
 
 class SafetensorsFiles:
-    """`model.safetensors` or the shards that `model.safetensors.index.json` lists."""
+    """`model.safetensors` (or another stem) or the shards that `model.safetensors.index.json` lists."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, stem: str = "model") -> None:
         self.folder = folder
+        self._stem = stem
         self._owner = self._index()
         self.files = tuple(sorted(set(self._owner.values())))
         self.description = f"safetensors, {len(self._owner)} tensors"
 
     def _index(self) -> dict[str, Path]:
         """Tensor name → file. Paths that leave the folder are refused."""
-        index_path = self.folder / "model.safetensors.index.json"
+        index_path = self.folder / f"{self._stem}.safetensors.index.json"
         if not index_path.is_file():
-            single = self.folder / "model.safetensors"
+            single = self.folder / f"{self._stem}.safetensors"
             if not single.is_file():
                 pickles = any(path.suffix in PICKLES for path in self.folder.iterdir())
                 hint = "pickled weights are never loaded; " if pickles else ""
-                raise ExportError(f"{single}: missing; {hint}save the model as safetensors")
+                raise ExportError(f"{single}: missing; {hint}save it as safetensors")
             return dict.fromkeys(open_mapped(single).keys(), single)
         owner = self._weight_map(index_path)
         paths = sorted(set(owner.values()))
