@@ -152,6 +152,36 @@ class BenchLogitsJob(Strict):
     """.npy to write, float32 [W, decode + 1, V]."""
 
 
+class TaskDataJob(Strict):
+    """Load the data of lm-evaluation-harness tasks: which single tasks they are, and their questions."""
+
+    action: Literal["task-data"] = "task-data"
+    tasks: tuple[str, ...]
+
+
+class TasksJob(Strict):
+    """Evaluate lm-evaluation-harness tasks and write its results file."""
+
+    action: Literal["tasks"] = "tasks"
+    folder: str
+    """The artifact; with `eager`, the one whose checkpoint is evaluated."""
+    eager: bool
+    """The fp32 model of the checkpoint instead of the artifact."""
+    source: str | None
+    threads: int
+    tasks: tuple[str, ...]
+    limit: int | None
+    """Questions of each task; null: all."""
+    chat: bool
+    """Whether prompts are written as conversations, by the tokenizer's template."""
+    name: str
+    """Of the model, in the results."""
+    facts: dict[str, str | int | None]
+    """What else the results should say about it."""
+    out: str
+    """Folder that gets results_DATE.json and samples_TASK_DATE.jsonl."""
+
+
 Job = (
     LogitsJob
     | ConformanceJob
@@ -163,6 +193,8 @@ Job = (
     | BenchJob
     | OverheadJob
     | BenchLogitsJob
+    | TaskDataJob
+    | TasksJob
 )
 
 
