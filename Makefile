@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := all
 PYTHON ?= python3
 MODEL  ?= smollm2-135m
-QUANT  ?= int4-g32
+QUANT  ?= int4-g32-scales
 # whose baseline `make baseline` keeps
 DEVICE ?= host
 # where the weights are, when not where the model's YAML says (a folder, a .gguf file or a hub id)
@@ -12,12 +12,14 @@ SOURCE ?=
 PY      := .venv/bin/python
 # contenders of `make bench-quick`
 QUICK   := device-runner,runner-stock,genai,genai-stock,session,llamacpp-q4_0,llamacpp-q4_k_m
+# recipes that `make study` judges as ONNX only
+STUDIED := int4-g32-gptq-chat,int4-g64-gptq,int4-g32-gptq-prose,int4-g32-scales,int4-g32
 TARGETS := $(sort $(basename $(notdir $(wildcard configs/targets/*.yaml))))
 DEVICES := $(sort $(basename $(notdir $(wildcard devices/*.yaml))))
 FOLDERS := $(TARGETS:%=build/$(MODEL)_$(QUANT)_%)
 WEIGHTS := $(if $(SOURCE),--source $(SOURCE))
 
-.PHONY: all setup build validate test lint unit bench bench-quick bench-docs bench-pages devices lab baseline tiny golden readme lock clean help $(DEVICES)
+.PHONY: all setup build validate test lint unit bench bench-quick bench-docs bench-pages study devices lab baseline tiny golden readme lock clean help $(DEVICES)
 
 all: build validate
 
@@ -68,6 +70,9 @@ lint: setup
 unit: setup
 	@$(PY) -m pytest
 
+# compared with the integers that other exporters choose too: nearest, at the scale of a group's largest weight
+bench bench-quick bench-docs: QUANT := int4-g32
+
 bench: setup                        ## our artifacts against stock runtimes' on the same weights, interleaved
 	@$(PY) -m runtime_tests.bench $(MODEL) $(QUANT) $(WEIGHTS)
 
@@ -80,6 +85,11 @@ bench-docs: setup                   ## bench with exports timed, written to docs
 
 bench-pages: setup                  ## write the pages in docs/benchmarks again from the records beside them
 	@$(PY) -m runtime_tests.bench.publish
+
+study: setup                        ## size against loss: our recipes and llama.cpp's on weights off their 4-bit grid
+	@$(PY) -m export.dither smollm2-135m build/dithered
+	@$(PY) -m runtime_tests.bench.study smollm2-135m int4-mixed int4-g32-gptq --also $(STUDIED) \
+	  --source build/dithered --write accuracy
 
 golden: setup                       ## rewrite the exact answers of the tiny model
 	@for quant in fp32 int4-g32; do $(PY) -m runtime_tests.golden tiny $$quant; done

@@ -53,6 +53,7 @@ def render(manifest: Manifest, measured: Sequence[Measured]) -> str:
         llama=manifest.plan.model.license.startswith("llama"),
         parameters=parameters(manifest),
         worst=min(manifest.quantization.layers, key=lambda layer: layer.sqnr_db, default=None),
+        calibration=manifest.quantization.calibration,
         measured=measured,
         usage=usage,
         licence=LICENCES.get(manifest.plan.model.license, manifest.plan.model.license),

@@ -41,10 +41,34 @@ class LayerInfo(Strict):
     """One quantized weight and what rounding did to it."""
 
     name: str
-    bits: int
+    bits: Literal[4, 8]
     group_size: int
     sqnr_db: float
     max_abs_error: float
+
+
+class Candidate(Strict):
+    """A linear that may get more bits: why it did, or did not."""
+
+    name: str
+    kl: float
+    """Estimated KL divergence of the model when this linear alone is rounded, nats per position."""
+    promoted_kl: float
+    """The same with more bits."""
+    extra_bytes: int
+    promoted: bool
+
+
+class CalibrationInfo(Strict):
+    """What the integers were chosen with, and what they lose."""
+
+    texts: dict[str, str]
+    """File → sha256."""
+    tokens: int
+    held_out_kl: float | None
+    """Mean KL to the float model on windows of the same texts that were not calibrated with, nats."""
+    candidates: tuple[Candidate, ...]
+    """Best first: most KL saved per byte; empty where the recipe promotes nothing."""
 
 
 class QuantizationInfo(Strict):
@@ -53,6 +77,8 @@ class QuantizationInfo(Strict):
     key: str
     bits_per_weight: float
     layers: tuple[LayerInfo, ...]
+    calibration: CalibrationInfo | None
+    """None: no text was read."""
 
 
 class SourceInfo(Strict):

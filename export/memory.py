@@ -30,6 +30,16 @@ def free() -> Room:
     return min((machine, *cgroup_rooms(PROC, CGROUPS)), key=lambda room: room.bytes)
 
 
+def peak_rss_bytes() -> int:
+    """Most memory this process has held."""
+    status = PROC / "status"
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
+
+
 def within_reach() -> Room:
     """What this process may hold in all: what it holds now and what is free, or its own limit if less."""
     now, room = psutil.Process().memory_info(), free()

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from . import artifact, backends, card, checkpoint, manifest, memory, preflight, quantize, tokenizer
+from . import artifact, backends, card, checkpoint, manifest, memory, preflight, quantize, schemes, tokenizer
 from .backends import Build
 from .manifest import Manifest
 from .plan import Architecture, Plan
@@ -37,7 +37,7 @@ def export(plan: Plan, source: str | None, out: Path) -> Manifest:
 
 def check(plan: Plan, architecture: Architecture, backend: backends.Backend) -> None:
     """Recipe and target fit these shapes; asked before a weight is read or hashed."""
-    quantize.check(plan.quant, architecture)
+    schemes.check(plan.quant, architecture)
     backend.check(plan, architecture)
 
 
@@ -55,7 +55,10 @@ def describe(model: QuantizedModel, build: Build, lowered: backends.Lowered) -> 
         architecture=model.architecture,
         checkpoint=checkpoint_info,
         quantization=manifest.QuantizationInfo(
-            key=model.key, bits_per_weight=round(model.bits_per_weight, 4), layers=model.layers
+            key=model.key,
+            bits_per_weight=round(model.bits_per_weight, 4),
+            layers=model.layers,
+            calibration=model.calibration,
         ),
         contract=lowered.contract,
         tokenizer=build.tokenizer,

@@ -5,10 +5,10 @@ differ from the ones a reader sees.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import ExportError
 
@@ -129,20 +129,73 @@ class QuantLimits(Strict):
 
 
 class CalibrationText(Strict):
-    """A text of configs/calibration and how many windows are cut from it."""
+    """A text and how many windows are cut from it."""
 
     file: str
+    """In configs/calibration, or of a data set: `hub:OWNER/NAME@REVISION/PATH`, .txt or .jsonl with a field `text`."""
     windows: Positive
 
 
-class Calibration(Strict):
-    """What a recipe lets both models read, and how it uses it (`export/calibrate/gptq.py`)."""
+class GeneratedText(Strict):
+    """What the model writes itself, answering prompts through its chat template."""
 
-    texts: tuple[CalibrationText, ...]
+    prompts: str
+    """In configs/calibration, one to a line."""
+    windows: Positive
+
+
+class Mixture(Strict):
+    """What a recipe lets the model read before it chooses integers, one YAML of configs/mixtures."""
+
+    name: str
+    description: str
     length: Annotated[int, Field(ge=16)]
     """Tokens of a window."""
+    held_out_every: Annotated[int, Field(ge=2)]
+    """One window of so many is not calibrated with; the loss is estimated on it."""
+    texts: tuple[CalibrationText, ...]
+    generated: GeneratedText | None
+
+    @property
+    def windows(self) -> int:
+        """Of all texts."""
+        return sum(text.windows for text in self.texts) + (self.generated.windows if self.generated else 0)
+
+
+def load_mixture(value: Any) -> Any:
+    """A recipe's YAML names its mixture; the resolved plan holds it."""
+    return load_named(Mixture, "mixtures", value) if isinstance(value, str) else value
+
+
+class Gptq(Strict):
+    """How calibrated integers are chosen (`export/calibrate/gptq.py`)."""
+
     damping: Annotated[float, Field(gt=0)]
+    """Added to the diagonal of the inputs' moments before they are inverted, in parts of its mean."""
     pull: Annotated[float, Field(ge=0)]
+    """Draws the target towards the weight itself, in parts of the mean second moment: few tokens know little."""
+    activations: Literal["none", "int8-per-token"]
+    """What linears read while they are rounded: their inputs, or those as XNNPACK rounds them."""
+
+
+class Promotion(Strict):
+    """Which linears get a larger scheme: those that lose most KL per byte, until the one budget is met."""
+
+    scheme: WeightScheme
+    windows: Positive
+    """Calibration windows on which every linear's share of the loss is estimated."""
+    linear_bits_per_weight: PositiveNumber | None
+    """Of the linears together, scales included, so that one recipe serves every size of model."""
+    size_budget_mb: PositiveNumber | None
+    """MB (10⁶ bytes) of all weights as stored: integers, 16-bit scales, float norms."""
+    max_kl: PositiveNumber | None
+    """Mean KL on held-out calibration windows."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> "Promotion":
+        if sum(one is not None for one in (self.linear_bits_per_weight, self.size_budget_mb, self.max_kl)) != 1:
+            raise ValueError("give one of linear_bits_per_weight, size_budget_mb and max_kl, and null for the others")
+        return self
 
 
 class QuantRecipe(Strict):
@@ -150,9 +203,13 @@ class QuantRecipe(Strict):
 
     name: str
     description: str
-    method: Literal["none", "rtn", "gptq"]
-    """`rtn`: each weight to nearest. `gptq`: linears by what they compute on calibration text, the rest to nearest."""
-    calibration: Calibration | None = None
+    method: Literal["none", "rtn", "scales", "gptq"]
+    """`rtn`: each weight to nearest. `scales`: the same with scales searched for what the linears compute on
+    calibration text. `gptq`: linears by what they compute on it. Embedding and head are always rounded to nearest."""
+    calibration: Annotated[Mixture | None, BeforeValidator(load_mixture)] = None
+    """A name in configs/mixtures."""
+    gptq: Gptq | None = None
+    promotion: Promotion | None = None
     linear: WeightScheme | None
     embedding: WeightScheme | None
     head: WeightScheme | None
@@ -163,10 +220,17 @@ class QuantRecipe(Strict):
         quantizes = any((self.linear, self.embedding, self.head))
         if quantizes == (self.method == "none"):
             raise ValueError(f"method {self.method!r} contradicts the schemes of linear, embedding and head")
-        if (self.method == "gptq") != (self.calibration is not None):
-            raise ValueError(f"method {self.method!r} contradicts calibration: gptq needs one, other methods have none")
-        if self.method == "gptq" and self.linear is None:
-            raise ValueError("method 'gptq' needs a scheme for linear")
+        calibrates = self.method in ("scales", "gptq")
+        if calibrates != (self.calibration is not None):
+            raise ValueError(f"method {self.method!r} contradicts calibration: only scales and gptq need one")
+        if (self.method == "gptq") != (self.gptq is not None):
+            raise ValueError(f"method {self.method!r} contradicts gptq: only that method needs its settings")
+        if calibrates and self.linear is None:
+            raise ValueError(f"method {self.method!r} needs a scheme for linear")
+        if self.promotion and self.method != "gptq":
+            raise ValueError("promotion needs method gptq")
+        if self.promotion and self.linear and self.promotion.scheme.bits <= self.linear.bits:
+            raise ValueError("promotion must give more bits than linear has")
         return self
 
 

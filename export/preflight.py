@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import backends, checkpoint, disk, memory, quantize, sources
+from . import backends, checkpoint, disk, memory, quantize, schemes, sources
 from .errors import ExportError
 from .plan import Architecture, Plan
 from .progress import console
@@ -33,7 +33,7 @@ class Estimate:
 
 def estimate(plan: Plan, source: str | None, architecture: Architecture, cache: Path) -> Estimate:
     """Memory is the most that any stage takes: quantizing, reading the result back, lowering."""
-    found = quantize.counts(plan.quant, architecture)
+    found = schemes.of_recipe(plan.quant, architecture).counts()
     needs = backends.load(plan.target.backend).needs(plan, architecture)
     origin = checkpoint.origin_of(plan.model, source)
     stored = not found.integers or quantize.is_stored(origin, plan.quant, architecture, cache)
@@ -44,7 +44,7 @@ def estimate(plan: Plan, source: str | None, architecture: Architecture, cache: 
         + sources.memory_bytes(origin, architecture)
         + max(quantizing, found.store_bytes if found.integers else 0, needs.memory_bytes),
         out_bytes=needs.disk_bytes + DESCRIPTION_BYTES + TOKEN_BYTES * architecture.vocab_size,
-        largest_file_bytes=int(quantize.stored_bits(plan.quant, architecture, float_bits=16) / 8),
+        largest_file_bytes=int(schemes.largest(plan.quant, architecture).stored_bits(float_bits=16) / 8),
         cache_bytes=0 if stored else found.store_bytes,
     )
 

@@ -15,22 +15,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from . import calibrate, disk, memory
+from . import calibrate, disk, memory, schemes
 from .calibrate import texts
 from .calibrate.unfinished import Unfinished
 from .checkpoint import Checkpoint
 from .errors import ExportError
-from .manifest import LayerInfo
+from .manifest import CalibrationInfo, LayerInfo
 from .model import Llama
 from .plan import Architecture, QuantRecipe, WeightScheme
 from .progress import track
 from .rounding import BLOCK_ELEMENTS, Rounded, as_torchao, bits_of, round_to_nearest
+from .schemes import EMBEDDING, HEAD, Schemes
 from .sources import locate
 
 HERE = Path(__file__).parent
-CODE = [HERE / "quantize.py", HERE / "rounding.py", HERE / "model.py", HERE / "windows.py"]
+CODE = [HERE / f"{name}.py" for name in ("quantize", "schemes", "rounding", "model", "windows")]
 CODE += [*sorted(HERE.glob("calibrate/*.py")), *sorted(HERE.glob("sources/*.py"))]
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROUNDING_BYTES = 50
 """What rounding holds for each element of a block, measured: the block in float32 a dozen times over."""
 
@@ -46,6 +46,7 @@ class QuantizedModel:
     store: Path | None
     """safetensors with `NAME.qdata` int8 [N, K] and `NAME.scale` float32 [N, K/group]; None: nothing quantized."""
     layers: tuple[LayerInfo, ...]
+    calibration: CalibrationInfo | None
 
     @property
     def architecture(self) -> Architecture:
@@ -65,7 +66,7 @@ class QuantizedModel:
     def _read(self, name: str, file: Any) -> torch.Tensor:
         if name == HEAD and self.architecture.tie_word_embeddings:
             name = EMBEDDING
-        scheme = scheme_of(self.recipe, name)
+        scheme = self.schemes.of(name)
         if scheme is None or file is None:
             return self.checkpoint.read(name)
         qdata, scale = file.get_tensor(f"{name}.qdata"), file.get_tensor(f"{name}.scale")
@@ -73,50 +74,19 @@ class QuantizedModel:
         return weight
 
     @property
+    def schemes(self) -> Schemes:
+        """The scheme of every tensor, promotions included."""
+        found = schemes.of_recipe(self.recipe, self.architecture)
+        if self.recipe.promotion is None or self.calibration is None:
+            return found
+        names = [one.name for one in self.calibration.candidates if one.promoted]
+        return found.promoted(names, self.recipe.promotion.scheme)
+
+    @property
     def bits_per_weight(self) -> float:
         """Stored bits (integers and 16-bit scales; float tensors at 32) per parameter, tied weights once."""
         parameters = sum(torch.Size(shape).numel() for shape in self.architecture.tensor_shapes().values())
-        return stored_bits(self.recipe, self.architecture, float_bits=32) / parameters
-
-
-def stored_bits(recipe: QuantRecipe, architecture: Architecture, *, float_bits: int) -> float:
-    """Bits of all weights: integers and 16-bit scales, tied weights once."""
-    bits = 0.0
-    for name, shape in architecture.tensor_shapes().items():
-        scheme = scheme_of(recipe, name)
-        each = float_bits if scheme is None else scheme.bits + 16 / (scheme.group_size or shape[-1])
-        bits += torch.Size(shape).numel() * each
-    return bits
-
-
-@dataclass(frozen=True)
-class Counts:
-    """How many numbers a quantized model has, by the way they are kept; a tied head is the embedding."""
-
-    integers: int
-    scales: int
-    floats: int
-    largest: int
-    """Elements of the largest tensor: the embedding of a small model."""
-
-    @property
-    def store_bytes(self) -> int:
-        """The cached file: an integer takes a byte there, whatever its bits, and a scale four."""
-        return self.integers + 4 * self.scales
-
-
-def counts(recipe: QuantRecipe, architecture: Architecture) -> Counts:
-    """From the shapes alone."""
-    integers = scales = floats = largest = 0
-    for name, shape in architecture.tensor_shapes().items():
-        scheme, elements = scheme_of(recipe, name), torch.Size(shape).numel()
-        largest = max(largest, elements)
-        if scheme is None:
-            floats += elements
-        else:
-            integers += elements
-            scales += elements // (scheme.group_size or shape[-1])
-    return Counts(integers, scales, floats, largest)
+        return self.schemes.stored_bits(float_bits=32) / parameters
 
 
 def memory_bytes(recipe: QuantRecipe, architecture: Architecture) -> int:
@@ -125,48 +95,21 @@ def memory_bytes(recipe: QuantRecipe, architecture: Architecture) -> int:
     At first the largest tensor: in float32, rounded block by block, its integers joined. In the end all integers, and
     what the blocks left behind: half as much again as they need at a time.
     """
-    found = counts(recipe, architecture)
+    found = schemes.of_recipe(recipe, architecture).counts()
     if not found.integers:
         return 0
-    calibrating = calibrate.memory_bytes(recipe.calibration, architecture) if recipe.calibration else 0
+    calibrating = calibrate.memory_bytes(recipe, architecture) if recipe.calibration else 0
     blocks = min(os.cpu_count() or 1, -(-found.largest // BLOCK_ELEMENTS))
     block_bytes = ROUNDING_BYTES * min(blocks * BLOCK_ELEMENTS, found.largest)
     return max(6 * found.largest + block_bytes, found.store_bytes + max(calibrating, block_bytes * 3 // 2))
 
 
-def scheme_of(recipe: QuantRecipe, name: str) -> WeightScheme | None:
-    """The scheme a recipe gives to a tensor; norms are never quantized."""
-    if name == EMBEDDING:
-        return recipe.embedding
-    if name == HEAD:
-        return recipe.head
-    return None if "norm" in name else recipe.linear
-
-
-def quantized_names(architecture: Architecture, recipe: QuantRecipe) -> list[str]:
-    """Every tensor the recipe quantizes, in execution order."""
-    return [name for name in architecture.tensor_shapes() if scheme_of(recipe, name)]
-
-
-def check(recipe: QuantRecipe, architecture: Architecture) -> None:
-    """Refuse a group that does not divide, naming the layer, before any work."""
-    if architecture.tie_word_embeddings and recipe.embedding != recipe.head:
-        raise ExportError(f"recipe {recipe.name!r}: embedding and head are tied, so their schemes must be equal")
-    for name in quantized_names(architecture, recipe):
-        scheme, columns = scheme_of(recipe, name), architecture.tensor_shapes()[name][-1]
-        if scheme and scheme.group_size and columns % scheme.group_size:
-            raise ExportError(
-                f"recipe {recipe.name!r}: {name} has {columns} input features, which groups of {scheme.group_size} "
-                "do not divide; use a recipe with a group size that does (int4-g32)"
-            )
-
-
 def quantize(checkpoint: Checkpoint, recipe: QuantRecipe, cache: Path) -> QuantizedModel:
-    """Quantize every tensor of the recipe, one at a time; a stored result of the same inputs is reused."""
-    check(recipe, checkpoint.architecture)
+    """Quantize every tensor of the recipe; a stored result of the same inputs is reused."""
+    schemes.check(recipe, checkpoint.architecture)
     key = content_key(checkpoint, recipe)
     if recipe.method == "none":
-        return QuantizedModel(checkpoint, recipe, key, None, ())
+        return QuantizedModel(checkpoint, recipe, key, None, (), None)
     store = cache / f"quantized-{key[:16]}.safetensors"
     with disk.writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
@@ -174,27 +117,36 @@ def quantize(checkpoint: Checkpoint, recipe: QuantRecipe, cache: Path) -> Quanti
             if not store.is_file():
                 write_store(store, key, checkpoint, recipe)
                 memory.give_back()  # or the integers' memory is still ours while they are read back
-    return QuantizedModel(checkpoint, recipe, key, store, stored_errors(store, key))
+    return QuantizedModel(checkpoint, recipe, key, store, *stored_notes(store, key))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What quantizing found."""
+
+    tensors: dict[str, Rounded]
+    """In execution order."""
+    schemes: Schemes
+    calibration: CalibrationInfo | None
 
 
 def write_store(store: Path, key: str, checkpoint: Checkpoint, recipe: QuantRecipe) -> None:
     """Quantize into `store`, complete or not at all. The caller holds its lock."""
-    disk.require_room(store.parent, counts(recipe, checkpoint.architecture).store_bytes)
+    base = schemes.of_recipe(recipe, checkpoint.architecture)
+    disk.require_room(store.parent, base.counts().store_bytes)
     unfinished = Unfinished(store.with_suffix(".unfinished"))
-    tensors: dict[str, torch.Tensor] = {}
-    errors: list[LayerInfo] = []
-    count = len(quantized_names(checkpoint.architecture, recipe))
-    for name, rounded in track(rounding(checkpoint, recipe, unfinished), "quantize", count):
-        scheme = scheme_of(recipe, name)
-        assert scheme is not None
-        tensors[f"{name}.qdata"], tensors[f"{name}.scale"] = rounded.qdata, rounded.scale
-        errors.append(layer_info(name, scheme, rounded))
+    found = to_nearest(checkpoint, base) if recipe.calibration is None else calibrated(checkpoint, recipe, unfinished)
+    tensors = {f"{name}.qdata": one.qdata for name, one in found.tensors.items()}
+    tensors |= {f"{name}.scale": one.scale for name, one in found.tensors.items()}
+    errors = [layer_info(name, found.schemes.by_name[name], one) for name, one in found.tensors.items()]
     partial = store.with_name(f"{store.name}.part")
     try:
         with disk.writing(store.parent):
             notes = {"key": key, "sha256": digest(tensors[name] for name in sorted(tensors))}
             notes["asked"] = asked_key(checkpoint.origin, recipe, checkpoint.architecture)
-            save_file(tensors, partial, notes | {"errors": json.dumps([error.model_dump() for error in errors])})
+            notes["errors"] = json.dumps([error.model_dump() for error in errors])
+            notes["calibration"] = found.calibration.model_dump_json() if found.calibration else ""
+            save_file(tensors, partial, notes)
         partial.replace(store)
         unfinished.remove()
     except SafetensorError as error:
@@ -203,26 +155,27 @@ def write_store(store: Path, key: str, checkpoint: Checkpoint, recipe: QuantReci
         partial.unlink(missing_ok=True)
 
 
-def rounding(checkpoint: Checkpoint, recipe: QuantRecipe, unfinished: Unfinished) -> Iterator[tuple[str, Rounded]]:
-    """Name and integers of every tensor of the recipe; the table first, for what reads it comes after."""
-    linears = checkpoint.architecture.linear_shapes()
-    table: torch.Tensor | None = None
-    for name in quantized_names(checkpoint.architecture, recipe):
-        if name in linears and recipe.calibration:
-            continue
-        scheme = scheme_of(recipe, name)
-        assert scheme is not None
-        rounded = round_to_nearest(checkpoint.read(name), scheme)
-        if name == EMBEDDING and recipe.calibration:
-            table = rounded.dequantized()
-        yield name, rounded
-    if recipe.calibration:
-        assert recipe.linear is not None
-        table = checkpoint.read(EMBEDDING) if table is None else table
-        found = calibrate.round_linears(checkpoint, recipe.calibration, recipe.linear, table, unfinished.read)
-        for name, rounded in found:
-            unfinished.keep(name, rounded)
-            yield name, rounded
+def to_nearest(checkpoint: Checkpoint, wanted: Schemes) -> Result:
+    """Every tensor on its own."""
+    rounded = ((name, round_to_nearest(checkpoint.read(name), scheme)) for name, scheme in wanted.by_name.items())
+    return Result(dict(track(rounded, "quantize", len(wanted.names))), wanted, None)
+
+
+def calibrated(checkpoint: Checkpoint, recipe: QuantRecipe, unfinished: Unfinished) -> Result:
+    """Linears by what they compute on calibration text, embedding and head to nearest."""
+    assert recipe.calibration is not None
+    base, linears = schemes.of_recipe(recipe, checkpoint.architecture), checkpoint.architecture.linear_shapes()
+    others = {name: scheme for name, scheme in base.by_name.items() if name not in linears}
+    rounded = {name: round_to_nearest(checkpoint.read(name), scheme) for name, scheme in others.items()}
+    found = calibrate.run(checkpoint, recipe, rounded, unfinished)
+    info = CalibrationInfo(
+        texts=texts.sha256(recipe.calibration),
+        tokens=found.tokens,
+        held_out_kl=found.held_out_kl,
+        candidates=found.candidates,
+    )
+    every = rounded | found.linears
+    return Result({name: every[name] for name in base.names}, found.schemes, info)
 
 
 def layer_info(name: str, scheme: WeightScheme, rounded: Rounded) -> LayerInfo:
@@ -244,8 +197,8 @@ def digest(tensors: Iterable[torch.Tensor]) -> str:
     return found.hexdigest()
 
 
-def stored_errors(store: Path, key: str) -> tuple[LayerInfo, ...]:
-    """Per-layer errors kept beside the integers; a store of other inputs or with a flipped bit is refused."""
+def stored_notes(store: Path, key: str) -> tuple[tuple[LayerInfo, ...], CalibrationInfo | None]:
+    """What is kept beside the integers; a store of other inputs or with a flipped bit is refused."""
     try:
         with safe_open(store, framework="pt") as file:
             metadata = file.metadata()
@@ -256,7 +209,9 @@ def stored_errors(store: Path, key: str) -> tuple[LayerInfo, ...]:
         raise ExportError(f"{store}: made from other inputs; delete it and build again")
     if metadata.get("sha256") != found:
         raise ExportError(f"{store}: its integers changed since they were written; delete it and build again")
-    return tuple(LayerInfo(**fields) for fields in json.loads(metadata["errors"]))
+    layers = tuple(LayerInfo(**fields) for fields in json.loads(metadata["errors"]))
+    calibration = metadata["calibration"]
+    return layers, CalibrationInfo.model_validate_json(calibration) if calibration else None
 
 
 def is_stored(origin: str, recipe: QuantRecipe, architecture: Architecture, cache: Path) -> bool:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log10
 
 import torch
@@ -38,6 +38,10 @@ class Rounded:
     def sqnr_db(self) -> float:
         """Signal-to-quantization-noise ratio of the weight itself."""
         return 10 * log10(max(self.signal, 1e-30) / max(self.noise, 1e-30))
+
+    def cpu(self) -> "Rounded":
+        """The same in the machine's own memory."""
+        return replace(self, qdata=self.qdata.cpu(), scale=self.scale.cpu())
 
     def dequantized(self) -> torch.Tensor:
         """float32 [N, K]."""

@@ -32,7 +32,7 @@ def write(source: Source, folder: Path, vocab_size: int) -> TokenizerIds:
 
 def read_generation_ids(folder: Path) -> dict[str, Any]:
     """bos and eos ids of generation_config.json, when there is one."""
-    from .sources.huggingface import read_json
+    from .sources.safetensors_files import read_json
 
     path = folder / "generation_config.json"
     return read_json(path) if path.is_file() else {}

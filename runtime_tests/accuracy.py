@@ -12,11 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .record import Comparison
+from .record import Comparison, Slice
 
 Floats = NDArray[np.floating[Any]]
 BEST_SQNR_DB = 200.0
 """Reported when nothing differs: float64 cannot tell more."""
+
+
+LARGEST_NLL = 500.0
+"""Its exponential, and a multiple of that, are still finite in float64."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,46 @@ class WindowScores:
     noise: float
     max_abs_error: float
     largest_logit: float
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the scored positions belong to; labels may repeat."""
+
+    windows: Sequence[str]
+    """Domain of each window, W of them."""
+    positions: Sequence[str]
+    """Range of each position in a window, S of them."""
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Scores of the positions of some windows, [W, S] each."""
+
+    kl: NDArray[np.float64]
+    agrees: NDArray[np.bool_]
+    nll: NDArray[np.float64]
+    reference_nll: NDArray[np.float64]
+
+    def take(self, indices: NDArray[np.intp], axis: int) -> "Positions":
+        """Some windows (axis 0), or some positions of every window (axis 1)."""
+        return Positions(
+            kl=self.kl.take(indices, axis),
+            agrees=self.agrees.take(indices, axis),
+            nll=self.nll.take(indices, axis),
+            reference_nll=self.reference_nll.take(indices, axis),
+        )
+
+    def describe(self) -> Slice:
+        """All of them as one line of a record."""
+        return Slice(
+            positions=self.kl.size,
+            mean_kl=float(self.kl.mean()),
+            p99_kl=float(np.quantile(self.kl, 0.99)),
+            top1=float(self.agrees.mean()),
+            perplexity=perplexity(self.nll),
+            reference_perplexity=perplexity(self.reference_nll),
+        )
 
 
 def log_softmax(logits: Floats) -> NDArray[np.float64]:
@@ -52,10 +96,14 @@ def negative_log_likelihood(log_probabilities: Floats, targets: NDArray[np.int64
     return -picked.astype(np.float64)
 
 
-def perplexity(nll: NDArray[np.float64]) -> tuple[float, float]:
-    """exp(mean NLL) and its standard error, exp(mean) · s/√n with the sample deviation s (llama.cpp's ± value)."""
-    mean = float(np.exp(nll.mean()))
-    return mean, mean * float(nll.std(ddof=1) / np.sqrt(len(nll)))
+def perplexity(nll: NDArray[np.float64]) -> float:
+    """exp(mean NLL), and 1e217 for anything above it: JSON has no infinity."""
+    return float(np.exp(min(nll.mean(), LARGEST_NLL)))
+
+
+def perplexity_error(nll: NDArray[np.float64]) -> float:
+    """Standard error of the perplexity, exp(mean) · s/√n with the sample deviation s (llama.cpp's ± value)."""
+    return perplexity(nll) * float(nll.std(ddof=1) / np.sqrt(nll.size))
 
 
 def sqnr_db(signal: float, noise: float) -> float:
@@ -100,44 +148,47 @@ def score_window(reference: Floats, candidate: Floats, targets: NDArray[np.int64
     )
 
 
-def compare(reference: Floats, candidate: Floats, targets: NDArray[np.int64], domains: Sequence[str]) -> Comparison:
+def compare(reference: Floats, candidate: Floats, targets: NDArray[np.int64], labels: Labels) -> Comparison:
     """Every metric of candidate logits [W, S, V] against reference logits, for next tokens [W, S]."""
     if reference.shape != candidate.shape or reference.shape[:2] != targets.shape:
         raise ValueError(f"shapes do not fit: {reference.shape}, {candidate.shape}, {targets.shape}")
-    return summarize([score_window(*window) for window in zip(reference, candidate, targets, strict=True)], domains)
+    if targets.shape != (len(labels.windows), len(labels.positions)):
+        raise ValueError(f"{len(labels.windows)} × {len(labels.positions)} labels for positions {targets.shape}")
+    return summarize([score_window(*window) for window in zip(reference, candidate, targets, strict=True)], labels)
 
 
-def summarize(scores: Sequence[WindowScores], domains: Sequence[str]) -> Comparison:
+def summarize(scores: Sequence[WindowScores], labels: Labels) -> Comparison:
     """Window scores → the numbers of a record."""
-    kl = np.stack([score.kl for score in scores])  # [W, S]
-    by_window = kl.mean(axis=1)
-    nll, reference_nll = (np.concatenate([getattr(s, name) for s in scores]) for name in ("nll", "reference_nll"))
-    ppl, ppl_error = perplexity(nll)
-    reference_ppl, reference_ppl_error = perplexity(reference_nll)
+    every = Positions(
+        kl=np.stack([score.kl for score in scores]),
+        agrees=np.stack([score.agrees for score in scores]),
+        nll=np.stack([score.nll for score in scores]),
+        reference_nll=np.stack([score.reference_nll for score in scores]),
+    )
     max_abs = max(score.max_abs_error for score in scores)
     largest = max(score.largest_logit for score in scores)
     return Comparison(
-        positions=kl.size,
-        mean_kl=float(kl.mean()),
-        p99_kl=float(np.quantile(kl, 0.99)),
-        max_kl=float(kl.max()),
-        top1=float(np.mean([score.agrees for score in scores])),
-        perplexity=ppl,
-        perplexity_error=ppl_error,
-        reference_perplexity=reference_ppl,
-        reference_perplexity_error=reference_ppl_error,
+        **every.describe().model_dump(),
+        max_kl=float(every.kl.max()),
+        perplexity_error=perplexity_error(every.nll),
+        reference_perplexity_error=perplexity_error(every.reference_nll),
         sqnr_db=sqnr_db(sum(s.signal for s in scores), sum(s.noise for s in scores)),
         max_abs_error=max_abs,
         max_relative_error=max_abs / largest if largest else 0.0,
-        kl_by_step=tuple(kl.mean(axis=0).tolist()),
-        kl_by_window=tuple(by_window.tolist()),
-        kl_by_domain=mean_by(domains, by_window),
+        kl_by_step=tuple(every.kl.mean(axis=0).tolist()),
+        kl_by_window=tuple(every.kl.mean(axis=1).tolist()),
+        by_domain=slices(every, labels.windows, axis=0),
+        by_position=slices(every, labels.positions, axis=1),
     )
 
 
-def mean_by(labels: Sequence[str], values: NDArray[np.float64]) -> dict[str, float]:
-    """Mean of the values under each label, in order of first appearance."""
-    groups: dict[str, list[float]] = {}
-    for label, value in zip(labels, values.tolist(), strict=True):
-        groups.setdefault(label, []).append(value)
-    return {label: sum(group) / len(group) for label, group in groups.items()}
+def slices(every: Positions, labels: Sequence[str], *, axis: int) -> dict[str, Slice]:
+    """What is under each label of an axis (0: windows, 1: positions in them), in order of first appearance."""
+    names = np.array(labels)
+    found = {label: every.take(np.flatnonzero(names == label), axis).describe() for label in dict.fromkeys(labels)}
+    return {label: short(part) for label, part in found.items()}
+
+
+def short(part: Slice) -> Slice:
+    """Six digits of every number, far below its uncertainty: a record has dozens of slices."""
+    return Slice.model_validate({name: float(f"{value:.6g}") for name, value in part})

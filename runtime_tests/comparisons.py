@@ -1,6 +1,7 @@
 """Three comparisons, one suspect each: rewriting, quantization, lowering. Knows nothing about formats.
 
-Hugging Face fp32 → our fp32 → our quantized model → the artifact. References are eager PyTorch in a child process.
+Hugging Face fp32 → our fp32 → our quantized model → the artifact; and from the first to the last, which no gate
+judges: what the artifact loses as shipped. References are eager PyTorch in a child process.
 """
 
 from collections.abc import Sequence
@@ -111,8 +112,11 @@ def compare_references(case: Case, windows: Windows, files: dict[str, Path]) -> 
     case.gates += gates.quantization(quantization, case.manifest.plan.quant.limits)
 
 
-def compare_lowering(case: Case, windows: Tokens, probes: Tokens, files: dict[str, Path]) -> None:
-    """Our quantized model → the artifact in its runtime, with a filled cache; and for single tokens where asked."""
+def compare_artifact(case: Case, windows: Tokens, probes: Tokens, files: dict[str, Path]) -> None:
+    """The artifact in its runtime, with a filled cache: against our quantized model, and all in all.
+
+    For single tokens too, where the target asks for that.
+    """
     out, probed = case.setting.scratch / "artifact.npy", case.setting.scratch / "artifact-probes.npy"
     tasks = [jobs.Task(**windows.task(out))]
     if "probes" in files:
@@ -124,8 +128,9 @@ def compare_lowering(case: Case, windows: Tokens, probes: Tokens, files: dict[st
     case.gates.append(gates.count("logits finite: problems", [problem] if problem else [], Outcome.MISMATCH))
     if problem:
         raise StoppedError(Outcome.MISMATCH, problem)
-    with stage("compare", "lowering"):
+    with stage("compare", "lowering and total"):
         lowering = case.comparisons["lowering"] = compare(windows.windows, files["quantized"], out)
+        case.comparisons["total"] = compare(windows.windows, files["huggingface"], out)
     limits = case.limits
     case.gates += gates.lowering(lowering, limits, case.comparisons.get("noise"))
     if limits.min_probe_sqnr_db is not None:
@@ -136,4 +141,4 @@ def compare_lowering(case: Case, windows: Tokens, probes: Tokens, files: dict[st
 def compare(windows: Windows, wanted: Path, found: Path) -> Comparison:
     """Compare two files of logits."""
     reference_logits, logits = np.load(wanted, mmap_mode="r"), np.load(found, mmap_mode="r")
-    return accuracy.compare(reference_logits, logits, windows.targets, windows.domains)
+    return accuracy.compare(reference_logits, logits, windows.targets, windows.labels)

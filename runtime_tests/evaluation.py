@@ -13,6 +13,8 @@ from export.manifest import Manifest
 from export.plan import CONFIGS, Positive, Strict, load_named
 from export.windows import cut
 
+from .accuracy import Labels
+
 TEXT = CONFIGS / "evals" / "text"
 
 
@@ -63,6 +65,11 @@ class Windows:
         """The token after each scored position, [W, decode + 1]."""
         return self.tokens[:, self.prefill :]
 
+    @property
+    def labels(self) -> Labels:
+        """What the scored positions are counted under."""
+        return Labels(self.domains, position_ranges(self.prefill, self.tokens.shape[1] - self.prefill - 1))
+
 
 def load(name: str) -> Evaluation:
     """The evaluation of that name."""
@@ -86,6 +93,17 @@ def cut_windows(evaluation: Evaluation, tokenizer: Any, manifest: Manifest) -> W
     if tokens.max() >= manifest.architecture.vocab_size:
         raise ExportError(f"{manifest.id}: its tokenizer gives id {tokens.max()}, beyond the vocabulary")
     return Windows(tokens, tuple(domains), evaluation.prefill)
+
+
+def position_ranges(prefill: int, decode: int) -> tuple[str, ...]:
+    """Where in the context each scored position lies: the end of the prefill, then ranges of decoded tokens.
+
+    The ranges double (64–127, 128–255 …, the first token of the context is 0) and end where the window does. The end
+    of the prefill is apart: another call computed it.
+    """
+    last = prefill + decode - 1
+    lows = (1 << (place.bit_length() - 1) for place in range(prefill, last + 1))
+    return f"{prefill - 1} (prefill)", *(f"{max(low, prefill)}–{min(2 * low - 1, last)}" for low in lows)
 
 
 def read_text(name: str) -> str:

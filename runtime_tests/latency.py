@@ -4,7 +4,6 @@ Time to first token is the time of one prompt: tokens in, logits of the last one
 outside every clock. Runs inside the child process, so that its peak memory is the artifact's.
 """
 
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,9 @@ from numpy.typing import NDArray
 
 from export import manifest
 from export.manifest import Manifest
+from export.memory import peak_rss_bytes
 from export.plan import WeightScheme
+from export.schemes import EMBEDDING, HEAD, bits_each
 
 from .jobs import SpeedJob
 from .record import Latency, SpeedTest
@@ -76,18 +77,6 @@ def time_tokens(session: Session, job: SpeedJob, prompt: int) -> list[int]:
         samples.append(time.perf_counter_ns() - started)
         token = int(logits.argmax())
     return samples
-
-
-def peak_rss_bytes() -> int:
-    """Most memory this process has held."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
 
 
 def read_bandwidth(threads: int) -> float:
@@ -162,14 +151,17 @@ def bytes_per_token(described: Manifest) -> int:
     Of the embedding table one row is read, which is not counted. Never more than the artifact holds (float weights
     may be stored in 16 bits).
     """
-    architecture, recipe = described.architecture, described.plan.quant
-    head = (architecture.vocab_size, architecture.hidden_size)
-    total = stored_bytes(head, recipe.head)
-    total += sum(stored_bytes(shape, recipe.linear) for shape in architecture.linear_shapes().values())
+    a = described.architecture
+    schemes = {
+        one.name: WeightScheme(bits=one.bits, group_size=one.group_size) for one in described.quantization.layers
+    }
+    head = EMBEDDING if a.tie_word_embeddings else HEAD
+    shapes = a.linear_shapes() | {head: (a.vocab_size, a.hidden_size)}
+    total = sum(stored_bytes(shape, schemes.get(name)) for name, shape in shapes.items())
     return min(int(total), described.artifact_bytes)
 
 
 def stored_bytes(shape: tuple[int, int], scheme: WeightScheme | None) -> float:
     """Integers and scales of one weight [N, K]; float32 where nothing is quantized."""
-    bits = 32.0 if scheme is None else scheme.bits + 16 / (scheme.group_size or shape[1])
+    bits = 32.0 if scheme is None else bits_each(scheme, shape[1])
     return shape[0] * shape[1] * bits / 8

@@ -12,7 +12,8 @@ from export.progress import console
 
 from . import record as records_file
 from . import report as html
-from .record import Comparison, Latency, Record
+from .loss import nats, perplexity
+from .record import Comparison, Latency, Record, Slice
 from .tasks import compare, page, results, tables
 
 
@@ -61,10 +62,12 @@ def measured_rows(record: Record) -> list[Measured]:
     """The card's table: verdict, accuracy, speed, and what they belong to."""
     verdict = record.outcome.value + (f": {record.detail}" if record.detail else "")
     rows = [Measured("verdict", verdict.replace("|", "/"), f"{len(record.gates)} gates")]
-    if record.accuracy.lowering:
-        rows += lowering_rows(record.accuracy.lowering, record)
+    if record.accuracy.total:
+        rows += total_rows(record.accuracy.total)
     if record.accuracy.quantization:
         rows += quantization_rows(record.accuracy.quantization)
+    if record.accuracy.lowering:
+        rows += lowering_rows(record.accuracy.lowering, record)
     rows += speed_rows(record.timings) if record.timings else []
     machine = record.environment
     rows.append(Measured("measured on", machine.cpu, f"{record.device}, {machine.os}, {machine.cores} cores"))
@@ -73,25 +76,43 @@ def measured_rows(record: Record) -> list[Measured]:
     return rows
 
 
-def lowering_rows(measured: Comparison, record: Record) -> list[Measured]:
-    """What the file loses against the quantized model in PyTorch."""
-    how = f"quantized PyTorch model → this file, {measured.positions} positions, {record.accuracy.decode} decode steps"
+def total_rows(measured: Comparison) -> list[Measured]:
+    """What the file loses all in all, and in every language or kind of text and range of positions."""
+    how = f"fp32 in Transformers → this file, {measured.positions:,} positions"
     ppl = f"{measured.perplexity:.2f} ± {measured.perplexity_error:.2f}"
+    reference = f"{measured.reference_perplexity:.2f} ± {measured.reference_perplexity_error:.2f}"
     return [
-        Measured("KL, mean (p99)", f"{measured.mean_kl:.2e} ({measured.p99_kl:.2e}) nats", how),
-        Measured("top-1 agreement", f"{measured.top1:.1%}", how),
-        Measured("logit SQNR", f"{measured.sqnr_db:.1f} dB", how),
+        Measured("KL as shipped, mean (p99)", f"{nats(measured.mean_kl)} ({nats(measured.p99_kl)}) nats", how),
+        Measured("top-1 agreement as shipped", f"{measured.top1:.1%}", how),
         Measured("perplexity", ppl, "this file, short windows: compare only with rows like this"),
+        Measured("perplexity, fp32", reference, "the checkpoint, same windows"),
+        *(slice_row(label, part) for label, part in measured.by_domain.items()),
+        *(slice_row(f"positions {label}", part) for label, part in measured.by_position.items()),
     ]
+
+
+def slice_row(label: str, part: Slice) -> Measured:
+    """One slice of the loss as shipped."""
+    found = f"KL {nats(part.mean_kl)} ({nats(part.p99_kl)}), top-1 {part.top1:.1%}"
+    note = f"as shipped, {part.positions:,} positions, perplexity of fp32 {perplexity(part.reference_perplexity)}"
+    return Measured(label, f"{found}, perplexity {perplexity(part.perplexity)}", note)
 
 
 def quantization_rows(measured: Comparison) -> list[Measured]:
     """What the recipe loses against float."""
-    reference = f"{measured.reference_perplexity:.2f} ± {measured.reference_perplexity_error:.2f}"
     return [
-        Measured("perplexity, fp32", reference, "the checkpoint, same windows"),
-        Measured("KL of quantization, mean", f"{measured.mean_kl:.3f} nats", "fp32 → quantized PyTorch model"),
+        Measured("KL of quantization, mean", f"{nats(measured.mean_kl)} nats", "fp32 → quantized PyTorch model"),
         Measured("top-1 of quantization", f"{measured.top1:.1%}", "fp32 → quantized PyTorch model"),
+    ]
+
+
+def lowering_rows(measured: Comparison, record: Record) -> list[Measured]:
+    """What the file loses against the quantized model in PyTorch."""
+    how = f"quantized PyTorch model → this file, {measured.positions} positions, {record.accuracy.decode} decode steps"
+    return [
+        Measured("KL of lowering, mean (p99)", f"{measured.mean_kl:.2e} ({measured.p99_kl:.2e}) nats", how),
+        Measured("top-1 of lowering", f"{measured.top1:.1%}", how),
+        Measured("logit SQNR of lowering", f"{measured.sqnr_db:.1f} dB", how),
     ]
 
 

@@ -14,7 +14,10 @@ from .record import Record
 
 RECORDS, README = Path("build/records/records.jsonl"), Path("README.md")
 START, END = "<!-- results: written by `make readme` -->", "<!-- end of results -->"
-HEADER = "| artifact | size | KL of quantization | KL of lowering | top-1 | prefill | decode | peak memory | verdict |"
+HEADER = (
+    "| artifact | size | KL as shipped | top-1 | KL of quantization | KL of lowering | prefill | decode | peak memory "
+    "| verdict |"
+)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -48,7 +51,8 @@ def block(records: Sequence[Record]) -> str:
     lines += [
         f"Measured by `make validate` on {machine.cpu}, {machine.cores} cores (shared), {machine.os}; {versions}; "
         f"commit `{newest.commit[:12]}`{dirty}, {newest.started_at[:10]}. KL in nats over {positions} positions "
-        f"({newest.accuracy.prefill} prefill + {newest.accuracy.decode} decode steps a window); prefill of "
+        f"({newest.accuracy.prefill} prefill + {newest.accuracy.decode} decode steps a window), as shipped: fp32 in "
+        f"Transformers to the file, top-1 likewise; prefill of "
         f"{longest_prompt(records)} tokens and decode in tokens/s, mean of 5. Where the runtime rounds activations to "
         "int8, the number in brackets is the KL that float noise of one ulp alone makes of the same model.",
     ]
@@ -57,15 +61,16 @@ def block(records: Sequence[Record]) -> str:
 
 def row(one: Record) -> str:
     """One artifact."""
-    quantization, lowering, noise = one.accuracy.quantization, one.accuracy.lowering, one.accuracy.noise
-    speed = one.latency
+    measured, speed = one.accuracy, one.latency
+    total, quantization, lowering, noise = measured.total, measured.quantization, measured.lowering, measured.noise
     floor = f" ({noise.mean_kl:.1e})" if noise else ""
     cells = [
         f"`{one.artifact}`",
         f"{one.size_bytes / 1e6:.1f} MB",
+        f"{total.mean_kl:.3f}" if total else "–",
+        f"{total.top1:.1%}" if total else "–",
         f"{quantization.mean_kl:.3f}" if quantization else "–",
         f"{lowering.mean_kl:.1e}{floor}" if lowering else "–",
-        f"{lowering.top1:.1%}" if lowering else "–",
         f"{speed.tests[-2].avg_ts:.0f}" if speed else "not timed",
         f"{speed.tests[-1].avg_ts:.0f}" if speed else "not timed",
         f"{speed.peak_rss_bytes / 1e6:.0f} MB" if speed else "–",

@@ -19,6 +19,8 @@ class Outcome(StrEnum):
     """Everything holds but the timings were too noisy to judge; does not fail a run."""
     DAMAGED = "damaged"
     """Files differ from the manifest."""
+    CONTAMINATED = "contaminated"
+    """The recipe calibrated on text of the evaluation, or nothing shows that it did not."""
     TOKENIZER_DIFFERS = "tokenizer differs"
     SOURCE_DIFFERS = "source differs"
     """The checkpoint found now is not the one the artifact was built from."""
@@ -54,17 +56,23 @@ class Gate(Strict):
     """What was found, for people; may be empty."""
 
 
-class Comparison(Strict):
-    """Logits of a candidate against a reference over the evaluation windows. KL in nats."""
+class Slice(Strict):
+    """Some scored positions of logits that were compared: a text's, a range's, or all of them. KL in nats."""
 
     positions: int
     mean_kl: float
     p99_kl: float
-    max_kl: float
     top1: float
     perplexity: float
-    perplexity_error: float
+    """Of the candidate."""
     reference_perplexity: float
+
+
+class Comparison(Slice):
+    """Logits of a candidate against a reference over all positions of the evaluation windows."""
+
+    max_kl: float
+    perplexity_error: float
     reference_perplexity_error: float
     sqnr_db: float
     max_abs_error: float
@@ -73,17 +81,22 @@ class Comparison(Strict):
     kl_by_step: tuple[float, ...]
     """Mean over windows: after the prefill, then after each decode step."""
     kl_by_window: tuple[float, ...]
-    kl_by_domain: dict[str, float]
+    by_domain: dict[str, Slice]
+    """Every language or kind of text."""
+    by_position: dict[str, Slice]
+    """The end of the prefill, then the decoded tokens by their place in the context (`evaluation.position_ranges`)."""
 
 
 class Accuracy(Strict):
-    """The three comparisons; null where a step before it ended the run."""
+    """The comparisons; null where a step before it ended the run. Gates judge all but `total`."""
 
     evaluation: str
     prefill: int
     decode: int
     domains: tuple[str, ...]
     """Of each window."""
+    total: Comparison | None
+    """Hugging Face fp32 → the artifact as shipped: everything that is lost."""
     rewriting: Comparison | None
     """Hugging Face fp32 → our fp32."""
     quantization: Comparison | None
@@ -181,7 +194,7 @@ class DeviceState(Strict):
 class Record(Strict):
     """One artifact, one run."""
 
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     run_id: str
     artifact: str
     manifest_sha256: str

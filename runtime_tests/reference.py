@@ -19,7 +19,8 @@ from export.checkpoint import Checkpoint
 from export.config_json import config_json
 from export.manifest import ROOT, Manifest
 from export.model import Llama, RMSNorm
-from export.quantize import HEAD, QuantizedModel, eager
+from export.quantize import QuantizedModel, eager
+from export.schemes import HEAD
 
 from .jobs import ReferenceJob, ReferenceTask, report_progress
 from .weights import rebuild

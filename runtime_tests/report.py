@@ -1,6 +1,6 @@
 """One self-contained HTML page per run: verdict, numbers, plots, gates, environment. Loads nothing from anywhere."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from export.manifest import Manifest
 
-from . import summary
+from . import choice_plots, loss, summary
 from .plots import Bar, Series, bars, dots, lines
-from .record import DeviceState, Outcome, Record
+from .record import Comparison, DeviceState, Outcome, Record, Slice
 
 TEMPLATE = "report.html.j2"
+SHIPPED = "As shipped: Transformers fp32 → artifact, mean nats."
 
 
 def render(records: Sequence[Record], manifests: Sequence[Manifest]) -> str:
@@ -31,6 +32,8 @@ def render(records: Sequence[Record], manifests: Sequence[Manifest]) -> str:
         manifests=manifests,
         verdict=verdict(records),
         rows=[table_row(record) for record in records],
+        losses=list(zip(records, loss.tables(records), strict=True)),
+        loss_columns=loss.COLUMNS,
         charts=charts(records, manifests),
         run=first,
         state=state_rows(first),
@@ -87,18 +90,19 @@ def verdict(records: Sequence[Record]) -> dict[str, str]:
 
 
 def table_row(record: Record) -> dict[str, str]:
-    """The summary's cells by column name, and the quantization's loss beside the lowering's."""
+    """The summary's cells by column name, and what quantization and lowering lose."""
     cells = dict(zip(summary.COLUMNS, summary.row(record), strict=True))
-    quantization, lowering = record.accuracy.quantization, record.accuracy.lowering
-    cells["quant KL"] = f"{quantization.mean_kl:.3f}" if quantization else "–"
-    cells["ppl"] = with_error(lowering.perplexity, lowering.perplexity_error) if lowering else "–"
+    quantization, lowering, total = record.accuracy.quantization, record.accuracy.lowering, record.accuracy.total
+    cells["quant KL"] = loss.nats(quantization.mean_kl) if quantization else "–"
+    cells["lowering KL"] = loss.nats(lowering.mean_kl) if lowering else "–"
+    cells["ppl"] = with_error(total.perplexity, total.perplexity_error) if total else "–"
     cells["css"] = css(record.outcome)
     return cells
 
 
 def with_error(value: float, error: float) -> str:
     """`12.34 ± 0.56`, without decimals where they would mean nothing."""
-    return f"{value:.2f} ± {error:.2f}" if value < 1e4 else f"{value:.1e} ± {error:.0e}"
+    return f"{loss.perplexity(value)} ± {f'{error:.2f}' if value < 1e4 else f'{error:.0e}'}"
 
 
 def css(outcome: Outcome) -> str:
@@ -115,10 +119,21 @@ def charts(records: Sequence[Record], manifests: Sequence[Manifest]) -> list[dic
         chart("Decode", speed_plot(records, generation=True), "Tokens per second; dots are repeats.", []),
         chart("Prefill", speed_plot(records, generation=False), "Prompt tokens per second; dots are repeats.", []),
         chart("KL per decode step", step_plot(records), "Quantized model → artifact, nats, filling cache.", legend),
-        chart("KL per text", domain_plot(records), "Quantized model → artifact, mean nats by domain.", legend),
+        chart("KL per text", slice_plot(records, lambda one: one.by_domain), SHIPPED, legend),
+        chart("KL per position", slice_plot(records, lambda one: one.by_position), SHIPPED, legend),
         chart("Weight SQNR per layer", layer_plot(manifests), "Linears, in execution order, dB.", layers),
     ]
-    return [one for one in drawn if one["svg"]]
+    return [one for one in [*drawn, *choices(manifests)] if one["svg"]]
+
+
+def choices(manifests: Sequence[Manifest]) -> Iterator[dict[str, Any]]:
+    """Of each quantization that promoted linears: which, and what other sizes would have cost."""
+    for one in quantizations(manifests).values():
+        name = f"{one.plan.model.name} {one.plan.quant.name}"
+        note = "Framed: promoted. Stronger: rounding it alone costs more KL."
+        yield chart(f"Bits per linear: {name}", choice_plots.choice_map(one), note, [])
+        note = "Expected held-out KL, most saved per byte first, scaled to what was measured (dot)."
+        yield chart(f"Size and loss: {name}", choice_plots.front(one), note, [])
 
 
 def chart(title: str, svg: str, note: str, legend: Sequence[tuple[str, int]]) -> dict[str, Any]:
@@ -164,15 +179,14 @@ def step_plot(records: Sequence[Record]) -> str:
     return lines(series, label="KL divergence per decode step", x_label="decode step (0: after the prefill)", log=True)
 
 
-def domain_plot(records: Sequence[Record]) -> str:
-    """Mean KL per text, one dot per artifact."""
-    measured = {i: record.accuracy.lowering for i, record in enumerate(records) if record.accuracy.lowering}
-    domains = list(dict.fromkeys(domain for one in measured.values() for domain in one.kl_by_domain))
-    series = [
-        Series(records[i].artifact, [one.kl_by_domain.get(domain, 0.0) for domain in domains], i)
-        for i, one in measured.items()
-    ]
-    return dots(domains, series, "mean KL divergence per text") if series else ""
+def slice_plot(records: Sequence[Record], slices: Callable[[Comparison], dict[str, Slice]]) -> str:
+    """Mean KL as shipped of every slice of one kind, one dot per artifact; empty when none was measured."""
+    found = {i: slices(record.accuracy.total) for i, record in enumerate(records) if record.accuracy.total}
+    if not found:
+        return ""
+    labels = list(dict.fromkeys(label for parts in found.values() for label in parts))
+    series = [Series(records[i].artifact, [parts[label].mean_kl for label in labels], i) for i, parts in found.items()]
+    return dots(labels, series, "mean KL divergence as shipped")
 
 
 def quantizations(manifests: Sequence[Manifest]) -> dict[str, Manifest]:

@@ -1,4 +1,7 @@
-"""A run in the terminal: one table, then what failed. Plain text when stdout is no terminal."""
+"""A run in the terminal: one table, what each artifact loses and where most, then what failed.
+
+Plain text when stdout is no terminal.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,21 +10,23 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .record import Outcome, Record
+from .loss import nats, worst
+from .record import Accuracy, Outcome, Record
 
 COLOURS = {Outcome.PASS: "green", Outcome.INCONCLUSIVE: "yellow"}
 COLUMNS = ("artifact", "MB", "bits/w", "KL", "top-1", "prefill/s", "decode/s", "TTFT ms", "RSS MB", "verdict")
+LOSSES = ("mean KL, nats", "as shipped", "quantization", "lowering", "worst text", "", "worst positions", "")
 
 
 def row(record: Record) -> list[str]:
-    """One line of the summary, as text; `–` where nothing was measured."""
-    lowering, speed = record.accuracy.lowering, record.timings
+    """One line of the summary, as text; `–` where nothing was measured. KL and top-1 are the file's as shipped."""
+    total, speed = record.accuracy.total, record.timings
     return [
         record.artifact,
         f"{record.size_bytes / 1e6:.1f}",
         f"{record.bits_per_weight:.2f}",
-        f"{lowering.mean_kl:.1e}" if lowering else "–",
-        f"{lowering.top1:.1%}" if lowering else "–",
+        nats(total.mean_kl) if total else "–",
+        f"{total.top1:.1%}" if total else "–",
         f"{max(test.avg_ts for test in speed.tests if test.n_prompt):.0f}" if speed else "–",
         f"{speed.tests[-1].avg_ts:.1f}" if speed else "–",
         f"{speed.ttft_p50_s * 1e3:.0f}" if speed else "–",
@@ -30,13 +35,28 @@ def row(record: Record) -> list[str]:
     ]
 
 
+def loss_row(artifact: str, accuracy: Accuracy) -> list[str]:
+    """What an artifact loses, through which step, and on which text and positions most; empty if it was not reached."""
+    total, steps = accuracy.total, (accuracy.quantization, accuracy.lowering)
+    if total is None:
+        return []
+    text, of_text = worst(total.by_domain)
+    positions, of_positions = worst(total.by_position)
+    by_step = (nats(step.mean_kl) if step else "–" for step in steps)
+    return [artifact, nats(total.mean_kl), *by_step, text, nats(of_text.mean_kl), positions, nats(of_positions.mean_kl)]
+
+
 def show(records: Sequence[Record], page: Path) -> None:
-    """Print the run: the table, each failed gate, where the report is."""
+    """Print the run: the table, the worst text and positions, each failed gate, where the report is."""
     console = Console(highlight=False)
     if console.is_terminal:
         console.print(table(records))
     else:
-        print_plain(records)
+        print_plain([list(COLUMNS), *(row(record) for record in records)])
+    losses = [found for record in records if (found := loss_row(record.artifact, record.accuracy))]
+    if losses:
+        print()
+        print_plain([list(LOSSES), *losses])
     for record in records:
         for line in problems(record):
             console.print(Text(line, style="red" if not record.holds else "yellow"), soft_wrap=True)
@@ -55,10 +75,9 @@ def table(records: Sequence[Record]) -> Table:
     return drawn
 
 
-def print_plain(records: Sequence[Record]) -> None:
+def print_plain(rows: Sequence[Sequence[str]]) -> None:
     """Columns padded with spaces, whatever the width."""
-    rows = [list(COLUMNS), *(row(record) for record in records)]
-    widths = [max(len(line[i]) for line in rows) for i in range(len(COLUMNS))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for line in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 

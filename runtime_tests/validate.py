@@ -17,6 +17,7 @@ from . import (
     baseline,
     checks,
     comparisons,
+    contamination,
     cooling,
     device_facts,
     evaluation,
@@ -51,7 +52,7 @@ def validate(folder: Path, described: Manifest, setting: Setting) -> Record:
     before, after = case.states if len(case.states) == 2 else (unknown, unknown)
     code = manifest.source_info()
     return Record(
-        schema_version=2,
+        schema_version=3,
         run_id=setting.run_id,
         artifact=described.id,
         manifest_sha256=manifest.digest(folder),
@@ -77,12 +78,13 @@ def validate(folder: Path, described: Manifest, setting: Setting) -> Record:
 def examine(case: Case) -> None:
     """Every check, cheap and safe ones first: a damaged file never reaches a native runtime."""
     check_files(case)
+    check_text(case)
     check_tokenizer(case)
     check_weights(case)
     windows, probes = comparisons.prepare(case)
     files = comparisons.compute_references(case, windows, probes)
     comparisons.compare_references(case, windows.windows, files)
-    comparisons.compare_lowering(case, windows, probes, files)
+    comparisons.compare_artifact(case, windows, probes, files)
     check_conformance(case)
     check_golden(case)
     same_tokens.check(case, windows.windows, files)
@@ -96,6 +98,15 @@ def check_files(case: Case) -> None:
     case.gates.append(gates.count("files intact: problems", [problem] if problem else [], Outcome.DAMAGED))
     if problem:
         raise StoppedError(Outcome.DAMAGED, problem)
+
+
+def check_text(case: Case) -> None:
+    """Nothing of the evaluation's text was read when the recipe calibrated."""
+    with stage("text", "evaluation against calibration"):
+        problems = contamination.problems(case.setting.evaluation, case.manifest.plan.quant)
+    case.gates.append(gates.count("evaluation text read in calibration", problems, Outcome.CONTAMINATED))
+    if problems:
+        raise StoppedError(Outcome.CONTAMINATED, "; ".join(problems))
 
 
 def check_tokenizer(case: Case) -> None:
@@ -194,6 +205,7 @@ def accuracy_of(case: Case) -> Accuracy:
         prefill=spec.prefill,
         decode=spec.decode,
         domains=tuple(text.domain for text in spec.texts for _ in range(text.windows)),
+        total=case.comparisons.get("total"),
         rewriting=case.comparisons.get("rewriting"),
         quantization=case.comparisons.get("quantization"),
         noise=case.comparisons.get("noise"),

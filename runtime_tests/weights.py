@@ -9,7 +9,7 @@ from export import backends, checkpoint, manifest
 from export.checkpoint import Checkpoint
 from export.errors import ExportError
 from export.manifest import Manifest
-from export.quantize import QuantizedModel, quantize, quantized_names
+from export.quantize import QuantizedModel, quantize
 
 from .jobs import SourceDiffersError, WeightsJob
 
@@ -50,7 +50,7 @@ def compare(job: WeightsJob) -> dict[str, Any]:
     described = manifest.read(folder)
     model = rebuild(described, job.source, Path(job.cache))
     backend = backends.load(described.plan.target.backend)
-    missing = set(quantized_names(model.architecture, model.recipe))
+    missing = set(model.schemes.names)
     values, differing, first = 0, 0, ""
     for stored in backend.read_weights(folder / described.plan.target.artifact, model.architecture):
         missing.discard(stored.name)

@@ -3,7 +3,7 @@
 from runtime_tests import environment
 from runtime_tests.bench.results import Benchmark, Entry, ExportCost, Fidelity, HostOverhead, Sample, Settings
 from runtime_tests.bench.timing import Timing
-from runtime_tests.record import Outcome
+from runtime_tests.record import Outcome, Slice
 
 SETTINGS = Settings(
     threads=2, context=256, prompts=(4, 8), generate=16, passes=2, repetitions=3, far_prompt=128, far_generate=64
@@ -55,10 +55,11 @@ def sample(name, repetition, decode_tps):
 def stored_run(model="tiny"):
     """Ours twice as fast as stock, a third contender that always dies."""
     rates = {"ours": (120, 100, 80), "stock": (60, 50, 40), "dead": (0, 0, 0)}
-    fields = {"positions": 65, "p99_kl": 0.9, "perplexity": 20.0, "reference_perplexity": 18.0}
-    fields["kl_by_domain"] = {"prose": 0.1, "code": 0.15}
+    fields = {"positions": 65, "p99_kl": 0.9, "top1": 0.75, "perplexity": 20.0, "reference_perplexity": 18.0}
+    by_domain = {kind: Slice(mean_kl=kl, **fields) for kind, kl in (("prose", 0.1), ("code", 0.15))}
+    ours = Fidelity(contender="ours", outcome=Outcome.PASS, detail="", mean_kl=0.125, by_domain=by_domain, **fields)
     return Benchmark(
-        schema_version=2,
+        schema_version=3,
         run_id="20260102-030405",
         command=f"python -m runtime_tests.bench {model} --write",
         model=model,
@@ -81,7 +82,7 @@ def stored_run(model="tiny"):
         samples=tuple(sample(name, i, rate) for name, values in rates.items() for i, rate in enumerate(values)),
         read_bandwidth_bytes_per_s=(40e9, 20e9, 10e9),
         overheads=(HostOverhead(label="onnx-cpu", step_ns=(1000, 3000, 1000), runtime_ns=(900, 2900, 950)),),
-        fidelity=(Fidelity(contender="ours", outcome=Outcome.PASS, detail="", mean_kl=0.125, top1=0.75, **fields),),
+        fidelity=(ours,),
         exports=(
             ExportCost(
                 label="stock exporter", command="c", seconds=721, peak_rss_bytes=2_890_000_000, load_average_1min=1.0

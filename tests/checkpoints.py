@@ -1,5 +1,6 @@
 """Very small checkpoints in every form the project reads, to be opened or broken by tests."""
 
+import base64
 import json
 
 import gguf
@@ -15,6 +16,8 @@ from export.errors import ExportError
 from export.plan import Architecture, ModelSpec, load_named
 from export.sources import open_source
 from export.sources.seeded import SeededSource
+from runtime_tests.bench.checkpoints import meta_name, meta_params
+from runtime_tests.bench.row_order import in_meta_order
 
 LLAMA = load_named(ModelSpec, "models", "llama")
 SMALL = Architecture(
@@ -28,6 +31,12 @@ GGUF_NAMES = {
     "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
     "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+BNB_CONFIG = {
+    "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "_load_in_4bit": True,
+    "_load_in_8bit": False, "bnb_4bit_compute_dtype": "bfloat16", "llm_int8_enable_fp32_cpu_offload": False,
+    "llm_int8_has_fp16_weight": False, "llm_int8_threshold": 6.0,
 }  # fmt: skip
 
 
@@ -52,6 +61,46 @@ def write_folder(folder, architecture=SMALL, *, dtype=torch.bfloat16, shards=1, 
     weight_map = {name: f"model-{i}.safetensors" for i, part in names.items() for name in part}
     write_index(folder, weight_map)
     return folder
+
+
+def write_bnb(folder, architecture=SMALL, *, kind="nf4", nested=True, storage=torch.uint8, keep=(), blocksize=64):
+    """A folder whose linears bitsandbytes has quantized, but those whose names hold one of `keep`, in bfloat16."""
+    from bitsandbytes.functional import quantize_4bit
+
+    tensors = {}
+    for name, weight in weights(architecture).items():
+        tensors[name] = weight.bfloat16()
+        if name.endswith("_proj.weight") and not any(part in name for part in keep):
+            tensors[name], state = quantize_4bit(
+                tensors[name], blocksize=blocksize, compress_statistics=nested, quant_type=kind, quant_storage=storage
+            )
+            tensors |= {f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()}
+    write_folder(folder, architecture)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    set_config(folder, quantization_config=BNB_CONFIG | {
+        "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": nested, "llm_int8_skip_modules": list(keep),
+        "bnb_4bit_quant_storage": str(storage).removeprefix("torch."),
+    })  # fmt: skip
+    return folder
+
+
+META_SMALL = SMALL.model_copy(update={"vocab_size": 512, "max_position_embeddings": 8192})
+
+
+def write_meta(folder):
+    """META_SMALL as Meta saves a model; its tokenizer knows the bytes and Llama 3's special tokens."""
+    tensors = {meta_name(n): in_meta_order(n, w, META_SMALL).bfloat16() for n, w in weights(META_SMALL).items()}
+    tensors["output.weight"] = tensors["tok_embeddings.weight"].clone()
+    torch.save(tensors, folder / "consolidated.00.pth")
+    (folder / "params.json").write_text(json.dumps(meta_params(META_SMALL)))
+    ranks = "".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256))
+    (folder / "tokenizer.model").write_text(ranks)
+    return folder
+
+
+def set_config(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def write_index(folder, weight_map):

@@ -188,6 +188,20 @@ def emulated(name, **size):
 
 
 @pytest.fixture
+def one_process():
+    """Meta's layers are model-parallel: a group of one."""
+    import fairscale.nn.model_parallel.initialize as parallel
+    import torch
+
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    parallel.initialize_model_parallel(1)
+    yield
+    parallel.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
 def notes():
     """What `devices` warns of, whoever else has set up logging in this process."""
     lines = []

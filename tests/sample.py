@@ -2,15 +2,16 @@
 
 import numpy as np
 
-from runtime_tests import accuracy, device_facts, environment, latency
+from runtime_tests import accuracy, device_facts, environment, evaluation, latency
 from runtime_tests.record import Accuracy, Gate, Latency, Outcome, Record
 
 
-def sample_comparison():
+def sample_comparison(noise=0.01):
     rng = np.random.default_rng(1)
     reference = rng.standard_normal((2, 65, 40)).astype(np.float32)
-    candidate = reference + 0.01 * rng.standard_normal(reference.shape).astype(np.float32)
-    return accuracy.compare(reference, candidate, rng.integers(0, 40, (2, 65)), ["english", "hindi"])
+    candidate = reference + noise * rng.standard_normal(reference.shape).astype(np.float32)
+    labels = accuracy.Labels(["english", "hindi"], evaluation.position_ranges(64, 64))
+    return accuracy.compare(reference, candidate, rng.integers(0, 40, (2, 65)), labels)
 
 
 def sample_latency():
@@ -28,20 +29,20 @@ def sample_latency():
 
 
 def sample_record(**changes):
-    lowering = sample_comparison()
+    lowering, total = sample_comparison(), sample_comparison(noise=0.5)
     gate = Gate(
         name="lowering: mean KL", value=lowering.mean_kl, limit=1e-3, rule="at most", verdict="pass",
         fails_as=Outcome.MISMATCH, detail="",
     )  # fmt: skip
     fields = {
-        "schema_version": 2, "run_id": "20260101-000000", "artifact": "tiny_int4-g32_fake",
+        "schema_version": 3, "run_id": "20260101-000000", "artifact": "tiny_int4-g32_fake",
         "manifest_sha256": "ab" * 32,
         "size_bytes": 1_000_000, "bits_per_weight": 4.9, "device": "host", "emulated": False,
         "environment": environment.current(), "state_before": device_facts.state(""),
         "state_after": device_facts.state(""), "commit": "c" * 40, "dirty": False,
         "started_at": "2026-01-01T00:00:00+00:00", "seconds": 1.5, "gates": (gate,),
         "accuracy": Accuracy(evaluation="default", prefill=64, decode=64, domains=("english", "hindi"),
-                             rewriting=lowering, quantization=lowering, noise=None, lowering=lowering,
+                             total=total, rewriting=lowering, quantization=lowering, noise=None, lowering=lowering,
                              probe_sqnr_db=()),
         "latency": sample_latency(), "outcome": Outcome.PASS, "detail": "",
     }  # fmt: skip

@@ -1,11 +1,13 @@
 """Every metric against a number worked out by hand or by scipy's definition, and against what must spoil it."""
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 
-from runtime_tests import accuracy
+from runtime_tests import accuracy, evaluation, loss
+from runtime_tests.record import Comparison, Slice
 
 RNG = np.random.default_rng(0)
 
@@ -14,10 +16,11 @@ def logits(*shape):
     return RNG.standard_normal(shape).astype(np.float32) * 3
 
 
-def compare(reference, candidate, targets=None, domains=None):
+def compare(reference, candidate, targets=None, domains=None, ranges=None):
     windows, steps, vocab = reference.shape
     targets = RNG.integers(0, vocab, (windows, steps)) if targets is None else targets
-    return accuracy.compare(reference, candidate, targets, domains or ["text"] * windows)
+    labels = accuracy.Labels(domains or ["text"] * windows, ranges or ["all"] * steps)
+    return accuracy.compare(reference, candidate, targets, labels)
 
 
 def test_kl_of_two_coins():
@@ -45,9 +48,16 @@ def test_perplexity_of_a_uniform_guess_is_the_vocabulary():
 
 
 def test_perplexity_error_is_the_standard_error_of_the_mean():
-    value, error = accuracy.perplexity(np.array([1.0, 2.0, 3.0, 4.0]))
-    assert value == pytest.approx(math.exp(2.5))
-    assert error == pytest.approx(math.exp(2.5) * math.sqrt(5 / 3) / 2)
+    nll = np.array([[1.0, 2.0], [3.0, 4.0]])
+    assert accuracy.perplexity(nll) == pytest.approx(math.exp(2.5))
+    assert accuracy.perplexity_error(nll) == pytest.approx(math.exp(2.5) * math.sqrt(5 / 3) / 2)
+
+
+def test_logits_far_beyond_all_measure_still_make_a_record():
+    reference = logits(2, 3, 8)
+    measured = compare(reference, reference * -2000)
+    assert Comparison.model_validate_json(measured.model_dump_json()) == measured
+    assert 1e200 < measured.perplexity < math.inf
 
 
 def test_sqnr_of_known_noise():
@@ -81,14 +91,51 @@ def test_p99_and_steps_see_one_bad_position():
     assert measured.kl_by_window[0] == 0 < measured.kl_by_window[1]
 
 
-def test_domains_are_averaged_apart():
-    reference = logits(3, 6, 8)
+def test_every_domain_is_as_if_it_were_judged_alone():
+    """The third window is damaged, and that is seen in its language and nowhere else."""
+    reference, targets = logits(3, 6, 8), RNG.integers(0, 8, (3, 6))
+    candidate = reference + 0.1 * logits(3, 6, 8)
+    candidate[2] = -reference[2]
+    measured = compare(reference, candidate, targets, domains=["en", "de", "en"])
+    assert list(measured.by_domain) == ["en", "de"]
+    alone = compare(reference[::2], candidate[::2], targets[::2])
+    for name in Slice.model_fields:
+        assert getattr(measured.by_domain["en"], name) == pytest.approx(getattr(alone, name), rel=1e-5)
+    assert measured.by_domain["en"].mean_kl > 10 * measured.by_domain["de"].mean_kl
+    assert loss.worst(measured.by_domain)[0] == "en"
+
+
+def test_every_range_of_positions_is_as_if_it_were_judged_alone():
+    """What only late positions lose, as with a cache that forgets, is seen in their range and nowhere else."""
+    reference, targets = logits(4, 7, 8), RNG.integers(0, 8, (4, 7))
     candidate = reference.copy()
-    candidate[2] *= -1
-    measured = compare(reference, candidate, domains=["en", "en", "de"])
-    assert list(measured.kl_by_domain) == ["en", "de"]
-    assert measured.kl_by_domain["en"] == 0
-    assert measured.kl_by_domain["de"] == pytest.approx(measured.kl_by_window[2])
+    candidate[:, 5:] *= -1
+    measured = compare(reference, candidate, targets, ranges=["end", *["near"] * 4, *["far"] * 2])
+    assert {name: part.positions for name, part in measured.by_position.items()} == {"end": 4, "near": 16, "far": 8}
+    assert (measured.by_position["near"].mean_kl, measured.by_position["near"].top1) == (0, 1)
+    far, alone = measured.by_position["far"], compare(reference[:, 5:], candidate[:, 5:], targets[:, 5:])
+    for name in Slice.model_fields:
+        assert getattr(far, name) == pytest.approx(getattr(alone, name), rel=1e-5)
+    assert far.perplexity != pytest.approx(far.reference_perplexity)
+    assert loss.worst(measured.by_position)[0] == "far"
+
+
+def test_one_position_alone_is_a_slice():
+    measured = compare(logits(1, 3, 8), logits(1, 3, 8), ranges=["end", "near", "near"])
+    assert measured.by_position["end"].mean_kl == measured.by_position["end"].p99_kl > 0
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "ranges"),
+    [
+        (64, 64, {"63 (prefill)": 1, "64–127": 64}),
+        (64, 448, {"63 (prefill)": 1, "64–127": 64, "128–255": 128, "256–511": 256}),
+        (16, 64, {"15 (prefill)": 1, "16–31": 16, "32–63": 32, "64–79": 16}),
+        (100, 64, {"99 (prefill)": 1, "100–127": 28, "128–163": 36}),
+    ],
+)
+def test_ranges_of_positions_double_and_end_with_the_window(prefill, decode, ranges):
+    assert Counter(evaluation.position_ranges(prefill, decode)) == ranges
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -102,6 +149,8 @@ def test_what_is_not_finite_is_named(bad):
 def test_other_shapes_are_refused():
     with pytest.raises(ValueError, match="shapes do not fit"):
         compare(logits(1, 2, 3), logits(1, 2, 4))
+    with pytest.raises(ValueError, match="1 × 3 labels for positions"):
+        compare(logits(1, 2, 3), logits(1, 2, 3), ranges=["a", "b", "c"])
 
 
 def test_a_whole_vocabulary_matches_a_direct_computation():

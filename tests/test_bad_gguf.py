@@ -21,14 +21,17 @@ from export.sources.gguf_file import READABLE_TYPES
 
 from .checkpoints import (
     LLAMA,
+    META_SMALL,
     SMALL,
     metadata,
     read_everything,
     refusal,
     tokenizer_refusal,
     weights,
+    write_bnb,
     write_folder,
     write_gguf,
+    write_meta,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -107,13 +110,33 @@ def test_a_tokenizer_that_cannot_be_made(tmp_path, extra, words):
     assert words in tokenizer_refusal(path, tmp_path / "out")
 
 
-def test_llama3_rope_scaling_and_other_architectures_are_refused(tmp_path):
-    with_table = weights() | {"!rope_freqs.weight": torch.ones(8)}
-    assert "rope_freqs.weight" in refusal(LLAMA, write_gguf(tmp_path / "model.gguf", tensors=with_table))
-    other = (tmp_path / "model.gguf").read_bytes().replace(b"llama", b"mamba", 1)
-    (tmp_path / "model.gguf").write_bytes(other)
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        (torch.ones(7), "has shape [7], heads have 8 rotary pairs"),
+        (torch.ones(2, 4), "has shape [2, 4], heads have 8 rotary pairs"),
+        (torch.full((8,), 2.0), "is not Llama 3's RoPE scaling"),  # linear
+        (torch.linspace(1, 8, 8), "is not Llama 3's RoPE scaling"),
+        (torch.linspace(8, 1, 8), "is not Llama 3's RoPE scaling"),
+        (torch.full((8,), 0.5), "is not Llama 3's RoPE scaling"),
+        (torch.zeros(8), "holds numbers that are no slowing factors"),
+        (torch.full((8,), float("nan")), "holds numbers that are no slowing factors"),
+        (torch.full((8,), float("inf")), "holds numbers that are no slowing factors"),
+    ],
+)
+def test_rope_factors_that_are_not_llama3s(tmp_path, table, words):
+    path = write_gguf(tmp_path / "model.gguf", tensors=weights() | {"!rope_freqs.weight": table})
+    assert f"tensor rope_freqs.weight {words}" in refusal(LLAMA, path)
+
+
+def test_other_models_adapters_and_parts_are_refused(tmp_path):
+    path = tmp_path / "model.gguf"
+    assert "general.type is 'adapter'" in refusal(LLAMA, write_gguf(path, extra={"general.type": "adapter"}))
+    assert "one of 3 parts; join them" in refusal(LLAMA, write_gguf(path, extra={"split.count": 3}))
+    write_gguf(path)
+    path.write_bytes(path.read_bytes().replace(b"llama", b"mamba", 1))
     with pytest.raises(ExportError, match=r"damaged|only 'llama' is supported"):
-        checkpoint.load(LLAMA, str(tmp_path / "model.gguf"))
+        checkpoint.load(LLAMA, str(path))
 
 
 def test_nan_in_a_gguf_names_the_tensor(tmp_path):
@@ -203,22 +226,32 @@ def damaged(data, seed):
         yield f"bit at {at}", data[:at] + bytes([data[at] ^ 1 << choose.randrange(8)]) + data[at + 1 :]
 
 
-@pytest.mark.parametrize("form", ["safetensors", "gguf"])
+def write_form(form, place):
+    """A checkpoint and its file that is worth damaging."""
+    if form == "gguf":
+        return (path := write_gguf(place / "model.gguf", kind="Q8_0")), path
+    if form == "bitsandbytes":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+        return write_bnb(place), place / "model.safetensors"
+    if form == "meta":
+        return write_meta(place), place / "consolidated.00.pth"
+    return write_folder(place), place / "model.safetensors"
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bitsandbytes", "gguf", "meta"])
 def test_damage_by_chance_is_refused_or_harmless(tmp_path, form):
     """A flipped bit in a weight cannot be seen; everything else must be, and nothing but ExportError comes out."""
-    if form == "gguf":
-        place = path = write_gguf(tmp_path / "model.gguf", kind="Q8_0")
-    else:
-        place = write_folder(tmp_path / "folder")
-        path = place / "model.safetensors"
-    good, shapes = path.read_bytes(), SMALL.tensor_shapes()
+    (tmp_path / "checkpoint").mkdir()
+    place, path = write_form(form, tmp_path / "checkpoint")
+    architecture = META_SMALL if form == "meta" else SMALL
+    good, shapes = path.read_bytes(), architecture.tensor_shapes()
     lines = []
     with within(120):
         for what, data in damaged(good, seed=5):
             path.write_bytes(data)
             try:
                 found = read_everything(LLAMA, place)
-                ids = tokenizer.write(open_source(str(place), None), fresh(tmp_path / "out"), SMALL.vocab_size)
+                ids = tokenizer.write(open_source(str(place), None), fresh(tmp_path / "out"), architecture.vocab_size)
             except ExportError as error:
                 lines.append(str(error))
                 continue

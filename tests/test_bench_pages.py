@@ -1,5 +1,6 @@
 """Pages of several models beside one another: writing one leaves the others, words change without measuring again."""
 
+import json
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -93,12 +94,40 @@ def test_one_point_alone_can_be_drawn():
     ET.fromstring(scatter.draw([scatter.Point(90.0, 0.1, "only <one>", True)], "KL", "MB", "nats"))
 
 
+def with_kl(found, contender="ours", **kl):
+    """A result whose kinds of text have these mean KLs."""
+    part = found.by_domain["prose"]
+    parts = {kind: part.model_copy(update={"mean_kl": value}) for kind, value in kl.items()}
+    return found.model_copy(update={"contender": contender, "by_domain": parts})
+
+
 def test_kinds_of_text_count_alike_and_the_best_comes_first():
     run = stored_run()
-    better = run.fidelity[0].model_copy(update={"contender": "stock", "kl_by_domain": {"prose": 0.02, "code": 0.04}})
+    better = with_kl(run.fidelity[0], "stock", prose=0.02, code=0.04)
     rows = domain_table.domains(run.model_copy(update={"fidelity": (*run.fidelity, better)}))
     assert rows[0][3:] == ("KL, mean of all kinds", "prose", "code", "top-1")
     assert [row[3] for row in rows[1:]] == ["0.0300", "0.1250"]
     assert rows[2][4:6] == ("0.1000", "0.1500")
-    one = run.fidelity[0].model_copy(update={"kl_by_domain": {"prose": 0.1}})
+    one = with_kl(run.fidelity[0], prose=0.1)
     assert domain_table.domains(run.model_copy(update={"fidelity": (one,)})) == []
+
+
+def test_a_record_of_version_2_makes_the_same_table(tmp_path):
+    """Records in docs/benchmarks were written when the mean KL alone was kept of each kind of text."""
+    run, path = stored_run(), tmp_path / "run.json"
+    fields = run.model_dump(mode="json") | {"schema_version": 2}
+    (found,) = fields["fidelity"]
+    found["kl_by_domain"] = {kind: part["mean_kl"] for kind, part in found.pop("by_domain").items()}
+    path.write_text(json.dumps(fields))
+    assert domain_table.domains(publish.read(path)) == domain_table.domains(run)
+    found["by_domain"] = {}
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ExportError, match=r"run\.json: of another version: .*kl_by_domain: unknown key"):
+        publish.read(path)
+
+
+@pytest.mark.parametrize("path", sorted((publish.DOCS / publish.FOLDER).glob("*.json")), ids=lambda path: path.stem)
+def test_the_committed_pages_are_those_of_their_records(path, tmp_path):
+    publish.render(publish.read(path), tmp_path)
+    page = f"{path.stem}.md"
+    assert (tmp_path / page).read_text() == (path.parent / page).read_text()

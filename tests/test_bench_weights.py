@@ -9,7 +9,8 @@ from export import checkpoint
 from export.errors import ExportError
 from export.plan import ModelSpec, load_named
 from export.quantize import eager
-from export.sources.gguf_file import GgufSource, halves_apart
+from export.sources.gguf_file import GgufSource
+from export.sources.row_order import halves_apart
 from runtime_tests.bench import checkpoints, gguf_form, row_order
 
 
@@ -72,7 +73,7 @@ def test_the_gguf_comes_back_equal_through_our_own_reader(plain, tmp_path):
 def test_bf16_matrices_in_the_gguf_come_back_equal(plain, tmp_path):
     gguf_form.write(plain, tmp_path, torch.bfloat16)
     back = GgufSource(tmp_path / gguf_form.FILE)
-    assert back.description.startswith("GGUF, BF16,")
+    assert back.description == "GGUF, BF16 (15), 20 tensors"
     for name, shape in back.shapes.items():
         want = plain.read(name) if len(shape) == 1 else plain.read(name).bfloat16().float()
         assert torch.equal(back.read(name), want)

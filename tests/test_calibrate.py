@@ -1,23 +1,38 @@
 """Calibrated rounding: what it minimizes, that it goes on where it was interrupted, and that it helps on other text."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from export import calibrate, checkpoint, dither, quantize
 from export.calibrate import layerwise
-from export.calibrate.gptq import Moments, Rounding, choose_integers, choose_scales, target
+from export.calibrate.activations import unchanged
+from export.calibrate.gptq import Moments, Rounding, choose_integers, choose_scales, inverse_factor, target
+from export.calibrate.unfinished import Unfinished
 from export.errors import ExportError
-from export.plan import Calibration, CalibrationText, QuantRecipe, WeightScheme, load_plan
+from export.plan import CalibrationText, Gptq, Mixture, QuantRecipe, WeightScheme, load_plan
 from export.rounding import SMALLEST_SCALE, round_to_nearest
+from export.schemes import EMBEDDING, HEAD
 
-GROUPS = WeightScheme(bits=4, group_size=32)
-TEXT = Calibration(
+GROUPS, CHANNELS = WeightScheme(bits=4, group_size=32), WeightScheme(bits=8, group_size=None)
+TEXT = Mixture(
+    name="test",
+    description="English and code",
     length=64,
-    damping=0.01,
-    pull=0.02,
-    texts=(CalibrationText(file="prose.txt", windows=24), CalibrationText(file="code.txt", windows=8)),
+    held_out_every=8,
+    texts=(CalibrationText(file="prose.txt", windows=27), CalibrationText(file="code.txt", windows=9)),
+    generated=None,
 )
+PROMOTION = {
+    "scheme": CHANNELS.model_dump(),
+    "windows": 6,
+    "linear_bits_per_weight": 6.0,
+    "size_budget_mb": None,
+    "max_kl": None,
+}
+GPTQ = Gptq(damping=0.01, pull=0.02, activations="none")
 
 
 def weight(rows=48, columns=128, seed=0):
@@ -42,23 +57,32 @@ def error(found, w, x):
 
 def test_with_inputs_that_tell_nothing_apart_integers_are_the_nearest():
     w, scale = weight(), torch.full((48, 4), 0.25)
-    found = choose_integers(w, torch.eye(128), scale, GROUPS, damping=0.01)
+    found = choose_integers(w, torch.arange(128), inverse_factor(torch.eye(128), 0.01), scale, GROUPS)
     torch.testing.assert_close(found, (w / 0.25).round().clamp(-8, 7).to(torch.int8))
 
 
 def test_what_the_layer_computes_is_closer_than_with_the_nearest_integers():
     w, x = weight(), correlated()
-    (found,) = Rounding(GROUPS, 0.01, 0.02).choose([w], moments_of(x))
+    (found,) = Rounding(0.01, 0.02).choose([w], [GROUPS], moments_of(x))
     assert error(found, w, x) < 0.5 * error(round_to_nearest(w, GROUPS), w, x)
 
 
 def test_rows_that_share_inputs_are_rounded_as_each_alone():
     w, x = weight(), correlated()
-    rounding = Rounding(GROUPS, 0.01, 0.02)
-    both = rounding.choose([w[:16], w[16:]], moments_of(x))
-    alone = rounding.choose([w[16:]], moments_of(x))
+    rounding = Rounding(0.01, 0.02)
+    both = rounding.choose([w[:16], w[16:]], [GROUPS, GROUPS], moments_of(x))
+    alone = rounding.choose([w[16:]], [GROUPS], moments_of(x))
     assert torch.equal(both[1].scale, alone[0].scale)
     assert (both[1].qdata == alone[0].qdata).float().mean() > 0.99
+
+
+def test_linears_with_one_input_may_have_two_schemes():
+    w, x = weight(), correlated()
+    parts, schemes = [w[:8], w[8:24], w[24:]], [GROUPS, CHANNELS, GROUPS]
+    found = Rounding(0.01, 0.02).choose(parts, schemes, moments_of(x))
+    assert [one.scale.shape for one in found] == [(8, 4), (16, 1), (24, 4)]
+    assert [bool((one.qdata.abs() > 8).any()) for one in found] == [False, True, False]
+    assert error(found[1], parts[1], x) < 0.02 * error(found[2], parts[2], x)
 
 
 def test_scales_are_positive_bfloat16_and_weigh_errors():
@@ -92,13 +116,13 @@ def test_inputs_that_are_no_numbers_have_no_factor():
     broken = moments_of(correlated())
     broken.inputs[3, 3] = -1e9
     with pytest.raises(torch.linalg.LinAlgError):
-        Rounding(GROUPS, 0.01, 0.0).choose([weight()], broken)
+        Rounding(0.01, 0.0).choose([weight()], [GROUPS], broken)
 
 
 @pytest.fixture(scope="module")
 def plan():
     found = load_plan("tiny", "int4-g32", "onnx-cpu")
-    fields = {"method": "gptq", "calibration": TEXT}
+    fields = {"method": "gptq", "calibration": TEXT, "gptq": GPTQ}
     return found.model_copy(update={"quant": found.quant.model_copy(update=fields)})
 
 
@@ -120,22 +144,23 @@ def assert_same(found, wanted):
     assert found.layers == wanted.layers
 
 
+def ids_of(opened, mixture):
+    return calibrate.tokens(opened, mixture, Unfinished(Path("/nowhere")))
+
+
 def divergence(opened, model):
     """Mean KL to the float model on text it was not calibrated with."""
-    ids = calibrate.tokens(opened, TEXT.model_copy(update={"texts": (CalibrationText(file="maths.txt", windows=8),)}))
+    ids = ids_of(opened, TEXT.model_copy(update={"texts": (CalibrationText(file="maths.txt", windows=8),)}))
     with torch.no_grad():
-        full, _ = quantize.eager(
-            opened.read if opened.architecture.tie_word_embeddings is False else reader(opened),
-            opened.architecture,
-            "none",
-        )(ids)
+        full, _ = quantize.eager(reader(opened), opened.architecture, "none")(ids)
         ours, _ = quantize.eager(model.read, opened.architecture, "none")(ids)
     p, q = full.double().log_softmax(-1), ours.double().log_softmax(-1)
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def reader(opened):
-    return lambda name: opened.read(quantize.EMBEDDING if name == quantize.HEAD else name)
+    tied = opened.architecture.tie_word_embeddings
+    return lambda name: opened.read(EMBEDDING if tied and name == HEAD else name)
 
 
 def test_it_loses_less_than_rounding_to_nearest(plan, opened, calibrated, tmp_path):
@@ -144,9 +169,7 @@ def test_it_loses_less_than_rounding_to_nearest(plan, opened, calibrated, tmp_pa
 
 
 def test_every_tensor_of_the_recipe_is_there_once(plan, opened, calibrated):
-    assert sorted(layer.name for layer in calibrated.layers) == sorted(
-        quantize.quantized_names(opened.architecture, plan.quant)
-    )
+    assert [layer.name for layer in calibrated.layers] == calibrated.schemes.names
 
 
 def test_the_same_inputs_give_the_same_bytes(plan, opened, calibrated, tmp_path):
@@ -158,11 +181,11 @@ def test_an_interrupted_run_goes_on_where_it_was(plan, opened, calibrated, tmp_p
     rounded = []
     choose = Rounding.choose
 
-    def interrupted(self, weights, moments):
+    def interrupted(self, weights, *args):
         if len(rounded) == 5:
             raise KeyboardInterrupt
         rounded.append(len(weights))
-        return choose(self, weights, moments)
+        return choose(self, weights, *args)
 
     monkeypatch.setattr(Rounding, "choose", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -196,7 +219,7 @@ def test_the_text_itself_is_part_of_the_key(plan, opened, monkeypatch, tmp_path)
     ("file", "windows", "says"),
     [
         ("prose.txt", 100_000, r"prose\.txt of .* tokens is too short for 100000"),
-        ("nowhere.txt", 1, r"nowhere\.txt: missing; a recipe in configs/quant"),
+        ("nowhere.txt", 1, r"nowhere\.txt: missing; a mixture in configs/mixtures"),
     ],
 )
 def test_text_that_is_missing_or_too_short_is_named(plan, opened, tmp_path, file, windows, says):
@@ -209,9 +232,24 @@ def test_text_that_is_missing_or_too_short_is_named(plan, opened, tmp_path, file
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"method": "gptq"}, "gptq needs one"),
-        ({"method": "rtn", "calibration": TEXT.model_dump()}, "other methods have none"),
-        ({"method": "gptq", "calibration": TEXT.model_dump(), "linear": None}, "needs a scheme for linear"),
+        ({"method": "gptq"}, "contradicts calibration"),
+        ({"method": "scales"}, "contradicts calibration"),
+        ({"method": "gptq", "calibration": TEXT.model_dump()}, "contradicts gptq"),
+        ({"method": "rtn", "calibration": TEXT.model_dump()}, "contradicts calibration"),
+        ({"method": "scales", "calibration": TEXT.model_dump(), "gptq": GPTQ.model_dump()}, "contradicts gptq"),
+        ({"method": "scales", "calibration": TEXT.model_dump(), "linear": None}, "needs a scheme for linear"),
+        ({"promotion": PROMOTION}, "promotion needs method gptq"),
+        (
+            {
+                "method": "gptq",
+                "calibration": TEXT.model_dump(),
+                "gptq": GPTQ.model_dump(),
+                "promotion": {**PROMOTION, "scheme": GROUPS.model_dump()},
+            },
+            "must give more bits",
+        ),
+        ({"promotion": {**PROMOTION, "max_kl": 0.1}}, "give one of linear_bits_per_weight, size_budget_mb and max_kl"),
+        ({"promotion": {**PROMOTION, "linear_bits_per_weight": None}}, "give one of"),
     ],
 )
 def test_a_recipe_that_contradicts_itself_is_refused(plan, fields, says):
@@ -236,11 +274,11 @@ def test_calibration_text_is_not_evaluated_and_the_other_way_round():
 def test_layers_are_computed_as_the_model_computes_them(opened):
     """The walk without rounding is the model."""
     a, ids = opened.architecture, torch.arange(40)[None]
-    stream = torch.nn.functional.embedding(ids, opened.read(quantize.EMBEDDING))
+    stream = torch.nn.functional.embedding(ids, opened.read(EMBEDDING))
     both = layerwise.Both(stream.clone(), stream.clone())
 
     class Nothing:
-        def choose(self, weights, moments):
+        def choose(self, weights, schemes, moments):
             return [Exact(weight) for weight in weights]
 
     class Exact:
@@ -250,8 +288,9 @@ def test_layers_are_computed_as_the_model_computes_them(opened):
         def dequantized(self):
             return self.weight
 
+    task = layerwise.Task(lambda _: GROUPS, Nothing(), unchanged, used=1, done=lambda _: None)
     with torch.inference_mode():
-        names = [name for name, _ in layerwise.round_layers(opened.read, a, Nothing(), both, lambda _: None)]
+        names = [name for name, _ in layerwise.round_layers(opened.read, a, task, both)]
         model = quantize.eager(reader(opened), a, "none")
         logits, _ = model(ids)
         ours = model.lm_head(model.model.norm(both.quantized))

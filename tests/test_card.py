@@ -5,6 +5,7 @@ from huggingface_hub import ModelCard
 
 from export import card, manifest
 from export.errors import ExportError
+from export.manifest import CalibrationInfo, Candidate
 from runtime_tests import publish
 
 from .sample import sample_record
@@ -51,6 +52,18 @@ def test_measured_rows_appear(described):
     assert record.commit[:12] in text
 
 
+def test_the_loss_as_shipped_comes_first_with_a_line_for_every_slice(described):
+    record = sample_record()
+    total = record.accuracy.total
+    lines = card.render(described, publish.measured_rows(record)).splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("| verdict")) + 1
+    assert lines[first].startswith(f"| KL as shipped, mean (p99) | {total.mean_kl:.3f} ({total.p99_kl:.3f}) nats |")
+    for label, part in total.by_domain.items():
+        (line,) = [line for line in lines if line.startswith(f"| {label} |")]
+        assert f"KL {part.mean_kl:.3f} ({part.p99_kl:.3f}), top-1 {part.top1:.1%}" in line
+    assert len([line for line in lines if line.startswith("| positions ")]) == len(total.by_position) == 2
+
+
 @pytest.mark.parametrize(
     ("backend", "words"),
     [("pte", "TextLLMRunner"), ("pte", "llama_main"), ("onnx_kv", "og.Generator"), ("onnx_kv", "logits: all"),
@@ -70,3 +83,16 @@ def test_an_artifact_that_scores_prompts_shows_lm_eval(described):
 def test_a_backend_without_instructions_is_refused(described):
     with pytest.raises(ExportError, match="card_usage/other"):
         card.render(with_backend(described, "other"), [])
+
+
+def test_a_calibrated_artifact_says_with_what_and_what_was_promoted(described):
+    candidate = Candidate(name="a", kl=0.1, promoted_kl=0.0, extra_bytes=9, promoted=True)
+    other = candidate.model_copy(update={"name": "b", "promoted": False})
+    info = CalibrationInfo(texts={"a.txt": "0" * 64}, tokens=12_345, held_out_kl=0.0321, candidates=(candidate, other))
+    calibrated = described.model_copy(
+        update={"quantization": described.quantization.model_copy(update={"calibration": info})}
+    )
+    text = card.render(calibrated, [])
+    assert "| calibrated with | 12,345 tokens of 1 texts; KL 0.0321 on held-out windows |" in text
+    assert "| promoted linears | 1 of 2, by KL saved per byte |" in text
+    assert "calibrated with" not in card.render(described, [])

@@ -12,7 +12,7 @@ from export import backends, checkpoint, pipeline
 from export.errors import ExportError
 from export.manifest import Manifest
 from export.plan import Plan, QuantRecipe, WeightScheme, load_plan
-from export.quantize import QuantizedModel, eager, quantize, quantized_names
+from export.quantize import QuantizedModel, eager, quantize
 from runtime_tests.session import open_session
 
 ct = pytest.importorskip("coremltools")
@@ -114,7 +114,7 @@ def flip(package: Path, position: int, mask: int) -> None:
 
 def differing(package: Path, model: QuantizedModel) -> list[str]:
     stored = list(backends.load("mlpackage").read_weights(package, model.architecture))
-    assert sorted(weight.name for weight in stored) == sorted(quantized_names(model.architecture, model.recipe))
+    assert sorted(weight.name for weight in stored) == sorted(model.schemes.names)
     pairs = [(weight, model.read(weight.name)) for weight in stored]
     return [
         found.name

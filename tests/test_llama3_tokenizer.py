@@ -1,13 +1,17 @@
 """Llama 3.2's tokenizer as Hugging Face files: Meta's own ids, in every client that reads the files."""
 
+import json
+
 import pytest
 
 from export import synth, tokenizer
 from export.pipeline import export
 from export.plan import Architecture, load_plan
-from export.sources import llama3_tokenizer, package_file
+from export.sources import llama3_tokenizer, open_source, package_file
 from export.sources.seeded import SeededSource
 from runtime_tests.evaluation import TEXT, read_text
+
+from .checkpoints import write_gguf
 
 pytest.importorskip("llama_models", reason="llama-models (Meta's own tokenizer) is not installed")
 
@@ -111,6 +115,35 @@ def ours_of(ours, dialog):
 def test_the_chat_template_gives_metas_prompt(meta, ours, name):
     text = ours_of(ours, DIALOGS[name])
     assert ours.encode(text, add_special_tokens=False) == metas_dialog(meta, DIALOGS[name])
+
+
+@pytest.fixture(scope="module")
+def from_gguf(folder, tmp_path_factory):
+    """The same vocabulary and merges through a GGUF, as llama.cpp's converter writes them."""
+    fields = json.loads((folder / "tokenizer.json").read_text())
+    vocab = fields["model"]["vocab"] | {token["content"]: token["id"] for token in fields["added_tokens"]}
+    tokens = sorted(vocab, key=vocab.get)
+    metadata = {
+        "tokenizer.ggml.pre": "llama-bpe",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * 128000 + [3] * 256,
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in fields["model"]["merges"]],
+        "tokenizer.ggml.bos_token_id": 128000,
+        "tokenizer.ggml.eos_token_id": 128009,
+        "tokenizer.chat_template": llama3_tokenizer.CHAT_TEMPLATE,
+    }
+    out = tmp_path_factory.mktemp("gguf")
+    path = write_gguf(out / "model.gguf", extra=metadata)
+    return tokenizer.write(open_source(str(path), None), out, 128256), tokenizer.load(out)
+
+
+def test_through_a_gguf_it_is_metas_tokenizer_too(meta, from_gguf):
+    ids, loaded = from_gguf
+    assert (ids.bos_id, ids.eos_ids, ids.has_chat_template) == (128000, (128001, 128008, 128009), True)
+    for text in texts().values():
+        assert loaded.encode(text) == meta.encode(text, bos=True, eos=False)
+    for dialog in DIALOGS.values():
+        assert loaded.encode(ours_of(loaded, dialog), add_special_tokens=False) == metas_dialog(meta, dialog)
 
 
 # ── built end to end with the real vocabulary ───────────────────────────────────────────────────────────────────────

@@ -89,19 +89,6 @@ def test_wrong_rope_scaling_is_seen():
     assert (ours - wrong).abs().max() > 1e-2
 
 
-@pytest.fixture
-def one_process():
-    """Meta's layers are model-parallel: a group of one."""
-    import fairscale.nn.model_parallel.initialize as parallel
-
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    parallel.initialize_model_parallel(1)
-    yield
-    parallel.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
-
-
 def meta_names(name: str) -> str:
     pairs = {
         "model.embed_tokens": "tok_embeddings",

@@ -15,7 +15,8 @@ from export.backends._onnx_activations import sensitive
 from export.backends._onnx_weights import block_size, brain_floats
 from export.errors import ExportError
 from export.pipeline import CACHE, export
-from export.quantize import EMBEDDING, QuantizedModel, eager, quantize, quantized_names
+from export.quantize import QuantizedModel, eager, quantize
+from export.schemes import EMBEDDING
 from export.tokenizer import load as load_tokenizer
 from runtime_tests.session import open_session
 
@@ -56,7 +57,7 @@ def readback(folder: Path):
 
 def assert_same_integers(folder: Path) -> None:
     model, found = quantized(folder), readback(folder)
-    assert list(found) == quantized_names(model.architecture, model.recipe)
+    assert list(found) == model.schemes.names
     for name, weight in found.items():
         want = model.read(name)
         np.testing.assert_array_equal(weight.qdata, want.qdata.numpy(), err_msg=name)

@@ -48,7 +48,7 @@ def weights_differ(artifact, model) -> list[str]:
 
 def test_integers_and_scales_in_the_file_are_the_quantizers(folder, model):
     names = [w.name for w in backends.load("pte").read_weights(folder / "model.pte", model.architecture)]
-    assert sorted(names) == sorted(quantize.quantized_names(model.architecture, model.recipe))
+    assert sorted(names) == sorted(model.schemes.names)
     assert weights_differ(folder / "model.pte", model) == []
 
 

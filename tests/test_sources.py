@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from export import checkpoint, tokenizer
-from export.plan import ModelSpec, load_named
+from export.model import rope_frequencies
+from export.plan import ModelSpec, RopeScaling, load_named
 from export.sources import open_source
 
 from .checkpoints import LLAMA, SMALL, gguf_name, interleaved, weights, write_folder, write_gguf
@@ -69,6 +70,31 @@ def test_a_quantized_gguf_reads_back_as_its_rounding(tmp_path, kind):
         rounded = gguf.quants.dequantize(gguf.quants.quantize(wanted.numpy(), kind_id), kind_id)
         torch.testing.assert_close(found[name], torch.from_numpy(rounded), rtol=0, atol=0)
         assert not torch.equal(found[name], wanted)
+
+
+@pytest.mark.parametrize(
+    ("factor", "length", "theta", "size"),
+    [(32.0, 8192, 500000.0, 64), (8.0, 8192, 500000.0, 128), (32.0, 64, 500000.0, 32), (4.0, 100, 1e4, 16),
+     (2.5, 2048, 1e6, 80)],
+)  # fmt: skip
+def test_rope_scaling_is_told_from_a_ggufs_factors(tmp_path, factor, length, theta, size):
+    """Llama 3.2's, Llama 3.1's and others, read back to the very numbers."""
+    scaling = RopeScaling(
+        factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=length
+    )
+    change = {"rope_theta": theta, "rope_scaling": scaling, "head_dim": size, "num_attention_heads": 2}
+    architecture = SMALL.model_copy(update=change)
+    plain = rope_frequencies(architecture.model_copy(update={"rope_scaling": None}))
+    tensors = weights(architecture) | {"!rope_freqs.weight": plain / rope_frequencies(architecture)}
+    keys = {"llama.attention.key_length": size}
+    opened, found = read_all(write_gguf(tmp_path / "model.gguf", architecture, tensors=tensors, extra=keys))
+    assert opened.architecture == architecture
+    assert_same(found, weights(architecture))
+
+
+def test_factors_of_one_are_no_scaling(tmp_path):
+    tensors = weights() | {"!rope_freqs.weight": torch.ones(8)}
+    assert read_all(write_gguf(tmp_path / "model.gguf", tensors=tensors))[0].architecture == SMALL
 
 
 def test_a_gguf_without_the_permutation_would_be_other_numbers():

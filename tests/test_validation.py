@@ -33,10 +33,28 @@ def test_a_good_artifact_passes_every_gate(artifact, setting, in_process):
     assert (record.outcome, record.detail, failed(record)) == (Outcome.PASS, "", set())
     assert {gate.name for gate in record.gates} >= {*ALL_LOWERING, WEIGHTS, CACHE, GOLDEN, "decode tokens/s"}
     assert record.accuracy.lowering.positions == 3 * 65
-    assert set(record.accuracy.lowering.kl_by_domain) == {"wikitext", "german"}
     assert record.accuracy.rewriting.max_relative_error < 1e-5
     assert len(record.latency.tests[0].samples_ns) == 5
     assert record.latency.peak_rss_bytes >= record.latency.rss_before_load_bytes > 0
+
+
+def test_every_comparison_says_where_the_loss_is(artifact, setting, in_process):
+    found = check(artifact, setting).accuracy
+    for one in (found.total, found.rewriting, found.quantization, found.lowering):
+        domains = {name: part.positions for name, part in one.by_domain.items()}
+        ranges = {name: part.positions for name, part in one.by_position.items()}
+        assert domains == {"wikitext": 2 * 65, "german": 65}
+        assert ranges == {"15 (prefill)": 3, "16–31": 3 * 16, "32–63": 3 * 32, "64–79": 3 * 16}
+
+
+def test_the_total_is_what_all_steps_lose_and_no_gate_judges_it(artifact, setting, in_process):
+    good = check(artifact, setting)
+    assert good.accuracy.total.mean_kl == pytest.approx(good.accuracy.quantization.mean_kl, rel=1e-3)
+    assert not any("total" in gate.name or "shipped" in gate.name for gate in good.gates)
+    set_fault(artifact, "swapped heads")
+    bad = check(artifact, setting)
+    assert bad.accuracy.quantization == good.accuracy.quantization
+    assert bad.accuracy.total.mean_kl > 1.5 * good.accuracy.total.mean_kl
 
 
 @pytest.mark.parametrize(
@@ -158,6 +176,7 @@ def test_a_rewriting_error_fails_only_its_gate(artifact, setting, in_process, mo
     monkeypatch.setattr("export.model.scale_frequencies", lambda frequencies, scaling: frequencies)
     record = check(artifact, replace(setting, cache=tmp_path))
     assert failed(record) == {"rewriting: max error", GOLDEN}
+    assert record.accuracy.total.mean_kl > record.accuracy.quantization.mean_kl + 10 * record.accuracy.lowering.mean_kl
 
 
 def test_a_slow_artifact_fails_only_the_speed_gates(artifact, setting, in_process):

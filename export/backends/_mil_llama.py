@@ -25,8 +25,9 @@ from ..errors import ExportError
 from ..model import rope_tables
 from ..plan import Architecture
 from ..progress import track
-from ..quantize import EMBEDDING, HEAD, QuantizedModel, scheme_of
+from ..quantize import QuantizedModel
 from ..rounding import bits_of
+from ..schemes import EMBEDDING, HEAD
 
 FP16_LOWEST = np.float16(-65504)
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -229,7 +230,7 @@ def rms_norm(model: QuantizedModel, x: Var, name: str) -> Var:
 
 def linear(model: QuantizedModel, x: Var, names: tuple[str, ...]) -> Var:
     """Outputs of several weights side by side: one op where their schemes agree, else one each and a concat."""
-    if len({scheme_of(model.recipe, name) for name in names}) == 1:
+    if len({model.schemes.of(name) for name in names}) == 1:
         return mb.linear(x=x, weight=weight(model, names), name=mil_name(names))
     return mb.concat(values=[linear(model, x, (name,)) for name in names], axis=-1)
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..errors import ExportError
 from ..plan import Architecture
-from ..quantize import EMBEDDING, HEAD
+from ..schemes import EMBEDDING, HEAD
 from . import StoredWeight
 from ._mil_llama import GATE_UP, QKV, mil_name
 

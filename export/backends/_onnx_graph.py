@@ -13,7 +13,8 @@ from onnx import TensorProto, helper
 from ..contract import IOContract, TensorSpec
 from ..model import rope_tables
 from ..plan import Architecture, WeightScheme
-from ..quantize import EMBEDDING, HEAD, QuantizedModel, scheme_of
+from ..quantize import QuantizedModel
+from ..schemes import EMBEDDING, HEAD
 from ._onnx_activations import INT8_ACTIVATIONS, accuracy_level
 from ._onnx_weights import Codes, DataFile
 
@@ -62,7 +63,7 @@ class Graph:
         return self.data.add(name, self.model.read(name).numpy())
 
     def scheme(self, name: str) -> WeightScheme | None:
-        return scheme_of(self.model.recipe, name)
+        return self.model.schemes.of(name)
 
 
 def build(model: QuantizedModel, data: DataFile, contract: IOContract) -> Any:

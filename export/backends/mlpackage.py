@@ -14,7 +14,8 @@ from typing import Any
 from ..contract import IOContract, KVLayout, TensorSpec
 from ..errors import ExportError
 from ..plan import Architecture, Plan
-from ..quantize import QuantizedModel, counts, quantized_names, scheme_of, stored_bits
+from ..quantize import QuantizedModel
+from ..schemes import largest, of_recipe, possible
 from . import Build, Lowered, Needs, StoredWeight
 
 LIBRARIES_BYTES = 230_000_000
@@ -46,9 +47,8 @@ def check(plan: Plan, architecture: Architecture) -> None:
 
 def check_bits(plan: Plan, architecture: Architecture) -> None:
     """Only int4 and int8 have a Core ML storage type that keeps integer and scale apart."""
-    for name in quantized_names(architecture, plan.quant):
-        scheme = scheme_of(plan.quant, name)
-        if scheme and scheme.bits not in (4, 8):
+    for name, scheme in possible(plan.quant, architecture):
+        if scheme.bits not in (4, 8):
             raise ExportError(
                 f"recipe {plan.quant.name!r}: {name}: int{scheme.bits}, but Core ML stores int4 and int8 only; "
                 "use bits 4 or 8"
@@ -60,11 +60,11 @@ def needs(plan: Plan, architecture: Architecture) -> Needs:
 
     coremltools writes the weights into a temporary folder and copies them from there, so they are on the disk twice.
     """
-    found = counts(plan.quant, architecture)
+    found = of_recipe(plan.quant, architecture).counts()
     constants = found.integers + 2 * found.scales + 2 * found.floats
     being_read = found.largest * (1 if found.integers else 6)  # float32, and on its way to fp16
     memory = LIBRARIES_BYTES + LAYER_BYTES * architecture.num_hidden_layers + constants + being_read
-    return Needs(memory, 2 * int(stored_bits(plan.quant, architecture, float_bits=16) / 8))
+    return Needs(memory, 2 * int(largest(plan.quant, architecture).stored_bits(float_bits=16) / 8))
 
 
 def lower(model: QuantizedModel, build: Build) -> Lowered:

@@ -14,8 +14,9 @@ import onnx
 
 from ..contract import IOContract, KVLayout, TensorSpec
 from ..errors import ExportError
-from ..plan import Architecture, Plan
-from ..quantize import EMBEDDING, QuantizedModel, counts, quantized_names, scheme_of, stored_bits
+from ..plan import Architecture, Plan, WeightScheme
+from ..quantize import QuantizedModel
+from ..schemes import EMBEDDING, largest, of_recipe, possible
 from . import Build, Lowered, Needs, StoredWeight
 from . import _onnx_genai_config as genai
 from ._onnx_activations import FLOAT_ACTIVATIONS
@@ -39,14 +40,12 @@ def check(plan: Plan, architecture: Architecture) -> None:
             f"head_dim {architecture.head_dim}: GroupQueryAttention rotates heads of a multiple of 16 only; "
             "use the target executorch-xnnpack"
         )
-    for name in quantized_names(architecture, plan.quant):
-        check_block(plan, name, architecture.tensor_shapes()[name][-1])
+    for name, scheme in possible(plan.quant, architecture):
+        check_block(plan, name, scheme, architecture.tensor_shapes()[name][-1])
 
 
-def check_block(plan: Plan, name: str, columns: int) -> None:
+def check_block(plan: Plan, name: str, scheme: WeightScheme, columns: int) -> None:
     """Refuse a weight whose scales cannot be laid out in blocks that onnxruntime takes."""
-    scheme = scheme_of(plan.quant, name)
-    assert scheme is not None
     if block_size(scheme, columns):
         return
     sizes = ", ".join(str(size) for size in reversed(BLOCK_SIZES))
@@ -63,10 +62,10 @@ def check_block(plan: Plan, name: str, columns: int) -> None:
 
 def needs(plan: Plan, architecture: Architecture) -> Needs:
     """One tensor at a time, read and packed."""
-    found = counts(plan.quant, architecture)
+    found = of_recipe(plan.quant, architecture).counts()
     libraries = 40_000_000  # onnx, and the graph without its weights
     memory = libraries + found.largest * (2 if found.integers else 8)
-    return Needs(memory, int(stored_bits(plan.quant, architecture, float_bits=32) / 8))
+    return Needs(memory, int(largest(plan.quant, architecture).stored_bits(float_bits=32) / 8))
 
 
 def lower(model: QuantizedModel, build: Build) -> Lowered:

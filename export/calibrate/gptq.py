@@ -18,6 +18,8 @@ from ..rounding import SMALLEST_SCALE, Rounded, compared
 
 BLOCK = 64
 """Columns whose errors are spread at once."""
+SEARCHED_AT_ONCE = 2**18
+"""Elements whose scales are searched together: they stay in a core's cache for all tries."""
 SHRINK = torch.linspace(0.6, 1.05, 46).tolist()
 """Scales that are tried, in parts of the smallest one that clips nothing."""
 
@@ -39,24 +41,30 @@ class Moments:
 class Rounding:
     """How linears are rounded."""
 
-    scheme: WeightScheme
     damping: float
     """Added to the diagonal of the inputs' moments before they are inverted, in parts of its mean."""
     pull: float
     """Draws the target towards the weight itself, in parts of the mean second moment: few tokens know little."""
 
-    def choose(self, weights: Sequence[Tensor], moments: Moments) -> list[Rounded]:
-        """Integers and scales of linears with the same inputs.
+    def choose(self, weights: Sequence[Tensor], schemes: Sequence[WeightScheme], moments: Moments) -> list[Rounded]:
+        """Integers and scales of linears with the same inputs, float32 [N, K] each.
 
         Raises torch.linalg.LinAlgError if the moments are not positive definite even when damped.
         """
-        weight = torch.cat(list(weights))
-        wanted = target(weight, moments, self.pull)
-        scale = choose_scales(wanted, moments.inputs.diagonal(), self.scheme)
-        integers = choose_integers(wanted, moments.inputs, scale, self.scheme, self.damping)
-        rows = [len(part) for part in weights]
-        parts = zip(weights, torch.split(integers, rows), torch.split(scale, rows), strict=True)
-        return [compared(part, qdata.contiguous(), found.contiguous()) for part, qdata, found in parts]
+        rows = [len(weight) for weight in weights]
+        wanted = torch.split(target(torch.cat(list(weights)), moments, self.pull), rows)
+        order = moments.inputs.diagonal().argsort(descending=True)
+        factor = inverse_factor(moments.inputs[order][:, order], self.damping)
+        found: dict[int, Rounded] = {}
+        for scheme in dict.fromkeys(schemes):  # rows of one scheme one after another: they are computed together
+            same = [i for i, one in enumerate(schemes) if one == scheme]
+            stacked = torch.cat([wanted[i] for i in same])
+            scale = choose_scales(stacked, moments.inputs.diagonal(), scheme)
+            integers = choose_integers(stacked, order, factor, scale, scheme)
+            parts = (torch.split(tensor, [rows[i] for i in same]) for tensor in (integers, scale))
+            for i, qdata, its_scale in zip(same, *parts, strict=True):
+                found[i] = compared(weights[i], qdata.contiguous(), its_scale.contiguous())
+        return [found[i] for i in range(len(weights))]
 
 
 def target(weight: Tensor, moments: Moments, pull: float) -> Tensor:
@@ -80,6 +88,12 @@ def limits(scheme: WeightScheme) -> tuple[int, int]:
 
 def choose_scales(weight: Tensor, importance: Tensor, scheme: WeightScheme) -> Tensor:
     """weight [N, K], importance of columns [K] → scales [N, groups], exact in bf16, with the least weighted error."""
+    rows = max(1, SEARCHED_AT_ONCE // weight.shape[1])
+    return torch.cat([search_scales(part, importance, scheme) for part in torch.split(weight, rows)])
+
+
+def search_scales(weight: Tensor, importance: Tensor, scheme: WeightScheme) -> Tensor:
+    """`choose_scales` of some rows."""
     low, high = limits(scheme)
     groups = weight.reshape(len(weight), -1, scheme.group_size or weight.shape[1])  # [N, groups, columns of one]
     weights = importance.reshape(groups.shape[1:])
@@ -94,15 +108,12 @@ def choose_scales(weight: Tensor, importance: Tensor, scheme: WeightScheme) -> T
     return best
 
 
-def choose_integers(weight: Tensor, moments: Tensor, scale: Tensor, scheme: WeightScheme, damping: float) -> Tensor:
-    """weight [N, K], inputs' moments [K, K], scales [N, groups] → int8 [N, K].
+def choose_integers(weight: Tensor, order: Tensor, factor: Tensor, scale: Tensor, scheme: WeightScheme) -> Tensor:
+    """weight [N, K], scales [N, groups] → int8 [N, K].
 
-    `damping` is added to the moments' diagonal, in parts of its mean. Raises torch.linalg.LinAlgError if they are not
-    positive definite even so.
+    Columns are taken in `order` [K]; `factor` [K, K] is the inverse factor of the inputs' moments in that order.
     """
     low, high = limits(scheme)
-    order = moments.diagonal().argsort(descending=True)
-    factor = inverse_factor(moments[order][:, order], damping)
     columns = weight.T[order].contiguous()  # [K, N]
     scales = scale.repeat_interleave(weight.shape[1] // scale.shape[1], 1).T[order].contiguous()
     integers = torch.empty_like(columns)
@@ -121,7 +132,10 @@ def choose_integers(weight: Tensor, moments: Tensor, scale: Tensor, scheme: Weig
 
 
 def inverse_factor(moments: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the damped moments' inverse; columns without any input keep to themselves."""
+    """Upper Cholesky factor of the damped moments' inverse [K, K]; columns without any input keep to themselves.
+
+    Raises torch.linalg.LinAlgError if they are not positive definite even so.
+    """
     damped = moments.double()
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = 1

@@ -1,7 +1,8 @@
 """Walks the model layer by layer, full and quantized side by side, and rounds every linear for the inputs it will get.
 
 Both models read the same calibration text. A linear is rounded for the quantized model's inputs and the full model's
-outputs, so that later layers repair what earlier ones lost; one layer's weights are in memory at a time.
+outputs, so that later layers repair what earlier ones lost; one layer's weights are in memory at a time. The last
+windows are only carried through: what is lost on them is what text costs that was not calibrated with.
 
 Shapes: W windows, L tokens of each, D hidden size, N and K output and input features of a linear.
 """
@@ -14,14 +15,18 @@ from torch import Tensor, nn
 
 from ..errors import ExportError
 from ..model import Layer, rope_tables
-from ..plan import Architecture
+from ..plan import Architecture, WeightScheme
 from ..rounding import Rounded
+from .activations import unchanged
 from .gptq import Moments, Rounding
+from .observe import ReadWeight, load_layer
+from .pieces import pieces
 
-ReadWeight = Callable[[str], Tensor]
 Done = Callable[[str], Rounded | None]
 """What an interrupted run has rounded already."""
-WINDOWS_AT_ONCE = 4
+SchemeOf = Callable[[str], WeightScheme]
+Round = Callable[[Tensor], Tensor]
+"""What happens to a linear's inputs in the quantized model: nothing, or int8 per token."""
 
 
 @dataclass(frozen=True)
@@ -49,48 +54,51 @@ class Both:
     quantized: Tensor
 
 
-def round_layers(
-    read: ReadWeight, a: Architecture, rounding: Rounding, stream: Both, done: Done
-) -> Iterator[tuple[str, Rounded]]:
+@dataclass(frozen=True)
+class Task:
+    """What the walk does to every linear."""
+
+    scheme_of: SchemeOf
+    rounding: Rounding
+    activations: Round
+    used: int
+    """Windows that are calibrated with, the first ones."""
+    done: Done
+
+
+def round_layers(read: ReadWeight, a: Architecture, task: Task, stream: Both) -> Iterator[tuple[str, Rounded]]:
     """Name and integers of every linear, in execution order.
 
-    `stream` is what enters the first layer; it is used up. Raises ExportError where calibration text says too little.
+    `stream` is what enters the first layer; at the end it is what leaves the last one. Raises ExportError where
+    calibration text says too little.
     """
-    rope = rope_tables(a, stream.full.shape[1])
+    rope = tuple(table.to(stream.full.device) for table in rope_tables(a, stream.full.shape[1]))
     for index in range(a.num_hidden_layers):
         prefix = f"model.layers.{index}."
         full, quantized = load_layer(read, a, prefix), load_layer(read, a, prefix)
         for part in PARTS:
-            halves = Halves(Half(full, part, rope), Half(quantized, part, rope), f"{prefix}{part.module}.")
-            inputs = halves.full.normed(stream.full), halves.quantized.normed(stream.quantized)
-            yield from halves.round(part.first, rounding, done, (*inputs, None))
+            halves = Halves(
+                Half(full, part, rope, unchanged),
+                Half(quantized, part, rope, task.activations),
+                f"{prefix}{part.module}.",
+                task,
+            )
+            used = Both(stream.full[: task.used], stream.quantized[: task.used])
+            inputs = halves.full.normed(used.full), halves.quantized.normed(used.quantized)
+            yield from halves.round(part.first, (*inputs, None))
             inner = Both(halves.full.inner(stream.full), halves.quantized.inner(stream.quantized))
-            drift = (f - q for f, q in zip(pieces(stream.full), pieces(stream.quantized), strict=True))
-            yield from halves.round((part.last,), rounding, done, (pieces(inner.full), pieces(inner.quantized), drift))
+            drift = (f - q for f, q in zip(pieces(used.full), pieces(used.quantized), strict=True))
+            read_by_last = pieces(inner.full[: task.used]), pieces(inner.quantized[: task.used])
+            yield from halves.round((part.last,), (*read_by_last, drift))
             halves.full.add(stream.full, inner.full)
             halves.quantized.add(stream.quantized, inner.quantized)
-
-
-def pieces(x: Tensor) -> Iterator[Tensor]:
-    """Some windows at a time."""
-    return iter(torch.split(x, WINDOWS_AT_ONCE))
-
-
-def load_layer(read: ReadWeight, a: Architecture, prefix: str) -> Layer:
-    """One layer with the checkpoint's weights."""
-    with torch.device("meta"):
-        layer = Layer(a)
-    for name, _ in list(layer.named_parameters()):
-        owner, _, attribute = name.rpartition(".")
-        setattr(layer.get_submodule(owner), attribute, nn.Parameter(read(prefix + name), requires_grad=False))
-    return layer
 
 
 class Half:
     """One part of a layer, computed some windows at a time."""
 
-    def __init__(self, layer: Layer, part: Part, rope: tuple[Tensor, Tensor]) -> None:
-        self.part, self.rope = part, rope
+    def __init__(self, layer: Layer, part: Part, rope: tuple[Tensor, ...], activations: Round) -> None:
+        self.part, self.rope, self.activations = part, rope, activations
         self.module, self.norm = layer.get_submodule(part.module), layer.get_submodule(part.norm)
 
     def linear(self, name: str) -> nn.Linear:
@@ -99,15 +107,15 @@ class Half:
 
     def normed(self, stream: Tensor) -> Iterator[Tensor]:
         """What the first linears read."""
-        return (self.norm(x) for x in pieces(stream))
+        return (self.activations(self.norm(x)) for x in pieces(stream))
 
     def inner(self, stream: Tensor) -> Tensor:
         """What the last linear reads, [W, L, K]."""
         last = self.linear(self.part.last)
-        out = torch.empty(*stream.shape[:2], last.weight.shape[1])
+        out = stream.new_empty(*stream.shape[:2], last.weight.shape[1])
         setattr(self.module, self.part.last, nn.Identity())
         for x, to in zip(self.normed(stream), pieces(out), strict=True):
-            to[:] = self.module(x, *self.rope, None)[0] if self.part.attends else self.module(x)
+            to[:] = self.activations(self.module(x, *self.rope, None)[0] if self.part.attends else self.module(x))
         setattr(self.module, self.part.last, last)
         return out
 
@@ -130,26 +138,27 @@ class Halves:
     quantized: Half
     where: str
     """The names of its tensors begin so."""
+    task: Task
 
-    def round(
-        self, names: Sequence[str], rounding: Rounding, done: Done, inputs: Inputs
-    ) -> Iterator[tuple[str, Rounded]]:
+    def round(self, linears: Sequence[str], inputs: Inputs) -> Iterator[tuple[str, Rounded]]:
         """Round linears that have the same inputs, and let the quantized model compute with the result."""
-        known = [done(f"{self.where}{name}.weight") for name in names]
-        found = [one for one in known if one] if all(known) else self.rounded(names, rounding, inputs)
-        for name, one in zip(names, found, strict=True):
-            self.quantized.linear(name).weight = nn.Parameter(one.dequantized(), requires_grad=False)
-            yield f"{self.where}{name}.weight", one
+        names = [f"{self.where}{linear}.weight" for linear in linears]
+        known = [self.task.done(name) for name in names]
+        found = [one for one in known if one] if all(known) else self.rounded(linears, names, inputs)
+        for linear, name, one in zip(linears, names, found, strict=True):
+            self.quantized.linear(linear).weight = nn.Parameter(one.dequantized(), requires_grad=False)
+            yield name, one
 
-    def rounded(self, names: Sequence[str], rounding: Rounding, inputs: Inputs) -> list[Rounded]:
+    def rounded(self, linears: Sequence[str], names: Sequence[str], inputs: Inputs) -> list[Rounded]:
         """All at once, their rows one after another: they share the inputs' moments."""
-        weights = [self.full.linear(name).weight.detach() for name in names]
+        weights = [self.full.linear(linear).weight.detach() for linear in linears]
+        schemes = [self.task.scheme_of(name) for name in names]
         try:
-            return rounding.choose(weights, gather(*inputs))
+            return self.task.rounding.choose(weights, schemes, gather(*inputs))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             raise ExportError(
-                f"{self.where}{names[0]}: its calibration inputs have no Cholesky factor; raise `damping` or calibrate "
-                "with more text"
+                f"{names[0]}: its calibration inputs have no Cholesky factor; raise `damping` or calibrate with more "
+                "text"
             ) from None
 
 

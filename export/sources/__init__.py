@@ -94,14 +94,23 @@ def open_source(spec: str, expected: Architecture | None) -> Source:
 
         place = download(place.removeprefix("hub:"))
     if place.is_dir():
-        from .huggingface import FolderSource
-
-        return FolderSource(place)
+        return open_folder(place)
     if place.suffix.lower() == ".gguf":
         from .gguf_file import GgufSource
 
         return GgufSource(place)
-    raise ExportError(f"{place}: not a checkpoint we read; give a Hugging Face folder or a .gguf file")
+    raise ExportError(f"{place}: not a checkpoint we read; give a Hugging Face folder, Meta's folder or a .gguf file")
+
+
+def open_folder(folder: Path) -> Source:
+    """Meta's own files have a params.json, all other folders a config.json."""
+    if (folder / "params.json").is_file() and not (folder / "config.json").is_file():
+        from .meta_original import MetaSource
+
+        return MetaSource(folder)
+    from .huggingface import FolderSource
+
+    return FolderSource(folder)
 
 
 def memory_bytes(spec: str, architecture: Architecture) -> int:

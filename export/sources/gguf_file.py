@@ -4,9 +4,11 @@ Format: ggml `docs/gguf.md`. llama.cpp stores q and k with rotary pairs interlea
 halves apart, so both are permuted back (`LlamaModel.permute` in llama.cpp's convert_hf_to_gguf.py).
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +17,11 @@ from gguf.quants import dequantize
 from pydantic import ValidationError
 
 from ..errors import ExportError
-from ..plan import Architecture, explain
+from ..plan import Architecture, RopeScaling, explain
 from . import gguf_header, gguf_tokenizer
 from .gguf_metadata import Metadata
+from .rope_factors import scaling_of
+from .row_order import in_hugging_face_order
 
 NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -35,6 +39,9 @@ BLOCK_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+ROPE_FACTORS = "rope_freqs.weight"
+BLOCK_ELEMENTS = 2**22
+"""Dequantized at a time: the library holds twice what it gives."""
 # What gguf.quants.dequantize knows. It has no public list of them, and says no only when it reads.
 READABLE_TYPES = frozenset({
     "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
@@ -56,8 +63,7 @@ class GgufSource:
             raise ExportError(f"{path}: damaged GGUF ({one_line(error)}); download it again") from None
         self.metadata = Metadata(path, self._reader)
         self._tensors = {hugging_face_name(tensor.name): tensor for tensor in self._reader.tensors}
-        kinds = {tensor.tensor_type.name for tensor in self._reader.tensors} - {"F32"}
-        self.description = f"GGUF, {' + '.join(sorted(kinds)) or 'F32'}, {len(self._tensors)} tensors"
+        self.description = f"GGUF, {kinds(self._reader.tensors)}, {len(self._tensors)} tensors"
         size = path.stat().st_size
         for tensor in self._reader.tensors:
             if tensor.data_offset + tensor.n_bytes > size:
@@ -83,7 +89,7 @@ class GgufSource:
                 num_key_value_heads=get("llama.attention.head_count_kv", int, heads),
                 head_dim=self._head_dim(hidden, heads),
                 rope_theta=get("llama.rope.freq_base", float, 10000.0),
-                rope_scaling=None,
+                rope_scaling=self._rope_scaling(heads, hidden),
                 # the file stores float32; 1e-5 comes back as 9.99999975e-06
                 rms_norm_eps=float(f"{get('llama.attention.layer_norm_rms_epsilon', float):.6g}"),
                 tie_word_embeddings="lm_head.weight" not in self._tensors,
@@ -96,8 +102,12 @@ class GgufSource:
         """What our model does not compute."""
         if (kind := self.metadata.get("general.architecture", str)) != "llama":
             raise ExportError(f"{self.path}: general.architecture is {kind!r}; only 'llama' is supported")
-        if "rope_freqs.weight" in self._tensors:
-            raise ExportError(f"{self.path}: rope_freqs.weight (llama3 RoPE scaling in GGUF) is not read yet")
+        if (kind := self.metadata.get("general.type", str, "model")) != "model":
+            raise ExportError(f"{self.path}: general.type is {kind!r}, not a whole model; give the GGUF of the model")
+        if (parts := self.metadata.get("split.count", int, 1)) > 1:
+            raise ExportError(
+                f"{self.path}: one of {parts} parts; join them with `llama-gguf-split --merge` and give the whole file"
+            )
         if (scaling := self.metadata.get("llama.rope.scaling.type", str, "none")) != "none":
             raise ExportError(f"{self.path}: llama.rope.scaling.type is {scaling!r}; only 'none' is supported")
 
@@ -106,6 +116,18 @@ class GgufSource:
         if not embedding:
             raise ExportError(f"{self.path}: tensor token_embd.weight is missing or a single number")
         return embedding[0]
+
+    def _rope_scaling(self, heads: int, hidden: int) -> RopeScaling | None:
+        """Llama 3's parameters, of which the file holds only what they do to each frequency."""
+        tensor = self._tensors.get(ROPE_FACTORS)
+        if tensor is None:
+            return None
+        table = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), np.float32))
+        try:
+            base = self.metadata.get("llama.rope.freq_base", float, 10000.0)
+            return scaling_of(table, base, self._head_dim(hidden, heads))
+        except ValueError as error:
+            raise ExportError(f"{self.path}: tensor {ROPE_FACTORS} {error}; give a Hugging Face folder") from None
 
     def _head_dim(self, hidden: int, heads: int) -> int:
         """Explicit, or the hidden size shared out; every channel of a head must turn."""
@@ -116,17 +138,22 @@ class GgufSource:
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()}
+        """Of the weights; the RoPE factors are part of the architecture."""
+        return {
+            name: tuple(int(n) for n in reversed(tensor.shape))
+            for name, tensor in self._tensors.items()
+            if name != ROPE_FACTORS
+        }
 
     def read(self, name: str) -> torch.Tensor:
-        tensor = self._tensors[name]
-        values = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), np.float32))
-        values = values.reshape(self.shapes[name])
-        if name.endswith("q_proj.weight"):
-            return halves_apart(values, self.architecture.num_attention_heads)
-        if name.endswith("k_proj.weight"):
-            return halves_apart(values, self.architecture.num_key_value_heads)
-        return values
+        tensor, shape = self._tensors[name], self.shapes[name]
+        values = torch.empty(torch.Size(shape).numel() // shape[-1], shape[-1])  # [rows, columns]
+        stored = tensor.data.reshape(len(values), -1)
+        step = max(1, BLOCK_ELEMENTS // shape[-1])
+        for start in range(0, len(values), step):
+            rows = slice(start, start + step)
+            values.numpy()[rows] = dequantize(stored[rows], tensor.tensor_type)
+        return in_hugging_face_order(name, values.view(shape), self.architecture)
 
     def write_tokenizer(self, folder: Path) -> None:
         gguf_tokenizer.write(self.metadata, folder)
@@ -140,10 +167,10 @@ def hugging_face_name(name: str) -> str:
     return NAMES.get(name, name)
 
 
-def halves_apart(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """[heads · head_dim, K] with rotary pairs (2i, 2i+1) → pairs (i, i + head_dim/2)."""
-    rows, columns = weight.shape
-    return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+def kinds(tensors: list[Any]) -> str:
+    """Element types and how often, vectors left out: `Q4_K (157), Q6_K (29)`."""
+    found = Counter(tensor.tensor_type.name for tensor in tensors if len(tensor.shape) > 1)
+    return ", ".join(f"{kind} ({count})" for kind, count in sorted(found.items())) or "F32"
 
 
 def one_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import ExportError
 from .gguf_metadata import Metadata
+from .llama3_tokenizer import END_OF_ANSWER
 
 PRE_TOKENIZERS = ("smollm", "llama-bpe", "llama3", "gpt-2")
 LLAMA3 = ("llama-bpe", "llama3")
@@ -34,7 +35,7 @@ def write(metadata: Metadata, folder: Path) -> None:
         clean_up_tokenization_spaces=False,
     )
     fast.save_pretrained(folder)
-    generation = {f"{kind}_token_id": token for kind, token in ids.items()}
+    generation = {"bos_token_id": ids["bos"], "eos_token_id": ends(metadata, tokens, ids["eos"])}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
@@ -44,6 +45,13 @@ def special_id(metadata: Metadata, kind: str, count: int) -> int:
     if not 0 <= (token := metadata.get(key, int)) < count:
         raise ExportError(f"{metadata.path}: metadata key {key} is {token}, the file has {count} tokens")
     return token
+
+
+def ends(metadata: Metadata, tokens: list[str], eos: int) -> int | list[int]:
+    """Every token that ends an answer: the file names one, Llama 3's chat has three, as in llama.cpp's loader."""
+    if pre_tokenizer_name(metadata) not in LLAMA3:
+        return eos
+    return sorted({eos, *(tokens.index(end) for end in END_OF_ANSWER if end in tokens)})
 
 
 def special(token: str) -> Any:

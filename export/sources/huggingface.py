@@ -1,18 +1,16 @@
-"""A Hugging Face folder: config.json and safetensors, one file or sharded, memory-mapped. Never unpickles."""
+"""A Hugging Face folder: config.json, weights in safetensors (floats or bitsandbytes 4-bit), tokenizer files."""
 
-import json
 import shutil
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 
 from ..errors import ExportError
 from ..plan import Architecture, RopeScaling, explain
+from .safetensors_files import SafetensorsFiles, read_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -21,9 +19,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-PICKLES = (".bin", ".pth", ".pt")
 WANTED = ("config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
-FLOATS = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
 
 
 def download(repo: str) -> Path:
@@ -45,78 +41,41 @@ def download(repo: str) -> Path:
         raise ExportError(f"hub model {name} cannot be downloaded ({reason}); {remedy}") from None
 
 
+class Weights(Protocol):
+    """What a folder's weight files hold, however they hold it; see `Source`."""
+
+    @property
+    def files(self) -> tuple[Path, ...]: ...
+
+    @property
+    def description(self) -> str: ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+
 class FolderSource:
-    """`config.json`, `model.safetensors` or its shards, tokenizer files."""
+    """`config.json`, weights, tokenizer files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         config_path = folder / "config.json"
         if not config_path.is_file():
             raise ExportError(f"{config_path}: missing; --source must be a Hugging Face model folder")
-        self.config = read_json(config_path)
-        self.architecture = architecture_of(self.config, config_path)
-        self._owner = self._index()
-        self.files = (config_path, *sorted(set(self._owner.values())))
-        self.description = f"Hugging Face folder, safetensors, {len(self._owner)} tensors"
+        config = read_json(config_path)
+        self.architecture = architecture_of(config, config_path)
+        self._weights = open_weights(folder, config, config_path)
+        self.files = (config_path, *self._weights.files)
+        self.description = f"Hugging Face folder, {self._weights.description}"
 
-    def _index(self) -> dict[str, Path]:
-        """Tensor name → file. Paths that leave the folder are refused."""
-        index_path = self.folder / "model.safetensors.index.json"
-        if not index_path.is_file():
-            single = self.folder / "model.safetensors"
-            if not single.is_file():
-                pickles = any(path.suffix in PICKLES for path in self.folder.iterdir())
-                hint = "pickled weights are never loaded; " if pickles else ""
-                raise ExportError(f"{single}: missing; {hint}save the model as safetensors")
-            return dict.fromkeys(self._open(single).keys(), single)
-        owner = self._weight_map(index_path)
-        paths = sorted(set(owner.values()))
-        for path in paths:
-            if not path.is_file():
-                raise ExportError(f"{path}: missing, but {index_path.name} names it; download the shard again")
-        for path in paths:
-            present = set(self._open(path).keys())
-            listed = {name for name, file in owner.items() if file == path}
-            if present != listed:
-                names = ", ".join(sorted(present ^ listed)[:3])
-                raise ExportError(f"{path}: its tensors differ from {index_path.name}: {names}; download it again")
-        return owner
-
-    def _weight_map(self, index_path: Path) -> dict[str, Path]:
-        """Tensor name → file, as the index says."""
-        weight_map = read_json(index_path).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ExportError(f"{index_path}: no `weight_map`; the index is damaged, download it again")
-        for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise ExportError(f"{index_path}: {name} points at {file!r}, not at a .safetensors file beside it")
-        return {name: self.folder / file for name, file in weight_map.items()}
-
-    def _open(self, path: Path) -> Any:
-        """Mapped anew each time: what was read stays in memory as long as its mapping lives."""
-        try:
-            return safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ExportError(f"{path}: damaged safetensors ({error}); download or save it again") from None
-
-    @cached_property
+    @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        files = {path: self._open(path) for path in set(self._owner.values())}
-        return {name: tuple(files[path].get_slice(name).get_shape()) for name, path in self._owner.items()}
-
-    def _tensor(self, name: str) -> torch.Tensor:
-        try:
-            tensor: torch.Tensor = self._open(self._owner[name]).get_tensor(name)
-        except (SafetensorError, AttributeError, TypeError, RuntimeError) as error:  # a dtype torch does not have
-            raise ExportError(f"{self._owner[name]}: tensor {name} cannot be read ({error})") from None
-        return tensor
+        return self._weights.shapes
 
     def read(self, name: str) -> torch.Tensor:
-        tensor = self._tensor(name)
-        if tensor.dtype not in FLOATS:
-            raise ExportError(f"{self._owner[name]}: tensor {name} is {tensor.dtype}; only float weights are read here")
-        values: torch.Tensor = tensor.to(torch.float32, copy=True)
-        return values
+        return self._weights.read(name)
 
     def write_tokenizer(self, folder: Path) -> None:
         if not (self.folder / "tokenizer.json").is_file():
@@ -129,15 +88,31 @@ class FolderSource:
                 (folder / name).chmod(0o644)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or one clear line."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ExportError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ExportError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+def open_weights(folder: Path, config: dict[str, Any], path: Path) -> Weights:
+    """Floats or bitsandbytes 4-bit, as the tensors' names tell; `config` (at `path`) must not say otherwise."""
+    from . import bnb_4bit
+
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        refuse_other_quantization(quantization, path)
+    stored = SafetensorsFiles(folder)
+    if quantization is None and not any(bnb_4bit.STATE in name for name in stored.shapes):
+        return stored
+    return bnb_4bit.open_weights(stored, quantization or {}, path)
+
+
+def refuse_other_quantization(quantization: Any, path: Path) -> None:
+    """Of the quantized checkpoints in this form, bitsandbytes 4-bit is read."""
+    if not isinstance(quantization, dict):
+        raise ExportError(f"{path}: quantization_config is {quantization!r:.60}, expected an object")
+    method = quantization.get("quant_method")
+    if method != "bitsandbytes":
+        raise ExportError(
+            f"{path}: the checkpoint is already quantized (quant_method {method!r:.60}); only bitsandbytes 4-bit is "
+            "read; give a float checkpoint"
+        )
+    if not quantization.get("load_in_4bit"):
+        raise ExportError(f"{path}: bitsandbytes without load_in_4bit (LLM.int8) is not read; give a float checkpoint")
 
 
 def architecture_of(config: dict[str, Any], path: Path) -> Architecture:
@@ -147,8 +122,6 @@ def architecture_of(config: dict[str, Any], path: Path) -> Architecture:
     for key, only in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if config.get(key, only) != only:
             raise ExportError(f"{path}: {key} is {config[key]!r}; only {only!r} is supported")
-    if "quantization_config" in config:
-        raise ExportError(f"{path}: the checkpoint is already quantized (quantization_config); give a float checkpoint")
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ExportError(f"{path}: the RoPE settings are {rope!r}, expected an object")

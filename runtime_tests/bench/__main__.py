@@ -13,7 +13,7 @@ from export.cli import run as run_app
 from export.errors import ExportError
 from export.manifest import ROOT
 
-from . import bound_tables, contenders, domain_table, perform, publish, results, tables
+from . import bound_tables, contenders, domain_table, fidelity, perform, publish, results, tables
 from .publish import DOCS
 from .results import Benchmark, Settings
 from .roles import ROLES
@@ -47,6 +47,8 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     request = perform.Request(model, quant, source, eval_name, accuracy, export)
     count = threads or devices.thread_count(devices.load("host"))
     further = tuple(name.strip() for name in also.split(",") if name.strip())
+    if accuracy:
+        fidelity.refuse_read_text(eval_name, (quant, *further))
     field = contenders.gather(contenders.Asked(model, quant, source, count, chosen(only), further))
     context = field.contenders[0].opening.context
     settings = Settings(

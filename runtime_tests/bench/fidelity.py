@@ -12,13 +12,14 @@ import numpy as np
 from export import manifest, tokenizer
 from export.errors import ExportError
 from export.manifest import ROOT, Manifest
+from export.plan import QuantRecipe, load_named
 from export.progress import stage
 
-from .. import evaluation, isolation
+from .. import contamination, evaluation, isolation
 from ..accuracy import compare, not_finite
 from ..evaluation import Windows
 from ..isolation import Ended
-from ..jobs import BenchLogitsJob, ReferenceJob, ReferenceTask
+from ..jobs import BenchLogitsJob, Opening, ReferenceJob, ReferenceTask
 from ..record import Comparison, Outcome
 from .contenders import Contender
 from .results import Fidelity
@@ -34,6 +35,14 @@ def windows(folder: Path, eval_name: str) -> Windows:
     return evaluation.cut_windows(evaluation.load(eval_name), tokenizer.load(folder), manifest.read(folder))
 
 
+def refuse_read_text(eval_name: str, recipes: Sequence[str]) -> None:
+    """No recipe may have calibrated on the evaluation's text. Raises ExportError."""
+    judged = evaluation.load(eval_name)
+    for name in recipes:
+        if found := contamination.problems(judged, load_named(QuantRecipe, "quant", name)):
+            raise ExportError(found[0])
+
+
 def judge(contenders: Sequence[Contender], folder: Path, source: str | None, cut: Windows) -> list[Fidelity]:
     """Every contender that gives logits against the fp32 model of `folder`'s checkpoint."""
     described = manifest.read(folder)
@@ -46,7 +55,7 @@ def judge(contenders: Sequence[Contender], folder: Path, source: str | None, cut
         for contender in contenders:
             if contender.opening.runner != NO_LOGITS:
                 with stage("accuracy", contender.entry.name):
-                    found.append(judge_one(contender, described, cut, room))
+                    found.append(judge_one(contender.entry.name, contender.opening, described, cut, room))
     return found
 
 
@@ -63,11 +72,11 @@ def compute_reference(folder: Path, source: str | None, cut: Windows, room: Path
         raise ExportError(f"fp32 reference: {ended.outcome.value}: {ended.detail}")
 
 
-def judge_one(contender: Contender, described: Manifest, cut: Windows, room: Path) -> Fidelity:
-    """Logits of one contender, compared; a crash is a result."""
+def judge_one(name: str, opening: Opening, described: Manifest, cut: Windows, room: Path) -> Fidelity:
+    """Logits of one opened artifact, compared; a crash is a result."""
     out = room / "candidate.npy"
     job = BenchLogitsJob(
-        opening=contender.opening,
+        opening=opening,
         vocab_size=described.architecture.vocab_size,
         tokens=str(room / "tokens.npy"),
         prefill=cut.prefill,
@@ -75,11 +84,11 @@ def judge_one(contender: Contender, described: Manifest, cut: Windows, room: Pat
     )
     ended = isolation.run(job, limit_s=LIMIT_S)
     if ended.outcome is not Outcome.PASS:
-        return failed(contender.entry.name, ended)
+        return failed(name, ended)
     reference, candidate = (np.load(path, mmap_mode="r") for path in (room / "reference.npy", out))
     if problem := not_finite(candidate):
-        return failed(contender.entry.name, Ended(Outcome.MISMATCH, problem))
-    return passed(contender.entry.name, compare(reference, candidate, cut.targets, cut.domains))
+        return failed(name, Ended(Outcome.MISMATCH, problem))
+    return passed(name, compare(reference, candidate, cut.targets, cut.labels))
 
 
 def passed(name: str, measured: Comparison) -> Fidelity:
@@ -94,7 +103,7 @@ def passed(name: str, measured: Comparison) -> Fidelity:
         top1=measured.top1,
         perplexity=measured.perplexity,
         reference_perplexity=measured.reference_perplexity,
-        kl_by_domain=measured.kl_by_domain,
+        by_domain=measured.by_domain,
     )
 
 
@@ -110,5 +119,5 @@ def failed(name: str, ended: Ended) -> Fidelity:
         top1=0.0,
         perplexity=0.0,
         reference_perplexity=0.0,
-        kl_by_domain={},
+        by_domain={},
     )

@@ -9,9 +9,8 @@ import sys
 import llama_cpp
 
 TYPES = {
-    "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
-    "q4_k_m": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
-    "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
+    kind: getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
+    for kind in ("f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k")
 }
 
 

@@ -46,7 +46,7 @@ def perform(request: Request, field: Field, settings: Settings) -> Benchmark:
     found_overheads = overheads(field, settings, tokens)
     samples, bandwidths = timed(field, settings, tokens)
     return Benchmark(
-        schema_version=2,
+        schema_version=3,
         run_id=started.strftime("%Y%m%d-%H%M%S"),
         command=shlex.join(["python", "-m", "runtime_tests.bench", *sys.argv[1:]]),
         model=request.model,

@@ -5,9 +5,11 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
+from pydantic import AliasChoices, Field
+
 from export.plan import Strict
 
-from ..record import Environment, Outcome
+from ..record import Environment, Outcome, Slice
 from .ratios import Ratio, Spread, ratio, spread
 from .timing import Timing
 from .traffic import bound_share
@@ -58,8 +60,13 @@ class Fidelity(Strict):
     top1: float
     perplexity: float
     reference_perplexity: float
-    kl_by_domain: dict[str, float]
-    """Mean KL of each kind of text in the evaluation."""
+    by_domain: dict[str, Slice] | dict[str, float] = Field(validation_alias=AliasChoices("by_domain", "kl_by_domain"))
+    """Of each kind of text in the evaluation; in runs of version 2 the mean KL alone, under another name."""
+
+    @property
+    def kl_by_domain(self) -> dict[str, float]:
+        """Mean KL of each kind of text."""
+        return {kind: part.mean_kl if isinstance(part, Slice) else part for kind, part in self.by_domain.items()}
 
 
 class HostOverhead(Strict):
@@ -125,7 +132,7 @@ class Settings(Strict):
 class Benchmark(Strict):
     """One run."""
 
-    schema_version: Literal[2]
+    schema_version: Literal[2, 3]
     run_id: str
     command: str
     model: str

@@ -23,6 +23,7 @@ RUNTIMES = {
     "device_runner": Runtime("our C++ runner", "model.pte"),
     "genai": Runtime("onnxruntime-genai"),
     "session": Runtime("our session, onnxruntime with IO binding"),
+    "evaluator": Runtime("our evaluator of the saved package"),
     "llamacpp": Runtime("llama.cpp", "model.gguf", "float16"),
 }
 
@@ -77,3 +78,18 @@ def roles(names: Sequence[str], also: Sequence[str]) -> list[Role]:
         for role in varied
     ]
     return chosen + others
+
+
+class Form(NamedTuple):
+    """How an artifact of ours is judged."""
+
+    label: str
+    runner: str
+
+
+OUR_FORMS = {
+    ONNX: Form("our ONNX", "session"),
+    PTE: Form("our .pte", "pte"),
+    "coreml": Form("our .mlpackage", "evaluator"),
+}
+LLAMA_CPP_KINDS = ("q4_0", "q4_k_m", "q8_0")

@@ -8,7 +8,7 @@ from export.errors import ExportError
 from export.manifest import Manifest
 from export.plan import Architecture, WeightScheme
 
-from ..latency import stored_bytes
+from ..latency import bytes_per_token, stored_bytes
 
 MATMULS = ("MatMulNBits", "MatMul", "Gemm")
 CHANGES = ("Cast", "Expand", "Reshape")
@@ -27,8 +27,7 @@ def weight_bytes(model: Path, described: Manifest, *, ours: bool) -> int:
         return onnx_bytes(model)
     if model.suffix != ".pte":
         raise ExportError(f"{model}: what its weights take is known of .gguf, .onnx and .pte files")
-    recipe = described.plan.quant
-    return recipe_bytes(described.architecture, recipe.linear, recipe.head if ours else recipe.linear)
+    return bytes_per_token(described) if ours else alike_bytes(described.architecture, described.plan.quant.linear)
 
 
 def gguf_bytes(model: Path) -> int:
@@ -66,10 +65,10 @@ def onnx_bytes(model: Path) -> int:
     return total
 
 
-def recipe_bytes(a: Architecture, linear: WeightScheme | None, head: WeightScheme | None) -> int:
-    """All linears and the head with 16-bit scales."""
-    total = stored_bytes((a.vocab_size, a.hidden_size), head)
-    return int(total + sum(stored_bytes(shape, linear) for shape in a.linear_shapes().values()))
+def alike_bytes(a: Architecture, scheme: WeightScheme | None) -> int:
+    """All linears and the head in one scheme, with 16-bit scales."""
+    shapes = [(a.vocab_size, a.hidden_size), *a.linear_shapes().values()]
+    return int(sum(stored_bytes(shape, scheme) for shape in shapes))
 
 
 def kv_bytes_per_position(a: Architecture, dtype: str) -> int:

@@ -6,7 +6,8 @@ from pathlib import Path
 from ...contract import IOContract, KVLayout, TensorSpec
 from ...errors import ExportError
 from ...plan import Architecture, Plan
-from ...quantize import QuantizedModel, counts, quantized_names, scheme_of, stored_bits
+from ...quantize import QuantizedModel
+from ...schemes import EMBEDDING, largest, of_recipe, possible
 from .. import Build, Lowered, Needs, StoredWeight
 
 MAX_PREFILL = 512
@@ -28,10 +29,8 @@ def check(plan: Plan, architecture: Architecture) -> None:
             f"target {plan.target.name!r}: logits {plan.target.logits!r}, but the program has those of the last "
             "position only; set `logits: last`"
         )
-    for name in quantized_names(architecture, plan.quant):
-        scheme = scheme_of(plan.quant, name)
-        assert scheme is not None
-        if name == "model.embed_tokens.weight":
+    for name, scheme in possible(plan.quant, architecture):
+        if name == EMBEDDING:
             if scheme.bits != 8 or scheme.group_size:
                 raise ExportError(f"{rule}: {name}: the embedding must be int8 per channel (bits: 8, group_size: null)")
         elif scheme.bits == 8 and scheme.group_size:
@@ -46,8 +45,8 @@ def needs(plan: Plan, architecture: Architecture) -> Needs:
     The integers are the quantized store's own pages. A tied table is head and embedding, one copy too many in the file
     until it is found.
     """
-    found, a = counts(plan.quant, architecture), architecture
-    packed = int(stored_bits(plan.quant, a, float_bits=32) / 8)
+    found, a = of_recipe(plan.quant, architecture).counts(), architecture
+    packed = int(largest(plan.quant, a).stored_bits(float_bits=32) / 8)
     table = table_bytes(plan, a) if a.tie_word_embeddings else 0
     caches = 2 * 4 * a.num_hidden_layers * plan.model.context_length * a.num_key_value_heads * a.head_dim
     held = found.store_bytes + found.scales + 4 * found.floats  # zero points are as many as scales, a byte each

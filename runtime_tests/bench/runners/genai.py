@@ -8,8 +8,9 @@ import numpy as np
 import onnxruntime_genai as og
 from numpy.typing import NDArray
 
+from export.memory import peak_rss_bytes
+
 from ...jobs import Opening
-from ...latency import peak_rss_bytes
 from . import Pass
 from .stepping import clock
 

@@ -16,8 +16,9 @@ from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpoo
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from export.memory import peak_rss_bytes
+
 from ...jobs import Opening
-from ...latency import peak_rss_bytes
 from . import Pass
 
 NS_PER_MS = 1_000_000

@@ -7,7 +7,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ...latency import peak_rss_bytes
+from export.memory import peak_rss_bytes
+
 from . import Pass
 
 

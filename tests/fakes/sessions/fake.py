@@ -7,7 +7,9 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from export.quantize import as_torchao, eager, scheme_of
+from export.quantize import eager
+from export.rounding import as_torchao
+from export.schemes import scheme_of
 
 
 def open_session(folder, manifest, *, threads):
