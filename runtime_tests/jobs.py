@@ -153,10 +153,12 @@ class BenchLogitsJob(Strict):
 
 
 class TaskDataJob(Strict):
-    """Load the data of lm-evaluation-harness tasks: which single tasks they are, and their questions."""
+    """Load the data of lm-evaluation-harness tasks: which single tasks they are, and how many questions they have."""
 
     action: Literal["task-data"] = "task-data"
     tasks: tuple[str, ...]
+    folders: tuple[str, ...]
+    """Artifacts that will be asked; their recipes must not have calibrated on the questions."""
 
 
 class TasksJob(Strict):

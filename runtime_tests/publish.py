@@ -29,7 +29,8 @@ def keep_tasks(build: Path, artifacts: Sequence[tuple[Path, Manifest]]) -> Path:
     for folder, described in artifacts:
         sha256 = manifest.digest(folder)
         record = records_file.newest_of(build / "records" / "records.jsonl", sha256)
-        card.write(folder, described, (measured_rows(record) if record else []) + task_rows(build, sha256))
+        rows = measured_rows(record) if record else [Measured("verdict", "not validated", "tasks only")]
+        card.write(folder, described, rows + task_rows(build, sha256))
     return page.write(compare.compare(results.kept(build)), build)
 
 

@@ -9,14 +9,15 @@ from functools import cache
 from typing import Any
 
 from export.errors import ExportError
-from export.plan import CONFIGS, names
+from export.plan import CONFIGS
 
+TASKS = CONFIGS / "tasks"
 HUB_PATIENCE_S = 5.0
 
 
 def local() -> list[str]:
     """Names of the tasks and groups that need no network; the members of a group are named GROUP_MEMBER."""
-    return names("tasks")
+    return sorted(path.stem for path in TASKS.glob("*.yaml"))
 
 
 def suggestion() -> str:
@@ -51,7 +52,7 @@ def manager(tasks: Sequence[str]) -> Any:
         os.environ["HF_HUB_OFFLINE"] = "1"
     from lm_eval.tasks import TaskManager
 
-    known = TaskManager(include_path=str(CONFIGS / "tasks"), include_defaults=not only_local)
+    known = TaskManager(include_path=str(TASKS), include_defaults=not only_local)
     for name in tasks:
         if name not in known.all_tasks:
             near = difflib.get_close_matches(name, known.all_tasks, n=5)

@@ -13,15 +13,32 @@ from export.errors import ExportError
 
 from ..jobs import TaskDataJob, TasksJob, report_progress
 from ..session import Session
-from . import catalog
+from . import catalog, overlap
 
 BOOTSTRAP_ITERS = 1000
 """Resamples behind the standard error of the few metrics that have no formula for it."""
 
 
 def count_questions(job: TaskDataJob) -> dict[str, Any]:
-    """Questions of every single task behind the names."""
-    return {"questions": {name: len(task.eval_docs) for name, task in catalog.load(job.tasks).items()}}
+    """Questions of every single task behind the names; what these artifacts cannot be asked is refused."""
+    loaded = catalog.load(job.tasks)
+    artifacts = [manifest.read(Path(folder)) for folder in job.folders]
+    overlap.refuse({name: task.eval_docs for name, task in loaded.items()}, [one.plan.quant for one in artifacts])
+    for name, task in loaded.items():
+        for context_length in {one.contract.kv.context_length for one in artifacts}:
+            refuse_generation(name, task, context_length)
+    return {"questions": {name: len(task.eval_docs) for name, task in loaded.items()}}
+
+
+def refuse_generation(name: str, task: Any, context_length: int) -> None:
+    """Answers that greedy decoding in this context cannot give end here, not after an hour."""
+    from . import generation
+
+    if task.OUTPUT_TYPE == "generate_until":
+        try:
+            generation.read(task.config.generation_kwargs, context_length)
+        except ExportError as error:
+            raise ExportError(f"task {name}: {error}") from None
 
 
 def evaluate(job: TasksJob) -> dict[str, Any]:

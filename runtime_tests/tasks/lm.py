@@ -11,18 +11,16 @@ from typing import Any
 
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import has_bos_prefix, postprocess_generated_text
 
 from export.manifest import Manifest
 
 from ..session import Session
+from . import generation
 from .scoring import CERTAIN, generate, score
 
-MAX_GEN_TOKS = 256
-"""New tokens where a task does not say, as in HFLM."""
 DATE = "26 Jul 2024"
 """What Llama 3.2's chat template writes as today's date where nobody tells it."""
-GREEDY_KWARGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
 Request = tuple[Any, list[int], list[int]]
 
 
@@ -121,28 +119,20 @@ class SessionLM(TemplateLM):  # type: ignore[misc]
         return answers
 
     def answer(self, context: str, asked: dict[str, Any]) -> str:
-        """One answer. Raises ValueError for sampling and where the prompt has no room."""
-        kwargs = normalize_gen_kwargs(asked, MAX_GEN_TOKS)
-        if kwargs["do_sample"] or kwargs.keys() - GREEDY_KWARGS:
-            raise ValueError(
-                f"a task generates with {asked}, but sessions decode greedily and know only {GREEDY_KWARGS}"
-            )
-        until = [stop for stop in handle_stop_sequences(kwargs["until"], eos=None) if stop]
-        most = int(kwargs["max_gen_toks"])
-        room = self.max_length - most
-        if room < 1:
-            raise ValueError(f"a task wants {most} new tokens: no room for a prompt in a context of {self.max_length}")
+        """One answer; of a prompt that does not fit, the end is kept."""
+        how = generation.read(asked, self.max_length)
         prompt = self.tok_encode(context)
-        self.truncated["generate_until"] += len(prompt) > room
+        self.truncated["generate_until"] += len(prompt) > how.room
 
         def ended(tokens: Sequence[int]) -> bool:
-            text = self.tokenizer.decode(tokens) if until else ""  # a stop string may span tokens, or be a special one
-            return tokens[-1] in self.ends or any(stop in text for stop in until)
+            text = self.tokenizer.decode(tokens) if how.until else ""  # a stop may span tokens, or be a special one
+            return tokens[-1] in self.ends or any(stop in text for stop in how.until)
 
-        tokens = generate(self.session, prompt[-room:], most, ended)
+        tokens = generate(self.session, prompt[-how.room :], how.most, ended)
         tokens = tokens[:-1] if tokens[-1] in self.ends else tokens
-        text: str = postprocess_generated_text(self.tokenizer.decode(tokens, skip_special_tokens=True), until, None)
-        return text
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        answer: str = postprocess_generated_text(text, list(how.until), None)
+        return answer
 
     def get_model_info(self) -> dict[str, Any]:
         """What simple_evaluate adds to the configuration in its results."""

@@ -60,7 +60,7 @@ def evaluate(cases: Sequence[tuple[Path, Manifest]], asked: Asked, build: Path) 
         raise ExportError("--tasks needs lm-evaluation-harness; install it with `pip install -e '.[tasks]'`")
     for folder, described in cases:
         manifest.verify_files(folder, described)
-    announce(asked)
+    announce(asked, [folder for folder, _ in cases])
     found: list[Results | None] = []
     for folder, described in cases:
         console.print(f"[bold]{described.id}[/bold]")
@@ -70,15 +70,18 @@ def evaluate(cases: Sequence[tuple[Path, Manifest]], asked: Asked, build: Path) 
     return compare([one for one in found if one]), all(found)
 
 
-def announce(asked: Asked) -> None:
+def announce(asked: Asked, folders: Sequence[Path]) -> None:
     """Load the tasks' data and say how much will be asked."""
+    job = jobs.TaskDataJob(tasks=asked.tasks, folders=tuple(str(folder.resolve()) for folder in folders))
     with stage("tasks", ", ".join(asked.tasks)):
-        ended = isolation.run(jobs.TaskDataJob(tasks=asked.tasks), limit_s=LOAD_LIMIT_S)
+        ended = isolation.run(job, limit_s=LOAD_LIMIT_S)
     if ended.outcome is not Outcome.PASS:
         raise ExportError(ended.detail)
     questions: dict[str, int] = ended.result["questions"]
     total = sum(min(count, asked.limit or count) for count in questions.values())
-    console.print(f"  {total:,} questions of {len(questions)} tasks for each model")
+    console.print(
+        f"  questions for each model: {total:,}, of {len(questions)} {'task' if len(questions) == 1 else 'tasks'}"
+    )
 
 
 def evaluate_artifact(folder: Path, described: Manifest, asked: Asked, build: Path) -> Results | None:
@@ -124,7 +127,7 @@ def reference_key(described: Manifest, asked: Asked) -> str:
     """Hash of everything that decides what the fp32 model scores."""
     data = [path for path in (CONFIGS / "tasks").rglob("*") if path.is_file()]
     texts = list((CONFIGS / "evals" / "text" / "udhr").iterdir())
-    code = [Path(__file__).with_name(f"{name}.py") for name in ("child", "eager", "lm", "scoring")]
+    code = [Path(__file__).with_name(f"{name}.py") for name in ("child", "eager", "generation", "lm", "scoring")]
     files = sorted([*data, *texts, *code, ROOT / "export" / "model.py"])
     inputs = {
         "checkpoint": checkpoint_key(described),

@@ -65,7 +65,7 @@ def measured_cells(row: published.Row, one: Compared | None) -> tuple[str, str, 
     score, way = measured.score, measured.way
     beside = published.measure(row, one.references, one.groups, way)
     reference = beside.score if beside else None
-    by = f"{way.run}, {questions(score)} questions. {way.note}"
+    by = f"{way.run}, questions: {questions(score)}. {way.note}"
     return with_error(reference, 100, 1), with_error(score, 100, 1), kept_share(score, reference), by
 
 
@@ -75,7 +75,7 @@ def card_rows(one: Compared) -> list[Measured]:
     for name in one.scores:
         if name[0] not in one.inside:
             asked, reference, score, share = cells(one, name)
-            note = f"fp32 {reference}, retention {share}; {asked} questions"
+            note = f"fp32 {reference}, retention {share}, questions: {asked}"
             found.append(Measured(" ".join(labels(name)), score, note))
     how = "chat template applied" if one.newest.chat else "no chat template"
     return [*found, Measured("tasks run by", f"lm-evaluation-harness {one.newest.harness}", how)]
