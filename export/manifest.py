@@ -130,6 +130,11 @@ def read(folder: Path) -> Manifest:
         raise ExportError(f"{path}: damaged or of another version: {reason}; build the artifact again") from None
 
 
+def digest(folder: Path) -> str:
+    """sha256 of an artifact folder's manifest: which build it is."""
+    return hashlib.sha256((folder / FILE).read_bytes()).hexdigest()
+
+
 def read_id(folder: Path) -> str | None:
     """Whose artifact a folder holds, even when another version of this code wrote it; None: it does not say."""
     try:

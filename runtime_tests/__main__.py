@@ -1,9 +1,12 @@
-"""The proof: `python -m runtime_tests [--device DEVICE] [--source DIR_OR_HF_ID] [--eval NAME] [FOLDER …]`."""
+"""The proof: `python -m runtime_tests [--device DEVICE] [--source DIR_OR_HF_ID] [--eval NAME] [FOLDER …]`.
+
+With `--tasks NAME,…` it evaluates lm-evaluation-harness tasks instead: docs/tasks.md.
+"""
 
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,13 +23,14 @@ from export.progress import console, stage
 from .attached import AttachedDevice
 from .place import Place, ThisMachine
 from .record import Outcome
+from .tasks.run import Asked, parse
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 BUILD = Path("build")
 
 
 @app.command()
-def main(
+def main(  # noqa: PLR0913, PLR0917 – a command's options
     folders: Annotated[list[Path] | None, typer.Argument(help="artifact folders; default: all of build/")] = None,
     device: Annotated[str, typer.Option(help="a name in devices/")] = "host",
     source: Annotated[
@@ -35,12 +39,27 @@ def main(
     eval_name: Annotated[
         str | None, typer.Option("--eval", help="a name in configs/evals; default: what the device's YAML says")
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="lm-evaluation-harness tasks to evaluate instead, as NAME,NAME …", metavar="NAMES"),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="with --tasks: questions of each task")] = None,
+    chat: Annotated[bool, typer.Option(help="with --tasks: apply the chat template of artifacts that have one")] = True,
+    reference: Annotated[bool, typer.Option(help="with --tasks: evaluate the fp32 model too")] = True,
 ) -> None:
     """Prove what artifacts compute and how fast: exit 0 only if every gate holds."""
     from . import evaluation, publish, summary, validate
     from .case import Setting
 
     known = load_device(device)
+    if tasks is not None and eval_name:
+        raise typer.BadParameter("--eval chooses what validation feeds; with --tasks the tasks do that")
+    if tasks is None and (limit or not chat or not reference):
+        raise typer.BadParameter("--limit, --no-chat and --no-reference go with --tasks")
+    if tasks is not None:
+        asked = Asked(parse(tasks), limit, chat, reference, source, devices.thread_count(known), known.time_limit_s)
+        evaluate_tasks(folders or built_for(known), known, asked)
+        return
     cases = validate.open_artifacts(folders or built_for(known), known)
     loaded = evaluation.load(eval_name or known.evaluation)
     run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
@@ -69,6 +88,24 @@ def main(
         page = publish.report(records, [described for _, described in cases], BUILD)
     summary.show(records, page)
     if not all(record.holds for record in records):
+        raise typer.Exit(1)
+
+
+def evaluate_tasks(folders: Sequence[Path], device: Device, asked: Asked) -> None:
+    """The tasks on every artifact, then a table of each and the page; exit 0 only if every model was evaluated."""
+    from . import publish, validate
+    from .tasks import run, tables
+
+    if not here(device):
+        raise ExportError(f"--tasks runs artifacts on this machine, not on {device.name}")
+    cases = validate.open_artifacts(folders, device)
+    build_folder()
+    compared, whole = run.evaluate(cases, asked, BUILD)
+    page = publish.keep_tasks(BUILD, cases)
+    for one in compared:
+        tables.show(one)
+    print(f"page: {page}")
+    if not whole:
         raise typer.Exit(1)
 
 

@@ -1,15 +1,16 @@
-"""What every session must do at the edges of its cache: the last position, past it, and after a reset."""
+"""What every session must do at the edges of its cache: the last position, past it, after a reset and a rewind."""
 
 import numpy as np
 
 from .session import Session
 
 PROBE = 16
+REWIND_LIMIT = 1e-2
 
 
 def check(session: Session, context_length: int, *, fill: bool) -> list[str]:
     """Every promise that is broken, in words; an empty list is a pass. `fill`: the last position too."""
-    failures = reset_failures(session)
+    failures = reset_failures(session) + rewind_failures(session)
     failures += limit_failures(session, context_length) if fill else []
     session.close()
     return failures
@@ -24,6 +25,21 @@ def reset_failures(session: Session) -> list[str]:
     again = session.feed(list(range(1, PROBE + 1)))
     difference = float(np.abs(first - again).max() / np.abs(first).max())
     return [] if difference <= 1e-4 else [f"after a reset the logits differ by {difference:.1e} of the largest"]
+
+
+def rewind_failures(session: Session) -> list[str]:
+    """After a rewind a token gives the logits it gave before, and `feed_each` those of feeding one by one."""
+    context, more = list(range(1, PROBE + 1)), list(range(PROBE + 1, PROBE + 9))
+    session.reset()
+    session.feed(context)
+    first = np.stack([session.feed([token]) for token in more])
+    session.rewind(PROBE)
+    session.feed(more[::-1])
+    session.rewind(PROBE)
+    again = session.feed_each(more)
+    # many rows at once take other kernels than one row; what quantizes activations then rounds otherwise
+    difference = float(np.linalg.norm(first - again) / np.linalg.norm(first))
+    return [] if difference <= REWIND_LIMIT else [f"after a rewind the logits differ by {difference:.1e} of their norm"]
 
 
 def limit_failures(session: Session, context_length: int) -> list[str]:

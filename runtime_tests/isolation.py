@@ -35,8 +35,11 @@ class Ended:
     result: dict[str, Any] = field(default_factory=dict)
 
 
-def run(job: Job, *, limit_s: float, on_progress: Progress | None = None) -> Ended:
-    """Run a job; end its whole process group after `limit_s` seconds."""
+def run(job: Job, *, limit_s: float, on_progress: Progress | None = None, renewed: bool = False) -> Ended:
+    """Run a job; end its whole process group after `limit_s` seconds.
+
+    `renewed`: every report of progress starts them anew, for work that takes hours and still must not hang.
+    """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         # A session of its own makes the child the leader of a group, so that what it starts can be ended with it.
         child = subprocess.Popen(
@@ -44,11 +47,11 @@ def run(job: Job, *, limit_s: float, on_progress: Progress | None = None) -> End
         )
         try:
             hand_over(child, job)
-            finished = watch(child, out, limit_s, on_progress)
+            finished = watch(child, out, limit_s, on_progress, renewed=renewed)
         finally:
             end_group(child)
         if not finished:
-            return Ended(Outcome.TIMEOUT, f"no answer within {limit_s:g} s")
+            return Ended(Outcome.TIMEOUT, f"no {'progress' if renewed else 'answer'} within {limit_s:g} s")
         return interpret(child.returncode, read_from(out), read_from(err))
 
 
@@ -62,9 +65,12 @@ def hand_over(child: subprocess.Popen[bytes], job: Job) -> None:
         pass
 
 
-def watch(child: subprocess.Popen[bytes], out: IO[bytes], limit_s: float, on_progress: Progress | None) -> bool:
+def watch(
+    child: subprocess.Popen[bytes], out: IO[bytes], limit_s: float, on_progress: Progress | None, *, renewed: bool
+) -> bool:
     """Wait for the end, passing progress on; False when the limit comes first."""
     deadline = time.monotonic() + limit_s
+    last_seen = None
     while (left := deadline - time.monotonic()) > 0:
         try:
             child.wait(timeout=min(0.1, left))
@@ -73,6 +79,8 @@ def watch(child: subprocess.Popen[bytes], out: IO[bytes], limit_s: float, on_pro
             line = last_line(read_from(out)) if on_progress else ""
             if on_progress and (seen := parse(line)) and "done" in seen:
                 on_progress(int(seen["done"]), int(seen["total"]))
+                if renewed and seen != last_seen:
+                    deadline, last_seen = time.monotonic() + limit_s, seen
     return False
 
 

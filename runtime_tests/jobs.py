@@ -152,6 +152,38 @@ class BenchLogitsJob(Strict):
     """.npy to write, float32 [W, decode + 1, V]."""
 
 
+class TaskDataJob(Strict):
+    """Load the data of lm-evaluation-harness tasks: which single tasks they are, and how many questions they have."""
+
+    action: Literal["task-data"] = "task-data"
+    tasks: tuple[str, ...]
+    folders: tuple[str, ...]
+    """Artifacts that will be asked; their recipes must not have calibrated on the questions."""
+
+
+class TasksJob(Strict):
+    """Evaluate lm-evaluation-harness tasks and write its results file."""
+
+    action: Literal["tasks"] = "tasks"
+    folder: str
+    """The artifact; with `eager`, the one whose checkpoint is evaluated."""
+    eager: bool
+    """The fp32 model of the checkpoint instead of the artifact."""
+    source: str | None
+    threads: int
+    tasks: tuple[str, ...]
+    limit: int | None
+    """Questions of each task; null: all."""
+    chat: bool
+    """Whether prompts are written as conversations, by the tokenizer's template."""
+    name: str
+    """Of the model, in the results."""
+    facts: dict[str, str | int | None]
+    """What else the results should say about it."""
+    out: str
+    """Folder that gets results_DATE.json and samples_TASK_DATE.jsonl."""
+
+
 Job = (
     LogitsJob
     | ConformanceJob
@@ -163,6 +195,8 @@ Job = (
     | BenchJob
     | OverheadJob
     | BenchLogitsJob
+    | TaskDataJob
+    | TasksJob
 )
 
 

@@ -4,21 +4,49 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from export import card
+from export import card, manifest
 from export.card import Measured
+from export.errors import ExportError
 from export.manifest import Manifest
+from export.progress import console
 
 from . import record as records_file
 from . import report as html
 from .loss import nats, perplexity
 from .record import Comparison, Latency, Record, Slice
+from .tasks import compare, page, results, tables
 
 
 def keep(record: Record, build: Path, folder: Path, described: Manifest) -> None:
     """Write an artifact's record as soon as it exists, and its card."""
     records_file.append(record, build / "records" / "records.jsonl")
     records_file.append(record, build / "reports" / record.run_id / "records.jsonl")
-    card.write(folder, described, measured_rows(record))
+    card.write(folder, described, measured_rows(record) + task_rows(build, record.manifest_sha256))
+
+
+def keep_tasks(build: Path, artifacts: Sequence[tuple[Path, Manifest]]) -> Path:
+    """Write the page of task scores, and them into the cards of these artifacts."""
+    for folder, described in artifacts:
+        sha256 = manifest.digest(folder)
+        record = records_file.newest_of(build / "records" / "records.jsonl", sha256)
+        rows = measured_rows(record) if record else [Measured("verdict", "not validated", "tasks only")]
+        card.write(folder, described, rows + task_rows(build, sha256))
+    return page.write(compare.compare(results.kept(build)), build)
+
+
+def task_rows(build: Path, manifest_sha256: str) -> list[Measured]:
+    """Task scores of one build of an artifact; results that cannot be read are named and left out."""
+    try:
+        compared = compare.compare(results.kept(build))
+    except ExportError as error:
+        console.print(f"no task scores in the card: {error}", style="yellow", markup=False, soft_wrap=True)
+        return []
+    return [
+        row
+        for one in compared
+        if one.newest.facts.get("manifest_sha256") == manifest_sha256
+        for row in tables.card_rows(one)
+    ]
 
 
 def report(records: Sequence[Record], manifests: Sequence[Manifest], build: Path) -> Path:

@@ -252,6 +252,18 @@ def newest_run(path: Path, device: str) -> list[Record]:
     return records
 
 
+def newest_of(path: Path, manifest_sha256: str) -> Record | None:
+    """The last record of one build of an artifact; null: never validated, or by another version of this code."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for line in reversed(lines):
+        if field(line, "manifest_sha256") == manifest_sha256:
+            try:
+                return Record.model_validate_json(line)
+            except ValidationError:
+                return None
+    return None
+
+
 def field(line: str, name: str) -> str | None:
     """One text of a line of JSON, of whatever version; None where it has none."""
     try:

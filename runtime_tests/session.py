@@ -27,6 +27,15 @@ class Session(Protocol):
         More tokens than the contract's `max_prefill` are fed in pieces. Raises ValueError past the context length.
         """
 
+    def feed_each(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Continue the cache; logits [S, V] after every one of these tokens.
+
+        Where the artifact gives the logits of the last position only, that is one call per token.
+        """
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens that were fed."""
+
     def close(self) -> None:
         """Free what the runtime holds."""
 
@@ -36,6 +45,11 @@ class SessionModule(Protocol):
 
     def open_session(self, folder: Path, manifest: Manifest, *, threads: int) -> Session:
         """Load the artifact of a folder."""
+
+
+def feed_one_by_one(session: Session, tokens: Sequence[int]) -> NDArray[np.float32]:
+    """`feed_each` of an artifact that gives the logits of the last position only."""
+    return np.stack([session.feed([token]) for token in tokens])
 
 
 def session_module(manifest: Manifest) -> SessionModule:

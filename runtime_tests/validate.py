@@ -1,6 +1,5 @@
 """One artifact, one record: every check in turn, each judged by a gate. Knows nothing about formats."""
 
-import hashlib
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -56,7 +55,7 @@ def validate(folder: Path, described: Manifest, setting: Setting) -> Record:
         schema_version=3,
         run_id=setting.run_id,
         artifact=described.id,
-        manifest_sha256=hashlib.sha256((folder / manifest.FILE).read_bytes()).hexdigest(),
+        manifest_sha256=manifest.digest(folder),
         size_bytes=described.artifact_bytes,
         bits_per_weight=described.quantization.bits_per_weight,
         device=setting.device.name,

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from export import backends, checkpoint, manifest
+from export.checkpoint import Checkpoint
 from export.errors import ExportError
 from export.manifest import Manifest
 from export.quantize import QuantizedModel, quantize
@@ -23,11 +24,7 @@ def rebuild(described: Manifest, source: str | None, cache: Path) -> QuantizedMo
 
 def requantize(described: Manifest, source: str | None, cache: Path) -> QuantizedModel:
     """Quantize as the artifact's build did, reusing its integers; other weights or another quantizer are refused."""
-    weights = checkpoint.load(described.plan.model, source or described.checkpoint.origin)
-    if weights.sha256 != described.checkpoint.sha256:
-        raise ExportError(
-            f"{weights.origin}: not the checkpoint of {described.id} (sha256); give the one with --source"
-        )
+    weights = checkpoint_of(described, source)
     model = quantize(weights, described.plan.quant, cache)
     if model.key != described.quantization.key:
         raise ExportError(
@@ -35,6 +32,16 @@ def requantize(described: Manifest, source: str | None, cache: Path) -> Quantize
             "recipe, export/quantize.py or torchao; build the artifact again"
         )
     return model
+
+
+def checkpoint_of(described: Manifest, source: str | None) -> Checkpoint:
+    """The checkpoint an artifact was made from; another one is refused."""
+    weights = checkpoint.load(described.plan.model, source or described.checkpoint.origin)
+    if weights.sha256 != described.checkpoint.sha256:
+        raise ExportError(
+            f"{weights.origin}: not the checkpoint of {described.id} (sha256); give the one with --source"
+        )
+    return weights
 
 
 def compare(job: WeightsJob) -> dict[str, Any]:

@@ -67,6 +67,14 @@ def perform(job: jobs.Job) -> dict[str, Any]:  # noqa: C901, PLR0911 – one lin
             from .bench.child import write_logits as write_contender_logits
 
             return write_contender_logits(job)
+        case jobs.TaskDataJob():
+            from .tasks.child import count_questions
+
+            return count_questions(job)
+        case jobs.TasksJob():
+            from .tasks.child import evaluate
+
+            return evaluate(job)
 
 
 def opened(folder: str, threads: int) -> Session:
@@ -118,9 +126,11 @@ def answer(job: jobs.Job) -> dict[str, Any]:
 
 def main() -> int:
     """Read the job, do it, print the answer."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    job = jobs.AnyJob.model_validate_json(sys.stdin.buffer.read()).root
+    if not isinstance(job, jobs.TaskDataJob | jobs.TasksJob):  # these may read data sets of the hub
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     quiet_libraries()
-    given = answer(jobs.AnyJob.model_validate_json(sys.stdin.buffer.read()).root)
+    given = answer(job)
     print("\n" + json.dumps(given), flush=True)
     return 0 if "result" in given else 1
 

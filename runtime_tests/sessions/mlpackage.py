@@ -1,7 +1,7 @@
 """Core ML sessions: the real runtime on a Mac, the evaluator of the saved package elsewhere. Knows no tokenizer."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from export.manifest import Manifest
 
+Floats = NDArray[np.floating[Any]]
 MASKED = np.float16(-65504)
 PIECE = 512
 """Most tokens per call: the package returns logits of every position, [tokens, vocabulary]."""
@@ -30,10 +31,10 @@ class CoreML:
     def reset(self) -> None:
         self.state = self.model.make_state()
 
-    def predict(self, ids: NDArray[np.int32], mask: NDArray[np.float16]) -> NDArray[np.float32]:
-        """ids [1, q], mask [1, 1, q, e] → logits [V] of the last position."""
+    def predict(self, ids: NDArray[np.int32], mask: NDArray[np.float16]) -> Floats:
+        """ids [1, q], mask [1, 1, q, e] → logits [q, V], in the package's own precision."""
         result = self.model.predict({"inputIds": ids, "causalMask": mask}, state=self.state)
-        logits: NDArray[np.float32] = np.asarray(result["logits"])[0, -1].astype(np.float32)
+        logits: Floats = np.asarray(result["logits"])[0]
         return logits
 
 
@@ -52,11 +53,11 @@ class Reference:
     def reset(self) -> None:
         self.evaluator.reset()
 
-    def predict(self, ids: NDArray[np.int32], mask: NDArray[np.float16]) -> NDArray[np.float32]:
+    def predict(self, ids: NDArray[np.int32], mask: NDArray[np.float16]) -> Floats:
         # one row is bound by memory; on a busy machine the barriers of two threads cost ten times the work itself
         torch.set_num_threads(1 if ids.shape[1] == 1 else self.threads)
         result = self.evaluator.predict({"inputIds": torch.from_numpy(ids), "causalMask": torch.from_numpy(mask)})
-        logits: NDArray[np.float32] = result["logits"][0, -1].float().numpy()
+        logits: Floats = result["logits"][0].numpy()
         return logits
 
 
@@ -75,7 +76,20 @@ class PackageSession:
         self.runtime.reset()
         self.position = 0
 
+    def rewind(self, length: int) -> None:
+        self.position = length  # the mask hides what was written after it
+
     def feed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        for logits in self.pieces(tokens):
+            last: Floats = logits[-1]
+        return last.astype(np.float32)
+
+    def feed_each(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = np.concatenate(list(self.pieces(tokens)), dtype=np.float32)
+        return logits
+
+    def pieces(self, tokens: Sequence[int]) -> Iterator[Floats]:
+        """Logits [q, V] of one call after the other."""
         assert self.runtime is not None, "the session is closed"
         if not tokens:
             raise ValueError("feed needs at least one token")
@@ -85,7 +99,7 @@ class PackageSession:
             ids = np.array([tokens[first : first + self.piece]], np.int32)
             logits = self.runtime.predict(ids, causal_mask(self.position, ids.shape[1]))
             self.position += ids.shape[1]
-        return logits
+            yield logits
 
     def close(self) -> None:
         self.runtime = None

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from export.manifest import Manifest
 
 from ..runner.board.onnx_main import Session
+from ..session import feed_one_by_one
 
 
 class OnnxSession:
@@ -22,6 +23,9 @@ class OnnxSession:
     def reset(self) -> None:
         self.session.reset()
 
+    def rewind(self, length: int) -> None:
+        self.session.length = length
+
     def feed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         if not tokens:
             raise ValueError("no tokens to feed")
@@ -31,6 +35,9 @@ class OnnxSession:
                 f"length {self.session.context_length}"
             )
         return self.session.feed(tokens)
+
+    def feed_each(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        return feed_one_by_one(self, tokens)
 
     def close(self) -> None:
         del self.session

@@ -9,9 +9,11 @@ from numpy.typing import NDArray
 
 from export.manifest import Manifest
 
+from ..session import feed_one_by_one
+
 
 class PteSession:
-    """One loaded program. Every position that is read was written by this run, so reset only rewinds."""
+    """One loaded program. Every position that is read was written by this run, so nothing is ever erased."""
 
     measures_speed = True
 
@@ -32,7 +34,10 @@ class PteSession:
         self._position = 0
 
     def reset(self) -> None:
-        self._position = 0
+        self.rewind(0)
+
+    def rewind(self, length: int) -> None:
+        self._position = length
 
     def feed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         if not tokens or self._position + len(tokens) > self._context:
@@ -43,6 +48,9 @@ class PteSession:
             self._position += piece.shape[1]
         last: NDArray[np.float32] = logits.reshape(-1).numpy().copy()
         return last
+
+    def feed_each(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        return feed_one_by_one(self, tokens)
 
     def close(self) -> None:
         del self._method, self._program

@@ -51,6 +51,14 @@ class FakeSession:
     def reset(self):
         self.cache, self.fed, self.dirty = None, 0, getattr(self, "dirty", False) or getattr(self, "fed", 0) > 0
 
+    def rewind(self, length):
+        if self.fault != "rewinds nothing":
+            self.cache = tuple((k[:, :, :length], v[:, :, :length]) for k, v in self.cache)
+            self.fed = length
+
+    def feed_each(self, tokens):
+        return np.stack([self.feed([token]) for token in tokens])
+
     def feed(self, tokens):
         tokens = list(tokens)
         limit = self.manifest.contract.kv.context_length

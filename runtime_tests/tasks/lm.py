@@ -1,0 +1,139 @@
+"""lm-evaluation-harness's model interface over a session; in everything that is text, as the harness's own HFLM does.
+
+What HFLM does is read from lm_eval/models/huggingface.py 0.4.13: which BOS goes where, from which side too long a
+prompt is cut, where an answer ends. Two things are of our own: an empty continuation has probability 1 (HFLM stops),
+and the date in a chat template is fixed, so that a prompt is the same every day.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lm_eval import utils
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import has_bos_prefix, postprocess_generated_text
+
+from export.manifest import Manifest
+
+from ..session import Session
+from . import generation
+from .scoring import CERTAIN, generate, score
+
+DATE = "26 Jul 2024"
+"""What Llama 3.2's chat template writes as today's date where nobody tells it."""
+Request = tuple[Any, list[int], list[int]]
+
+
+class SessionLM(TemplateLM):  # type: ignore[misc]
+    """One session and the tokenizer of its artifact. Greedy, one request after the other."""
+
+    def __init__(
+        self, session: Session, tokenizer: Any, described: Manifest, report: Callable[[int, int], None]
+    ) -> None:
+        super().__init__()
+        self.session, self.tokenizer, self.report = session, tokenizer, report
+        self.name = described.id
+        self.max_length = described.contract.kv.context_length
+        self.ends = {*described.tokenizer.eos_ids, tokenizer.eos_token_id}
+        self.truncated: Counter[str] = Counter()
+        """Requests that did not fit the context and lost their beginning, by kind."""
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.name
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else int(bos)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """BOS where the tokenizer adds it by itself, unless the text brings its own, as chat templates do."""
+        if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id])):
+            add_special_tokens = False
+        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        ids: list[int] = self.tokenizer.encode(string, **options)
+        return ids
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as the artifact's own template writes it; without the prompt the last message goes on."""
+        text: str = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+            date_string=DATE,
+        )
+        return text
+
+    def loglikelihood(self, requests: Sequence[Any], **options: Any) -> list[tuple[float, bool]]:
+        """log P(continuation | context), greedy or not, per request."""
+        scores = iter(super().loglikelihood([one for one in requests if one.args[1]], **options))
+        return [next(scores) if one.args[1] else CERTAIN for one in requests]
+
+    def _loglikelihood_tokens(self, requests: Sequence[Request], **_: Any) -> list[tuple[float, bool]]:
+        """One prefill for all continuations of a context."""
+        scores = [CERTAIN] * len(requests)
+        same_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, (_text, context, continuation) in enumerate(requests):
+            same_context[self.fitting(context, continuation)].append(i)
+        done = 0
+        for shared, members in same_context.items():
+            for i, found in zip(members, score(self.session, shared, [requests[i][2] for i in members]), strict=True):
+                scores[i], done = found, done + 1
+                self.report(done, len(requests))
+        return scores
+
+    def fitting(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[int, ...]:
+        """The context's last tokens that fit before a continuation, whose own last token is never fed."""
+        room = self.max_length + 1 - len(continuation)
+        if room < 1:
+            raise ValueError(f"a continuation of {len(continuation)} tokens exceeds the context of {self.max_length}")
+        self.truncated["loglikelihood"] += len(context) > room
+        return tuple(context[-room:])
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
+        """log P(text), in windows of the whole context that overlap by one token."""
+        windows: list[Request] = []
+        owners: list[int] = []
+        for i, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            for window in utils.get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
+                windows.append((None, *utils.make_disjoint_window(window)))
+                owners.append(i)
+        totals = [0.0] * len(requests)
+        for owner, (total, _greedy) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += total
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
+        """The greedy answer to each prompt, up to its first stop string."""
+        answers = []
+        for request in requests:
+            answers.append(self.answer(*request.args))
+            self.report(len(answers), len(requests))
+        return answers
+
+    def answer(self, context: str, asked: dict[str, Any]) -> str:
+        """One answer; of a prompt that does not fit, the end is kept."""
+        how = generation.read(asked, self.max_length)
+        prompt = self.tok_encode(context)
+        self.truncated["generate_until"] += len(prompt) > how.room
+
+        def ended(tokens: Sequence[int]) -> bool:
+            text = self.tokenizer.decode(tokens) if how.until else ""  # a stop may span tokens, or be a special one
+            return tokens[-1] in self.ends or any(stop in text for stop in how.until)
+
+        tokens = generate(self.session, prompt[-how.room :], how.most, ended)
+        tokens = tokens[:-1] if tokens[-1] in self.ends else tokens
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        answer: str = postprocess_generated_text(text, list(how.until), None)
+        return answer
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What simple_evaluate adds to the configuration in its results."""
+        return {"truncated_requests": dict(self.truncated)}
