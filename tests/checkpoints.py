@@ -84,6 +84,43 @@ def write_bnb(folder, architecture=SMALL, *, kind="nf4", nested=True, storage=to
     return folder
 
 
+def write_jlama(folder, architecture=SMALL, *, kind="Q4", rows_of_one=True):
+    """A folder as Jlama's `quantize` writes it: everything but norms in blocks of 32, scales of either sign."""
+    write_folder(folder, architecture)
+    parts = {}
+    for name, weight in weights(architecture).items():
+        if weight.ndim == 1:
+            parts[name] = ("F32", weight[None] if rows_of_one else weight, weight.numpy().tobytes())
+        else:
+            data, scales = jlama_block(weight, kind)
+            parts[name] = (kind, weight, data)
+            parts[f"{name}.qb"] = ("F32", scales, scales.numpy().tobytes())
+    header, at = {}, 0
+    for name, (dtype, like, data) in parts.items():
+        header[name] = {"dtype": dtype, "shape": list(like.shape), "data_offsets": [at, at + len(data)]}
+        at += len(data)
+    write_raw(folder / "model.safetensors", header, b"".join(data for _, _, data in parts.values()))
+    return folder
+
+
+def jlama_block(weight, kind):
+    """[N, K] → bytes and scales [N, K/32], by `processBlock` of Q4ByteBufferTensor.java and Q8ByteBufferTensor.java."""
+    blocks = weight.view(len(weight), -1, 32)
+    largest = blocks.gather(2, blocks.abs().argmax(2, keepdim=True))
+    if kind == "I8":
+        scales = largest.abs() / 127
+        return (blocks / scales).round().to(torch.int8).numpy().tobytes(), scales[..., 0].contiguous()
+    scales = largest / -8
+    codes = torch.clamp((blocks / scales + 8.5).to(torch.uint8), max=15)
+    return (codes[..., :16] | codes[..., 16:] << 4).numpy().tobytes(), scales[..., 0].contiguous()
+
+
+def write_raw(path, header, data=b"", length=None):
+    """A safetensors file by hand."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+
+
 META_SMALL = SMALL.model_copy(update={"vocab_size": 512, "max_position_embeddings": 8192})
 
 

@@ -218,6 +218,44 @@ def test_a_shard_that_lost_a_tensor(tmp_path):
     assert "model-1.safetensors: its tensors differ" in refusal(LLAMA, folder)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_links_in_a_circle_and_pipes_are_no_files(folder, name):
+    """Neither read without end nor waited for."""
+    (folder / name).unlink()
+    (folder / name).symlink_to(folder / name)
+    assert f"{name}: missing" in refusal(LLAMA, folder)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert f"{name}: missing" in refusal(LLAMA, folder)
+
+
+def test_a_pipe_or_a_folder_is_no_gguf(tmp_path):
+    os.mkfifo(tmp_path / "model.gguf")
+    assert "not a checkpoint we read" in refusal(LLAMA, tmp_path / "model.gguf")
+    (tmp_path / "folder.gguf").mkdir()
+    assert "config.json: missing" in refusal(LLAMA, tmp_path / "folder.gguf")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_an_oversized_json_is_not_read(folder, name):
+    with (folder / name).open("wb") as file:
+        file.truncate(2**40)  # a hole, no bytes on the disk
+    assert f"{name}: larger than 16777216 bytes" in refusal(LLAMA, folder)
+
+
+def test_an_index_that_names_itself_or_a_shard_for_everything(tmp_path):
+    folder = write_folder(tmp_path / "shards", shards=2)
+    names = shard_map(folder)
+    write_index(folder, dict.fromkeys(names, "model.safetensors.index.json"))
+    assert "not at a .safetensors file beside it" in refusal(LLAMA, folder)
+    write_index(folder, dict.fromkeys(names, "model-0.safetensors"))
+    assert "its tensors differ from model.safetensors.index.json" in refusal(LLAMA, folder)
+    (folder / "model-1.safetensors").unlink()
+    (folder / "model-1.safetensors").symlink_to(folder / "model-1.safetensors")
+    write_index(folder, names)
+    assert "model-1.safetensors: missing" in refusal(LLAMA, folder)
+
+
 # ── tokenizer ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

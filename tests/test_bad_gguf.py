@@ -31,6 +31,7 @@ from .checkpoints import (
     write_bnb,
     write_folder,
     write_gguf,
+    write_jlama,
     write_meta,
 )
 
@@ -233,12 +234,14 @@ def write_form(form, place):
     if form == "bitsandbytes":
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
         return write_bnb(place), place / "model.safetensors"
+    if form == "jlama":
+        return write_jlama(place), place / "model.safetensors"
     if form == "meta":
         return write_meta(place), place / "consolidated.00.pth"
     return write_folder(place), place / "model.safetensors"
 
 
-@pytest.mark.parametrize("form", ["safetensors", "bitsandbytes", "gguf", "meta"])
+@pytest.mark.parametrize("form", ["safetensors", "bitsandbytes", "gguf", "meta", "jlama"])
 def test_damage_by_chance_is_refused_or_harmless(tmp_path, form):
     """A flipped bit in a weight cannot be seen; everything else must be, and nothing but ExportError comes out."""
     (tmp_path / "checkpoint").mkdir()

@@ -2,20 +2,21 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from export import checkpoint, manifest, sources, tokenizer
+from export import checkpoint, manifest, pipeline, sources, tokenizer
+from export.__main__ import app
+from export.cli import run as run_app
 from export.errors import ExportError
-from export.pipeline import export
 from export.plan import load_plan
 from export.quantize import eager
 from export.sources import open_source
 from runtime_tests import weights as proof
+from runtime_tests.jobs import SourceDiffersError
 
 from .checkpoints import LLAMA, SMALL, refusal, set_config, weights, write_bnb, write_folder, write_gguf
 
@@ -160,24 +161,22 @@ def test_the_tokenizer_is_the_one_saved_with_the_adapter(tied, tmp_path):
     assert ids.eos_ids == (257, 258)
 
 
-def test_the_command_builds_an_artifact_that_validation_can_rebuild(tied, tmp_path):
+def test_the_command_builds_an_artifact_that_validation_can_rebuild(tied, tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    monkeypatch.setattr(pipeline, "CACHE", tmp_path / "cache")
     train(tied, tmp_path / "adapter")
-    done = subprocess.run(
-        [sys.executable, "-m", "export", "llama", "int4-g32", "onnx-cpu", "--source", tied, "--adapter",
-         tmp_path / "adapter", "--out", tmp_path / "out"], cwd=manifest.ROOT, capture_output=True, text=True,
-        timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    words = ["export", "llama", "int4-g32", "onnx-cpu", "--source", tied, "--adapter", tmp_path / "adapter"]
+    monkeypatch.setattr(sys, "argv", [*map(str, words), "--out", str(tmp_path / "out")])
+    assert run_app(app) == 0
     described = manifest.read(tmp_path / "out")
     assert described.checkpoint.description.endswith(f"LoRA for {tied} merged into 7 of 7 linears")
     assert "adapter_model.safetensors" in described.checkpoint.sha256
-    plain = export(load_plan("llama", "int4-g32", "onnx-cpu"), str(tied), tmp_path / "plain")
+    plain = pipeline.export(load_plan("llama", "int4-g32", "onnx-cpu"), str(tied), tmp_path / "plain")
     assert plain.quantization.key != described.quantization.key
     model = proof.rebuild(described, None, tmp_path / "cache")
     assert model.key == described.quantization.key
     train(tied, tmp_path / "adapter", seed=1)
-    with pytest.raises(Exception, match=r"not the checkpoint of .*\(sha256\)"):
+    with pytest.raises(SourceDiffersError, match=r"not the checkpoint of .*\(sha256\)"):
         proof.rebuild(described, None, tmp_path / "cache")
 
 

@@ -228,7 +228,7 @@ def test_a_tokenizer_model_that_is_none(tmp_path, mistake):
 
 
 def test_a_missing_tokenizer_model(tmp_path):
-    with pytest.raises(ExportError, match=r"tokenizer\.model: No such file.* copy it beside"):
+    with pytest.raises(ExportError, match=r"tokenizer\.model: missing.* copy it beside"):
         open_source(str(write(tmp_path / "original")), None).write_tokenizer(tmp_path)
 
 

@@ -124,7 +124,7 @@ def open_source(spec: str, expected: Architecture | None) -> Source:
         place = download(place.removeprefix("hub:"))
     if place.is_dir():
         return open_folder(place)
-    if place.suffix.lower() == ".gguf":
+    if place.suffix.lower() == ".gguf" and place.is_file():
         from .gguf_file import GgufSource
 
         return GgufSource(place)

@@ -1,4 +1,4 @@
-"""A Hugging Face folder: config.json, weights in safetensors (floats or bitsandbytes 4-bit), tokenizer files."""
+"""A Hugging Face folder: config.json, weights in safetensors (floats or quantized), tokenizer files."""
 
 import shutil
 from collections.abc import Mapping
@@ -94,12 +94,14 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def open_weights(folder: Path, config: dict[str, Any], path: Path) -> Weights:
-    """Floats or bitsandbytes 4-bit, as the tensors' names tell; `config` (at `path`) must not say otherwise."""
-    from . import bnb_4bit
+    """Floats, bitsandbytes 4-bit or Jlama's, as tensor names tell; `config` (at `path`) must not say otherwise."""
+    from . import bnb_4bit, jlama
 
     quantization = config.get("quantization_config")
     if quantization is not None:
         refuse_other_quantization(quantization, path)
+    if quantization is None and jlama.is_jlama(folder):
+        return jlama.open_weights(folder)
     stored = SafetensorsFiles(folder)
     if quantization is None and not any(bnb_4bit.STATE in name for name in stored.shapes):
         return stored

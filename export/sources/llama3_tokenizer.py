@@ -75,14 +75,12 @@ def write(tokenizer_model: Path, folder: Path) -> None:
 
 def read_ranks(path: Path) -> dict[bytes, int]:
     """Token → rank, out of lines of base64 and number; ranks count up from 0."""
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ExportError(f"{path}: larger than {MAX_BYTES} bytes, which no tokenizer of Llama 3 is")
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise ExportError(f"{path}: {error.strerror}; it belongs to the weights, copy it beside them") from None
+    if not path.is_file():
+        raise ExportError(f"{path}: missing; it belongs to the weights, copy it beside them")
+    if path.stat().st_size > MAX_BYTES:
+        raise ExportError(f"{path}: larger than {MAX_BYTES} bytes, which no tokenizer of Llama 3 is")
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(lines):
+    for number, line in enumerate(path.read_bytes().splitlines()):
         try:
             text, rank = line.split()
             token = base64.b64decode(text, validate=True)

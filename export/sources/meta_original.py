@@ -156,7 +156,7 @@ class MetaSource:
 
 def the_only_part(folder: Path) -> Path:
     """consolidated.00.pth, if there is no other."""
-    parts = sorted(folder.glob("consolidated.*.pth"))
+    parts = sorted(path for path in folder.glob("consolidated.*.pth") if path.is_file())
     if not parts:
         raise ExportError(f"{folder / 'consolidated.00.pth'}: missing, but params.json is there; download it too")
     if len(parts) > 1:

@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from ..errors import ExportError
 
 PICKLES = (".bin", ".pth", ".pt")
+MAX_JSON_BYTES = 2**24
+"""Of a configuration or an index; the index of 405B takes 0.1 MB."""
 FLOATS = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
 BYTES_OF = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I8": 1, "U8": 1}
 """Of the element types that weights come in, by the header's names."""
@@ -131,6 +133,8 @@ def open_mapped(path: Path) -> Any:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or one clear line."""
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ExportError(f"{path}: larger than {MAX_JSON_BYTES} bytes, which no such file is")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"{path}: not valid JSON ({error})") from None

@@ -1,0 +1,134 @@
+"""Jlama's quantized weights (JQ4, and its 8-bit variant) in a Hugging Face folder, dequantized.
+
+Format: Jlama `tensor/Q4ByteBufferTensor.java` and `safetensors/SafeTensorSupport.java`. Every weight X of type `Q4` or
+`I8` has its scales in `X.qb`, float32 [N, K/32], which may be negative. Of 32 values along K, byte j of a Q4 block
+holds the j-th in the low nibble and the (j + 16)-th in the high one: (code − 8) · scale. Embedding and head are
+quantized too, norms are not and may have a leading dimension of 1.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..errors import ExportError
+from . import safetensors_header
+from .safetensors_header import Tensor
+
+SCALES = ".qb"
+BLOCK = 32
+QUANTIZED = ("Q4", "I8")
+FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+BLOCK_ELEMENTS = 2**22
+"""Dequantized at a time."""
+
+
+def is_jlama(folder: Path) -> bool:
+    """Whether the header names scales; a file without a readable header is left to who reports it."""
+    try:
+        return f'{SCALES}"'.encode() in safetensors_header.raw_header(folder / "model.safetensors")
+    except (safetensors_header.BrokenError, OSError):
+        return False
+
+
+@dataclass(frozen=True)
+class JlamaWeights:
+    """`model.safetensors` as Jlama's `quantize` writes it."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.path,)
+
+    @property
+    def description(self) -> str:
+        """`Jlama Q4, 15 of 20 tensors quantized`."""
+        kinds = [tensor.dtype for tensor in self.tensors.values() if tensor.dtype in QUANTIZED]
+        return f"Jlama {' and '.join(sorted(set(kinds)))}, {len(kinds)} of {len(self.shapes)} tensors quantized"
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """As in `Source`: of what the weights stand for."""
+        return {name: plain_shape(tensor) for name, tensor in self.tensors.items() if not name.endswith(SCALES)}
+
+    def read(self, name: str) -> torch.Tensor:
+        """As in `Source`."""
+        tensor = self.tensors[name]
+        if tensor.dtype in FLOATS:
+            stored = torch.from_numpy(self._bytes(tensor)).view(FLOATS[tensor.dtype])
+            return stored.view(self.shapes[name]).to(torch.float32, copy=True)
+        if tensor.dtype not in QUANTIZED:
+            raise ExportError(f"{self.path}: tensor {name:.80} is {tensor.dtype}, which is no weight")
+        rows, columns = tensor.shape
+        scales = torch.from_numpy(self._bytes(self.tensors[name + SCALES])).view(torch.float32)
+        scales = scales.view(rows, columns // BLOCK, 1)
+        codes = torch.from_numpy(self._bytes(tensor)).view(rows, columns // BLOCK, -1)  # [N, K/32, 16 or 32]
+        values = torch.empty(rows, columns // BLOCK, BLOCK)
+        step = max(1, BLOCK_ELEMENTS // columns)
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            if tensor.dtype == "Q4":
+                unpack_q4(codes[part], values[part])
+            else:
+                values[part] = codes[part].view(torch.int8)
+            values[part] *= scales[part]
+        return values.view(rows, columns)
+
+    def _bytes(self, tensor: Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+        """A tensor's bytes, read, not mapped."""
+        with self.path.open("rb") as file:
+            file.seek(tensor.start)
+            found = np.fromfile(file, np.uint8, tensor.end - tensor.start)
+        if len(found) < tensor.end - tensor.start:
+            raise ExportError(f"{self.path}: shorter than it was when it was opened; download it again")
+        return found
+
+
+def unpack_q4(codes: torch.Tensor, values: torch.Tensor) -> None:
+    """uint8 [rows, blocks, 16] → code − 8 as float32 [rows, blocks, 32]."""
+    half = BLOCK // 2
+    values[..., :half] = codes & 15
+    values[..., half:] = codes >> 4
+    values -= 8
+
+
+def plain_shape(tensor: Tensor) -> tuple[int, ...]:
+    """Jlama holds a vector as one row."""
+    one_row = len(tensor.shape) == 2 and tensor.shape[0] == 1 and tensor.dtype not in QUANTIZED
+    return tensor.shape[1:] if one_row else tensor.shape
+
+
+def open_weights(folder: Path) -> JlamaWeights:
+    """Read the header and check every quantized weight against its scales.
+
+    Raises ExportError: damaged, or parts that do not belong together.
+    """
+    path = folder / "model.safetensors"
+    tensors = safetensors_header.read(path)
+    for name, tensor in tensors.items():
+        if name.endswith(SCALES):
+            weight = tensors.get(name.removesuffix(SCALES))
+            if weight is None or weight.dtype not in QUANTIZED:
+                raise ExportError(f"{path}: tensor {name:.80} holds scales of no quantized tensor; save it again")
+        elif tensor.dtype in QUANTIZED:
+            require_scales(path, name, tensor, tensors.get(name + SCALES))
+    return JlamaWeights(path, tensors)
+
+
+def require_scales(path: Path, name: str, tensor: Tensor, scales: Tensor | None) -> None:
+    """One float32 for every 32 values along a row."""
+    if len(tensor.shape) != 2 or tensor.shape[1] % BLOCK or not tensor.elements:
+        raise ExportError(f"{path}: tensor {name:.80} has shape {list(tensor.shape)}, no rows of blocks of {BLOCK}")
+    wanted = (tensor.shape[0], tensor.shape[1] // BLOCK)
+    if scales is None:
+        raise ExportError(f"{path}: tensor {name:.80} is {tensor.dtype}, but its scales {name:.80}{SCALES} are missing")
+    if (scales.dtype, scales.shape) != ("F32", wanted):
+        raise ExportError(
+            f"{path}: tensor {name:.80}{SCALES} is {scales.dtype} of shape {list(scales.shape)}, expected F32 of "
+            f"{list(wanted)}"
+        )
