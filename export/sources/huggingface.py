@@ -1,4 +1,4 @@
-"""A Hugging Face folder: config.json, weights in safetensors (floats, bitsandbytes 4-bit or GPTQ), tokenizer files."""
+"""A Hugging Face folder: config.json, safetensors (floats, bitsandbytes 4-bit, GPTQ, torchao), tokenizer files."""
 
 import shutil
 from collections.abc import Mapping
@@ -97,8 +97,8 @@ class FolderSource:
 
 
 def open_weights(folder: Path, config: dict[str, Any], path: Path) -> Weights:
-    """Floats, bitsandbytes 4-bit or GPTQ, as `config` (at `path`) says and the tensors' names show."""
-    from . import bnb_4bit, gptq
+    """Floats, bitsandbytes 4-bit, GPTQ or torchao, as `config` (at `path`) says and the tensors' names show."""
+    from . import bnb_4bit, gptq, torchao_tensors
 
     quantization = config.get("quantization_config")
     if quantization is None and (folder / QUANTIZE_CONFIG).is_file():
@@ -109,20 +109,22 @@ def open_weights(folder: Path, config: dict[str, Any], path: Path) -> Weights:
     stored = SafetensorsFiles(folder)
     if quantization is not None and quantization["quant_method"] == "gptq":
         return gptq.open_weights(stored, quantization, path)
+    if quantization is not None and quantization["quant_method"] == "torchao":
+        return torchao_tensors.open_weights(stored, path)
     if quantization is None and not any(bnb_4bit.STATE in name for name in stored.shapes):
         return stored
     return bnb_4bit.open_weights(stored, quantization or {}, path)
 
 
 def refuse_other_quantization(quantization: Any, path: Path) -> None:
-    """Of the quantized checkpoints in this form, bitsandbytes 4-bit and GPTQ are read."""
+    """Of the quantized checkpoints in this form, those of bitsandbytes 4-bit, GPTQ and torchao are read."""
     if not isinstance(quantization, dict):
         raise ExportError(f"{path}: quantization_config is {quantization!r:.60}, expected an object")
     method = quantization.get("quant_method")
-    if method not in ("bitsandbytes", "gptq"):
+    if method not in ("bitsandbytes", "gptq", "torchao"):
         raise ExportError(
-            f"{path}: the checkpoint is already quantized (quant_method {method!r:.60}); only bitsandbytes 4-bit and "
-            "gptq are read; give a float checkpoint"
+            f"{path}: the checkpoint is already quantized (quant_method {method!r:.60}); only bitsandbytes 4-bit, "
+            "gptq and torchao are read; give a float checkpoint"
         )
     if method == "bitsandbytes" and not quantization.get("load_in_4bit"):
         raise ExportError(f"{path}: bitsandbytes without load_in_4bit (LLM.int8) is not read; give a float checkpoint")
