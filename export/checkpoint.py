@@ -8,6 +8,7 @@ import torch
 from .errors import ExportError
 from .plan import Architecture, ModelSpec
 from .sources import Source, open_source, require_shape, sha256
+from .sources.integers import Integers, Unfit
 
 # Buffers that old checkpoints carry and the model computes itself.
 UNUSED_SUFFIXES = (".rotary_emb.inv_freq", ".attn_rot_embd")
@@ -33,6 +34,10 @@ class Checkpoint:
         if not all(map(torch.isfinite, tensor.aminmax())):  # one pass; NaN is carried into both
             raise ExportError(f"{self.origin}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
         return tensor
+
+    def integers(self, name: str) -> Integers | Unfit | None:
+        """As in `Source`."""
+        return self.source.integers(name)
 
 
 def origin_of(model: ModelSpec, source: str | None) -> str:

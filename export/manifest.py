@@ -6,6 +6,8 @@ Holds no time and no machine, so that the same inputs give the same bytes.
 import hashlib
 import json
 import subprocess
+from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -45,6 +47,10 @@ class LayerInfo(Strict):
     group_size: int
     sqnr_db: float
     max_abs_error: float
+    kept: bool
+    """The integers are the checkpoint's own; the error is that of rounding their scales to bf16."""
+    not_kept: str | None
+    """Why the integers that the checkpoint holds were not kept; None: they were, or it holds floats."""
 
 
 class Candidate(Strict):
@@ -80,6 +86,11 @@ class QuantizationInfo(Strict):
     calibration: CalibrationInfo | None
     """None: no text was read."""
 
+    @property
+    def from_checkpoint(self) -> str | None:
+        """How many weights are the checkpoint's own integers, in a line; None: it holds none."""
+        return from_checkpoint(self.layers)
+
 
 class SourceInfo(Strict):
     """Our own code that made the artifact."""
@@ -111,6 +122,16 @@ class Manifest(Strict):
         """Size of the model itself, without tokenizer files."""
         stem = self.plan.target.artifact
         return sum(info.bytes for name, info in self.files.items() if name.startswith(stem))
+
+
+def from_checkpoint(layers: Sequence[LayerInfo]) -> str | None:
+    """`kept the checkpoint's integers of 0 of 210 weights; not of 210: groups of 32 do not …`; None: it holds none."""
+    kept = sum(layer.kept for layer in layers)
+    reasons = Counter(layer.not_kept for layer in layers if layer.not_kept is not None)
+    if not kept and not reasons:
+        return None
+    parts = [f"kept the checkpoint's integers of {kept} of {kept + reasons.total()} weights"]
+    return "; ".join(parts + [f"not of {count}: {reason}" for reason, count in reasons.most_common()])
 
 
 def write(folder: Path, manifest: Manifest) -> None:

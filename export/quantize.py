@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,16 +20,18 @@ from .calibrate import texts
 from .calibrate.unfinished import Unfinished
 from .checkpoint import Checkpoint
 from .errors import ExportError
-from .manifest import CalibrationInfo, LayerInfo
+from .kept import compared_with, fitted
+from .manifest import CalibrationInfo, LayerInfo, from_checkpoint
 from .model import Llama
-from .plan import Architecture, QuantRecipe, WeightScheme
-from .progress import track
+from .plan import Architecture, QuantRecipe
+from .progress import console, track
 from .rounding import BLOCK_ELEMENTS, Rounded, as_torchao, bits_of, round_to_nearest
 from .schemes import EMBEDDING, HEAD, Schemes
 from .sources import locate
+from .sources.integers import Integers, Unfit
 
 HERE = Path(__file__).parent
-CODE = [HERE / f"{name}.py" for name in ("quantize", "schemes", "rounding", "model", "windows")]
+CODE = [HERE / f"{name}.py" for name in ("quantize", "kept", "schemes", "rounding", "model", "windows")]
 CODE += [*sorted(HERE.glob("calibrate/*.py")), *sorted(HERE.glob("sources/*.py"))]
 ROUNDING_BYTES = 50
 """What rounding holds for each element of a block, measured: the block in float32 a dozen times over."""
@@ -117,7 +119,10 @@ def quantize(checkpoint: Checkpoint, recipe: QuantRecipe, cache: Path) -> Quanti
             if not store.is_file():
                 write_store(store, key, checkpoint, recipe)
                 memory.give_back()  # or the integers' memory is still ours while they are read back
-    return QuantizedModel(checkpoint, recipe, key, store, *stored_notes(store, key))
+    layers, calibration = stored_notes(store, key)
+    if line := from_checkpoint(layers):
+        console.print(f"  {line}", soft_wrap=True)
+    return QuantizedModel(checkpoint, recipe, key, store, layers, calibration)
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,10 @@ class Result:
     """In execution order."""
     schemes: Schemes
     calibration: CalibrationInfo | None
+    kept: Collection[str]
+    """Whose integers are the checkpoint's own."""
+    not_kept: Mapping[str, str]
+    """Name → why the integers that the checkpoint holds were not kept."""
 
 
 def write_store(store: Path, key: str, checkpoint: Checkpoint, recipe: QuantRecipe) -> None:
@@ -138,7 +147,7 @@ def write_store(store: Path, key: str, checkpoint: Checkpoint, recipe: QuantReci
     found = to_nearest(checkpoint, base) if recipe.calibration is None else calibrated(checkpoint, recipe, unfinished)
     tensors = {f"{name}.qdata": one.qdata for name, one in found.tensors.items()}
     tensors |= {f"{name}.scale": one.scale for name, one in found.tensors.items()}
-    errors = [layer_info(name, found.schemes.by_name[name], one) for name, one in found.tensors.items()]
+    errors = [layer_info(name, found) for name in found.tensors]
     partial = store.with_name(f"{store.name}.part")
     try:
         with disk.writing(store.parent):
@@ -156,13 +165,24 @@ def write_store(store: Path, key: str, checkpoint: Checkpoint, recipe: QuantReci
 
 
 def to_nearest(checkpoint: Checkpoint, wanted: Schemes) -> Result:
-    """Every tensor on its own."""
-    rounded = ((name, round_to_nearest(checkpoint.read(name), scheme)) for name, scheme in wanted.by_name.items())
-    return Result(dict(track(rounded, "quantize", len(wanted.names))), wanted, None)
+    """Every tensor on its own; integers that the checkpoint holds already are kept where they are legal."""
+    tensors: dict[str, Rounded] = {}
+    not_kept: dict[str, str] = {}
+    kept: list[str] = []
+    for name, scheme in track(wanted.by_name.items(), "quantize", len(wanted.names)):
+        weight, held = checkpoint.read(name), fitted(checkpoint.integers(name), scheme)
+        if isinstance(held, Integers):
+            kept.append(name)
+            tensors[name] = compared_with(weight, held)
+            continue
+        if isinstance(held, Unfit):
+            not_kept[name] = held.reason
+        tensors[name] = round_to_nearest(weight, scheme)
+    return Result(tensors, wanted, None, kept, not_kept)
 
 
 def calibrated(checkpoint: Checkpoint, recipe: QuantRecipe, unfinished: Unfinished) -> Result:
-    """Linears by what they compute on calibration text, embedding and head to nearest."""
+    """Linears by what they compute on calibration text, embedding and head to nearest; no integers are kept."""
     assert recipe.calibration is not None
     base, linears = schemes.of_recipe(recipe, checkpoint.architecture), checkpoint.architecture.linear_shapes()
     others = {name: scheme for name, scheme in base.by_name.items() if name not in linears}
@@ -175,17 +195,22 @@ def calibrated(checkpoint: Checkpoint, recipe: QuantRecipe, unfinished: Unfinish
         candidates=found.candidates,
     )
     every = rounded | found.linears
-    return Result({name: every[name] for name in base.names}, found.schemes, info)
+    reason = f"method {recipe.method} chooses its own"
+    not_kept = {name: reason for name in base.names if checkpoint.integers(name) is not None}
+    return Result({name: every[name] for name in base.names}, found.schemes, info, (), not_kept)
 
 
-def layer_info(name: str, scheme: WeightScheme, rounded: Rounded) -> LayerInfo:
-    """What rounding did to one weight, for the manifest."""
+def layer_info(name: str, found: Result) -> LayerInfo:
+    """What became of one weight, for the manifest."""
+    rounded = found.tensors[name]
     return LayerInfo(
         name=name,
-        bits=scheme.bits,
+        bits=found.schemes.by_name[name].bits,
         group_size=rounded.qdata.shape[1] // rounded.scale.shape[1],
         sqnr_db=round(rounded.sqnr_db, 3),
         max_abs_error=rounded.max_abs_error,
+        kept=name in found.kept,
+        not_kept=found.not_kept.get(name),
     )
 
 

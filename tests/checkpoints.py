@@ -121,6 +121,46 @@ def write_raw(path, header, data=b"", length=None):
     path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
 
 
+def packed(values, bits):
+    """AutoGPTQ's `pack`: rows of small integers [R, C] → int32 [R, C·bits/32], lowest bits first."""
+    places = torch.arange(0, 32, bits)
+    words = (values.long().view(len(values), -1, len(places)) << places).sum(-1)
+    return (words - ((words >> 31) << 32)).int()
+
+
+def gptq_tensors(name, codes, zeros, scales, groups, *, bits=4, version=1):
+    """A linear as GPTQModel stores it: codes [N, K], zeros and scales [N, groups], groups [K].
+
+    Version 1 has ones taken from the packed zero points, whole words at a time (`convert_gptq_v2_to_v1_format`).
+    """
+    linear = name.removesuffix(".weight")
+    ones = sum(1 << place for place in range(0, 32, bits)) if version == 1 else 0
+    return {
+        f"{linear}.qweight": packed(codes, bits).t().contiguous(),
+        f"{linear}.qzeros": packed(zeros.t(), bits) - ones,
+        f"{linear}.scales": scales.t().contiguous(),
+        f"{linear}.g_idx": groups.int(),
+    }
+
+
+GPTQ_CONFIG = {
+    "quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False, "lm_head": False,
+    "checkpoint_format": "gptq", "pack_dtype": "int32", "damp_percent": 0.05, "true_sequential": True,
+}  # fmt: skip
+
+
+def write_gptq(folder, linears, *, architecture=SMALL, version=1, **config):
+    """A folder with the given linears in GPTQ's format: name → codes, zeros, scales, groups; the rest in float16."""
+    fields = GPTQ_CONFIG | {"checkpoint_format": "gptq" if version == 1 else "gptq_v2"} | config
+    tensors = {name: weight.half() for name, weight in weights(architecture).items() if name not in linears}
+    for name, parts in linears.items():
+        tensors |= gptq_tensors(name, *parts, bits=fields["bits"], version=version)
+    write_folder(folder, architecture)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    set_config(folder, quantization_config=fields)
+    return folder
+
+
 META_SMALL = SMALL.model_copy(update={"vocab_size": 512, "max_position_embeddings": 8192})
 
 

@@ -237,7 +237,7 @@ def test_without_any_change_it_opens(folder):
         ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type is 'fp4', but the tensors say 'nf4'"),
         ({"bnb_4bit_quant_type": ["nf4"]}, "bnb_4bit_quant_type is ['nf4']"),
         ({"bnb_4bit_use_double_quant": False}, "bnb_4bit_use_double_quant is False, but the tensors say True"),
-        ({"quant_method": "gptq"}, "already quantized (quant_method 'gptq')"),
+        ({"quant_method": "awq"}, "already quantized (quant_method 'awq')"),
         ({"quant_method": None}, "already quantized (quant_method None)"),
         ({"load_in_4bit": False, "load_in_8bit": True}, "without load_in_4bit"),
     ],

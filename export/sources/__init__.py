@@ -13,6 +13,7 @@ import torch
 
 from ..errors import ExportError
 from ..plan import Architecture
+from .integers import Integers, Unfit
 
 GGUF_BYTES_PER_TOKEN = 3400
 """Measured: a GGUF's vocabulary and merges, as the library holds them."""
@@ -39,6 +40,9 @@ class Source(Protocol):
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor as float32, freshly allocated."""
+
+    def integers(self, name: str) -> Integers | Unfit | None:
+        """The integers that `read` dequantizes, or why they are of no symmetric scheme; None: it holds floats."""
 
     def write_tokenizer(self, folder: Path) -> None:
         """Write tokenizer files (and generation defaults, when the checkpoint has them) into a folder."""

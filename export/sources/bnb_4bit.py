@@ -118,6 +118,9 @@ class Bnb4BitWeights:
         pairs = pairs_of(found[".quant_map"]).index_select(0, codes.int())  # [bytes, 2]
         return scaled(pairs.flatten()[: state.elements], absmax_of(state, found), state.blocksize).view(state.shape)
 
+    def integers(self, name: str) -> None:
+        """As in `Source`: its levels are not evenly spaced."""
+
 
 def pairs_of(table: torch.Tensor) -> torch.Tensor:
     """Byte → the two values it holds, the high nibble's first: float32 [256, 2]."""

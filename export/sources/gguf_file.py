@@ -155,6 +155,9 @@ class GgufSource:
             values.numpy()[rows] = dequantize(stored[rows], tensor.tensor_type)
         return in_hugging_face_order(name, values.view(shape), self.architecture)
 
+    def integers(self, name: str) -> None:
+        """As in `Source`: its quantized types are dequantized."""
+
     def write_tokenizer(self, folder: Path) -> None:
         gguf_tokenizer.write(self.metadata, folder)
 

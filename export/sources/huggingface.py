@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from ..errors import ExportError
 from ..plan import Architecture, RopeScaling, explain
+from .integers import Integers, Unfit
 from .safetensors_files import SafetensorsFiles, read_json
 
 TOKENIZER_FILES = (
@@ -19,7 +20,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-WANTED = ("config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
+QUANTIZE_CONFIG = "quantize_config.json"
+"""Where AutoGPTQ kept what config.json says now."""
+WANTED = ("config.json", QUANTIZE_CONFIG, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
 
 
 def download(repo: str) -> Path:
@@ -55,6 +58,8 @@ class Weights(Protocol):
 
     def read(self, name: str) -> torch.Tensor: ...
 
+    def integers(self, name: str) -> Integers | Unfit | None: ...
+
 
 class FolderSource:
     """`config.json`, weights, tokenizer files."""
@@ -77,6 +82,9 @@ class FolderSource:
     def read(self, name: str) -> torch.Tensor:
         return self._weights.read(name)
 
+    def integers(self, name: str) -> Integers | Unfit | None:
+        return self._weights.integers(name)
+
     def write_tokenizer(self, folder: Path) -> None:
         if not (self.folder / "tokenizer.json").is_file():
             raise ExportError(
@@ -94,31 +102,38 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def open_weights(folder: Path, config: dict[str, Any], path: Path) -> Weights:
-    """Floats, bitsandbytes 4-bit or Jlama's, as tensor names tell; `config` (at `path`) must not say otherwise."""
-    from . import bnb_4bit, jlama
+    """Floats, bitsandbytes 4-bit, Jlama's, GPTQ or torchao, as `config` (at `path`) and the tensors' names say."""
+    from . import bnb_4bit, gptq, jlama, torchao_tensors
 
     quantization = config.get("quantization_config")
+    if quantization is None and (folder / QUANTIZE_CONFIG).is_file():
+        path = folder / QUANTIZE_CONFIG
+        quantization = {"quant_method": "gptq", **read_json(path)}
     if quantization is not None:
         refuse_other_quantization(quantization, path)
     if quantization is None and jlama.is_jlama(folder):
         return jlama.open_weights(folder)
     stored = SafetensorsFiles(folder)
+    if quantization is not None and quantization["quant_method"] == "gptq":
+        return gptq.open_weights(stored, quantization, path)
+    if quantization is not None and quantization["quant_method"] == "torchao":
+        return torchao_tensors.open_weights(stored, path)
     if quantization is None and not any(bnb_4bit.STATE in name for name in stored.shapes):
         return stored
     return bnb_4bit.open_weights(stored, quantization or {}, path)
 
 
 def refuse_other_quantization(quantization: Any, path: Path) -> None:
-    """Of the quantized checkpoints in this form, bitsandbytes 4-bit is read."""
+    """Of the quantized checkpoints in this form, those of bitsandbytes 4-bit, GPTQ and torchao are read."""
     if not isinstance(quantization, dict):
         raise ExportError(f"{path}: quantization_config is {quantization!r:.60}, expected an object")
     method = quantization.get("quant_method")
-    if method != "bitsandbytes":
+    if method not in ("bitsandbytes", "gptq", "torchao"):
         raise ExportError(
-            f"{path}: the checkpoint is already quantized (quant_method {method!r:.60}); only bitsandbytes 4-bit is "
-            "read; give a float checkpoint"
+            f"{path}: the checkpoint is already quantized (quant_method {method!r:.60}); only bitsandbytes 4-bit, "
+            "gptq and torchao are read; give a float checkpoint"
         )
-    if not quantization.get("load_in_4bit"):
+    if method == "bitsandbytes" and not quantization.get("load_in_4bit"):
         raise ExportError(f"{path}: bitsandbytes without load_in_4bit (LLM.int8) is not read; give a float checkpoint")
 
 

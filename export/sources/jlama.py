@@ -56,6 +56,9 @@ class JlamaWeights:
         """As in `Source`: of what the weights stand for."""
         return {name: plain_shape(tensor) for name, tensor in self.tensors.items() if not name.endswith(SCALES)}
 
+    def integers(self, name: str) -> None:
+        """As in `Source`: half of its scales are negative, which no runtime but onnxruntime takes; dequantized."""
+
     def read(self, name: str) -> torch.Tensor:
         """As in `Source`."""
         tensor = self.tensors[name]

@@ -17,6 +17,7 @@ import torch
 from ..errors import ExportError
 from ..plan import Architecture
 from .huggingface import copy_tokenizer
+from .integers import Integers, Unfit
 from .lora_config import LoraConfig, base_name, by_hand, read_config
 from .safetensors_files import SafetensorsFiles
 
@@ -100,6 +101,11 @@ class LoraSource:
         if magnitude := change.parts.get("lora_magnitude_vector"):
             weight.mul_((self._stored.read(magnitude) / torch.linalg.norm(weight, dim=1))[:, None])
         return weight
+
+    def integers(self, name: str) -> Integers | Unfit | None:
+        """As in `Source`: the base's, of weights that the adapter leaves as they are."""
+        found = self._base.integers(name)
+        return Unfit("an adapter that changes them") if found and name in self._changes else found
 
     def write_tokenizer(self, folder: Path) -> None:
         """The one saved with the adapter, when there is one: fine-tuning may have changed the chat template."""

@@ -112,6 +112,9 @@ class MetaSource:
         values: torch.Tensor = tensor.to(torch.float32, copy=True)
         return in_hugging_face_order(name, values, self.architecture)
 
+    def integers(self, name: str) -> None:
+        """As in `Source`: floats."""
+
     def write_tokenizer(self, folder: Path) -> None:
         llama3_tokenizer.write(self.folder / "tokenizer.model", folder)
 

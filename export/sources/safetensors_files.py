@@ -121,6 +121,9 @@ class SafetensorsFiles:
         values: torch.Tensor = tensor.to(torch.float32, copy=True)
         return values
 
+    def integers(self, name: str) -> None:
+        """As in `Source`: floats."""
+
 
 def open_mapped(path: Path) -> Any:
     """A safetensors file, its header checked by the library."""

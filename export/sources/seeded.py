@@ -49,6 +49,9 @@ class SeededSource:
             return values * (4 / math.sqrt(shape[-1]))
         return values / math.sqrt(shape[-1])
 
+    def integers(self, name: str) -> None:
+        """As in `Source`: floats."""
+
     def write_tokenizer(self, folder: Path) -> None:
         """A byte-level tokenizer with Llama-like special tokens; needs a vocabulary of at least 261."""
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
