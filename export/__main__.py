@@ -1,4 +1,4 @@
-"""python -m export MODEL QUANT TARGET… [--source DIR_OR_HF_ID] [--adapter DIR] [--out DIR]."""
+"""python -m export MODEL QUANT TARGET… [--source …] [--adapter DIR] [--out DIR]; inspect, diff, verify of artifacts."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import commands
 from .cli import run
 from .progress import console
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:  # importing is left until the arguments are right
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(epilog="Finished artifacts: python -m export inspect PATH, diff A B, verify PATH (each has --help).")
 def main(
     model: Annotated[str, typer.Argument(help="a name in configs/models")],
     quant: Annotated[str, typer.Argument(help="a name in configs/quant")],
@@ -58,4 +59,4 @@ def build_one(plan: "Plan", source: str | None, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(app))
+    sys.exit(run(commands.app if sys.argv[1:2] and sys.argv[1] in commands.NAMES else app))

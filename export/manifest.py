@@ -183,10 +183,15 @@ def hash_files(folder: Path) -> dict[str, FileInfo]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name not in (FILE, CARD):
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            found[name] = FileInfo(sha256=digest, bytes=path.stat().st_size)
+            found[name] = file_info(path)
     return found
+
+
+def file_info(path: Path) -> FileInfo:
+    """Digest and size of one file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileInfo(sha256=digest, bytes=path.stat().st_size)
 
 
 def tool_versions() -> dict[str, str]:

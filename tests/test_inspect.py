@@ -1,0 +1,278 @@
+"""`python -m export inspect` and `diff`: what they say of real artifacts of every format, and of files of others."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from export import backends, commands, difference, inspection, manifest, measured, plan
+from export.cli import run as run_app
+from export.contents import EMBEDDING, HEAD, module_sizes
+from export.errors import ExportError
+
+FORMATS = ("onnx-cpu", "executorch-xnnpack", "coreml")
+
+
+@pytest.fixture(params=FORMATS)
+def folder(request, tiny):
+    return tiny(request.param)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """`python -m export …`: exit code, stdout, stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
+        code = run_app(commands.app)
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err
+        return code, said.out, said.err
+
+    return run
+
+
+def schemes(folder):
+    return {one.name: one.scheme for one in inspection.inspect(folder).layers}
+
+
+def test_a_layer_has_one_name_and_scheme_in_every_format(tiny):
+    found = [schemes(tiny(name)) for name in FORMATS]
+    described = manifest.read(tiny(FORMATS[0]))
+    assert set(found[0]) == {EMBEDDING, HEAD, *described.architecture.linear_shapes()}
+    assert found[0][EMBEDDING] == found[0][HEAD] == "int8 per channel"
+    assert {found[0][name] for name in described.architecture.linear_shapes()} == {"int4 g32"}
+    assert found[0] == found[1] == found[2]
+
+
+def test_bytes_of_modules_are_those_of_the_shapes_and_sum_to_the_file(folder):
+    found = inspection.inspect(folder)
+    a = found.manifest.architecture
+    linears = sum(rows * columns for rows, columns in a.linear_shapes().values())
+    sizes = {(one.module, one.dtype): one.bytes for one in found.sizes}
+    assert sizes["attention", "int4"] + sizes["mlp", "int4"] == linears // 2
+    assert (sizes["embedding", "int8"], sizes["head", "int8"]) == (a.vocab_size * a.hidden_size, 0)
+    assert sizes["norms", "float32"] == 4 * a.hidden_size * (2 * a.num_hidden_layers + 1)
+    assert sum(sizes.values()) == found.manifest.artifact_bytes
+    assert 0 < sizes["graph", ""] < 100_000
+
+
+def test_every_norm_is_named(folder):
+    found = inspection.inspect(folder)
+    wanted = {name for name in found.manifest.architecture.tensor_shapes() if "norm" in name}
+    assert {one.name for one in found.contents.tensors if "norm" in one.name} == wanted
+
+
+def test_a_float_model_has_float_layers(tiny):
+    found = schemes(tiny("onnx-cpu", "fp32"))
+    assert set(found.values()) == {"float32"}
+    assert found.keys() == schemes(tiny("onnx-cpu")).keys()
+
+
+def test_entries_caches_and_operations_of_each_format(tiny):
+    found = {name: inspection.inspect(tiny(name)).contents for name in FORMATS}
+    pte = found["executorch-xnnpack"]
+    returned = {one.name: one.value for one in pte.entries}
+    assert (returned["forward"], returned["get_n_layers"], returned["use_kv_cache"]) == (None, "2", "True")
+    assert pte.delegate_calls == {"XnnpackBackend": manifest.read(tiny("executorch-xnnpack")).lowering["delegates"]}
+    assert pte.delegated_ops["FullyConnected"] >= 15
+    assert [one.shape for one in pte.cache] == [(1, 256, 2, 32)] * 4
+    assert [(one.name, one.shape) for one in found["coreml"].cache] == [
+        ("keyCache", (2, 1, 2, 256, 32)),
+        ("valueCache", (2, 1, 2, 256, 32)),
+    ]
+    assert found["coreml"].ops["scaled_dot_product_attention"] == 2
+    assert [one.name for one in found["onnx-cpu"].cache] == [
+        f"past_key_values.{i}.{kind}" for i in range(2) for kind in ("key", "value")
+    ]
+    assert found["onnx-cpu"].ops["GroupQueryAttention"] == 2
+
+
+def test_the_command_prints_tables_or_one_record(command, folder):
+    code, out, _ = command("inspect", folder)
+    assert code == 0
+    assert "model.layers.1.mlp.down_proj.weight" in out
+    assert manifest.read(folder).id in out
+    code, out, _ = command("inspect", folder, "--json")
+    assert code == 0
+    assert inspection.Inspection.model_validate_json(out) == inspection.inspect(folder)
+
+
+def test_a_changed_file_is_marked(tiny, tmp_path, command):
+    folder = shutil.copytree(tiny("onnx-cpu"), tmp_path / "copy")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "more.txt").write_text("")
+    (folder / "chat_template.jinja").unlink()
+    _, out, _ = command("inspect", folder)
+    marked = {line.split()[0]: line for line in out.splitlines() if "manifest" in line or "missing" in line}
+    assert "differs from the manifest" in marked["tokenizer.json"]
+    assert "not in the manifest" in marked["more.txt"]
+    assert "missing" in marked["chat_template.jinja"]
+    assert "model.onnx" not in marked
+
+
+def test_a_bare_file_is_read_and_says_that_it_has_no_manifest(tiny, tmp_path, command, folder):
+    target = manifest.read(folder).plan.target
+    bare = tmp_path / f"renamed{(folder / target.artifact).suffix}"
+    (shutil.copytree if (folder / target.artifact).is_dir() else shutil.copy)(folder / target.artifact, bare)
+    code, out, _ = command("inspect", bare)
+    assert code == 0
+    assert inspection.NO_MANIFEST in out
+    found, ours = inspection.inspect(bare).contents, inspection.inspect(folder).contents
+    assert (found.ops, found.delegate_calls, found.cache) == (ours.ops, ours.delegate_calls, ours.cache)
+    whole = sum(one.bytes for one in found.tensors)
+    assert whole == sum(one.bytes for one in ours.tensors)
+
+
+def test_another_exporters_onnx(tmp_path, command):
+    """Plain float matrices under foreign names, a subgraph, and nothing of ours."""
+    weight = helper.make_tensor("decoder.mlp.up.weight", TensorProto.FLOAT16, [4, 8], np.zeros(32, np.float16))
+    value = helper.make_tensor_value_info("y", TensorProto.FLOAT16, [1, 8])
+    inner = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "inner", [], [value])
+    nodes = [
+        helper.make_node("MatMul", ["in", "decoder.mlp.up.weight"], ["x"]),
+        helper.make_node("If", ["in"], ["out"], then_branch=inner, else_branch=inner),
+    ]
+    inputs = [helper.make_tensor_value_info("in", TensorProto.FLOAT16, ["n", 4])]
+    graph = helper.make_graph(nodes, "other", inputs, [value], [weight])
+    path = tmp_path / "other.onnx"
+    onnx.save(helper.make_model(graph, producer_name="someone"), path)
+    found = inspection.inspect(path)
+    assert found.contents.ops == {"Relu": 2, "If": 1, "MatMul": 1}
+    assert next((one.module, one.bytes) for one in module_sizes(found.contents)) == ("mlp", 64)
+    assert found.contents.facts["producer"] == "someone"
+    assert command("inspect", path)[0] == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08", b"text", b"\x08\x0a\x12\xff\xff\xff\xff\xff", b"\0\0\0\0ET12junk"])
+def test_what_is_no_model_is_one_line(tmp_path, command, content):
+    path = tmp_path / "model.bin"
+    path.write_bytes(content)
+    code, _, error = command("inspect", path)
+    assert (code, error.count("\n")) == (1, 1)
+    assert str(path) in error.replace("\n", "")
+
+
+def test_no_path_is_wrong_usage(command, tmp_path):
+    for arguments in (["inspect", tmp_path / "no"], ["inspect"], ["diff", tmp_path], ["verify", tmp_path / "no"]):
+        code, _, error = command(*arguments)
+        assert code == 2, error
+
+
+def test_no_model_has_the_name_of_a_command():
+    assert not set(commands.NAMES) & set(plan.names("models"))
+    assert {one.name or one.callback.__name__ for one in commands.app.registered_commands} == set(commands.NAMES)
+
+
+@pytest.fixture
+def nowhere(tmp_path):
+    return tmp_path / "records.jsonl"
+
+
+def test_two_formats_of_one_quantization_have_the_same_numbers(tiny, nowhere):
+    for other in FORMATS[1:]:
+        found = difference.compare(tiny("onnx-cpu"), tiny(other), nowhere)
+        assert found.schemes == ()
+        assert found.weights.differing == ()
+        assert found.weights.tensors == 15
+        assert {one.field for one in found.plan} >= {"target.name", "target.backend"}
+        assert found.tools == ()
+        assert found.contract
+        assert difference.UNTIMED in found.notes
+
+
+def test_another_recipe_shows_layer_by_layer(tiny, nowhere, command):
+    a, b = tiny("onnx-cpu"), tiny("onnx-cpu", "int4-g64")
+    found = difference.compare(a, b, nowhere)
+    linears = manifest.read(a).architecture.linear_shapes()
+    assert {(one.field, one.a, one.b) for one in found.schemes} == {(name, "int4 g32", "int4 g64") for name in linears}
+    assert {one.name for one in found.weights.differing} == set(linears)
+    assert all(one.scales is None and "groups" in one.why for one in found.weights.differing)
+    assert next(one for one in found.plan if one.field == "quant.linear.group_size").b == "64"
+    sizes = {one.module: (one.a, one.b) for one in found.sizes}
+    assert sizes["attention"][0] == sizes["attention"][1]
+    assert sizes["scales"][0] > sizes["scales"][1]
+    assert sizes["total"] == tuple(manifest.read(one).artifact_bytes for one in (a, b))
+    code, out, _ = command("diff", a, b, "--markdown", "--records", nowhere)
+    assert code == 0
+    assert "| attention |" in out
+    assert "<summary>scheme of layers (14)</summary>" in out
+    assert command("diff", a, b, "--markdown", "--json")[0] == 2
+
+
+def test_a_swapped_pair_of_scales_is_two_numbers(tiny, tmp_path, nowhere):
+    folder = shutil.copytree(tiny("onnx-cpu"), tmp_path / "copy")
+    name = "model.layers.1.mlp.down_proj.weight"
+    stored = next(one for one in onnx.load(folder / "model.onnx", load_external_data=False).graph.initializer
+                  if one.name == f"{name}.scale")  # fmt: skip
+    where = onnx.external_data_helper.ExternalDataInfo(stored)
+    data = np.memmap(folder / "model.onnx.data", np.uint16, "r+", where.offset, tuple(stored.dims))
+    other = int(np.flatnonzero(data[0] != data[0, 0])[0])
+    data[0, [0, other]] = data[0, [other, 0]]
+    data.flush()
+    found = difference.compare(tiny("executorch-xnnpack"), folder, nowhere)
+    assert [(one.name, one.integers, one.scales) for one in found.weights.differing] == [(name, 0, 2)]
+
+
+def test_tensors_are_paired_in_any_order(tiny):
+    described = manifest.read(tiny("onnx-cpu"))
+    stored = list(backends.load("onnx_kv").read_weights(tiny("onnx-cpu") / "model.onnx", described.architecture))
+    pairs = list(difference.paired(iter(stored), iter(stored[:0:-1])))
+    assert sorted(name for name, _, _ in pairs) == sorted(one.name for one in stored)
+    assert [name for name, _, b in pairs if b is None] == [stored[0].name]
+    assert difference.difference(stored[0].name, stored[0], None).why == "quantized in A only"
+
+
+def test_speed_and_kl_come_from_the_records_of_these_very_artifacts(tiny, tmp_path):
+    a, b = tiny("onnx-cpu"), tiny("coreml")
+    lines = [record_of(tmp_path, a, 100.0, 0.1), record_of(tmp_path, b, 50.0, 0.2)]
+    records = tmp_path / "records.jsonl"
+    records.write_text("\n".join(["not json", *lines]) + "\n")
+    found = {one.field: (one.a, one.b) for one in difference.compare(a, b, records).measured}
+    assert found["host: decode of 64, tokens/s"] == ("100", "50")
+    assert found["host: KL of lowering, nats"] == ("0.1", "0.2")
+    other = shutil.copytree(a, tmp_path / "other")
+    (other / manifest.FILE).write_text((other / manifest.FILE).read_text() + "\n")
+    assert measured.newest(other, records) == {}
+
+
+def record_of(tmp_path, folder, speed, kl):
+    """A line as validation writes it, as far as it is read."""
+    import hashlib
+
+    compared = {"mean_kl": kl, "top1": 0.9, "positions": 3}
+    return json.dumps({
+        "manifest_sha256": hashlib.sha256((folder / manifest.FILE).read_bytes()).hexdigest(),
+        "device": "host", "emulated": False, "started_at": "2026-01-01T00:00:00+00:00", "outcome": "pass",
+        "accuracy": {"quantization": None, "lowering": compared},
+        "latency": {"tests": [{"n_prompt": 0, "n_gen": 64, "avg_ts": speed}], "peak_rss_bytes": 1},
+    })  # fmt: skip
+
+
+def test_records_are_those_that_validation_writes():
+    """Every field read here is one of validation's own record."""
+    from runtime_tests import record
+
+    for ours, theirs in (
+        (measured.Measured, record.Record),
+        (measured.Comparison, record.Comparison),
+        (measured.Latency, record.Latency),
+        (measured.SpeedTest, record.SpeedTest),
+    ):
+        assert set(ours.model_fields) <= set(theirs.model_fields)
+
+
+def test_a_damaged_model_in_a_folder_is_one_line(tiny, tmp_path, folder, command):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    artifact = copy / manifest.read(copy).plan.target.artifact
+    file = next(artifact.rglob("*.mlmodel"), artifact)
+    file.write_bytes(file.read_bytes()[:1000])
+    code, _, error = command("inspect", copy)
+    assert (code, error.count("\n")) == (1, 1)
+    assert "error:" in error
+    with pytest.raises(ExportError):
+        difference.compare(copy, copy, tmp_path / "none")
