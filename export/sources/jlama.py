@@ -28,8 +28,9 @@ BLOCK_ELEMENTS = 2**22
 
 def is_jlama(folder: Path) -> bool:
     """Whether the header names scales; a file without a readable header is left to who reports it."""
+    path = folder / "model.safetensors"
     try:
-        return f'{SCALES}"'.encode() in safetensors_header.raw_header(folder / "model.safetensors")
+        return path.is_file() and f'{SCALES}"'.encode() in safetensors_header.raw_header(path)
     except (safetensors_header.BrokenError, OSError):
         return False
 
