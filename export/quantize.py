@@ -25,7 +25,7 @@ from .manifest import CalibrationInfo, LayerInfo, from_checkpoint
 from .model import Llama
 from .plan import Architecture, QuantRecipe
 from .progress import console, track
-from .rounding import BLOCK_ELEMENTS, Rounded, as_torchao, bits_of, round_to_nearest
+from .rounding import BLOCK_ELEMENTS, Rounded, as_torchao, bits_of, one_torch_thread, round_to_nearest
 from .schemes import EMBEDDING, HEAD, Schemes
 from .sources import locate
 from .sources.integers import Integers, Unfit
@@ -169,15 +169,16 @@ def to_nearest(checkpoint: Checkpoint, wanted: Schemes) -> Result:
     tensors: dict[str, Rounded] = {}
     not_kept: dict[str, str] = {}
     kept: list[str] = []
-    for name, scheme in track(wanted.by_name.items(), "quantize", len(wanted.names)):
-        weight, held = checkpoint.read(name), fitted(checkpoint.integers(name), scheme)
-        if isinstance(held, Integers):
-            kept.append(name)
-            tensors[name] = compared_with(weight, held)
-            continue
-        if isinstance(held, Unfit):
-            not_kept[name] = held.reason
-        tensors[name] = round_to_nearest(weight, scheme)
+    with one_torch_thread():
+        for name, scheme in track(wanted.by_name.items(), "quantize", len(wanted.names)):
+            weight, held = checkpoint.read(name), fitted(checkpoint.integers(name), scheme)
+            if isinstance(held, Integers):
+                kept.append(name)
+                tensors[name] = compared_with(weight, held)
+                continue
+            if isinstance(held, Unfit):
+                not_kept[name] = held.reason
+            tensors[name] = round_to_nearest(weight, scheme)
     return Result(tensors, wanted, None, kept, not_kept)
 
 

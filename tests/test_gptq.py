@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -205,6 +206,8 @@ def test_a_method_that_calibrates_chooses_its_own(tmp_path):
 def test_our_own_integers_come_back_bit_for_bit_in_an_artifact(tmp_path):
     """Quantized by us, written in GPTQ's format, built from that: the same integers and scales."""
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    from export.backends import onnx_kv
+
     plan = load_plan("tiny", "int4-g32", "onnx-cpu")
     ours = quantize.quantize(checkpoint.load(plan.model, None), plan.quant, tmp_path)
     linears = {}
@@ -221,6 +224,10 @@ def test_our_own_integers_come_back_bit_for_bit_in_an_artifact(tmp_path):
         assert torch.equal(ours.read(name).scale, theirs.read(name).scale), name
     built = export(plan.model_copy(update={"model": LLAMA.model_copy(update={"context_length": 64})}), str(folder),
                    tmp_path / "out")  # fmt: skip
+    found = {weight.name: weight for weight in onnx_kv.read_weights(tmp_path / "out" / "model.onnx", ours.architecture)}
+    for weight in (found[name] for name in linears):
+        np.testing.assert_array_equal(weight.qdata, ours.read(weight.name).qdata, err_msg=weight.name)
+        np.testing.assert_array_equal(weight.scale, ours.read(weight.name).scale, err_msg=weight.name)
     line = "kept the checkpoint's integers of 14 of 14 weights"
     assert built.quantization.from_checkpoint == line
     assert f"| integers | {line} |" in (tmp_path / "out" / "README.md").read_text()
