@@ -136,7 +136,7 @@ def module_sizes(contents: Contents) -> tuple[ModuleSize, ...]:
 
 
 def layer_schemes(contents: Contents) -> tuple[LayerScheme, ...]:
-    """Every matrix of the decoder: embedding, layers in the file's order, head."""
+    """Every matrix of the decoder, and whatever else has scales: embedding, layers in the file's order, head."""
     scales = {tensor.name: tensor for tensor in contents.tensors if tensor.kind == "scales"}
     return tuple(
         LayerScheme(
@@ -145,7 +145,8 @@ def layer_schemes(contents: Contents) -> tuple[LayerScheme, ...]:
             bytes=tensor.bytes + (scales[tensor.name].bytes if tensor.name in scales else 0),
         )
         for tensor in sorted(contents.tensors, key=lambda one: {"embedding": 0, "head": 2}.get(module_of(one), 1))
-        if tensor.kind == "weight" and len(tensor.shape) == 2 and module_of(tensor) in MODULES[:4]
+        if tensor.kind == "weight" and len(tensor.shape) == 2
+        if module_of(tensor) in MODULES[:4] or tensor.name in scales
     )
 
 

@@ -12,7 +12,7 @@ from . import backends, inspection, measured, readers
 from .backends import StoredWeight
 from .contents import MODULES, ModuleSize
 from .errors import ExportError
-from .inspection import Inspection, Row, Section
+from .inspection import Inspection, Section
 from .plan import Strict
 
 NO_WEIGHTS = "integers and scales are compared between artifact folders only"
@@ -176,7 +176,7 @@ def paired(a: Iterator[StoredWeight], b: Iterator[StoredWeight]) -> Iterator[Pai
             waiting_a[one.name] = one
         if other is not None:
             waiting_b[other.name] = other
-        for name in waiting_a.keys() & waiting_b.keys():
+        for name in sorted(waiting_a.keys() & waiting_b.keys()):
             yield name, waiting_a.pop(name), waiting_b.pop(name)
     yield from ((name, left, None) for name, left in waiting_a.items())
     yield from ((name, None, left) for name, left in waiting_b.items())
@@ -200,11 +200,16 @@ def difference(name: str, a: StoredWeight | None, b: StoredWeight | None) -> Wei
 def runs(a: Path, b: Path, records: Path) -> Iterator[Change]:
     """Newest validation of both on each device that ran both."""
     one, other = measured.newest(a, records), measured.newest(b, records)
-    for device in one.keys() & other.keys():
+    for device in sorted(one.keys() & other.keys()):
         yield Change(field=f"{device}: verdict", a=one[device].outcome, b=other[device].outcome)
         left, right = one[device].numbers(), other[device].numbers()
-        for name in left.keys() & right.keys():
-            yield Change(field=f"{device}: {name}", a=f"{left[name]:.4g}", b=f"{right[name]:.4g}")
+        for name in (name for name in left if name in right):
+            yield Change(field=f"{device}: {name}", a=number(left[name]), b=number(right[name]))
+
+
+def number(value: float) -> str:
+    """Four digits, never an exponent for a rate."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def show(found: Difference) -> None:
@@ -223,7 +228,9 @@ def sections(found: Difference) -> Iterator[Section]:
     """What is shown, in order."""
     rows = [(one.module, f"{one.a:,}", f"{one.b:,}", ratio(one)) for one in found.sizes]
     yield Section("bytes by module", ("module", "A", "B", "B / A"), rows)
-    yield Section("scheme of layers", ("layer", "A", "B"), [changed(one) for one in found.schemes])
+    schemes = inspection.alike([(name, (a, b)) for name, a, b in map(changed, found.schemes)])
+    layers = [(name, *pair, str(len(names))) for name, pair, names in schemes]
+    yield Section("scheme of layers", ("layer", "A", "B", "count"), layers)
     differing = found.weights.differing if found.weights else ()
     numbers = [(one.name, shown(one.integers), shown(one.scales), one.why) for one in differing]
     yield Section("differing numbers", ("tensor", "integers", "scales", ""), numbers)
@@ -237,7 +244,7 @@ def sections(found: Difference) -> Iterator[Section]:
         yield Section(title, ("field", "A", "B"), [changed(one) for one in fields])
 
 
-def changed(one: Change) -> Row:
+def changed(one: Change) -> tuple[str, str, str]:
     """A dash where a side has no such field."""
     return (one.field, shown(one.a), shown(one.b))
 

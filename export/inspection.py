@@ -1,5 +1,6 @@
 """What an artifact or a bare model file is, without running it: one record, or tables in the terminal."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from .manifest import FileInfo, Manifest
 from .plan import Strict
 
 NO_MANIFEST = "no manifest.json: made by another exporter, or copied out of its folder; names are the file's own"
+LAYER = re.compile(r"\.(\d+)\.")
 Row = tuple[str, ...]
 
 
@@ -104,7 +106,7 @@ def sections(inspection: Inspection) -> Iterator[Section]:
     sizes = [(one.module, one.dtype, str(one.tensors or ""), f"{one.bytes:,}") for one in inspection.sizes]
     sizes.append(("total", "", "", f"{sum(one.bytes for one in inspection.sizes):,}"))
     yield Section("bytes", ("module", "dtype", "tensors", "bytes"), sizes)
-    yield Section("layers", ("layer", "scheme", "bytes"), layers(inspection.layers))
+    yield Section("layers", ("layer", "scheme", "count", "bytes"), layers(inspection.layers))
     if described:
         yield Section("tools", ("tool", "version"), list(described.tools.items()))
     yield Section("files", ("file", "bytes", "sha256", ""), list(files(inspection)))
@@ -161,8 +163,32 @@ def operations(found: Contents) -> Iterator[Row]:
 
 
 def layers(schemes: tuple[LayerScheme, ...]) -> list[Row]:
-    """Every matrix; one that shares another's bytes says so."""
-    return [(one.name, one.scheme, f"{one.bytes:,}" if one.bytes else "shared") for one in schemes]
+    """Every matrix, of layers that are alike one row; one that shares another's bytes says so."""
+    sizes = {one.name: one.bytes for one in schemes}
+    rows: list[Row] = []
+    for name, (scheme,), names in alike([(one.name, (one.scheme,)) for one in schemes]):
+        total = sum(sizes[one] for one in names)
+        rows.append((name, scheme, str(len(names)), f"{total:,}" if total else "shared"))
+    return rows
+
+
+def alike(named: Sequence[tuple[str, Row]]) -> list[tuple[str, Row, list[str]]]:
+    """Names that differ in the number of their layer only, and have the same values, as one: `model.layers.0–29.…`."""
+    groups: dict[tuple[str, Row], list[str]] = {}
+    for name, values in named:
+        groups.setdefault((LAYER.sub(".*.", name, count=1), values), []).append(name)
+    return [(pattern.replace("*", numbers(names), 1), values, names) for (pattern, values), names in groups.items()]
+
+
+def numbers(names: Sequence[str]) -> str:
+    """Numbers of layers, runs of them as one: `0–3,7`."""
+    runs: list[list[int]] = []
+    for number in sorted(int(found[1]) for name in names if (found := LAYER.search(name))):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}–{b}" for a, b in runs)
 
 
 def files(inspection: Inspection) -> Iterator[Row]:
@@ -171,5 +197,5 @@ def files(inspection: Inspection) -> Iterator[Row]:
     for name, info in inspection.files.items():
         word = "" if said.get(name) == info else "differs from the manifest" if name in said else "not in the manifest"
         yield (name, f"{info.bytes:,}", info.sha256, word)
-    for name in said.keys() - inspection.files.keys():
+    for name in sorted(said.keys() - inspection.files.keys()):
         yield (name, "", "", "missing")

@@ -25,14 +25,12 @@ def check(folder: Path) -> list[str]:
     """Every finding; never raises for what a file holds."""
     described = manifest.read(folder)
     target = described.plan.target
-    reader, found = readers.load(target.backend), []
     try:
-        found += findings(folder / target.artifact, described, reader)
+        return findings(folder / target.artifact, described, readers.load(target.backend))
     except ExportError as error:
-        found.append(" ".join(str(error).split()))
+        return [" ".join(str(error).split())]
     except Exception as error:  # parsers of foreign formats raise what they like
-        found.append(f"{target.artifact}: not readable as {reader.FORMAT}: {readers.in_a_line(error)}")
-    return found
+        return [f"{target.artifact}: not readable: {readers.in_a_line(error)}"]
 
 
 def findings(file: Path, described: Manifest, reader: Reader) -> list[str]:

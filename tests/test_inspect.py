@@ -95,11 +95,21 @@ def test_entries_caches_and_operations_of_each_format(tiny):
 def test_the_command_prints_tables_or_one_record(command, folder):
     code, out, _ = command("inspect", folder)
     assert code == 0
-    assert "model.layers.1.mlp.down_proj.weight" in out
+    assert "model.layers.0–1.mlp.down_proj.weight" in out
     assert manifest.read(folder).id in out
     code, out, _ = command("inspect", folder, "--json")
     assert code == 0
     assert inspection.Inspection.model_validate_json(out) == inspection.inspect(folder)
+
+
+def test_layers_that_are_alike_are_one_row():
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1, 2, 5, 10)]
+    named = [(name, ("int8" if ".5." in name else "int4",)) for name in names]
+    assert [row[:2] for row in inspection.alike([*named, ("lm_head.weight", ("int8",))])] == [
+        ("model.layers.0–2,10.mlp.up_proj.weight", ("int4",)),
+        ("model.layers.5.mlp.up_proj.weight", ("int8",)),
+        ("lm_head.weight", ("int8",)),
+    ]
 
 
 def test_a_changed_file_is_marked(tiny, tmp_path, command):
@@ -200,7 +210,7 @@ def test_another_recipe_shows_layer_by_layer(tiny, nowhere, command):
     code, out, _ = command("diff", a, b, "--markdown", "--records", nowhere)
     assert code == 0
     assert "| attention |" in out
-    assert "<summary>scheme of layers (14)</summary>" in out
+    assert "<summary>scheme of layers (7)</summary>" in out
     assert command("diff", a, b, "--markdown", "--json")[0] == 2
 
 

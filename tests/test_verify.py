@@ -71,7 +71,12 @@ def only(findings, words):
     assert words in findings[0]
 
 
-def test_a_whole_artifact_passes_in_a_process_of_its_own(command, folder):
+def test_a_whole_artifact_passes(folder, here):
+    assert found(folder) == []
+
+
+def test_the_model_is_read_in_a_process_of_its_own(command, copy):
+    folder = copy("executorch-xnnpack")
     code, out, _ = command(folder)
     assert code == 0, out
     assert out == [f"{folder}: as its manifest says"]
@@ -103,13 +108,12 @@ def test_a_file_beside_them_is_named(copy, no_child):
     only(found(folder), "more: not listed in manifest.json")
 
 
-@pytest.mark.parametrize("size", [0, 1, 100, 5_000, -1])
+@pytest.mark.parametrize("size", [0, 1, 100, 5_000, -2])
 def test_a_cut_model_that_was_sealed_again_is_still_found(folder, here, size):
     """Structure, without the help of hashes."""
     artifact = folder / manifest.read(folder).plan.target.artifact
     for path in sorted(artifact.rglob("*")) or [artifact, *folder.glob("*.data")]:
-        if path.is_file():
-            whole = path.read_bytes()
+        if path.is_file() and len(whole := path.read_bytes()) > size:
             path.write_bytes(whole[:size])
             reseal(folder)
             assert found(folder), path
@@ -178,7 +182,7 @@ def test_links_and_pipes_are_refused_before_anything_is_read(copy, no_child, tmp
         ("../secret", "climbs out with `..`"),
         ("/etc/passwd", "is absolute"),
         ("a/../../b", "climbs out"),
-        ("", "no file"),
+        ("", "is no file name"),
     ],
 )
 def test_external_data_that_leads_outside(copy, here, location, words):
@@ -194,9 +198,9 @@ def test_external_data_that_leads_outside(copy, here, location, words):
 def test_external_data_of_a_tensor_inside_a_node(copy, here):
     folder = copy("onnx-cpu")
     model = onnx.load(folder / "model.onnx", load_external_data=False)
-    tensor = onnx.helper.make_tensor("hidden", onnx.TensorProto.FLOAT, [1], [0.0])
+    tensor = onnx.helper.make_tensor("hidden", onnx.TensorProto.FLOAT, [1], bytes(4), raw=True)
     onnx.external_data_helper.set_external_data(tensor, "../x", offset=0, length=4)
-    tensor.ClearField("raw_data") if tensor.HasField("raw_data") else tensor.ClearField("float_data")
+    tensor.ClearField("raw_data")
     inner = onnx.helper.make_graph([onnx.helper.make_node("Constant", [], ["c"], value=tensor)], "inner", [], [])
     model.graph.node[0].attribute.append(onnx.helper.make_attribute("body", inner))
     (folder / "model.onnx").write_bytes(model.SerializeToString())
@@ -347,13 +351,11 @@ def test_another_interface_under_this_manifest(folder, here):
     only(found(folder), f"inputs: the file has {len(contract.inputs)}")
 
 
-@pytest.mark.parametrize("at", [0.2, 0.5, 0.8])
-def test_a_program_with_a_flipped_structure_never_ends_verify(copy, command, at):
+def test_a_program_with_a_flipped_structure_never_ends_verify(copy, command):
     """Native code reads it in the child; whatever happens there, the answer is lines."""
     folder = copy("executorch-xnnpack")
     data = bytearray((folder / "model.pte").read_bytes())
-    begin = int(len(data) * 0.2 * at)  # the flatbuffer stands first
-    data[begin : begin + 400] = b"\xff" * 400
+    data[1000:1400] = b"\xff" * 400  # the flatbuffer stands first
     (folder / "model.pte").write_bytes(data)
     reseal(folder)
     code, out, _ = command(folder)

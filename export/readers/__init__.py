@@ -56,6 +56,8 @@ def recognize(path: Path) -> Reader:
 
 def contents(reader: Reader, path: Path, architecture: Architecture | None) -> Contents:
     """Read a file; whatever its parser makes of a damaged one is one line."""
+    if not (path.is_file() or path.is_dir()):
+        raise ExportError(f"{path}: missing; build the artifact again")
     try:
         return reader.contents(path, architecture)
     except (ExportError, OSError):

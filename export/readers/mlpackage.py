@@ -45,6 +45,8 @@ def parse(package: Path) -> tuple[Path, Any]:
     if why := outside(package / "Data", root):
         raise ExportError(f"{package}: Manifest.json: {root!r} {why}; refused")
     model, spec = package / "Data" / root, Model_pb2.Model()
+    if not model.is_file():
+        raise ExportError(f"{model}: missing; build the artifact again")
     spec.ParseFromString(model.read_bytes())
     if not spec.description.output:
         raise ExportError(f"{model}: a Core ML model without outputs; build the artifact again")

@@ -214,7 +214,8 @@ def add_constant(found: Found, graph: Any, value: Any, name: str | None) -> None
     key = where["named_key"] or f"{id(graph)} {where['offset']}"
     if name is None and key in found.seen:
         return  # a constant that every layer shares
-    name = name or f"constant {len(found.tensors)}"
+    quantization = value["xvalue_union"].get("quant_params", {})
+    name = name or (f"linear.{len(found.tensors)}.weight" if quantization else f"constant {len(found.tensors)}")
     stored = StoredTensor(
         name=name,
         kind="weight",
@@ -223,7 +224,6 @@ def add_constant(found: Found, graph: Any, value: Any, name: str | None) -> None
         bytes=0 if shared(found.file, where["named_key"]) else where["size"],
     )
     found.add(stored, key)
-    quantization = value["xvalue_union"].get("quant_params", {})
     if count := quantization.get("num_scales", 0):
         where = data[quantization["scale_buffer_idx"]]
         rows = tensor["dims"][0]
