@@ -9,6 +9,10 @@ DEVICE ?= host
 # where the weights are, when not where the model's YAML says (a folder, a .gguf file or a hub id)
 SOURCE ?=
 
+# what `make tasks` asks, and how many questions of each; empty: all
+TASKS  ?= offline
+LIMIT  ?=
+
 PY      := .venv/bin/python
 # contenders of `make bench-quick`
 QUICK   := device-runner,runner-stock,genai,genai-stock,session,llamacpp-q4_0,llamacpp-q4_k_m
@@ -19,7 +23,7 @@ DEVICES := $(sort $(basename $(notdir $(wildcard devices/*.yaml))))
 FOLDERS := $(TARGETS:%=build/$(MODEL)_$(QUANT)_%)
 WEIGHTS := $(if $(SOURCE),--source $(SOURCE))
 
-.PHONY: all setup build validate test lint unit bench bench-quick bench-docs bench-pages study devices lab baseline tiny golden readme lock clean help $(DEVICES)
+.PHONY: all setup build validate test lint unit bench bench-quick bench-docs bench-pages study tasks devices lab baseline tiny golden readme lock clean help $(DEVICES)
 
 all: build validate
 
@@ -85,6 +89,9 @@ bench-docs: setup                   ## bench with exports timed, written to docs
 
 bench-pages: setup                  ## write the pages in docs/benchmarks again from the records beside them
 	@$(PY) -m runtime_tests.bench.publish
+
+tasks: setup                        ## lm-evaluation-harness TASKS on the built artifacts, beside the fp32 checkpoint
+	@$(PY) -m runtime_tests --tasks $(TASKS) $(if $(LIMIT),--limit $(LIMIT)) $(WEIGHTS) $(FOLDERS)
 
 study: setup                        ## size against loss: our recipes and llama.cpp's on weights off their 4-bit grid
 	@$(PY) -m export.dither smollm2-135m build/dithered
