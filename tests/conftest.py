@@ -139,7 +139,7 @@ def setting(tmp_path, store):
 def in_process(monkeypatch):
     """Jobs run here instead of in a child: seconds instead of minutes, where no process has to die."""
 
-    def run(job, *, limit_s, on_progress=None):
+    def run(job, *, limit_s, on_progress=None, renewed=False):
         given = worker.answer(job)
         return isolation.interpret(0 if "result" in given else 1, json.dumps(given), "")
 

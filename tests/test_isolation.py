@@ -47,6 +47,23 @@ def test_a_hang_ends_with_everything_it_started(child, tmp_path):
     assert not beat.exists()
 
 
+REPORTING = (
+    "import json, time\nfor i in range(4): print(json.dumps({'done': i, 'total': 4}), flush=True); time.sleep(0.7)"
+)
+
+
+@pytest.mark.parametrize(("renewed", "outcome"), [(True, Outcome.RUN_FAIL), (False, Outcome.TIMEOUT)])
+def test_progress_starts_a_renewed_limit_anew(child, renewed, outcome):
+    """The child reports for 2.8 s and then gives no answer."""
+    assert child(REPORTING, limit_s=2.0, on_progress=lambda done, total: None, renewed=renewed).outcome is outcome
+
+
+def test_a_hang_ends_a_renewed_limit_too(child):
+    text = REPORTING.replace("range(4)", "range(1)") + "; time.sleep(600)"
+    ended = child(text, limit_s=2.0, on_progress=lambda done, total: None, renewed=True)
+    assert (ended.outcome, ended.detail) == (Outcome.TIMEOUT, "no progress within 2 s")
+
+
 def test_an_exit_code_without_an_answer(child):
     ended = child("import sys; print('warning', file=sys.stderr); sys.exit(3)")
     assert (ended.outcome, ended.detail) == (Outcome.RUN_FAIL, "exit 3: warning")

@@ -66,6 +66,7 @@ def test_the_total_is_what_all_steps_lose_and_no_gate_judges_it(artifact, settin
         ("constant token", {*ALL_LOWERING, GOLDEN}),
         ("remembers", {CACHE}),
         ("accepts too much", {CACHE}),
+        ("rewinds nothing", {CACHE}),
     ],
 )
 def test_a_session_that_computes_something_else(artifact, setting, in_process, fault, gates):

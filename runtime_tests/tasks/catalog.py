@@ -79,9 +79,11 @@ def load(tasks: Sequence[str]) -> dict[str, Any]:
 
 def explain(name: str, known: Any, error: Exception, trouble: str) -> str:
     """Why a task does not load, in one line."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     what = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
     data_set = next(data_sets(name, known), None)
-    if trouble and data_set and isinstance(error, OSError):
+    if trouble and data_set and isinstance(error, ConnectionError | LocalEntryNotFoundError):
         return f"task {name} needs the hub data set {data_set}, which cannot be reached: {trouble}; {suggestion()}"
     return f"task {name} cannot be loaded{f' (data set {data_set})' if data_set else ''}: {what}"
 
