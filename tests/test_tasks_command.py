@@ -181,7 +181,7 @@ def test_a_damaged_artifact_is_not_asked(evaluate, artifact):
         (("--limit", "3"), 2, "go with --tasks"),
         (("--no-chat",), 2, "go with --tasks"),
         (("--tasks", "my_text", "--eval", "default"), 2, "--eval chooses what validation feeds"),
-        (("--tasks", "my_text", "--limit", "0"), 2, "not in the range"),
+        (("--tasks", "my_text", "--limit", "0"), 2, "greater than or equal to 1"),
         (("--tasks", " , "), 1, "no task is named"),
         (("--tasks", "my_test"), 1, "no task is named 'my_test'; near names: my_text"),
     ],
