@@ -1,7 +1,8 @@
 """Integers that a checkpoint holds already, taken as they are where the recipe's scheme can hold them.
 
-Only their scales change: rounded to bf16 (`export/rounding.py` says why), repeated where the recipe's groups are
-smaller. Chosen with more care than rounding to nearest, the integers would lose by being rounded again.
+Chosen with more care than rounding to nearest, they would lose by being rounded again. `fitted` changes their scales:
+rounded to bf16 (`export/rounding.py` says why), repeated where the recipe's groups are smaller. `exactly` changes
+nothing, for a runtime that multiplies by any number.
 """
 
 import torch
@@ -23,9 +24,25 @@ def fitted(held: Integers | Unfit | None, scheme: WeightScheme) -> Integers | Un
     if held.group_size % group:
         return Unfit(f"groups of {held.group_size} do not fit recipe groups of {group}")
     scale = held.scale.bfloat16().float()
+    if bool((scale < 0).any()):
+        return Unfit("negative scales, which only onnxruntime multiplies by (int4-g32-exact on onnx-cpu keeps them)")
     if not SMALLEST_SCALE <= float(scale.min()) <= float(scale.max()) <= LARGEST_SCALE:
         return Unfit("scales outside 2^-17 … 65504")
     return Integers(held.qdata, scale.repeat_interleave(held.group_size // group, dim=1), held.bits)
+
+
+def exactly(held: Integers | Unfit | None, scheme: WeightScheme) -> Integers | Unfit:
+    """The same integers and the same scales, repeated where the recipe's groups are smaller; or why not."""
+    if held is None:
+        return Unfit("floats, or integers with minima or uneven levels")
+    if isinstance(held, Unfit):
+        return held
+    group = scheme.group_size or held.qdata.shape[1]
+    if held.bits > scheme.bits:
+        return Unfit(f"{held.bits} bits do not fit a recipe of {scheme.bits}")
+    if held.group_size % group:
+        return Unfit(f"groups of {held.group_size} do not fit recipe groups of {group}")
+    return Integers(held.qdata, held.scale.repeat_interleave(held.group_size // group, dim=1), held.bits)
 
 
 def compared_with(weight: torch.Tensor, integers: Integers) -> Rounded:

@@ -48,7 +48,7 @@ class LayerInfo(Strict):
     sqnr_db: float
     max_abs_error: float
     kept: bool
-    """The integers are the checkpoint's own; the error is that of rounding their scales to bf16."""
+    """The integers are the checkpoint's own; the error is that of rounding their scales to bf16, if they were."""
     not_kept: str | None
     """Why the integers that the checkpoint holds were not kept; None: they were, or it holds floats."""
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import backends, manifest, readers
 from .backends import StoredWeight
@@ -109,18 +110,19 @@ def wrong_schemes(contents: Contents, described: Manifest) -> Iterator[str]:
 def wrong_weights(stored: Iterator[StoredWeight], described: Manifest) -> Iterator[str]:
     """Integers and scales that cannot be those of the manifest's layers."""
     left = {layer.name: layer for layer in described.quantization.layers}
+    common = described.plan.quant.common_scales
     shapes = described.architecture.tensor_shapes()
     for weight in stored:
         layer = left.pop(weight.name, None)
         if layer is None or weight.name not in shapes:
             yield f"{weight.name}: integers in the file, but no such layer in the manifest"
-        elif wrong := wrong_numbers(weight, layer, shapes[weight.name]):
+        elif wrong := wrong_numbers(weight, layer, shapes[weight.name], common):
             yield f"{weight.name}: {wrong}"
     yield from (f"{name}: no integers in the file" for name in left)
 
 
-def wrong_numbers(weight: StoredWeight, layer: LayerInfo, shape: tuple[int, ...]) -> str | None:
-    """The first thing wrong with one weight [N, K] and its scales [N, K / group]."""
+def wrong_numbers(weight: StoredWeight, layer: LayerInfo, shape: tuple[int, ...], common: bool) -> str | None:
+    """The first thing wrong with one weight [N, K] and its scales [N, K / group], `common` to all runtimes or not."""
     rows, columns = shape
     if weight.qdata.shape != shape:
         return f"integers of shape {weight.qdata.shape}, expected {shape}"
@@ -129,9 +131,17 @@ def wrong_numbers(weight: StoredWeight, layer: LayerInfo, shape: tuple[int, ...]
     lowest, highest = -(2 ** (layer.bits - 1)), 2 ** (layer.bits - 1) - 1
     if count := int(np.count_nonzero((weight.qdata < lowest) | (weight.qdata > highest))):
         return f"{count} integers outside {lowest}…{highest}"
-    if count := int(np.count_nonzero(~(np.isfinite(weight.scale) & (weight.scale > 0)))):
+    return wrong_scales(weight.scale, common)
+
+
+def wrong_scales(scale: NDArray[np.float32], common: bool) -> str | None:
+    """What is wrong with scales: `common` are those that every runtime takes, others need only be numbers."""
+    if not common:
+        count = int(np.count_nonzero(~np.isfinite(scale)))
+        return f"{count} scales that are not numbers" if count else None
+    if count := int(np.count_nonzero(~(np.isfinite(scale) & (scale > 0)))):
         return f"{count} scales that are not positive numbers"
-    if count := int(np.count_nonzero(np.ascontiguousarray(weight.scale, np.float32).view(np.uint32) & 0xFFFF)):
+    if count := int(np.count_nonzero(np.ascontiguousarray(scale, np.float32).view(np.uint32) & 0xFFFF)):
         return f"{count} scales that are no bfloat16"
     return None
 

@@ -115,7 +115,7 @@ class ModelSpec(Strict):
 
 
 class WeightScheme(Strict):
-    """Symmetric integers with one bf16-representable scale per group (null: per output channel)."""
+    """Symmetric integers with one scale per group (null: per output channel)."""
 
     bits: Literal[4, 8]
     group_size: Positive | None
@@ -203,9 +203,10 @@ class QuantRecipe(Strict):
 
     name: str
     description: str
-    method: Literal["none", "rtn", "scales", "gptq"]
+    method: Literal["none", "rtn", "kept", "scales", "gptq"]
     """`rtn`: each weight to nearest. `scales`: the same with scales searched for what the linears compute on
-    calibration text. `gptq`: linears by what they compute on it. Embedding and head are always rounded to nearest."""
+    calibration text. `gptq`: linears by what they compute on it. All three round embedding and head to nearest.
+    `kept`: the checkpoint's own integers and scales, which may be negative."""
     calibration: Annotated[Mixture | None, BeforeValidator(load_mixture)] = None
     """A name in configs/mixtures."""
     gptq: Gptq | None = None
@@ -225,13 +226,18 @@ class QuantRecipe(Strict):
             raise ValueError(f"method {self.method!r} contradicts calibration: only scales and gptq need one")
         if (self.method == "gptq") != (self.gptq is not None):
             raise ValueError(f"method {self.method!r} contradicts gptq: only that method needs its settings")
-        if calibrates and self.linear is None:
+        if self.method in ("kept", "scales", "gptq") and self.linear is None:
             raise ValueError(f"method {self.method!r} needs a scheme for linear")
         if self.promotion and self.method != "gptq":
             raise ValueError("promotion needs method gptq")
         if self.promotion and self.linear and self.promotion.scheme.bits <= self.linear.bits:
             raise ValueError("promotion must give more bits than linear has")
         return self
+
+    @property
+    def common_scales(self) -> bool:
+        """Whether every scale is positive and exact in bf16 and fp16, as all runtimes take them."""
+        return self.method != "kept"
 
 
 class TargetLimits(Strict):

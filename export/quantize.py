@@ -20,7 +20,7 @@ from .calibrate import texts
 from .calibrate.unfinished import Unfinished
 from .checkpoint import Checkpoint
 from .errors import ExportError
-from .kept import compared_with, fitted
+from .kept import compared_with, exactly, fitted
 from .manifest import CalibrationInfo, LayerInfo, from_checkpoint
 from .model import Llama
 from .plan import Architecture, QuantRecipe
@@ -144,7 +144,12 @@ def write_store(store: Path, key: str, checkpoint: Checkpoint, recipe: QuantReci
     base = schemes.of_recipe(recipe, checkpoint.architecture)
     disk.require_room(store.parent, base.counts().store_bytes)
     unfinished = Unfinished(store.with_suffix(".unfinished"))
-    found = to_nearest(checkpoint, base) if recipe.calibration is None else calibrated(checkpoint, recipe, unfinished)
+    if recipe.method == "kept":
+        found = as_held(checkpoint, base, recipe.name)
+    elif recipe.calibration is None:
+        found = to_nearest(checkpoint, base)
+    else:
+        found = calibrated(checkpoint, recipe, unfinished)
     tensors = {f"{name}.qdata": one.qdata for name, one in found.tensors.items()}
     tensors |= {f"{name}.scale": one.scale for name, one in found.tensors.items()}
     errors = [layer_info(name, found) for name in found.tensors]
@@ -180,6 +185,29 @@ def to_nearest(checkpoint: Checkpoint, wanted: Schemes) -> Result:
                 not_kept[name] = held.reason
             tensors[name] = round_to_nearest(weight, scheme)
     return Result(tensors, wanted, None, kept, not_kept)
+
+
+def as_held(checkpoint: Checkpoint, wanted: Schemes, recipe: str) -> Result:
+    """Every linear exactly as the checkpoint holds it; an embedding or head that it holds in floats is rounded.
+
+    Raises ExportError: a linear that the recipe's scheme cannot hold.
+    """
+    tensors: dict[str, Rounded] = {}
+    not_kept: dict[str, str] = {}
+    with one_torch_thread():
+        for name, scheme in track(wanted.by_name.items(), "keep", len(wanted.names)):
+            weight, held = checkpoint.read(name), exactly(checkpoint.integers(name), scheme)
+            if isinstance(held, Integers):
+                tensors[name] = compared_with(weight, held)
+                continue
+            if name not in (EMBEDDING, HEAD):
+                raise ExportError(
+                    f"{checkpoint.origin}: {name} is not of int{scheme.bits} in groups of {scheme.group_size} "
+                    f"({held.reason}), so recipe {recipe!r} cannot keep it; use int4-g32, which rounds again"
+                )
+            not_kept[name] = held.reason
+            tensors[name] = round_to_nearest(weight, scheme)
+    return Result(tensors, wanted, None, tensors.keys() - not_kept.keys(), not_kept)
 
 
 def calibrated(checkpoint: Checkpoint, recipe: QuantRecipe, unfinished: Unfinished) -> Result:

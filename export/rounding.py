@@ -29,7 +29,7 @@ class Rounded:
     qdata: torch.Tensor
     """int8 [N, K]"""
     scale: torch.Tensor
-    """float32 [N, K/group], each exact in bf16 and fp16"""
+    """float32 [N, K/group], each exact in bf16 and fp16 unless a checkpoint's own are kept"""
     signal: float
     noise: float
     max_abs_error: float

@@ -197,8 +197,8 @@ def interleaved(weight, heads):
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def write_gguf(path, architecture=SMALL, *, kind="F32", tensors=None, leave_out=(), extra=None):
-    """A GGUF as llama.cpp's converter writes it: `kind` for matrices, F32 for norms."""
+def write_gguf(path, architecture=SMALL, *, kind="F32", tensors=None, leave_out=(), extra=None, floats=()):
+    """A GGUF as llama.cpp's converter writes it: `kind` for matrices, F32 for norms and `floats`."""
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in (metadata(architecture) | (extra or {})).items():
         if key not in leave_out:
@@ -210,7 +210,7 @@ def write_gguf(path, architecture=SMALL, *, kind="F32", tensors=None, leave_out=
             values = interleaved(values, a.num_attention_heads)
         if name.endswith("k_proj.weight"):
             values = interleaved(values, a.num_key_value_heads)
-        stored = gguf.GGMLQuantizationType[kind if values.ndim > 1 else "F32"]
+        stored = gguf.GGMLQuantizationType[kind if values.ndim > 1 and name not in floats else "F32"]
         data = gguf.quants.quantize(np.ascontiguousarray(values), stored)
         writer.add_tensor(gguf_name(name) if not name.startswith("!") else name[1:], data, raw_dtype=stored)
     writer.write_header_to_file()

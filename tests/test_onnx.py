@@ -12,7 +12,7 @@ import torch
 from export import checkpoint, manifest, plan
 from export.backends import onnx_kv
 from export.backends._onnx_activations import sensitive
-from export.backends._onnx_weights import block_size, brain_floats
+from export.backends._onnx_weights import block_size, shortest
 from export.errors import ExportError
 from export.pipeline import CACHE, export
 from export.quantize import QuantizedModel, eager, quantize
@@ -174,7 +174,7 @@ def test_scales_are_stored_as_the_quantizer_chose_them(artifact):
 
 def test_a_scale_that_is_no_bfloat16_is_refused():
     with pytest.raises(ExportError, match="not a bfloat16"):
-        brain_floats(torch.tensor([[1.0], [1.001]]))
+        shortest(torch.tensor([[1.0], [1.001]]), common=True)
 
 
 def test_a_truncated_data_file_is_refused(artifact, tmp_path):

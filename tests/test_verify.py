@@ -318,14 +318,14 @@ def weight(change=None):
 )
 def test_numbers_that_the_scheme_does_not_have(change, words):
     one = LayerInfo(name="w", bits=4, group_size=32, sqnr_db=1, max_abs_error=1, kept=False, not_kept=None)
-    got = model_checks.wrong_numbers(weight(change), one, (4, 64))
+    got = model_checks.wrong_numbers(weight(change), one, (4, 64), common=True)
     assert got == words
 
 
 def test_shapes_that_the_manifest_does_not_have():
     one = LayerInfo(name="w", bits=4, group_size=64, sqnr_db=1, max_abs_error=1, kept=False, not_kept=None)
-    assert "scales of shape (4, 2), expected (4, 1)" in model_checks.wrong_numbers(weight(), one, (4, 64))
-    assert "integers of shape (4, 64)" in model_checks.wrong_numbers(weight(), one, (8, 64))
+    assert "scales of shape (4, 2), expected (4, 1)" in model_checks.wrong_numbers(weight(), one, (4, 64), common=True)
+    assert "integers of shape (4, 64)" in model_checks.wrong_numbers(weight(), one, (8, 64), common=True)
 
 
 def test_another_models_file_under_this_manifest(tiny, copy, here):

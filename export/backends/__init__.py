@@ -55,6 +55,15 @@ class StoredWeight:
     """[N, K / group]; one column where the scheme is per channel."""
 
 
+def refuse_any_scales(plan: Plan, why: str) -> None:
+    """For a runtime that cannot take scales as a checkpoint may hold them."""
+    if not plan.quant.common_scales:
+        raise ExportError(
+            f"recipe {plan.quant.name!r} on {plan.target.name!r}: {why}, and a checkpoint's own may be others; "
+            "use the target onnx-cpu, or int4-g32, which rounds again"
+        )
+
+
 class Backend(Protocol):
     """A module of this package."""
 

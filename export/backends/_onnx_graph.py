@@ -65,6 +65,11 @@ class Graph:
     def scheme(self, name: str) -> WeightScheme | None:
         return self.model.schemes.of(name)
 
+    def add_codes(self, stored: str, names: Sequence[str], scheme: WeightScheme) -> Codes:
+        """Quantized weights stacked along their rows, stored as `stored`."""
+        weights = [self.model.read(name) for name in names]
+        return self.data.add_codes(stored, weights, scheme, common_scales=self.model.recipe.common_scales)
+
 
 def build(model: QuantizedModel, data: DataFile, contract: IOContract) -> Any:
     """The ModelProto; weights are appended to `data` in execution order."""
@@ -121,7 +126,7 @@ def embed(graph: Graph) -> str:
     if scheme is None:
         graph.embedding = graph.float_weight(EMBEDDING)
         return graph.node("Gather", [graph.embedding, "input_ids"], "embedded")
-    codes = graph.data.add_codes(EMBEDDING, [graph.model.read(EMBEDDING)], scheme)
+    codes = graph.add_codes(EMBEDDING, [EMBEDDING], scheme)
     graph.embedding = codes
     # The gather takes codes and scales of one rank. Reshaping the scales (and the few rows gathered) rather than the
     # codes leaves one copy of the codes in memory too: onnxruntime folds a reshape of a constant into a new constant.
@@ -216,7 +221,7 @@ def linear(graph: Graph, x: str, stored: str, names: Sequence[str]) -> str:
         return multiply_float(
             graph, x, graph.data.add(stored, stack([graph.model.read(name) for name in names])), stored
         )
-    codes = graph.data.add_codes(stored, [graph.model.read(name) for name in names], scheme)
+    codes = graph.add_codes(stored, names, scheme)
     level = accuracy_level(stored, scheme, graph.architecture.num_hidden_layers)
     return multiply(graph, x, codes, stored, level=level)
 

@@ -1,9 +1,9 @@
 """Weights in and out of model.onnx.data: our integers in MatMulNBits' layout. Knows nothing about the graph.
 
 Layout: `NAME.q` uint8 [N, blocks, block · bits / 8], codes offset by 2^(bits-1) so that no zero points are needed, of
-two 4-bit codes the even column in the low nibble; `NAME.scale` bfloat16 [N, groups], as the quantizer chose them; the
-graph makes float32 of them, and of a row's one scale as many as it has blocks (a per-channel scheme has no block size
-onnxruntime takes).
+two 4-bit codes the even column in the low nibble; `NAME.scale` [N, groups] in the shortest of bfloat16, float16 and
+float32 that holds them exactly: bfloat16, but for a checkpoint's own. The graph makes float32 of them,
+and of a row's one scale as many as it has blocks (a per-channel scheme has no block size onnxruntime takes).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,25 +69,32 @@ class DataFile:
         self.tensors.append(tensor)
         return name
 
-    def add_codes(self, name: str, weights: Sequence[Any], scheme: WeightScheme) -> Codes:
-        """Append quantized matrices of one scheme (IntxUnpackedToInt8Tensor), stacked along their rows."""
+    def add_codes(self, name: str, weights: Sequence[Any], scheme: WeightScheme, *, common_scales: bool) -> Codes:
+        """Append quantized matrices of one scheme (IntxUnpackedToInt8Tensor), stacked along their rows.
+
+        Raises ExportError: a scale that is no bfloat16 where the recipe chooses only such (`common_scales`).
+        """
         columns = weights[0].shape[1]
         block = block_size(scheme, columns)
         packed = [
             pack(weight.qdata.numpy(), scheme.bits).reshape(len(weight), columns // block, -1) for weight in weights
         ]
         q = self.add(f"{name}.q", packed[0] if len(packed) == 1 else np.concatenate(packed))
-        scale = self.add(f"{name}.scale", np.concatenate([brain_floats(weight.scale) for weight in weights]))
+        scale = self.add(f"{name}.scale", shortest(torch.cat([weight.scale for weight in weights]), common_scales))
         rows = sum(len(part) for part in packed)
         return Codes(q, scale, rows, columns, scheme.bits, block, per_channel=not scheme.group_size)
 
 
-def brain_floats(scale: torch.Tensor) -> NDArray[Any]:
-    """Scales as bfloat16; the quantizer rounds them so before it chooses integers, and nothing is lost here."""
-    short = scale.to(torch.bfloat16)
-    if not torch.equal(short.to(scale.dtype), scale):
+def shortest(scale: torch.Tensor, common: bool) -> NDArray[Any]:
+    """float32 scales in the shortest type that loses nothing; `common` ones were rounded to bfloat16 already."""
+    brain = scale.to(torch.bfloat16)
+    if torch.equal(brain.float(), scale):
+        bits = brain.contiguous().view(torch.int16).numpy()
+        return bits.view(helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16))
+    if common:
         raise ExportError("a scale is not a bfloat16; scales are rounded before the integers are chosen")
-    return short.contiguous().view(torch.int16).numpy().view(helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16))
+    half = scale.to(torch.float16)
+    return (half if torch.equal(half.float(), scale) else scale).contiguous().numpy()
 
 
 def block_size(scheme: WeightScheme, columns: int) -> int:

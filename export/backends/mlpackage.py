@@ -16,7 +16,7 @@ from ..errors import ExportError
 from ..plan import Architecture, Plan
 from ..quantize import QuantizedModel
 from ..schemes import largest, of_recipe, possible
-from . import Build, Lowered, Needs, StoredWeight
+from . import Build, Lowered, Needs, StoredWeight, refuse_any_scales
 
 LIBRARIES_BYTES = 230_000_000
 LAYER_BYTES = 1_500_000
@@ -33,6 +33,7 @@ def check(plan: Plan, architecture: Architecture) -> None:
             f"target {plan.target.name!r}: {first}: activations {plan.target.activations!r}, but Core ML quantizes no "
             "activations at run time; set `activations: none`"
         )
+    refuse_any_scales(plan, "Core ML keeps scales in fp16")
     if plan.target.logits != "all":
         raise ExportError(
             f"target {plan.target.name!r}: logits {plan.target.logits!r}, but Apple's convention has those of every "

@@ -19,7 +19,9 @@ from pydantic import ValidationError
 from ..errors import ExportError
 from ..plan import Architecture, RopeScaling, explain
 from . import gguf_header, gguf_tokenizer
+from .gguf_integers import integers_of
 from .gguf_metadata import Metadata
+from .integers import Integers
 from .rope_factors import scaling_of
 from .row_order import in_hugging_face_order
 
@@ -155,8 +157,14 @@ class GgufSource:
             values.numpy()[rows] = dequantize(stored[rows], tensor.tensor_type)
         return in_hugging_face_order(name, values.view(shape), self.architecture)
 
-    def integers(self, name: str) -> None:
-        """As in `Source`: its quantized types are dequantized."""
+    def integers(self, name: str) -> Integers | None:
+        """As in `Source`: the other types have minima, or levels that are not even."""
+        tensor, a = self._tensors[name], self.architecture
+        found = integers_of(tensor.data.reshape(self.shapes[name][0], -1), tensor.tensor_type)
+        if found is None:
+            return None
+        qdata, scale = (in_hugging_face_order(name, part, a) for part in (found.qdata, found.scale))
+        return Integers(qdata, scale, found.bits)
 
     def write_tokenizer(self, folder: Path) -> None:
         gguf_tokenizer.write(self.metadata, folder)

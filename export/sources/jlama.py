@@ -16,11 +16,13 @@ import torch
 
 from ..errors import ExportError
 from . import safetensors_header
+from .integers import Integers
 from .safetensors_header import Tensor
 
 SCALES = ".qb"
 BLOCK = 32
-QUANTIZED = ("Q4", "I8")
+BITS = {"Q4": 4, "I8": 8}
+QUANTIZED = tuple(BITS)
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 BLOCK_ELEMENTS = 2**22
 """Dequantized at a time."""
@@ -57,8 +59,15 @@ class JlamaWeights:
         """As in `Source`: of what the weights stand for."""
         return {name: plain_shape(tensor) for name, tensor in self.tensors.items() if not name.endswith(SCALES)}
 
-    def integers(self, name: str) -> None:
-        """As in `Source`: half of its scales are negative, which no runtime but onnxruntime takes; dequantized."""
+    def integers(self, name: str) -> Integers | None:
+        """As in `Source`. About half of the scales are negative."""
+        tensor = self.tensors[name]
+        if tensor.dtype not in QUANTIZED:
+            return None
+        codes, scales = self._blocks(name)
+        if tensor.dtype == "Q4":
+            codes = torch.cat([codes & 15, codes >> 4], dim=-1) - 8  # uint8 wraps around
+        return Integers(codes.view(torch.int8).view(*tensor.shape), scales.squeeze(-1), BITS[tensor.dtype])
 
     def read(self, name: str) -> torch.Tensor:
         """As in `Source`."""
@@ -69,9 +78,7 @@ class JlamaWeights:
         if tensor.dtype not in QUANTIZED:
             raise ExportError(f"{self.path}: tensor {name:.80} is {tensor.dtype}, which is no weight")
         rows, columns = tensor.shape
-        scales = torch.from_numpy(self._bytes(self.tensors[name + SCALES])).view(torch.float32)
-        scales = scales.view(rows, columns // BLOCK, 1)
-        codes = torch.from_numpy(self._bytes(tensor)).view(rows, columns // BLOCK, -1)  # [N, K/32, 16 or 32]
+        codes, scales = self._blocks(name)
         values = torch.empty(rows, columns // BLOCK, BLOCK)
         step = max(1, BLOCK_ELEMENTS // columns)
         for start in range(0, rows, step):
@@ -82,6 +89,14 @@ class JlamaWeights:
                 values[part] = codes[part].view(torch.int8)
             values[part] *= scales[part]
         return values.view(rows, columns)
+
+    def _blocks(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes uint8 [N, K/32, 16 or 32], scales float32 [N, K/32, 1]."""
+        tensor = self.tensors[name]
+        rows, columns = tensor.shape
+        scales = torch.from_numpy(self._bytes(self.tensors[name + SCALES])).view(torch.float32)
+        codes = torch.from_numpy(self._bytes(tensor))
+        return codes.view(rows, columns // BLOCK, -1), scales.view(rows, columns // BLOCK, 1)
 
     def _bytes(self, tensor: Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
         """A tensor's bytes, read, not mapped."""

@@ -8,7 +8,7 @@ from ...errors import ExportError
 from ...plan import Architecture, Plan
 from ...quantize import QuantizedModel
 from ...schemes import EMBEDDING, largest, of_recipe, possible
-from .. import Build, Lowered, Needs, StoredWeight
+from .. import Build, Lowered, Needs, StoredWeight, refuse_any_scales
 
 MAX_PREFILL = 512
 LIBRARIES_BYTES = 100_000_000
@@ -24,6 +24,7 @@ def check(plan: Plan, architecture: Architecture) -> None:
             f"{rule}: XNNPACK computes weight-only linears wrongly (output = reference / scale); "
             "set `activations: int8-per-token` in the target"
         )
+    refuse_any_scales(plan, "XNNPACK multiplies by positive bf16 scales only")
     if plan.target.logits != "last":
         raise ExportError(
             f"target {plan.target.name!r}: logits {plan.target.logits!r}, but the program has those of the last "
