@@ -14,7 +14,8 @@ from .plan import Architecture, Strict
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MODULES = ("embedding", "head", "attention", "mlp", "norms", "scales", "other tensors", "graph")
 """Where bytes go; `graph` is what is left of the files: nodes, names, padding."""
-BITS = {"int4": 4, "uint4": 4, "bool": 8, "int8": 8, "uint8": 8, "float8": 8, "int16": 16, "uint16": 16}
+BITS = {"int4": 4, "uint4": 4, "nf4": 4, "fp4": 4}
+BITS |= {"bool": 8, "int8": 8, "uint8": 8, "float8": 8, "int16": 16, "uint16": 16}
 BITS |= {"float16": 16, "bfloat16": 16, "int32": 32, "uint32": 32, "float32": 32}
 BITS |= {"int64": 64, "uint64": 64, "float64": 64}
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from .contract import IOContract, TokenizerIds
 from .errors import ExportError
-from .plan import Architecture, Plan, Strict, explain
+from .plan import Architecture, Levels, Plan, Strict, explain
 
 FILE = "manifest.json"
 CARD = "README.md"
@@ -45,6 +45,7 @@ class LayerInfo(Strict):
     name: str
     bits: Literal[4, 8]
     group_size: int
+    levels: Levels = "even"
     sqnr_db: float
     max_abs_error: float
     kept: bool

@@ -102,7 +102,7 @@ def wrong_schemes(contents: Contents, described: Manifest) -> Iterator[str]:
     for layer in described.quantization.layers:
         columns = a.tensor_shapes()[layer.name][-1] if layer.name in a.tensor_shapes() else 0
         groups = "per channel" if layer.group_size == columns else f"g{layer.group_size}"
-        wanted = f"int{layer.bits} {groups}"
+        wanted = f"{f'int{layer.bits}' if layer.levels == 'even' else layer.levels} {groups}"
         if stored.get(layer.name) != wanted:
             yield f"{layer.name}: {stored.get(layer.name, 'not there')} in the file, {wanted} in the manifest"
 

@@ -12,6 +12,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from .errors import ExportError
 
+Levels = Literal["even", "nf4", "fp4"]
+"""What codes stand for: evenly spaced integers, or the sixteen levels of bitsandbytes' types."""
 CONFIGS = Path(__file__).parent.parent / "configs"
 Positive = Annotated[int, Field(gt=0)]
 PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -119,6 +121,8 @@ class WeightScheme(Strict):
 
     bits: Literal[4, 8]
     group_size: Positive | None
+    levels: Levels = "even"
+    """What a code stands for; others than integers only as a checkpoint holds them."""
 
 
 class QuantLimits(Strict):
@@ -228,6 +232,13 @@ class QuantRecipe(Strict):
             raise ValueError(f"method {self.method!r} contradicts gptq: only that method needs its settings")
         if self.method in ("kept", "scales", "gptq") and self.linear is None:
             raise ValueError(f"method {self.method!r} needs a scheme for linear")
+        uneven = any(scheme and scheme.levels != "even" for scheme in (self.linear, self.embedding, self.head))
+        if uneven and self.method != "kept":
+            raise ValueError("levels other than even need method kept: no runtime but onnxruntime has them")
+        if uneven and any(scheme and scheme.levels != "even" for scheme in (self.embedding, self.head)):
+            raise ValueError("embedding and head have no operator for levels other than even")
+        if self.linear and self.linear.levels != "even" and self.linear.bits != 4:
+            raise ValueError("levels other than even are of 4 bits")
         if self.promotion and self.method != "gptq":
             raise ValueError("promotion needs method gptq")
         if self.promotion and self.linear and self.promotion.scheme.bits <= self.linear.bits:

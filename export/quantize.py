@@ -71,14 +71,25 @@ class QuantizedModel:
         scheme = self.schemes.of(name)
         if scheme is None or file is None:
             return self.checkpoint.read(name)
-        qdata, scale = file.get_tensor(f"{name}.qdata"), file.get_tensor(f"{name}.scale")
-        weight: torch.Tensor = as_torchao(qdata, scale, scheme.bits)
+        if scheme.levels != "even":
+            return self.checkpoint.read(name)  # nothing of it was changed, and torchao has no such tensor
+        weight: torch.Tensor = as_torchao(*stored_codes(file, name), scheme.bits)
         return weight
+
+    def codes(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A quantized weight as it is stored: int8 [N, K] and float32 [N, K/group]; None: float."""
+        if self.schemes.of(name) is None or self.store is None:
+            return None
+        with safe_open(self.store, framework="pt") as file:
+            return stored_codes(file, name)
 
     @property
     def schemes(self) -> Schemes:
         """The scheme of every tensor, promotions included."""
         found = schemes.of_recipe(self.recipe, self.architecture)
+        if self.recipe.method == "kept":  # what the checkpoint holds in floats stays so
+            quantized = {layer.name for layer in self.layers}
+            return Schemes(self.architecture, {n: scheme for n, scheme in found.by_name.items() if n in quantized})
         if self.recipe.promotion is None or self.calibration is None:
             return found
         names = [one.name for one in self.calibration.candidates if one.promoted]
@@ -89,6 +100,11 @@ class QuantizedModel:
         """Stored bits (integers and 16-bit scales; float tensors at 32) per parameter, tied weights once."""
         parameters = sum(torch.Size(shape).numel() for shape in self.architecture.tensor_shapes().values())
         return self.schemes.stored_bits(float_bits=32) / parameters
+
+
+def stored_codes(file: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integers and scales of one weight in an opened store."""
+    return file.get_tensor(f"{name}.qdata"), file.get_tensor(f"{name}.scale")
 
 
 def memory_bytes(recipe: QuantRecipe, architecture: Architecture) -> int:
@@ -188,26 +204,31 @@ def to_nearest(checkpoint: Checkpoint, wanted: Schemes) -> Result:
 
 
 def as_held(checkpoint: Checkpoint, wanted: Schemes, recipe: str) -> Result:
-    """Every linear exactly as the checkpoint holds it; an embedding or head that it holds in floats is rounded.
+    """Every linear exactly as the checkpoint holds it, in floats too; embedding and head where that is possible.
 
-    Raises ExportError: a linear that the recipe's scheme cannot hold.
+    Raises ExportError: a linear's codes that the recipe's scheme cannot hold, or no codes at all.
     """
     tensors: dict[str, Rounded] = {}
+    kept: list[str] = []
     not_kept: dict[str, str] = {}
     with one_torch_thread():
         for name, scheme in track(wanted.by_name.items(), "keep", len(wanted.names)):
-            weight, held = checkpoint.read(name), exactly(checkpoint.integers(name), scheme)
+            held = exactly(checkpoint.integers(name), scheme)
             if isinstance(held, Integers):
-                tensors[name] = compared_with(weight, held)
-                continue
-            if name not in (EMBEDDING, HEAD):
+                kept.append(name)
+                tensors[name] = compared_with(checkpoint.read(name), held)
+            elif name in (EMBEDDING, HEAD):
+                tensors[name] = round_to_nearest(checkpoint.read(name), scheme)
+                not_kept |= {name: held.reason} if held else {}
+            elif held:
                 raise ExportError(
-                    f"{checkpoint.origin}: {name} is not of int{scheme.bits} in groups of {scheme.group_size} "
-                    f"({held.reason}), so recipe {recipe!r} cannot keep it; use int4-g32, which rounds again"
+                    f"{checkpoint.origin}: {name}: {held.reason}, so recipe {recipe!r} cannot keep it; "
+                    "use int4-g32, which rounds again"
                 )
-            not_kept[name] = held.reason
-            tensors[name] = round_to_nearest(weight, scheme)
-    return Result(tensors, wanted, None, tensors.keys() - not_kept.keys(), not_kept)
+    if not kept:
+        raise ExportError(f"{checkpoint.origin}: holds floats, so recipe {recipe!r} has nothing to keep; use int4-g32")
+    left = {name: scheme for name, scheme in wanted.by_name.items() if name in tensors}
+    return Result(tensors, Schemes(wanted.architecture, left), None, kept, not_kept)
 
 
 def calibrated(checkpoint: Checkpoint, recipe: QuantRecipe, unfinished: Unfinished) -> Result:
@@ -225,7 +246,8 @@ def calibrated(checkpoint: Checkpoint, recipe: QuantRecipe, unfinished: Unfinish
     )
     every = rounded | found.linears
     reason = f"method {recipe.method} chooses its own"
-    not_kept = {name: reason for name in base.names if checkpoint.integers(name) is not None}
+    held = {name: checkpoint.integers(name) for name in base.names}
+    not_kept = {name: one.reason if isinstance(one, Unfit) else reason for name, one in held.items() if one}
     return Result({name: every[name] for name in base.names}, found.schemes, info, (), not_kept)
 
 
@@ -238,6 +260,7 @@ def layer_info(name: str, found: Result) -> LayerInfo:
         group_size=rounded.qdata.shape[1] // rounded.scale.shape[1],
         sqnr_db=round(rounded.sqnr_db, 3),
         max_abs_error=rounded.max_abs_error,
+        levels=found.schemes.by_name[name].levels,
         kept=name in found.kept,
         not_kept=found.not_kept.get(name),
     )

@@ -15,7 +15,8 @@ import torch
 from torchao.quantization import IntxUnpackedToInt8Tensor, MappingType
 from torchao.quantization.quant_primitives import choose_qparams_affine
 
-from .plan import WeightScheme
+from .levels import values_of
+from .plan import Levels, WeightScheme
 
 SMALLEST_SCALE = 2.0**-17
 BLOCK_ELEMENTS = 2**21  # a few MB per temporary, so that a 1 GB embedding costs no more than its integers
@@ -48,9 +49,9 @@ class Rounded:
         return self.qdata * self.scale.repeat_interleave(self.qdata.shape[1] // self.scale.shape[1], 1)
 
 
-def compared(weight: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor) -> Rounded:
+def compared(weight: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, levels: Levels = "even") -> Rounded:
     """Integers and scales, however chosen, with what they cost."""
-    error = qdata * scale.repeat_interleave(qdata.shape[1] // scale.shape[1], 1) - weight
+    error = values_of(qdata, levels) * scale.repeat_interleave(qdata.shape[1] // scale.shape[1], 1) - weight
     signal, noise = (float(torch.linalg.vector_norm(x)) ** 2 for x in (weight, error))
     return Rounded(qdata, scale, signal, noise, float(error.abs().max()))
 

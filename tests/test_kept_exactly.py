@@ -5,18 +5,20 @@ import numpy as np
 import pytest
 import torch
 
-from export import checkpoint, manifest
+from export import checkpoint, manifest, model_checks
 from export.backends import onnx_kv
-from export.backends._onnx_weights import shortest
+from export.backends._onnx_weights import pack, shortest, unpack
 from export.errors import ExportError
+from export.levels import values_of
 from export.model_checks import wrong_scales
 from export.pipeline import export
-from export.plan import load_plan
+from export.plan import QuantRecipe, load_plan
 from export.quantize import eager
 from export.sources.gguf_integers import integers_of
+from export.sources.integers import Unfit
 from runtime_tests.session import open_session
 
-from .checkpoints import LLAMA, weights, write_folder, write_gguf, write_jlama
+from .checkpoints import LLAMA, weights, write_bnb, write_folder, write_gguf, write_jlama
 
 RECIPE = "int4-g32-exact"
 LINEAR, EMBEDDING = "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"
@@ -46,7 +48,9 @@ def test_integers_and_scales_are_what_the_blocks_stand_for(kind, bits, group):
 
 
 def test_a_type_with_minima_has_none():
-    assert integers_of(blocks("Q4_1"), gguf.GGMLQuantizationType.Q4_1) is None
+    found = integers_of(blocks("Q4_1"), gguf.GGMLQuantizationType.Q4_1)
+    assert found == Unfit("Q4_1 blocks, which have minima or uneven levels")
+    assert integers_of(blocks("F16"), gguf.GGMLQuantizationType.F16) is None
 
 
 def q4_0(folder):
@@ -105,11 +109,11 @@ def test_runtimes_that_take_fewer_scales_are_refused(tmp_path, target):
 @pytest.mark.parametrize(
     ("write", "reason"),
     [
-        (lambda folder: write_folder(folder / "floats"), "floats, or integers with minima or uneven levels"),
-        (lambda folder: write_gguf(folder / "q4_1.gguf", kind="Q4_1"), "floats, or integers with minima"),
+        (lambda folder: write_gguf(folder / "q4_1.gguf", kind="Q4_1"), "Q4_1 blocks, which have minima"),
         (lambda folder: write_gguf(folder / "q8_0.gguf", kind="Q8_0"), "8 bits do not fit a recipe of 4"),
+        (lambda folder: write_bnb(folder / "bnb"), "NF4 levels do not fit a recipe of integers"),
     ],
-    ids=["floats", "minima", "more bits"],
+    ids=["minima", "more bits", "other levels"],
 )
 def test_a_linear_that_cannot_be_kept_is_named(tmp_path, write, reason):
     with pytest.raises(ExportError) as caught:
@@ -125,7 +129,78 @@ def test_an_embedding_in_floats_is_rounded_and_the_manifest_says_so(tmp_path):
     described = built(checkpoint.load(LLAMA, str(path)), tmp_path / "out")
     layers = {layer.name: layer for layer in described.quantization.layers}
     assert (layers[EMBEDDING].kept, layers[LINEAR].kept) == (False, True)
-    assert layers[EMBEDDING].not_kept == "floats, or integers with minima or uneven levels"
+    assert described.quantization.from_checkpoint == "kept the checkpoint's integers of 7 of 7 weights"
+
+
+def test_floats_alone_are_nothing_to_keep(tmp_path):
+    with pytest.raises(ExportError, match="holds floats, so recipe 'int4-g32-exact' has nothing to keep"):
+        built(checkpoint.load(LLAMA, str(write_folder(tmp_path / "floats"))), tmp_path / "out")
+
+
+# ── bitsandbytes' levels ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_codes_are_levels_times_absmax(tmp_path, kind, nested):
+    opened = checkpoint.load(LLAMA, str(write_bnb(tmp_path / "bnb", kind=kind, nested=nested)))
+    held = opened.integers(LINEAR)
+    assert (held.levels, held.bits, held.group_size) == (kind, 4, 64)
+    product = values_of(held.qdata, held.levels) * held.scale.repeat_interleave(64, 1)
+    assert torch.equal(product, opened.read(LINEAR))
+    assert opened.integers(EMBEDDING) is None
+
+
+def test_blocks_that_go_on_in_the_next_row_are_not_groups(tmp_path):
+    opened = checkpoint.load(LLAMA, str(write_bnb(tmp_path / "bnb", blocksize=4096)))
+    assert opened.integers(LINEAR) == Unfit("blocks of 4096 that go on in the next row")
+
+
+def test_nf4_stays_nf4_and_a_linear_in_bf16_stays_float(tmp_path):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    source = checkpoint.load(LLAMA, str(write_bnb(tmp_path / "bnb", keep=("model.layers.0.mlp.down_proj",))))
+    described = built(source, tmp_path / "out", recipe="nf4-exact")
+    assert described.quantization.from_checkpoint == "kept the checkpoint's integers of 6 of 6 weights"
+    assert described.lowering["matmul_bnb4_nodes"] == 3  # q/k/v and gate/up are stacked
+    assert described.lowering["float_matmul_nodes"] == 1
+    names = []
+    for weight in onnx_kv.read_weights(tmp_path / "out/model.onnx", source.architecture):
+        names.append(weight.name)
+        held = source.integers(weight.name)
+        if held is not None:
+            np.testing.assert_array_equal(weight.qdata, held.qdata.numpy(), err_msg=weight.name)
+            np.testing.assert_array_equal(weight.scale, held.scale.numpy(), err_msg=weight.name)
+    assert len(names) == 7
+    assert model_checks.check(tmp_path / "out") == []
+
+    session = open_session(tmp_path / "out", manifest.read(tmp_path / "out"), threads=1)
+    got = torch.tensor(np.array([session.feed(TOKENS[:16])] + [session.feed([token]) for token in TOKENS[16:]]))
+    with torch.no_grad():
+        logits, _ = eager(source.read, source.architecture, "none")(torch.tensor([TOKENS]))
+    want = logits[0, 15:]
+    assert want.square().sum() > 300 * (want - got).square().sum()
+
+
+def test_a_swapped_nibble_shows(tmp_path):
+    source = checkpoint.load(LLAMA, str(write_bnb(tmp_path / "bnb")))
+    held = source.integers(LINEAR).qdata.numpy()
+    packed = pack(held, 4, "nf4")
+    assert np.array_equal(unpack(packed, 4, "nf4"), held)
+    assert not np.array_equal(unpack(packed, 4, "even"), held)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"method": "rtn"}, "need method kept"),
+        ({"embedding": {"bits": 4, "group_size": 64, "levels": "nf4"}}, "embedding and head have no operator"),
+        ({"linear": {"bits": 8, "group_size": 64, "levels": "nf4"}}, "levels other than even are of 4 bits"),
+    ],
+)
+def test_recipes_that_no_runtime_has(fields, words):
+    recipe = load_plan("llama", "nf4-exact", "onnx-cpu").quant
+    with pytest.raises(ValueError, match=words):
+        QuantRecipe.model_validate(recipe.model_dump() | fields)
 
 
 def test_scales_are_stored_in_the_shortest_exact_type():

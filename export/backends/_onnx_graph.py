@@ -16,9 +16,9 @@ from ..plan import Architecture, WeightScheme
 from ..quantize import QuantizedModel
 from ..schemes import EMBEDDING, HEAD
 from ._onnx_activations import INT8_ACTIVATIONS, accuracy_level
-from ._onnx_weights import Codes, DataFile
+from ._onnx_weights import BNB4_TYPES, Codes, DataFile
 
-CONTRIB = {"FusedMatMul", "GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits", "QuickGelu"}
+CONTRIB = {"FusedMatMul", "GatherBlockQuantized", "GroupQueryAttention", "MatMulBnb4", "MatMulNBits", "QuickGelu"}
 CONTRIB |= {"SkipSimplifiedLayerNormalization"}
 """onnxruntime's own operators, domain com.microsoft."""
 OPSETS = (("", 21), ("com.microsoft", 1))
@@ -67,7 +67,7 @@ class Graph:
 
     def add_codes(self, stored: str, names: Sequence[str], scheme: WeightScheme) -> Codes:
         """Quantized weights stacked along their rows, stored as `stored`."""
-        weights = [self.model.read(name) for name in names]
+        weights = [codes for codes in map(self.model.codes, names) if codes]
         return self.data.add_codes(stored, weights, scheme, common_scales=self.model.recipe.common_scales)
 
 
@@ -233,9 +233,11 @@ def stack(weights: Sequence[Any]) -> NDArray[np.float32]:
 
 def multiply(graph: Graph, x: str, codes: Codes, name: str, *, level: int) -> str:
     """x [B, S, K] · codesᵀ."""
-    attributes = {"K": codes.columns, "N": codes.rows, "bits": codes.bits, "block_size": codes.block}
-    attributes["accuracy_level"] = level
-    return graph.node("MatMulNBits", [x, codes.q, block_scales(graph, codes)], f"{name}.out", attributes)
+    attributes = {"K": codes.columns, "N": codes.rows, "block_size": codes.block}
+    inputs = [x, codes.q, block_scales(graph, codes)]
+    if codes.levels != "even":
+        return graph.node("MatMulBnb4", inputs, f"{name}.out", attributes | {"quant_type": BNB4_TYPES[codes.levels]})
+    return graph.node("MatMulNBits", inputs, f"{name}.out", attributes | {"bits": codes.bits, "accuracy_level": level})
 
 
 def block_scales(graph: Graph, codes: Codes) -> str:

@@ -3,7 +3,8 @@
 Layout: `NAME.q` uint8 [N, blocks, block · bits / 8], codes offset by 2^(bits-1) so that no zero points are needed, of
 two 4-bit codes the even column in the low nibble; `NAME.scale` [N, groups] in the shortest of bfloat16, float16 and
 float32 that holds them exactly: bfloat16, but for a checkpoint's own. The graph makes float32 of them,
-and of a row's one scale as many as it has blocks (a per-channel scheme has no block size onnxruntime takes).
+and of a row's one scale as many as it has blocks (a per-channel scheme has no block size onnxruntime takes). MatMulBnb4
+takes codes of NF4 and FP4 in the same shape, the even column in the high nibble.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, external_data_helper, helper
 
 from ..errors import ExportError
-from ..plan import WeightScheme
+from ..plan import Levels, WeightScheme
 from . import StoredWeight
 
 BLOCK_SIZES = (256, 128, 64, 32, 16)
@@ -27,7 +28,11 @@ BLOCKS_PER_CHANNEL = 16
 spoils as many channels as its block has: KL of the head alone on SmolLM2-135M (rows of 576) is 0.0010 with blocks of
 32, 0.0020 with 64, 0.0048 with 192. Time hardly depends on it: a head of 128,256 × 2,048 takes 22.4 ms with blocks of
 128 and 256, 23.0 with 64, 24.8 with 32."""
+BNB4_TYPES: dict[Levels, int] = {"fp4": 0, "nf4": 1}
+"""MatMulBnb4's quant_type."""
 PAGE = 4096
+Stored = tuple[torch.Tensor, torch.Tensor]
+"""Codes int8 [N, K] and scales float32 [N, K / group] of one weight."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Codes:
     block: int
     per_channel: bool
     """One stored scale per row."""
+    levels: Levels
 
     @property
     def blocks(self) -> int:
@@ -69,20 +75,21 @@ class DataFile:
         self.tensors.append(tensor)
         return name
 
-    def add_codes(self, name: str, weights: Sequence[Any], scheme: WeightScheme, *, common_scales: bool) -> Codes:
-        """Append quantized matrices of one scheme (IntxUnpackedToInt8Tensor), stacked along their rows.
+    def add_codes(self, name: str, weights: Sequence[Stored], scheme: WeightScheme, *, common_scales: bool) -> Codes:
+        """Append quantized matrices of one scheme, stacked along their rows.
 
         Raises ExportError: a scale that is no bfloat16 where the recipe chooses only such (`common_scales`).
         """
-        columns = weights[0].shape[1]
+        columns = weights[0][0].shape[1]
         block = block_size(scheme, columns)
         packed = [
-            pack(weight.qdata.numpy(), scheme.bits).reshape(len(weight), columns // block, -1) for weight in weights
+            pack(qdata.numpy(), scheme.bits, scheme.levels).reshape(len(qdata), columns // block, -1)
+            for qdata, _ in weights
         ]
         q = self.add(f"{name}.q", packed[0] if len(packed) == 1 else np.concatenate(packed))
-        scale = self.add(f"{name}.scale", shortest(torch.cat([weight.scale for weight in weights]), common_scales))
+        scale = self.add(f"{name}.scale", shortest(torch.cat([scale for _, scale in weights]), common_scales))
         rows = sum(len(part) for part in packed)
-        return Codes(q, scale, rows, columns, scheme.bits, block, per_channel=not scheme.group_size)
+        return Codes(q, scale, rows, columns, scheme.bits, block, not scheme.group_size, scheme.levels)
 
 
 def shortest(scale: torch.Tensor, common: bool) -> NDArray[Any]:
@@ -105,20 +112,23 @@ def block_size(scheme: WeightScheme, columns: int) -> int:
     return next((size for size in fitting if size * BLOCKS_PER_CHANNEL <= columns), min(fitting, default=0))
 
 
-def pack(codes: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
-    """Signed integers [N, K] → offset codes [N, K · bits / 8]."""
+def pack(codes: NDArray[np.int8], bits: int, levels: Levels) -> NDArray[np.uint8]:
+    """Signed codes [N, K] → offset codes [N, K · bits / 8]."""
     if bits == 8:
         return codes.view(np.uint8) ^ np.uint8(0x80)
     unsigned = codes.view(np.uint8) + np.uint8(8)  # wraps around: -8…7 becomes 0…15
-    return unsigned[:, 0::2] | unsigned[:, 1::2] << np.uint8(4)
+    even, odd = unsigned[:, 0::2], unsigned[:, 1::2]
+    low, high = (even, odd) if levels == "even" else (odd, even)
+    return low | high << np.uint8(4)
 
 
-def unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.int8]:
+def unpack(packed: NDArray[np.uint8], bits: int, levels: Levels) -> NDArray[np.int8]:
     """The inverse of `pack`."""
     if bits == 8:
         return (packed ^ np.uint8(0x80)).view(np.int8)
     codes = np.empty((packed.shape[0], 2 * packed.shape[1]), np.int8)
-    codes[:, 0::2], codes[:, 1::2] = packed & 15, packed >> 4
+    low, high = packed & 15, packed >> 4
+    codes[:, 0::2], codes[:, 1::2] = (low, high) if levels == "even" else (high, low)
     return codes - np.int8(8)
 
 
@@ -140,7 +150,7 @@ class StoredTensors:
 
     def weight(self, codes: Codes) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
         """Integers [N, K] and scales [N, groups] of one stored matrix; per channel: one column."""
-        qdata = unpack(self.read(codes.q).reshape(codes.rows, -1), codes.bits)
+        qdata = unpack(self.read(codes.q).reshape(codes.rows, -1), codes.bits, codes.levels)
         return qdata, self.read(codes.scale).astype(np.float32)
 
 

@@ -14,16 +14,17 @@ import onnx
 
 from ..contract import IOContract, KVLayout, TensorSpec
 from ..errors import ExportError
-from ..plan import Architecture, Plan, WeightScheme
+from ..plan import Architecture, Levels, Plan, WeightScheme
 from ..quantize import QuantizedModel
 from ..schemes import EMBEDDING, largest, of_recipe, possible
 from . import Build, Lowered, Needs, StoredWeight
 from . import _onnx_genai_config as genai
 from ._onnx_activations import FLOAT_ACTIVATIONS
 from ._onnx_graph import build as build_graph
-from ._onnx_weights import BLOCK_SIZES, Codes, DataFile, StoredTensors, block_size, split
+from ._onnx_weights import BLOCK_SIZES, BNB4_TYPES, Codes, DataFile, StoredTensors, block_size, split
 
 FILE = "model.onnx"
+LEVELS_OF = {number: levels for levels, number in BNB4_TYPES.items()}
 STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Our names of the weights whose rows are stored as one matrix."""
 
@@ -127,6 +128,7 @@ def facts(proto: Any, architecture: Architecture) -> dict[str, int | float | str
     return {
         "nodes": sum(counts.values()),
         "matmul_nbits_nodes": counts["MatMulNBits"],
+        "matmul_bnb4_nodes": counts["MatMulBnb4"],
         "float_activation_nodes": levels[FLOAT_ACTIVATIONS],
         "float_matmul_nodes": counts["FusedMatMul"],
         "group_query_attention_nodes": counts["GroupQueryAttention"],
@@ -151,7 +153,8 @@ def read_weights(artifact: Path, architecture: Architecture) -> Iterator[StoredW
 def codes_of(node: Any, tensors: StoredTensors, makers: Mapping[str, Any]) -> Codes | None:
     """The quantized matrix a node multiplies with or gathers from."""
     attributes = {entry.name: entry.i for entry in node.attribute}
-    if node.op_type == "MatMulNBits":
+    levels: Levels = "even"
+    if node.op_type in {"MatMulNBits", "MatMulBnb4"}:
         q, scale, rows, columns = node.input[1], node.input[2], attributes["N"], attributes["K"]
     elif node.op_type == "GatherBlockQuantized":
         q, scale = node.input[0], node.input[2]
@@ -159,9 +162,12 @@ def codes_of(node: Any, tensors: StoredTensors, makers: Mapping[str, Any]) -> Co
         columns = blocks * attributes["block_size"]
     else:
         return None
+    if node.op_type == "MatMulBnb4":
+        levels = LEVELS_OF[attributes["quant_type"]]
     stored = stored_scale(scale, makers)
     per_channel = tensors.tensors[stored].dims[1] == 1
-    return Codes(q, stored, rows, columns, attributes["bits"], attributes["block_size"], per_channel)
+    bits, block = attributes.get("bits", 4), attributes["block_size"]
+    return Codes(q, stored, rows, columns, bits, block, per_channel, levels)
 
 
 def stored_scale(name: str, makers: Mapping[str, Any]) -> str:

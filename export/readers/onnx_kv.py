@@ -104,7 +104,7 @@ def stored(graph: Any, folder: Path, architecture: Architecture | None) -> Itera
 
 def known_codes(node: Any, tensors: StoredTensors, makers: dict[str, Any]) -> Codes | None:
     """The quantized matrix a node reads, in the layout that onnxruntime's own tools write today."""
-    if node.op_type not in {"MatMulNBits", "GatherBlockQuantized"}:
+    if node.op_type not in {"MatMulNBits", "MatMulBnb4", "GatherBlockQuantized"}:
         return None
     q, scale = (0, 2) if node.op_type == "GatherBlockQuantized" else (1, 2)
     held = [tensors.tensors.get(node.input[i]) for i in (q, scale)]
@@ -116,7 +116,8 @@ def one_quantized(tensor: Any, codes: Codes, architecture: Architecture | None) 
     """Integers, or scales, of a matrix under the matrix's name."""
     plainly = plain(tensor)
     if tensor.name == codes.q:
-        update = {"dtype": f"int{codes.bits}", "shape": (codes.rows, codes.columns)}
+        kind = f"int{codes.bits}" if codes.levels == "even" else codes.levels
+        update = {"dtype": kind, "shape": (codes.rows, codes.columns)}
     else:
         update = {"kind": "scales", "shape": (codes.rows, 1 if codes.per_channel else codes.blocks)}
     rows = rows_of(codes, architecture) if architecture else {codes.q.removesuffix(".q"): codes.rows}

@@ -20,7 +20,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import ExportError
+from ..levels import OFFSET, TABLES
 from ..plan import Positive, explain
+from .integers import Integers, Unfit
 from .safetensors_files import SafetensorsFiles
 
 STATE = ".quant_state."
@@ -118,8 +120,23 @@ class Bnb4BitWeights:
         pairs = pairs_of(found[".quant_map"]).index_select(0, codes.int())  # [bytes, 2]
         return scaled(pairs.flatten()[: state.elements], absmax_of(state, found), state.blocksize).view(state.shape)
 
-    def integers(self, name: str) -> None:
-        """As in `Source`: its levels are not evenly spaced."""
+    def integers(self, name: str) -> Integers | Unfit | None:
+        """As in `Source`: codes of the type's levels."""
+        state = self.states.get(name)
+        if state is None:
+            return None
+        rows, columns = state.shape
+        if columns % state.blocksize:
+            return Unfit(f"blocks of {state.blocksize} that go on in the next row")
+        suffixes = list(state.companions())
+        packed, *parts = self.stored.tensors([name, *(name + suffix for suffix in suffixes)])
+        found = dict(zip(suffixes, parts, strict=True))
+        if not torch.equal(found[".quant_map"].flatten(), TABLES[state.quant_type]):
+            return Unfit(f"levels that are not {state.quant_type.upper()}'s")
+        octets = packed.contiguous().view(torch.uint8).flatten()
+        codes = torch.stack((octets >> 4, octets & 15), dim=1) - OFFSET  # uint8 wraps around
+        scale = absmax_of(state, found).view(rows, columns // state.blocksize)
+        return Integers(codes.view(torch.int8).view(rows, columns), scale, 4, state.quant_type)
 
 
 def pairs_of(table: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from ..plan import Architecture, RopeScaling, explain
 from . import gguf_header, gguf_tokenizer
 from .gguf_integers import integers_of
 from .gguf_metadata import Metadata
-from .integers import Integers
+from .integers import Integers, Unfit
 from .rope_factors import scaling_of
 from .row_order import in_hugging_face_order
 
@@ -157,12 +157,12 @@ class GgufSource:
             values.numpy()[rows] = dequantize(stored[rows], tensor.tensor_type)
         return in_hugging_face_order(name, values.view(shape), self.architecture)
 
-    def integers(self, name: str) -> Integers | None:
+    def integers(self, name: str) -> Integers | Unfit | None:
         """As in `Source`: the other types have minima, or levels that are not even."""
         tensor, a = self._tensors[name], self.architecture
         found = integers_of(tensor.data.reshape(self.shapes[name][0], -1), tensor.tensor_type)
-        if found is None:
-            return None
+        if not isinstance(found, Integers):
+            return found
         qdata, scale = (in_hugging_face_order(name, part, a) for part in (found.qdata, found.scale))
         return Integers(qdata, scale, found.bits)
 

@@ -8,16 +8,19 @@ Format: ggml `ggml-common.h` (block_q4_0, block_q8_0, block_q6_K) and `dequantiz
 integers come from the `gguf` library's dequantization with every scale set to one, which is their definition.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from .integers import Integers
+from .integers import Integers, Unfit
 
 Q4_0, Q8_0, Q6_K = (GGMLQuantizationType[name] for name in ("Q4_0", "Q8_0", "Q6_K"))
 BITS = {Q4_0: 4, Q8_0: 8, Q6_K: 6}
+FLOATS = ("F32", "F16", "BF16", "F64")
 HALF = 2
 """Bytes of a float16."""
 Q6_K_BYTES, Q6_K_SCALES = 210, 192
@@ -26,10 +29,12 @@ Q6_K_GROUPS = 16
 ROWS_AT_A_TIME = 2**22
 
 
-def integers_of(data: NDArray[np.uint8], kind: GGMLQuantizationType) -> Integers | None:
-    """Rows of blocks as uint8 [N, bytes] → int8 [N, K] and float32 scales; None: another type."""
-    if kind not in BITS:
+def integers_of(data: NDArray[Any], kind: GGMLQuantizationType) -> Integers | Unfit | None:
+    """Rows of blocks as uint8 [N, bytes] → int8 [N, K] and float32 scales; Unfit: another type; None: floats."""
+    if kind.name in FLOATS:
         return None
+    if kind not in BITS:
+        return Unfit(f"{kind.name} blocks, which have minima or uneven levels")
     step = max(1, ROWS_AT_A_TIME // data.shape[1])
     parts = [unpacked(data[start : start + step], kind) for start in range(0, len(data), step)]
     qdata, scale = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True))
