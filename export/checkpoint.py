@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 
 from .errors import ExportError
+from .places import origin_of
 from .plan import Architecture, ModelSpec
 from .sources import Source, open_source, require_shape, sha256
 from .sources.integers import Integers, Unfit
@@ -38,14 +39,6 @@ class Checkpoint:
     def integers(self, name: str) -> Integers | Unfit | None:
         """As in `Source`."""
         return self.source.integers(name)
-
-
-def origin_of(model: ModelSpec, source: str | None) -> str:
-    """Where the weights come from: `source`, or the model's own."""
-    origin = model.source if source is None else source
-    if origin is None:
-        raise ExportError(f"model {model.name!r} has no weights of its own: give --source DIR")
-    return origin
 
 
 def architecture_of(model: ModelSpec, source: str | None) -> Architecture:

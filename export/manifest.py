@@ -207,15 +207,20 @@ def tool_versions() -> dict[str, str]:
 
 
 def source_info() -> SourceInfo:
-    """Git revision of this checkout and the hash of export/ and configs/ as they are on disk."""
-    digest = hashlib.sha256()
-    for path in sorted([*ROOT.glob("export/**/*.py"), *ROOT.glob("configs/**/*.yaml")]):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    """Git revision of this checkout and the hash of export/ as it is on disk."""
     return SourceInfo(
         commit=git("rev-parse", "HEAD") or "unknown",
         dirty=bool(git("status", "--porcelain")),
-        sha256=digest.hexdigest(),
+        sha256=source_sha256(),
     )
+
+
+def source_sha256() -> str:
+    """Of the code and the card templates; what configs/ says is in the resolved plan."""
+    digest = hashlib.sha256()
+    for path in sorted([*ROOT.glob("export/**/*.py"), *ROOT.glob("export/**/*.j2")]):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def git(*arguments: str) -> str:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
+from . import cache as cache_folder
 from . import calibrate, disk, memory, schemes
 from .calibrate import texts
 from .calibrate.unfinished import Unfinished
@@ -23,11 +24,11 @@ from .errors import ExportError
 from .kept import compared_with, exactly, fitted
 from .manifest import CalibrationInfo, LayerInfo, from_checkpoint
 from .model import Llama
+from .places import locate
 from .plan import Architecture, QuantRecipe
 from .progress import console, track
 from .rounding import BLOCK_ELEMENTS, Rounded, as_torchao, bits_of, one_torch_thread, round_to_nearest
 from .schemes import EMBEDDING, HEAD, Schemes
-from .sources import locate
 from .sources.integers import Integers, Unfit
 
 HERE = Path(__file__).parent
@@ -135,6 +136,7 @@ def quantize(checkpoint: Checkpoint, recipe: QuantRecipe, cache: Path) -> Quanti
             if not store.is_file():
                 write_store(store, key, checkpoint, recipe)
                 memory.give_back()  # or the integers' memory is still ours while they are read back
+    cache_folder.used(store)
     layers, calibration = stored_notes(store, key)
     if line := from_checkpoint(layers):
         console.print(f"  {line}", soft_wrap=True)

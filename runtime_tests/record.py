@@ -194,8 +194,10 @@ class DeviceState(Strict):
 class Record(Strict):
     """One artifact, one run."""
 
-    schema_version: Literal[3]
+    schema_version: Literal[4]
     run_id: str
+    proof: str
+    """What was proven and with what, as one sha256 (`proven.key`); empty where the machine is another one."""
     artifact: str
     manifest_sha256: str
     size_bytes: int

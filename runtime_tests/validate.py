@@ -25,6 +25,7 @@ from . import (
     golden,
     jobs,
     latency,
+    proven,
     same_tokens,
 )
 from .case import Case, Setting, StoppedError, ask, ask_artifact
@@ -52,8 +53,9 @@ def validate(folder: Path, described: Manifest, setting: Setting) -> Record:
     before, after = case.states if len(case.states) == 2 else (unknown, unknown)
     code = manifest.source_info()
     return Record(
-        schema_version=3,
+        schema_version=4,
         run_id=setting.run_id,
+        proof=proof_of(case),
         artifact=described.id,
         manifest_sha256=manifest.digest(folder),
         size_bytes=described.artifact_bytes,
@@ -73,6 +75,13 @@ def validate(folder: Path, described: Manifest, setting: Setting) -> Record:
         outcome=outcome,
         detail=detail,
     )
+
+
+def proof_of(case: Case) -> str:
+    """What this run proves, for who may leave it out next time; nothing where the device is not this machine."""
+    if case.setting.device.transport.kind != "local" or case.environment is None:
+        return ""
+    return proven.key(case.folder, case.setting.device, case.setting.evaluation, case.environment)
 
 
 def examine(case: Case) -> None:
