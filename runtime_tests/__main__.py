@@ -1,6 +1,6 @@
 """The proof: `python -m runtime_tests [--device DEVICE] [--source DIR_OR_HF_ID] [--eval NAME] [FOLDER …]`.
 
-With `--tasks NAME,…` it evaluates lm-evaluation-harness tasks instead: docs/tasks.md.
+With `--tasks NAME,…` it evaluates lm-evaluation-harness tasks instead: docs/tasks.md. `chat PATH`: docs/chat.md.
 """
 
 import shutil
@@ -22,6 +22,7 @@ from export.errors import ExportError
 from export.progress import console, stage
 
 from .attached import AttachedDevice
+from .chat import command as chat_command
 from .place import Place, ThisMachine
 from .record import Outcome
 from .tasks.run import Asked, parse
@@ -30,7 +31,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 BUILD = Path("build")
 
 
-@app.command()
+@app.command(epilog="Talk to an artifact: python -m runtime_tests chat PATH (it has --help).")
 def main(  # noqa: PLR0913, PLR0917 – a command's options
     folders: Annotated[list[Path] | None, typer.Argument(help="artifact folders; default: all of build/")] = None,
     device: Annotated[str, typer.Option(help="a name in devices/")] = "host",
@@ -187,4 +188,4 @@ def measure_bandwidth(device: Device, threads: int) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(run(app))
+    sys.exit(run(chat_command.app if sys.argv[1:2] == [chat_command.NAME] else app))
