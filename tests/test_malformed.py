@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from export import checkpoint, manifest, pipeline, sources
+from export import checkpoint, manifest, pipeline, places
 from export.__main__ import app
 from export.cli import run as run_app
 from export.errors import ExportError
@@ -117,7 +117,7 @@ def test_a_whole_checkpoint_of_every_form_is_read(pristine, written, form):
     """The twin: none of the refusals above is about what the forms have in common."""
     written(form)
     given = arguments(form, pristine / form)
-    spec = given[1] if len(given) == 2 else sources.adapted(given[1], pristine / form / "adapter")
+    spec = given[1] if len(given) == 2 else places.adapted(given[1], pristine / form / "adapter")
     assert len(read_everything(LLAMA, spec)) == 11
 
 
