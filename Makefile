@@ -23,7 +23,7 @@ DEVICES := $(sort $(basename $(notdir $(wildcard devices/*.yaml))))
 FOLDERS := $(TARGETS:%=build/$(MODEL)_$(QUANT)_%)
 WEIGHTS := $(if $(SOURCE),--source $(SOURCE))
 
-.PHONY: all setup build validate test lint unit bench bench-quick bench-docs bench-pages study tasks devices lab baseline tiny golden readme lock clean help $(DEVICES)
+.PHONY: all setup build validate test lint unit bench bench-quick bench-docs bench-pages study detours tasks devices lab baseline tiny golden readme lock clean help $(DEVICES)
 
 all: build validate
 
@@ -97,6 +97,10 @@ study: setup                        ## size against loss: our recipes and llama.
 	@$(PY) -m export.dither smollm2-135m build/dithered
 	@$(PY) -m runtime_tests.bench.study smollm2-135m int4-mixed int4-g32-gptq --also $(STUDIED) \
 	  --source build/dithered --write accuracy
+
+detours: setup                      ## what quantizing a checkpoint that is 4-bit already costs, form by form
+	@test -d build/dithered || $(PY) -m export.dither smollm2-135m build/dithered
+	@$(PY) -m runtime_tests.bench.detours smollm2-135m --source build/dithered --write
 
 golden: setup                       ## rewrite the exact answers of the tiny model
 	@for quant in fp32 int4-g32; do $(PY) -m runtime_tests.golden tiny $$quant; done

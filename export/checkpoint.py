@@ -29,6 +29,14 @@ class Checkpoint:
         """File name → digest."""
         return {path.name: sha256(path) for path in self.source.files}
 
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Of all its files over the model's parameters; None: there are no files."""
+        if not self.source.files:
+            return None
+        parameters = sum(torch.Size(shape).numel() for shape in self.architecture.tensor_shapes().values())
+        return round(8 * sum(path.stat().st_size for path in self.source.files) / parameters, 2)
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor, float32; NaN or infinity is an error that names it."""
         tensor = self.source.read(name)

@@ -22,6 +22,8 @@ FILE = "manifest.json"
 CARD = "README.md"
 TOOLS = ("torch", "torchao", "executorch", "coremltools", "onnx", "onnxruntime", "onnxruntime-genai", "transformers")
 ROOT = Path(__file__).parent.parent
+SMALLEST_FLOAT_BITS = 15.5
+"""Per weight; bf16 has 16, less where two tensors share their numbers in the file."""
 
 
 class FileInfo(Strict):
@@ -36,7 +38,14 @@ class CheckpointInfo(Strict):
 
     origin: str
     description: str
+    bits_per_weight: float | None
+    """Of its files, tokenizers in GGUF included; null: random weights."""
     sha256: dict[str, str]
+
+    @property
+    def quantized_before(self) -> bool:
+        """Whether its numbers are fewer bits than any float's."""
+        return self.bits_per_weight is not None and self.bits_per_weight < SMALLEST_FLOAT_BITS
 
 
 class LayerInfo(Strict):

@@ -46,6 +46,7 @@ def describe(model: QuantizedModel, build: Build, lowered: backends.Lowered) -> 
     checkpoint_info = manifest.CheckpointInfo(
         origin=model.checkpoint.origin,
         description=model.checkpoint.source.description,
+        bits_per_weight=model.checkpoint.bits_per_weight,
         sha256=model.checkpoint.sha256,
     )
     return Manifest(
