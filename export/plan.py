@@ -4,6 +4,7 @@ Every key is written in every file and unknown keys are refused, so there are no
 differ from the ones a reader sees.
 """
 
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -15,6 +16,7 @@ from .errors import ExportError
 CONFIGS = Path(__file__).parent.parent / "configs"
 Positive = Annotated[int, Field(gt=0)]
 PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+ROTATE_IN, ROTATE_OUT = "model.rotate_in.weight", "model.rotate_out.weight"
 
 
 class Strict(BaseModel):
@@ -55,6 +57,9 @@ class Architecture(Strict):
     rms_norm_eps: PositiveNumber
     tie_word_embeddings: bool
     max_position_embeddings: Positive
+    rotated: bool = False
+    """Two linears turn the residual stream, after the embedding and before the head. No checkpoint has them: a recipe
+    adds them (`export/rotate.py`)."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "Architecture":
@@ -86,18 +91,35 @@ class Architecture(Strict):
             for name, shape in one_layer.items()
         }
 
+    def rotation_shapes(self) -> dict[str, tuple[int, int]]:
+        """Name → [hidden, hidden] of the rotations: the first runs before all layers, the second after them."""
+        return dict.fromkeys((ROTATE_IN, ROTATE_OUT) if self.rotated else (), (self.hidden_size, self.hidden_size))
+
+    def all_linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Name → (N, K) of every linear in execution order: rotations too, the head last even where it is tied."""
+        rotations = list(self.rotation_shapes().items())
+        head = ("lm_head.weight", (self.vocab_size, self.hidden_size))
+        return dict([*rotations[:1], *self.linear_shapes().items(), *rotations[1:], head])
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape of every tensor a checkpoint must hold; the head only when it is not tied."""
+        """Name → shape of every tensor of the model; the head only when it is not tied."""
         d, vocab = self.hidden_size, self.vocab_size
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, d)}
-        shapes |= self.linear_shapes()
+        shapes |= self.all_linear_shapes()
+        head = shapes.pop("lm_head.weight")
         for i in range(self.num_hidden_layers):
             shapes[f"model.layers.{i}.input_layernorm.weight"] = (d,)
             shapes[f"model.layers.{i}.post_attention_layernorm.weight"] = (d,)
         shapes["model.norm.weight"] = (d,)
         if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (vocab, d)
+            shapes["lm_head.weight"] = head
         return shapes
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the checkpoint, tied weights once; rotations are none of its."""
+        own = self.tensor_shapes().items() - self.rotation_shapes().items()
+        return sum(prod(shape) for _, shape in own)
 
 
 class ModelSpec(Strict):
@@ -198,6 +220,14 @@ class Promotion(Strict):
         return self
 
 
+class Rotation(Strict):
+    """The model is turned by random rotations before it is quantized (`export/rotate.py`)."""
+
+    seed: Annotated[int, Field(ge=0)]
+    scheme: WeightScheme
+    """Of the two linears that turn the residual stream."""
+
+
 class QuantRecipe(Strict):
     """How weights become integers."""
 
@@ -210,6 +240,7 @@ class QuantRecipe(Strict):
     """A name in configs/mixtures."""
     gptq: Gptq | None = None
     promotion: Promotion | None = None
+    rotation: Rotation | None = None
     linear: WeightScheme | None
     embedding: WeightScheme | None
     head: WeightScheme | None
@@ -231,7 +262,13 @@ class QuantRecipe(Strict):
             raise ValueError("promotion needs method gptq")
         if self.promotion and self.linear and self.promotion.scheme.bits <= self.linear.bits:
             raise ValueError("promotion must give more bits than linear has")
+        if self.rotation and self.method == "none":
+            raise ValueError("rotation needs a method that quantizes")
         return self
+
+    def reshaped(self, architecture: Architecture) -> Architecture:
+        """Shapes of what the recipe quantizes, given those of the checkpoint."""
+        return architecture.model_copy(update={"rotated": self.rotation is not None})
 
 
 class TargetLimits(Strict):
