@@ -135,6 +135,12 @@ class ModelSpec(Strict):
     architecture: Architecture | None
     """null: taken from the checkpoint."""
 
+    @model_validator(mode="after")
+    def _as_checkpoints_are(self) -> "ModelSpec":
+        if self.architecture and self.architecture.rotated:
+            raise ValueError("architecture.rotated is not a model's: give `rotation` in a recipe")
+        return self
+
 
 class WeightScheme(Strict):
     """Symmetric integers with one bf16-representable scale per group (null: per output channel)."""

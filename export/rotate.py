@@ -25,6 +25,8 @@ from .sources.integers import Integers, Unfit
 
 BLOCK_ELEMENTS = 2**21
 """Numbers turned at once."""
+BLOCKS_HELD = 4
+"""Measured: its rows, the product, and what the matrix library packs."""
 FLOAT64_BYTES = 8
 
 
@@ -37,9 +39,9 @@ def rotated(checkpoint: Checkpoint, recipe: QuantRecipe) -> Checkpoint:
 
 
 def memory_bytes(architecture: Architecture) -> int:
-    """The most that reading a turned weight holds beside it, bytes: the rotation, the weight as it was, two blocks."""
+    """The most that reading a turned weight holds beside it, bytes: the rotation, the weight as it was, some blocks."""
     largest = max(rows * columns for rows, columns in architecture.linear_shapes().values())
-    return FLOAT64_BYTES * (architecture.hidden_size**2 + 2 * min(BLOCK_ELEMENTS, largest)) + 4 * largest
+    return FLOAT64_BYTES * (architecture.hidden_size**2 + BLOCKS_HELD * min(BLOCK_ELEMENTS, largest)) + 4 * largest
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class RotatedSource:
             weight = turned(weight.T, self.stream).T
             return (turned_heads(weight, self.values(layer)) if kind == "o_proj" else weight).contiguous()
         norm = "input_layernorm" if part == "self_attn" else "post_attention_layernorm"
-        weight = turned(weight * self.base.read(f"{layer}.{norm}.weight"), self.stream)
+        weight = turned(weight.mul_(self.base.read(f"{layer}.{norm}.weight")), self.stream)
         return turned_heads(weight.T, self.values(layer)).T.contiguous() if kind == "v_proj" else weight
 
     @cached_property

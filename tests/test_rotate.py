@@ -16,6 +16,7 @@ from export.plan import (
     CalibrationText,
     Gptq,
     Mixture,
+    ModelSpec,
     QuantRecipe,
     Rotation,
     load_named,
@@ -35,8 +36,8 @@ LAYER = "model.layers.0"
 def plan_of(target="onnx-cpu", seed=0, **fields):
     """The tiny model, rotated and rounded to nearest."""
     found = load_plan("tiny", "int4-g32", target)
-    rotation = Rotation(seed=seed, scheme=SCHEME)
-    return found.model_copy(update={"quant": found.quant.model_copy(update={"rotation": rotation, **fields})})
+    fields = {"rotation": Rotation(seed=seed, scheme=SCHEME), **fields}
+    return found.model_copy(update={"quant": found.quant.model_copy(update=fields)})
 
 
 def opened(**shape):
@@ -210,6 +211,12 @@ def test_a_recipe_that_quantizes_nothing_is_not_rotated():
         QuantRecipe.model_validate({**fields, "rotation": {"seed": 0, "scheme": SCHEME}})
 
 
+def test_a_model_is_not_rotated_by_its_own_yaml():
+    fields = load_named(ModelSpec, "models", "tiny").model_dump()
+    with pytest.raises(ValueError, match="give `rotation` in a recipe"):
+        ModelSpec.model_validate({**fields, "architecture": {**fields["architecture"], "rotated": True}})
+
+
 def test_an_int8_rotation_by_a_hadamard_matrix_is_exact_but_for_its_scales(tmp_path):
     model = quantize.quantize(opened(), plan_of().quant, tmp_path)
     errors = {layer.name: layer.sqnr_db for layer in model.layers}
@@ -335,3 +342,10 @@ def test_what_a_token_reads_counts_the_rotations(built):
     described = manifest.read(built)
     plain = described.model_copy(update={"architecture": described.architecture.model_copy(update={"rotated": False})})
     assert latency.bytes_per_token(described) - latency.bytes_per_token(plain) == 2 * (256 * 256 + 2 * 256)
+
+
+def test_a_scheme_of_rotations_that_xnnpack_computes_wrongly_is_refused(tmp_path):
+    rotation = Rotation(seed=0, scheme={"bits": 8, "group_size": 32})
+    with pytest.raises(ExportError, match=r"model\.rotate_in\.weight: XNNPACK has no int8 groups"):
+        pipeline.export(plan_of("executorch-xnnpack", rotation=rotation), None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
