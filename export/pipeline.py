@@ -15,7 +15,7 @@ CACHE = manifest.ROOT / "build" / "cache"
 def export(plan: Plan, source: str | None, out: Path) -> Manifest:
     """Build one artifact folder. Each line is one stage; each value is what the next one needs."""
     backend = backends.load(plan.target.backend)
-    architecture = checkpoint.architecture_of(plan.model, source)
+    architecture = plan.quant.reshaped(checkpoint.architecture_of(plan.model, source))
     check(plan, architecture, backend)
     preflight.require(preflight.estimate(plan, source, architecture, CACHE), out, CACHE)
     with artifact.building(out, plan.id) as folder:
