@@ -98,6 +98,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.reliability("signed folders changed, signatures forged or broken", "one line")
 @pytest.mark.parametrize("what", DAMAGE)
 def test_each_difference_is_one_line(command, signed, keys, what):
     change, words = DAMAGE[what]
@@ -150,6 +151,7 @@ FORGERIES = {
 }
 
 
+@pytest.mark.reliability("signed folders changed, signatures forged or broken", "one line")
 @pytest.mark.parametrize("what", FORGERIES)
 def test_a_forged_signature(signed, keys, what):
     forged(signed / "model.sig", FORGERIES[what])
@@ -160,6 +162,7 @@ def test_a_forged_signature(signed, keys, what):
 NO_SIGNATURES = [b"", b"{", b"[]", b"\xff", b"null", b"{}", b'{"a": ' * 100_000, b"1" * (2**24 + 1)]
 
 
+@pytest.mark.reliability("signed folders changed, signatures forged or broken", "one line")
 @pytest.mark.parametrize("content", NO_SIGNATURES, ids=lambda content: content[:8])
 def test_a_signature_that_is_none(signed, keys, content):
     (signed / "model.sig").write_bytes(content)

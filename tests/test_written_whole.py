@@ -81,7 +81,8 @@ def bytes_of(folder):
 # ── signals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_signal_at_any_moment_is_one_line_and_leaves_nothing(old, tmp_path):
+@pytest.mark.reliability("Ctrl-C and SIGTERM at every stage of a build", "one line, nothing left")
+def test_a_signal_at_any_moment_is_one_line_and_leaves_nothing(old, tmp_path, record_property):
     """Every stage, the middle of every lowering, and the moment the integers are on disk but not yet in their place."""
     cache, place = tmp_path / "cache", tmp_path / "place"
     cache.mkdir()
@@ -105,8 +106,10 @@ def test_a_signal_at_any_moment_is_one_line_and_leaves_nothing(old, tmp_path):
         assert len(in_cache) == (0 if i < len(first) else 1)
         assert not any("part" in name for name in in_cache)
     assert bytes_of(old) == before
+    record_property("cases", len(ended))
 
 
+@pytest.mark.reliability("a signal that a library swallows", "one line, nothing left")
 def test_a_signal_that_a_library_swallows_still_ends_the_build(cache, tmp_path):
     """coremltools does, now and then."""
     given = {"accident": "swallowed", "look": [str(tmp_path)]}
@@ -142,6 +145,7 @@ def started(order):
     return child
 
 
+@pytest.mark.reliability("two builds of one folder at once", "the second refused in one line")
 def test_what_a_killed_build_left_is_removed_and_a_running_one_is_respected(cache, old, tmp_path):
     out = tmp_path / "out"
     with started(order(out, cache, after=MIDDLE["onnx-cpu"], accident="say and wait")) as first:
@@ -156,6 +160,7 @@ def test_what_a_killed_build_left_is_removed_and_a_running_one_is_respected(cach
     assert manifest.read(out).files == manifest.read(old).files
 
 
+@pytest.mark.reliability("two builds of one recipe at once, the first killed", "the second waits and finishes")
 def test_two_builds_of_one_recipe_quantize_once(tmp_path):
     cache = tmp_path / "cache"
     with started(order(tmp_path / "a", cache, after=SAVED, accident="say and wait")) as first:
@@ -271,7 +276,8 @@ FULL = [
 ]
 
 
-def test_a_disk_that_fills_up_at_any_moment_is_named_and_nothing_is_left(small_disk, cache, tmp_path):
+@pytest.mark.reliability("a disk that fills up during a build", "one line, nothing left")
+def test_a_disk_that_fills_up_at_any_moment_is_named_and_nothing_is_left(small_disk, cache, tmp_path, record_property):
     place = tmp_path / "disk"
     common = {"accident": "fill", "disk": str(place), "look": [str(place)]}
     orders = [order(place / "out", cache, target, **when, **common, leave=leave) for when, target, leave in FULL]
@@ -282,6 +288,7 @@ def test_a_disk_that_fills_up_at_any_moment_is_named_and_nothing_is_left(small_d
     assert names(tmp_path) == ["disk"]
 
 
+@pytest.mark.reliability("a disk too small for a build", "refused before the work")
 def test_too_little_room_is_refused_before_the_work(small_disk, cache, tmp_path):
     place = tmp_path / "disk"
     common = {"accident": "fill", "disk": str(place), "look": [str(place)], "leave": 400_000}
@@ -296,6 +303,7 @@ def test_too_little_room_is_refused_before_the_work(small_disk, cache, tmp_path)
         assert (result["code"], without_locks(result["left"][str(place)])) == (1, [])
 
 
+@pytest.mark.reliability("a disk that takes no writing", "one line")
 def test_a_disk_that_takes_no_writing(small_disk, cache, tmp_path):
     place = tmp_path / "disk"
     (result,) = small_disk(place, [order(place / "out", cache)], "ro")
@@ -303,6 +311,7 @@ def test_a_disk_that_takes_no_writing(small_disk, cache, tmp_path):
     assert "Read-only file system" in one_error(result["stderr"])
 
 
+@pytest.mark.reliability("a limit on file sizes", "one line, nothing left")
 def test_a_limit_on_file_sizes_is_one_line(tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
