@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -71,9 +72,13 @@ def test_damage_that_was_sealed_again_never_crashes_a_reader(tiny, tmp_path, rec
 
 @pytest.mark.parametrize(
     ("check", "ending"),
-    [(lambda folder: [], "nothing found"), (lambda folder: ["x"], "found"), (lambda folder: os.kill(os.getpid(), 9), "SIGKILL"),
-     (lambda folder: 1 / 0, "raised")],
-)  # fmt: skip
+    [
+        (lambda folder: [], "nothing found"),
+        (lambda folder: ["x"], "found"),
+        (lambda folder: 1 / 0, "raised"),
+        (lambda folder: os.kill(os.getpid(), signal.SIGKILL), "SIGKILL"),
+    ],
+)
 def test_a_crash_is_told_from_a_finding(tmp_path, monkeypatch, check, ending):
     monkeypatch.setattr(damage.model_checks, "check", check)
     assert damage.ending(tmp_path) == ending

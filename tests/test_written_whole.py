@@ -286,6 +286,7 @@ def test_a_disk_that_fills_up_at_any_moment_is_named_and_nothing_is_left(small_d
         assert f"error: {place}: the disk is full (" in one_error(result["stderr"]), wanted
         assert (result["code"], without_locks(result["left"][str(place)])) == (1, []), wanted
     assert names(tmp_path) == ["disk"]
+    record_property("cases", len(orders))
 
 
 @pytest.mark.reliability("a disk too small for a build", "refused before the work")
