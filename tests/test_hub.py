@@ -64,9 +64,10 @@ def serving(folder, fault):
                 self.begin(404, 0, {"X-Error-Code": "EntryNotFound"})
                 return
             data = path.read_bytes()
-            self.begin(200, len(data), {"ETag": f'"{digest(path)}"', "X-Repo-Commit": COMMIT})
+            length = fault.get(f"length of {path.name}", len)(data)
+            self.begin(200, length, {"ETag": f'"{digest(path)}"', "X-Repo-Commit": COMMIT})
             if body:
-                sent = fault.get(path.name, lambda whole: whole)(data)
+                sent = fault.get(path.name, lambda whole: whole)(data)[:length]
                 self.wfile.write(sent)
                 self.close_connection = True
 
@@ -113,6 +114,7 @@ FAULTS = {
     "answers what is no answer": ({"api": lambda data: b'{"a": 1}'.ljust(len(data))}, "cannot be downloaded"),
     "answers what is no JSON": ({"api": lambda data: b"<".ljust(len(data))}, "cannot be downloaded"),
     "drops after the half": ({"model.safetensors": lambda data: data[: len(data) // 2]}, "cannot be downloaded"),
+    "lies about a size": ({"length of model.safetensors": lambda data: len(data) - 100}, "that the hub promised"),
     "gives nothing": ({"model.safetensors": lambda data: b""}, "cannot be downloaded"),
     "drops config.json": ({"config.json": lambda data: data[:10]}, "cannot be downloaded"),
     "other bytes of the same size": ({"model.safetensors": flip}, "not the bytes that the hub promised"),

@@ -42,7 +42,7 @@ def old(tmp_path_factory):
 
 def order(out, cache, target="onnx-cpu", **accident):
     """One build for `fakes/command.py`."""
-    accident = accident or {"at": "nowhere"}
+    accident = accident if {"at", "after"} & accident.keys() else {"at": "nowhere", **accident}
     return {"target": target, "out": str(out), "cache": str(cache), "look": [], **accident}
 
 
@@ -143,6 +143,32 @@ def started(order):
     child = subprocess.Popen(arguments(order), cwd=manifest.ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert child.stdout.readline() == b"there\n"
     return child
+
+
+@pytest.mark.reliability(
+    "SIGKILL at every stage of a build, then the same build again", "whole, as if nothing had been"
+)
+def test_a_killed_build_is_made_again(old, tmp_path, record_property):
+    """Every stage and the middle of every lowering; the old artifact stays until the new one is whole."""
+    look, expected = {"look": [str(tmp_path)], "alone": True}, bytes_of(old)
+    steps = [{"at": stage} for stage in ("checkpoint", "quantize", "lower", "describe")]
+    steps += [{"after": SAVED}, {"after": "export.manifest:write"}, {"after": "export.card:write"}]
+    killed = [(tmp_path / f"cache{i}", "onnx-cpu", step) for i, step in enumerate(steps)]
+    killed += [(tmp_path / "cache", target, {"after": MIDDLE[target]}) for target in TARGETS]
+    orders = []
+    for cache, target, step in killed:
+        cache.mkdir(exist_ok=True)
+        out = tmp_path / f"out-{target}"
+        orders += [order(out, cache, target, accident="SIGKILL", **step, **look), order(out, cache, target, **look)]
+    ended = results(*orders)
+    for first, (_, target, step), then in zip(ended[::2], killed, ended[1::2], strict=True):
+        assert first["code"] == -signal.SIGKILL, (target, step)
+        assert then["code"] == 0, (target, step, then["stderr"])
+        hidden = [name for name in then["left"][str(tmp_path)] if name.startswith(".") and not name.endswith(".lock")]
+        assert hidden == [], (target, step)
+    manifest.verify_files(tmp_path / "out-coreml", manifest.read(tmp_path / "out-coreml"))
+    assert bytes_of(tmp_path / "out-onnx-cpu") == expected
+    record_property("cases", len(killed))
 
 
 @pytest.mark.reliability("two builds of one folder at once", "the second refused in one line")
