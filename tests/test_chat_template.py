@@ -37,7 +37,7 @@ def with_template(folder, text):
     return folder
 
 
-@pytest.mark.reliability("hostile chat templates", "one line, within 256 MB and 5 s of work")
+@pytest.mark.reliability("hostile chat templates", "one line, within the memory and processor time allowed")
 @pytest.mark.parametrize("what", HOSTILE)
 def test_a_hostile_template_is_refused(tmp_path, monkeypatch, what):
     monkeypatch.setattr(limited, "CPU_S", 1)

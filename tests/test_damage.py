@@ -54,7 +54,7 @@ def test_damage_that_was_sealed_again_never_crashes_a_reader(tiny, tmp_path, rec
     """A bit of a weight cannot be told without its hash; how much is found is said in docs/reliability.md."""
     folders = [shutil.copytree(tiny(target), tmp_path / target) for target in FORMATS]
     done = subprocess.run(
-        [*COUNTER, "12", "24", *map(str, folders)], cwd=manifest.ROOT, capture_output=True, text=True, timeout=300,
+        [*COUNTER, "10", "18", *map(str, folders)], cwd=manifest.ROOT, capture_output=True, text=True, timeout=300,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -152,7 +152,7 @@ def test_a_killed_build_is_made_again(old, tmp_path, record_property):
     """Every stage and the middle of every lowering; the old artifact stays until the new one is whole."""
     look, expected = {"look": [str(tmp_path)], "alone": True}, bytes_of(old)
     steps = [{"at": stage} for stage in ("checkpoint", "quantize", "lower", "describe")]
-    steps += [{"after": SAVED}, {"after": "export.manifest:write"}, {"after": "export.card:write"}]
+    steps.append({"after": "export.card:write"})
     killed = [(tmp_path / f"cache{i}", "onnx-cpu", step) for i, step in enumerate(steps)]
     killed += [(tmp_path / "cache", target, {"after": MIDDLE[target]}) for target in TARGETS]
     orders = []
@@ -186,6 +186,15 @@ def test_what_a_killed_build_left_is_removed_and_a_running_one_is_respected(cach
     assert manifest.read(out).files == manifest.read(old).files
 
 
+def until_it_waits(child, patience_s=100.0):
+    """For a lock that another process holds: the kernel lists it with an arrow."""
+    deadline = time.monotonic() + patience_s
+    while not any("->" in line and f" {child.pid} " in line for line in Path("/proc/locks").read_text().splitlines()):
+        assert child.poll() is None, "it did not wait"
+        assert time.monotonic() < deadline, "it never came to wait"
+        time.sleep(0.1)
+
+
 @pytest.mark.reliability("two builds of one recipe at once, the first killed", "the second waits and finishes")
 def test_two_builds_of_one_recipe_quantize_once(tmp_path):
     cache = tmp_path / "cache"
@@ -193,8 +202,7 @@ def test_two_builds_of_one_recipe_quantize_once(tmp_path):
         try:
             command = arguments(order(tmp_path / "b", cache))
             with subprocess.Popen(command, cwd=manifest.ROOT, stdout=subprocess.PIPE, text=True) as second:
-                with pytest.raises(subprocess.TimeoutExpired):
-                    second.communicate(timeout=8)  # it waits for the first one
+                until_it_waits(second)
                 first.kill()  # the lock goes with it, and what it wrote does not count
                 ended = json.loads(second.communicate(timeout=120)[0].splitlines()[-1])[0]
         finally:
