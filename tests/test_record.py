@@ -18,7 +18,7 @@ def test_a_record_comes_back_as_it_went(tmp_path):
     assert record.newest_run(path, first.device) == [first, second]
 
 
-@pytest.mark.parametrize("change", [('"size_bytes"', '"size"'), ('"schema_version":3', '"schema_version":2')])
+@pytest.mark.parametrize("change", [('"size_bytes"', '"size"'), ('"schema_version":4', '"schema_version":3')])
 def test_a_record_of_another_shape_is_refused_with_its_line(tmp_path, change):
     path = tmp_path / "records.jsonl"
     record.append(sample_record(run_id="20250101-000000"), path)
