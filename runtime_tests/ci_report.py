@@ -4,7 +4,6 @@ Writes `summary.md`, `junit.xml` and the records they were made from; in GitHub 
 nothing: the newest record of each artifact's build counts. Exit 0 only if every artifact has one and holds.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +12,7 @@ import typer
 
 from export.cli import run
 
-from . import baseline, ci_summary, judged, junit
+from . import baseline, ci_summary, judged, junit, step_summary
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -32,9 +31,7 @@ def main(
     lines = [one.record.model_dump_json() + "\n" for one in artifacts if one.record]
     (out / "records.jsonl").write_text("".join(lines), encoding="utf-8")
     junit.write(artifacts, out / "junit.xml")
-    if shown := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with Path(shown).open("a", encoding="utf-8") as file:
-            file.write(page)
+    step_summary.append(page)
     print(page)
     print(f"report: {out}/summary.md, junit.xml, records.jsonl")
     if not all(one.holds for one in artifacts):
