@@ -4,8 +4,9 @@
 PYTHON ?= python3
 MODEL  ?= smollm2-135m
 QUANT  ?= int4-g32-scales
-# whose baseline `make baseline` keeps
+# whose baseline `make baseline` keeps, and from which records; empty: those of this machine's last run
 DEVICE ?= host
+RECORDS ?=
 # where the weights are, when not where the model's YAML says (a folder, a .gguf file or a hub id)
 SOURCE ?=
 
@@ -92,7 +93,7 @@ compute-plan: setup                 ## on which processor Core ML runs each oper
 	@$(PY) -m runtime_tests.compute_plan $(RECIPES:%=build/$(MODEL)_%_coreml) --out build/ci
 
 baseline: setup                     ## keep what the last run on DEVICE reached as that device's baseline
-	@$(PY) -m runtime_tests.baseline $(DEVICE)
+	@$(PY) -m runtime_tests.baseline $(DEVICE) $(if $(RECORDS),--records $(RECORDS))
 
 tiny:                               ## the whole job on a two-layer random model, in a minute
 	@$(MAKE) --no-print-directory all MODEL=tiny

@@ -1,6 +1,6 @@
 """Baselines: what an artifact reached on a device of one kind, kept in the repository to be compared with.
 
-    python -m runtime_tests.baseline DEVICE      keeps what the last run of every artifact on that device reached
+    python -m runtime_tests.baseline DEVICE [--records FILE]    keeps what the last run on that device reached
 
 One file per device fingerprint (name, processor, cores, memory), so that nobody is judged by another machine's speed.
 Size and accuracy are kept of every artifact that holds, speed only where it was measured and steady enough to judge:
@@ -108,13 +108,16 @@ def reached(kept: Record) -> Reached:
 
 
 @app.command()
-def main(device: Annotated[str, typer.Argument(help="a name in devices/")]) -> None:
+def main(
+    device: Annotated[str, typer.Argument(help="a name in devices/")],
+    records: Annotated[Path, typer.Option(help="of the run that is kept; another machine's too")] = RECORDS,
+) -> None:
     """Keep what the artifacts reached on DEVICE as its baseline."""
-    written = keep(record.newest_run(RECORDS, device), device)
+    written = keep(record.newest_run(records, device), device)
     if not written:
-        raise ExportError(f"{RECORDS}: no record of {device} that holds; run `make {device}` first")
+        raise ExportError(f"{records}: no record of {device} that holds; run `make {device}` first")
     for path, kept in written:
-        print(f"{path}: {kept.artifact}{'' if reached(kept).speed else ', without speed: ' + unsteady(kept)}")
+        print(f"{path.name}: {kept.artifact}{'' if reached(kept).speed else ', without speed: ' + unsteady(kept)}")
 
 
 def unsteady(kept: Record) -> str:

@@ -37,8 +37,8 @@ def against(artifacts: Sequence[Judged]) -> Iterator[str]:
     rows = [[one.name, *change_row(change)] for one in artifacts for change in one.changes]
     if rows:
         yield from table(CHANGES, rows)
-        yield ""
-    yield from (f"- `{one.name}`: {one.note}" for one in artifacts if one.note)
+    notes = [f"- `{one.name}`: {one.note}" for one in artifacts if one.note]
+    yield from ["", *notes] if rows and notes else notes
 
 
 def change_row(change: Change) -> list[str]:

@@ -35,8 +35,9 @@ def judge(folder: Path, records: Path, device: str) -> Judged:
     """The newest record of exactly this build on a device; one that is missing or unreadable is a problem, no error."""
     try:
         described = manifest.read(folder)
+        manifest.verify_files(folder, described)  # a record is about files, it names their manifest only
     except ExportError as error:
-        return Judged(folder.name, None, f"not built: {error}", (), "")
+        return Judged(folder.name, None, str(error), (), "")
     found = records_file.newest_on(records, manifest.digest(folder), device)
     if found is None:
         problem = f"no record of this build on {device} in {records}; run `python -m runtime_tests --device {device}`"

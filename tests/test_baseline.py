@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from export import manifest
+from export.cli import run as run_app
 from export.errors import ExportError
-from runtime_tests import baseline, plan_key, regression, validate
+from runtime_tests import baseline, plan_key, record, regression, validate
 from runtime_tests.record import Outcome
 
 from .sample import sample_latency, sample_record
@@ -160,6 +161,21 @@ def test_speed_is_kept_only_where_it_was_judged(folder, change):
     found = baseline.find("host", record.environment, record.artifact)
     assert (found.speed, found.size_bytes) == (None, record.size_bytes)
     assert set(verdicts(sample_record(), found)) == {SIZE, KL}
+
+
+def test_the_command_keeps_what_another_machine_recorded(folder, tmp_path, monkeypatch, capsys):
+    """Records of a CI machine, downloaded, become the baseline of that machine."""
+    there = sample_record().environment.model_copy(update={"cpu": "of the CI"})
+    record.append(sample_record(environment=there), tmp_path / "records.jsonl")
+    arguments = ["baseline", "host", "--records", str(tmp_path / "records.jsonl")]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert run_app(baseline.app) == 0
+    assert "tiny_int4-g32_fake" in capsys.readouterr().out
+    assert baseline.find("host", there, "tiny_int4-g32_fake").speed is not None
+    assert baseline.find("host", sample_record().environment, "tiny_int4-g32_fake") is None
+    monkeypatch.setattr("sys.argv", [*arguments[:3], str(tmp_path / "none.jsonl")])
+    assert run_app(baseline.app) == 1
+    assert "no record of host that holds" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_damaged_baseline_is_named(kept):

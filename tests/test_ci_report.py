@@ -102,7 +102,16 @@ def test_an_artifact_without_a_record_fails(report, folder):
     code, page, junit = report(folders=(folder, folder.parent / "never-built"))
     assert (code, junit.errors) == (1, 2)
     assert "no record of this build on host" in page
-    assert "not built" in page
+    assert "never-built/manifest.json: missing" in page
+
+
+def test_a_record_proves_nothing_of_files_that_changed_since(report, folder):
+    assert report(sample_record())[0] == 0
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    code, page, junit = report()
+    assert (code, junit.errors) == (1, 1)
+    assert "model.safetensors: differs from manifest.json" in page
 
 
 @pytest.mark.parametrize("change", [{"manifest_sha256": "cd" * 32}, {"device": "pixel-8"}])
