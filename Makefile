@@ -17,7 +17,7 @@ LIMIT  ?=
 # of `make ci-artifacts`: recipes, where an earlier build to compare with lies, and options of validation
 RECIPES ?= $(QUANT)
 BASE    ?=
-VALIDATION ?=
+VALIDATION ?= --skip-proven
 
 PY      := .venv/bin/python
 # contenders of `make bench-quick`
@@ -30,7 +30,7 @@ FOLDERS := $(TARGETS:%=build/$(MODEL)_$(QUANT)_%)
 CHECKED  = $(foreach recipe,$(RECIPES),$(TARGETS:%=build/$(MODEL)_$(recipe)_%))
 WEIGHTS := $(if $(SOURCE),--source $(SOURCE))
 
-.PHONY: all setup build validate test lint unit bench bench-quick bench-docs bench-pages study tasks devices lab baseline tiny ci-artifacts ci-report ci-diff compute-plan golden readme lock clean help $(DEVICES)
+.PHONY: all setup build validate test lint unit bench bench-quick bench-docs bench-pages study detours tasks devices lab baseline tiny ci-artifacts ci-report ci-diff compute-plan golden readme lock clean help $(DEVICES)
 
 all: build validate
 
@@ -133,6 +133,10 @@ study: setup                        ## size against loss: our recipes and llama.
 	@$(PY) -m export.dither smollm2-135m build/dithered
 	@$(PY) -m runtime_tests.bench.study smollm2-135m int4-mixed int4-g32-gptq --also $(STUDIED) \
 	  --source build/dithered --write accuracy
+
+detours: setup                      ## what quantizing a checkpoint that is 4-bit already costs, form by form
+	@test -d build/dithered || $(PY) -m export.dither smollm2-135m build/dithered
+	@$(PY) -m runtime_tests.bench.detours smollm2-135m --source build/dithered --write
 
 golden: setup                       ## rewrite the exact answers of the tiny model
 	@for quant in fp32 int4-g32; do $(PY) -m runtime_tests.golden tiny $$quant; done

@@ -51,7 +51,7 @@ def render(manifest: Manifest, measured: Sequence[Measured]) -> str:
         a=manifest.architecture,
         base_name=manifest.plan.model.base_model or manifest.plan.model.name,
         llama=manifest.plan.model.license.startswith("llama"),
-        parameters=parameters(manifest),
+        parameters=manifest.architecture.parameters,
         worst=min(manifest.quantization.layers, key=lambda layer: layer.sqnr_db, default=None),
         calibration=manifest.quantization.calibration,
         measured=measured,
@@ -84,14 +84,3 @@ def front_matter(manifest: Manifest, library: str) -> ModelCardData:
         pipeline_tag="text-generation",
         tags=["on-device", manifest.plan.target.name, recipe.name, *(["torchao"] if quantized else [])],
     )
-
-
-def parameters(manifest: Manifest) -> int:
-    """Numbers in the checkpoint, tied weights once."""
-    total = 0
-    for shape in manifest.architecture.tensor_shapes().values():
-        count = 1
-        for size in shape:
-            count *= size
-        total += count
-    return total

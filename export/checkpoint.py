@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 
 from .errors import ExportError
+from .places import origin_of
 from .plan import Architecture, ModelSpec
 from .sources import Source, open_source, require_shape, sha256
 from .sources.integers import Integers, Unfit
@@ -28,6 +29,14 @@ class Checkpoint:
         """File name → digest."""
         return {path.name: sha256(path) for path in self.source.files}
 
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Of all its files over the model's parameters; None: there are no files."""
+        if not self.source.files:
+            return None
+        parameters = sum(torch.Size(shape).numel() for shape in self.architecture.tensor_shapes().values())
+        return round(8 * sum(path.stat().st_size for path in self.source.files) / parameters, 2)
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor, float32; NaN or infinity is an error that names it."""
         tensor = self.source.read(name)
@@ -38,14 +47,6 @@ class Checkpoint:
     def integers(self, name: str) -> Integers | Unfit | None:
         """As in `Source`."""
         return self.source.integers(name)
-
-
-def origin_of(model: ModelSpec, source: str | None) -> str:
-    """Where the weights come from: `source`, or the model's own."""
-    origin = model.source if source is None else source
-    if origin is None:
-        raise ExportError(f"model {model.name!r} has no weights of its own: give --source DIR")
-    return origin
 
 
 def architecture_of(model: ModelSpec, source: str | None) -> Architecture:

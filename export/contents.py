@@ -12,7 +12,7 @@ from .contract import TensorSpec
 from .plan import Architecture, Strict
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-MODULES = ("embedding", "head", "attention", "mlp", "norms", "scales", "other tensors", "graph")
+MODULES = ("embedding", "head", "rotations", "attention", "mlp", "norms", "scales", "other tensors", "graph")
 """Where bytes go; `graph` is what is left of the files: nodes, names, padding."""
 BITS = {"int4": 4, "uint4": 4, "nf4": 4, "fp4": 4}
 BITS |= {"bool": 8, "int8": 8, "uint8": 8, "float8": 8, "int16": 16, "uint16": 16}
@@ -117,7 +117,7 @@ def module_of(tensor: StoredTensor) -> str:
         return "other tensors"
     name = tensor.name.lower()
     words = {"norm": "norms", "attn": "attention", "attention": "attention", "mlp": "mlp", "feed_forward": "mlp"}
-    words |= {"lm_head": "head", "embed": "embedding"}
+    words |= {"lm_head": "head", "embed": "embedding", "rotate": "rotations"}
     return next((module for word, module in words.items() if word in name), "other tensors")
 
 
@@ -147,7 +147,7 @@ def layer_schemes(contents: Contents) -> tuple[LayerScheme, ...]:
         )
         for tensor in sorted(contents.tensors, key=lambda one: {"embedding": 0, "head": 2}.get(module_of(one), 1))
         if tensor.kind == "weight" and len(tensor.shape) == 2
-        if module_of(tensor) in MODULES[:4] or tensor.name in scales
+        if module_of(tensor) in MODULES[:5] or tensor.name in scales
     )
 
 

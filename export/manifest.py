@@ -22,6 +22,8 @@ FILE = "manifest.json"
 CARD = "README.md"
 TOOLS = ("torch", "torchao", "executorch", "coremltools", "onnx", "onnxruntime", "onnxruntime-genai", "transformers")
 ROOT = Path(__file__).parent.parent
+SMALLEST_FLOAT_BITS = 15.5
+"""Per weight; bf16 has 16, less where two tensors share their numbers in the file."""
 
 
 class FileInfo(Strict):
@@ -36,7 +38,14 @@ class CheckpointInfo(Strict):
 
     origin: str
     description: str
+    bits_per_weight: float | None
+    """Of its files, tokenizers in GGUF included; null: random weights."""
     sha256: dict[str, str]
+
+    @property
+    def quantized_before(self) -> bool:
+        """Whether its numbers are fewer bits than any float's."""
+        return self.bits_per_weight is not None and self.bits_per_weight < SMALLEST_FLOAT_BITS
 
 
 class LayerInfo(Strict):
@@ -207,15 +216,20 @@ def tool_versions() -> dict[str, str]:
 
 
 def source_info() -> SourceInfo:
-    """Git revision of this checkout and the hash of export/ and configs/ as they are on disk."""
-    digest = hashlib.sha256()
-    for path in sorted([*ROOT.glob("export/**/*.py"), *ROOT.glob("configs/**/*.yaml")]):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    """Git revision of this checkout and the hash of export/ as it is on disk."""
     return SourceInfo(
         commit=git("rev-parse", "HEAD") or "unknown",
         dirty=bool(git("status", "--porcelain")),
-        sha256=digest.hexdigest(),
+        sha256=source_sha256(),
     )
+
+
+def source_sha256() -> str:
+    """Of the code and the card templates; what configs/ says is in the resolved plan."""
+    digest = hashlib.sha256()
+    for path in sorted([*ROOT.glob("export/**/*.py"), *ROOT.glob("export/**/*.j2")]):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def git(*arguments: str) -> str:

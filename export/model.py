@@ -125,13 +125,16 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, final norm: `model.` of the checkpoint."""
+    """Embedding, layers, final norm: `model.` of the checkpoint; in a rotated model what turns the stream, and back."""
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(a.vocab_size, a.hidden_size)
         self.layers = nn.ModuleList(Layer(a) for _ in range(a.num_hidden_layers))
         self.norm = RMSNorm(a.hidden_size, a.rms_norm_eps)
+        self.rotate_in, self.rotate_out = (
+            nn.Linear(a.hidden_size, a.hidden_size, bias=False) if a.rotated else nn.Identity() for _ in range(2)
+        )
 
 
 class Llama(nn.Module):
@@ -156,9 +159,9 @@ class Llama(nn.Module):
         start = cache[0][0].shape[2] if cache else 0
         end = start + tokens.shape[1]
         cos, sin = (table[start:end] for table in rope_tables(self.architecture, end))
-        x = self.model.embed_tokens(tokens)
+        x = self.model.rotate_in(self.model.embed_tokens(tokens))
         present = []
         for i, layer in enumerate(self.model.layers):
             x, kv = layer(x, cos, sin, cache[i] if cache else None)
             present.append(kv)
-        return self.lm_head(self.model.norm(x)), tuple(present)
+        return self.lm_head(self.model.rotate_out(self.model.norm(x))), tuple(present)

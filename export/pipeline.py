@@ -15,7 +15,7 @@ CACHE = manifest.ROOT / "build" / "cache"
 def export(plan: Plan, source: str | None, out: Path) -> Manifest:
     """Build one artifact folder. Each line is one stage; each value is what the next one needs."""
     backend = backends.load(plan.target.backend)
-    architecture = checkpoint.architecture_of(plan.model, source)
+    architecture = plan.quant.reshaped(checkpoint.architecture_of(plan.model, source))
     check(plan, architecture, backend)
     preflight.require(preflight.estimate(plan, source, architecture, CACHE), out, CACHE)
     with artifact.building(out, plan.id) as folder:
@@ -46,6 +46,7 @@ def describe(model: QuantizedModel, build: Build, lowered: backends.Lowered) -> 
     checkpoint_info = manifest.CheckpointInfo(
         origin=model.checkpoint.origin,
         description=model.checkpoint.source.description,
+        bits_per_weight=model.checkpoint.bits_per_weight,
         sha256=model.checkpoint.sha256,
     )
     return Manifest(

@@ -4,6 +4,7 @@ Every key is written in every file and unknown keys are refused, so there are no
 differ from the ones a reader sees.
 """
 
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -17,6 +18,7 @@ Levels = Literal["even", "nf4", "fp4"]
 CONFIGS = Path(__file__).parent.parent / "configs"
 Positive = Annotated[int, Field(gt=0)]
 PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+ROTATE_IN, ROTATE_OUT = "model.rotate_in.weight", "model.rotate_out.weight"
 
 
 class Strict(BaseModel):
@@ -57,6 +59,9 @@ class Architecture(Strict):
     rms_norm_eps: PositiveNumber
     tie_word_embeddings: bool
     max_position_embeddings: Positive
+    rotated: bool = False
+    """Two linears turn the residual stream, after the embedding and before the head. No checkpoint has them: a recipe
+    adds them (`export/rotate.py`)."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "Architecture":
@@ -88,18 +93,35 @@ class Architecture(Strict):
             for name, shape in one_layer.items()
         }
 
+    def rotation_shapes(self) -> dict[str, tuple[int, int]]:
+        """Name → [hidden, hidden] of the rotations: the first runs before all layers, the second after them."""
+        return dict.fromkeys((ROTATE_IN, ROTATE_OUT) if self.rotated else (), (self.hidden_size, self.hidden_size))
+
+    def all_linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Name → (N, K) of every linear in execution order: rotations too, the head last even where it is tied."""
+        rotations = list(self.rotation_shapes().items())
+        head = ("lm_head.weight", (self.vocab_size, self.hidden_size))
+        return dict([*rotations[:1], *self.linear_shapes().items(), *rotations[1:], head])
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape of every tensor a checkpoint must hold; the head only when it is not tied."""
+        """Name → shape of every tensor of the model; the head only when it is not tied."""
         d, vocab = self.hidden_size, self.vocab_size
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, d)}
-        shapes |= self.linear_shapes()
+        shapes |= self.all_linear_shapes()
+        head = shapes.pop("lm_head.weight")
         for i in range(self.num_hidden_layers):
             shapes[f"model.layers.{i}.input_layernorm.weight"] = (d,)
             shapes[f"model.layers.{i}.post_attention_layernorm.weight"] = (d,)
         shapes["model.norm.weight"] = (d,)
         if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (vocab, d)
+            shapes["lm_head.weight"] = head
         return shapes
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the checkpoint, tied weights once; rotations are none of its."""
+        own = self.tensor_shapes().items() - self.rotation_shapes().items()
+        return sum(prod(shape) for _, shape in own)
 
 
 class ModelSpec(Strict):
@@ -114,6 +136,12 @@ class ModelSpec(Strict):
     """Slots of the KV cache: the longest prompt plus answer, tokens."""
     architecture: Architecture | None
     """null: taken from the checkpoint."""
+
+    @model_validator(mode="after")
+    def _as_checkpoints_are(self) -> "ModelSpec":
+        if self.architecture and self.architecture.rotated:
+            raise ValueError("architecture.rotated is not a model's: give `rotation` in a recipe")
+        return self
 
 
 class WeightScheme(Strict):
@@ -202,6 +230,14 @@ class Promotion(Strict):
         return self
 
 
+class Rotation(Strict):
+    """The model is turned by random rotations before it is quantized (`export/rotate.py`)."""
+
+    seed: Annotated[int, Field(ge=0)]
+    scheme: WeightScheme
+    """Of the two linears that turn the residual stream."""
+
+
 class QuantRecipe(Strict):
     """How weights become integers."""
 
@@ -215,6 +251,7 @@ class QuantRecipe(Strict):
     """A name in configs/mixtures."""
     gptq: Gptq | None = None
     promotion: Promotion | None = None
+    rotation: Rotation | None = None
     linear: WeightScheme | None
     embedding: WeightScheme | None
     head: WeightScheme | None
@@ -232,23 +269,34 @@ class QuantRecipe(Strict):
             raise ValueError(f"method {self.method!r} contradicts gptq: only that method needs its settings")
         if self.method in ("kept", "scales", "gptq") and self.linear is None:
             raise ValueError(f"method {self.method!r} needs a scheme for linear")
-        uneven = any(scheme and scheme.levels != "even" for scheme in (self.linear, self.embedding, self.head))
-        if uneven and self.method != "kept":
-            raise ValueError("levels other than even need method kept: no runtime but onnxruntime has them")
-        if uneven and any(scheme and scheme.levels != "even" for scheme in (self.embedding, self.head)):
-            raise ValueError("embedding and head have no operator for levels other than even")
-        if self.linear and self.linear.levels != "even" and self.linear.bits != 4:
-            raise ValueError("levels other than even are of 4 bits")
         if self.promotion and self.method != "gptq":
             raise ValueError("promotion needs method gptq")
         if self.promotion and self.linear and self.promotion.scheme.bits <= self.linear.bits:
             raise ValueError("promotion must give more bits than linear has")
+        if self.rotation and self.method in ("none", "kept"):
+            raise ValueError("rotation needs a method that quantizes")
+        return self
+
+    @model_validator(mode="after")
+    def _levels_have_an_operator(self) -> "QuantRecipe":
+        if any(table and table.levels != "even" for table in (self.embedding, self.head)):
+            raise ValueError("embedding and head have no operator for levels other than even")
+        if self.linear is None or self.linear.levels == "even":
+            return self
+        if self.method != "kept":
+            raise ValueError("levels other than even need method kept: no runtime but onnxruntime has them")
+        if self.linear.bits != 4:
+            raise ValueError("levels other than even are of 4 bits")
         return self
 
     @property
     def common_scales(self) -> bool:
         """Whether every scale is positive and exact in bf16 and fp16, as all runtimes take them."""
         return self.method != "kept"
+
+    def reshaped(self, architecture: Architecture) -> Architecture:
+        """Shapes of what the recipe quantizes, given those of the checkpoint."""
+        return architecture.model_copy(update={"rotated": self.rotation is not None})
 
 
 class TargetLimits(Strict):

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import backends, checkpoint, disk, memory, quantize, schemes, sources
+from . import backends, disk, memory, quantize, schemes, sources
 from .errors import ExportError
+from .places import origin_of
 from .plan import Architecture, Plan
 from .progress import console
 
@@ -35,7 +36,7 @@ def estimate(plan: Plan, source: str | None, architecture: Architecture, cache: 
     """Memory is the most that any stage takes: quantizing, reading the result back, lowering."""
     found = schemes.of_recipe(plan.quant, architecture).counts()
     needs = backends.load(plan.target.backend).needs(plan, architecture)
-    origin = checkpoint.origin_of(plan.model, source)
+    origin = origin_of(plan.model, source)
     stored = not found.integers or quantize.is_stored(origin, plan.quant, architecture, cache)
     quantizing = 0 if stored else quantize.memory_bytes(plan.quant, architecture)
     return Estimate(

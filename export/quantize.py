@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from . import calibrate, disk, memory, schemes
+from . import cache as cache_folder
+from . import calibrate, disk, memory, rotate, schemes
 from .calibrate import texts
 from .calibrate.unfinished import Unfinished
 from .checkpoint import Checkpoint
@@ -23,15 +24,18 @@ from .errors import ExportError
 from .kept import compared_with, exactly, fitted
 from .manifest import CalibrationInfo, LayerInfo, from_checkpoint
 from .model import Llama
+from .places import locate
 from .plan import Architecture, QuantRecipe
 from .progress import console, track
 from .rounding import BLOCK_ELEMENTS, Rounded, as_torchao, bits_of, one_torch_thread, round_to_nearest
 from .schemes import EMBEDDING, HEAD, Schemes
-from .sources import locate
 from .sources.integers import Integers, Unfit
 
 HERE = Path(__file__).parent
-CODE = [HERE / f"{name}.py" for name in ("quantize", "kept", "schemes", "rounding", "model", "windows")]
+CODE = [
+    HERE / f"{name}.py"
+    for name in ("quantize", "kept", "schemes", "rounding", "rotate", "orthogonal", "model", "windows")
+]
 CODE += [*sorted(HERE.glob("calibrate/*.py")), *sorted(HERE.glob("sources/*.py"))]
 ROUNDING_BYTES = 50
 """What rounding holds for each element of a block, measured: the block in float32 a dozen times over."""
@@ -42,6 +46,9 @@ class QuantizedModel:
     """The one quantized model: integers in a memory-mapped file, the rest read from the checkpoint."""
 
     checkpoint: Checkpoint
+    """As it was opened."""
+    weights: Checkpoint
+    """What was quantized: the checkpoint, or it rotated."""
     recipe: QuantRecipe
     key: str
     """Content address: checkpoint bytes, recipe, quantizer."""
@@ -52,7 +59,7 @@ class QuantizedModel:
 
     @property
     def architecture(self) -> Architecture:
-        return self.checkpoint.architecture
+        return self.weights.architecture
 
     def read(self, name: str) -> torch.Tensor:
         """One weight: torchao IntxUnpackedToInt8Tensor where quantized, else float32; a tied head is the embedding."""
@@ -70,9 +77,9 @@ class QuantizedModel:
             name = EMBEDDING
         scheme = self.schemes.of(name)
         if scheme is None or file is None:
-            return self.checkpoint.read(name)
+            return self.weights.read(name)
         if scheme.levels != "even":
-            return self.checkpoint.read(name)  # nothing of it was changed, and torchao has no such tensor
+            return self.weights.read(name)  # nothing of it was changed, and torchao has no such tensor
         weight: torch.Tensor = as_torchao(*stored_codes(file, name), scheme.bits)
         return weight
 
@@ -97,9 +104,8 @@ class QuantizedModel:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits (integers and 16-bit scales; float tensors at 32) per parameter, tied weights once."""
-        parameters = sum(torch.Size(shape).numel() for shape in self.architecture.tensor_shapes().values())
-        return self.schemes.stored_bits(float_bits=32) / parameters
+        """Stored bits (integers and 16-bit scales; float tensors at 32) per parameter of the checkpoint."""
+        return self.schemes.stored_bits(float_bits=32) / self.architecture.parameters
 
 
 def stored_codes(file: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,26 +125,29 @@ def memory_bytes(recipe: QuantRecipe, architecture: Architecture) -> int:
     calibrating = calibrate.memory_bytes(recipe, architecture) if recipe.calibration else 0
     blocks = min(os.cpu_count() or 1, -(-found.largest // BLOCK_ELEMENTS))
     block_bytes = ROUNDING_BYTES * min(blocks * BLOCK_ELEMENTS, found.largest)
-    return max(6 * found.largest + block_bytes, found.store_bytes + max(calibrating, block_bytes * 3 // 2))
+    rotating = rotate.memory_bytes(architecture) if recipe.rotation else 0
+    return rotating + max(6 * found.largest + block_bytes, found.store_bytes + max(calibrating, block_bytes * 3 // 2))
 
 
 def quantize(checkpoint: Checkpoint, recipe: QuantRecipe, cache: Path) -> QuantizedModel:
     """Quantize every tensor of the recipe; a stored result of the same inputs is reused."""
-    schemes.check(recipe, checkpoint.architecture)
+    weights = rotate.rotated(checkpoint, recipe)
+    schemes.check(recipe, weights.architecture)
     key = content_key(checkpoint, recipe)
     if recipe.method == "none":
-        return QuantizedModel(checkpoint, recipe, key, None, (), None)
+        return QuantizedModel(checkpoint, weights, recipe, key, None, (), None)
     store = cache / f"quantized-{key[:16]}.safetensors"
     with disk.writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
         with disk.locked(store, wait=True):  # builds of one recipe at the same time quantize once
             if not store.is_file():
-                write_store(store, key, checkpoint, recipe)
+                write_store(store, key, weights, recipe)
                 memory.give_back()  # or the integers' memory is still ours while they are read back
+    cache_folder.used(store)
     layers, calibration = stored_notes(store, key)
     if line := from_checkpoint(layers):
         console.print(f"  {line}", soft_wrap=True)
-    return QuantizedModel(checkpoint, recipe, key, store, layers, calibration)
+    return QuantizedModel(checkpoint, weights, recipe, key, store, layers, calibration)
 
 
 @dataclass(frozen=True)

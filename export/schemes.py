@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from .errors import ExportError
-from .plan import Architecture, QuantRecipe, WeightScheme
+from .plan import ROTATE_IN, ROTATE_OUT, Architecture, QuantRecipe, WeightScheme
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -76,6 +76,7 @@ def bits_each(scheme: WeightScheme, columns: int) -> float:
 
 def of_recipe(recipe: QuantRecipe, architecture: Architecture) -> Schemes:
     """What the recipe gives every tensor before any is promoted."""
+    architecture = recipe.reshaped(architecture)
     schemes = {name: scheme_of(recipe, name) for name in architecture.tensor_shapes()}
     return Schemes(architecture, {name: scheme for name, scheme in schemes.items() if scheme})
 
@@ -102,6 +103,8 @@ def scheme_of(recipe: QuantRecipe, name: str) -> WeightScheme | None:
         return recipe.embedding
     if name == HEAD:
         return recipe.head
+    if name in (ROTATE_IN, ROTATE_OUT):
+        return recipe.rotation.scheme if recipe.rotation else None
     return None if "norm" in name else recipe.linear
 
 

@@ -71,7 +71,8 @@ def flush(shard: dict[str, torch.Tensor], weight_map: dict[str, str], folder: Pa
 
 def write_tokenizer(source: SeededSource, folder: Path) -> None:
     """Llama 3's own tokenizer where the vocabulary is Llama 3's, else the byte tokenizer of seeded models."""
-    from .sources import llama3_tokenizer, package_file
+    from .places import package_file
+    from .sources import llama3_tokenizer
 
     if source.architecture.vocab_size == 128256:
         llama3_tokenizer.write(package_file("llama_models/llama3/tokenizer.model"), folder)

@@ -24,7 +24,7 @@ def build(plans: Sequence[Plan], source: str | None, place: Path, cache: Path) -
     One that fails lets the others end. Raises ExportError: too little disk for all of them, before any starts; or
     which targets failed, and why.
     """
-    architecture = checkpoint.architecture_of(plans[0].model, source)
+    architecture = plans[0].quant.reshaped(checkpoint.architecture_of(plans[0].model, source))
     wanted = {plan.target.name: preflight.estimate(plan, source, architecture, cache) for plan in plans}
     room, workers = memory.free().bytes, cores()
     needed = preflight.disk_line(list(wanted.values()), place, cache)

@@ -1,6 +1,6 @@
 """The proof: `python -m runtime_tests [--device DEVICE] [--source DIR_OR_HF_ID] [--eval NAME] [FOLDER …]`.
 
-With `--tasks NAME,…` it evaluates lm-evaluation-harness tasks instead: docs/tasks.md.
+With `--tasks NAME,…` it evaluates lm-evaluation-harness tasks instead: docs/tasks.md. `chat PATH`: docs/chat.md.
 """
 
 import shutil
@@ -16,11 +16,13 @@ import typer
 
 import devices
 from devices import Device, DeviceError
+from export import cache
 from export.cli import run
 from export.errors import ExportError
 from export.progress import console, stage
 
 from .attached import AttachedDevice
+from .chat import command as chat_command
 from .place import Place, ThisMachine
 from .record import Outcome
 from .tasks.run import Asked, parse
@@ -29,7 +31,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 BUILD = Path("build")
 
 
-@app.command()
+@app.command(epilog="Talk to an artifact: python -m runtime_tests chat PATH (it has --help).")
 def main(  # noqa: PLR0913, PLR0917 – a command's options
     folders: Annotated[list[Path] | None, typer.Argument(help="artifact folders; default: all of build/")] = None,
     device: Annotated[str, typer.Option(help="a name in devices/")] = "host",
@@ -46,9 +48,12 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     limit: Annotated[int | None, typer.Option(min=1, help="with --tasks: questions of each task")] = None,
     chat: Annotated[bool, typer.Option(help="with --tasks: apply the chat template of artifacts that have one")] = True,
     reference: Annotated[bool, typer.Option(help="with --tasks: evaluate the fp32 model too")] = True,
+    skip_proven: Annotated[
+        bool, typer.Option("--skip-proven", help="leave out what holds already, unchanged, on this machine")
+    ] = False,
 ) -> None:
     """Prove what artifacts compute and how fast: exit 0 only if every gate holds."""
-    from . import evaluation, publish, summary, validate
+    from . import evaluation, proven, publish, summary, validate
     from .case import Setting
 
     known = load_device(device)
@@ -62,6 +67,12 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
         return
     cases = validate.open_artifacts(folders or built_for(known), known)
     loaded = evaluation.load(eval_name or known.evaluation)
+    if (
+        skip_proven
+        and here(known)
+        and not (cases := proven.without(cases, known, loaded, BUILD / "records" / "records.jsonl"))
+    ):
+        return
     run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     with (
         tempfile.TemporaryDirectory(prefix=".runtime-tests-", dir=build_folder()) as scratch,
@@ -84,6 +95,7 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
             console.print(f"[bold]{described.id}[/bold] on {known.name}")
             records.append(validate.validate(folder, described, setting))
             publish.keep(records[-1], BUILD, folder, described)
+    cache.trim(BUILD / "cache")
     with stage("report"):
         page = publish.report(records, [described for _, described in cases], BUILD)
     summary.show(records, page)
@@ -176,4 +188,4 @@ def measure_bandwidth(device: Device, threads: int) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(run(app))
+    sys.exit(run(chat_command.app if sys.argv[1:2] == [chat_command.NAME] else app))

@@ -93,8 +93,7 @@ def pareto(candidates: Sequence[Candidate], smallest: float, scale: float) -> li
 
 def smallest_mb(described: Manifest) -> float:
     """All weights without any promotion."""
-    shapes = described.architecture.tensor_shapes().values()
-    parameters = sum(math.prod(shape) for shape in shapes)
+    parameters = described.architecture.parameters
     extra = sum(one.extra_bytes for one in candidates_of(described) if one.promoted)
     return (parameters * described.quantization.bits_per_weight / 8 - extra) / 1e6
 

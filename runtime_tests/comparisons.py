@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from export import tokenizer
+from export import cache, tokenizer
 from export.errors import ExportError
 from export.progress import stage
 
@@ -71,6 +71,8 @@ def compute_references(case: Case, windows: Tokens, probes: Tokens) -> dict[str,
         for name, kind, tokens in wanted
     }
     missing = [(name, kind, tokens) for name, kind, tokens in wanted if not files[name].is_file()]
+    for name in files.keys() - {name for name, _, _ in missing}:
+        cache.used(files[name])
     if missing:
         with stage("references", ", ".join(name for name, _, _ in missing)):
             compute_missing(case, files, missing)

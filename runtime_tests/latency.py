@@ -121,7 +121,7 @@ def summarize(raw: dict[str, Any], described: Manifest, threads: int, bandwidth:
         note="",
         n_threads=threads,
         model_size=described.artifact_bytes,
-        model_n_params=parameters(described),
+        model_n_params=described.architecture.parameters,
         load_s=raw["load_ns"] / 1e9,
         first_inference_s=raw["first_ns"] / 1e9,
         ttft_p50_s=float(np.median(tests[0].samples_ns)) / 1e9,
@@ -140,13 +140,8 @@ def summarize(raw: dict[str, Any], described: Manifest, threads: int, bandwidth:
     )
 
 
-def parameters(described: Manifest) -> int:
-    """Numbers in the checkpoint, tied weights once."""
-    return sum(int(np.prod(shape)) for shape in described.architecture.tensor_shapes().values())
-
-
 def bytes_per_token(described: Manifest) -> int:
-    """Bytes of weights that every decoded token must read: all linears and the head, with 16-bit scales.
+    """Bytes of weights that every decoded token must read: all linears, rotations and the head, with 16-bit scales.
 
     Of the embedding table one row is read, which is not counted. Never more than the artifact holds (float weights
     may be stored in 16 bits).
@@ -155,9 +150,9 @@ def bytes_per_token(described: Manifest) -> int:
     schemes = {
         one.name: WeightScheme(bits=one.bits, group_size=one.group_size) for one in described.quantization.layers
     }
-    head = EMBEDDING if a.tie_word_embeddings else HEAD
-    shapes = a.linear_shapes() | {head: (a.vocab_size, a.hidden_size)}
-    total = sum(stored_bytes(shape, schemes.get(name)) for name, shape in shapes.items())
+    if a.tie_word_embeddings and EMBEDDING in schemes:
+        schemes[HEAD] = schemes[EMBEDDING]
+    total = sum(stored_bytes(shape, schemes.get(name)) for name, shape in a.all_linear_shapes().items())
     return min(int(total), described.artifact_bytes)
 
 

@@ -214,6 +214,8 @@ class Record(Strict):
 
     schema_version: Literal[4]
     run_id: str
+    proof: str
+    """What was proven and with what, as one sha256 (`proven.key`); empty where the machine is another one."""
     artifact: str
     manifest_sha256: str
     plan_key: PlanKey

@@ -60,7 +60,7 @@ def forward_of(kind: Kind, model: QuantizedModel, described: Manifest) -> Forwar
     if kind == "huggingface":
         return hugging_face(model.checkpoint)
     if kind == "fp32":
-        llama = eager(model.checkpoint.read, model.architecture, "none")
+        llama = eager(model.checkpoint.read, model.checkpoint.architecture, "none")
     else:
         llama = eager(model.read, model.architecture, described.plan.target.activations)
     if kind == "noise":

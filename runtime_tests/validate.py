@@ -26,6 +26,7 @@ from . import (
     jobs,
     latency,
     plan_key,
+    proven,
     regression,
     same_tokens,
 )
@@ -56,6 +57,7 @@ def validate(folder: Path, described: Manifest, setting: Setting) -> Record:
     return Record(
         schema_version=4,
         run_id=setting.run_id,
+        proof=proof_of(case),
         artifact=described.id,
         manifest_sha256=manifest.digest(folder),
         plan_key=plan_key.of(described, setting.evaluation),
@@ -76,6 +78,13 @@ def validate(folder: Path, described: Manifest, setting: Setting) -> Record:
         outcome=outcome,
         detail=detail,
     )
+
+
+def proof_of(case: Case) -> str:
+    """What this run proves, for who may leave it out next time; nothing where the device is not this machine."""
+    if case.setting.device.transport.kind != "local" or case.environment is None:
+        return ""
+    return proven.key(case.folder, case.setting.device, case.setting.evaluation, case.environment)
 
 
 def examine(case: Case) -> None:

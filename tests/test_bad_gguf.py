@@ -15,8 +15,9 @@ import torch
 
 from export import checkpoint, manifest, tokenizer
 from export.errors import ExportError
+from export.places import locate
 from export.plan import ModelSpec, load_named
-from export.sources import locate, open_source
+from export.sources import open_source
 from export.sources.gguf_file import READABLE_TYPES
 
 from .checkpoints import (

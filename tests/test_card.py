@@ -96,3 +96,11 @@ def test_a_calibrated_artifact_says_with_what_and_what_was_promoted(described):
     assert "| calibrated with | 12,345 tokens of 1 texts; KL 0.0321 on held-out windows |" in text
     assert "| promoted linears | 1 of 2, by KL saved per byte |" in text
     assert "calibrated with" not in card.render(described, [])
+
+
+def test_a_checkpoint_that_was_quantized_before_is_named(artifact):
+    described = manifest.read(artifact)
+    for bits, said in ((5.5, True), (16.0, False), (None, False)):
+        info = described.checkpoint.model_copy(update={"bits_per_weight": bits})
+        text = card.render(described.model_copy(update={"checkpoint": info}), [])
+        assert ("was quantized before (5.5 bits per weight)" in text) == said

@@ -125,7 +125,7 @@ HEADERS = {
     ),
     "too deep": (file(b'{"a.qb":' + b"[" * 10**6), "damaged safetensors"),
     "a name twice": (
-        file(b'{"a.qb": 1, "a.qb": 2}'), "a name is there twice",
+        file(b'{"a.qb": 1, "a.qb": 2}'), "'a.qb' is there twice",
     ),
     "unknown type": (file(GOOD | {"a": entry([1, 32], 0, 16, "Q5")}, bytes(20)), "tensor a is of unknown type 'Q5'"),
     "no type": (file({"a.qb": {"shape": [1], "data_offsets": [0, 4]}}, bytes(4)), "tensor a.qb: dtype: missing"),

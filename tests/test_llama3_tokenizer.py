@@ -6,8 +6,9 @@ import pytest
 
 from export import synth, tokenizer
 from export.pipeline import export
+from export.places import package_file
 from export.plan import Architecture, load_plan
-from export.sources import llama3_tokenizer, open_source, package_file
+from export.sources import llama3_tokenizer, open_source
 from export.sources.seeded import SeededSource
 from runtime_tests.evaluation import TEXT, read_text
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from export import checkpoint, manifest, pipeline, sources, tokenizer
+from export import checkpoint, manifest, pipeline, places, tokenizer
 from export.__main__ import app
 from export.cli import run as run_app
 from export.errors import ExportError
@@ -57,7 +57,7 @@ def tied(tmp_path_factory):
 
 def assert_peft(base, adapter, merged, changed):
     """Every weight is the one peft merges; `changed` of them are not the base's."""
-    opened = checkpoint.load(LLAMA, sources.adapted(str(base), adapter))
+    opened = checkpoint.load(LLAMA, places.adapted(str(base), adapter))
     plain = checkpoint.load(LLAMA, str(base))
     theirs, count = merged.state_dict(), 0
     for name in opened.architecture.tensor_shapes():
@@ -110,7 +110,7 @@ def test_merged_logits_are_those_of_the_unmerged_model(tied, tmp_path):
     side_by_side = peft.PeftModel.from_pretrained(
         LlamaForCausalLM.from_pretrained(tied, dtype=torch.float32), tmp_path / "adapter"
     ).eval()
-    opened = checkpoint.load(LLAMA, sources.adapted(str(tied), tmp_path / "adapter"))
+    opened = checkpoint.load(LLAMA, places.adapted(str(tied), tmp_path / "adapter"))
     tokens = torch.arange(3, 60)[None]
     with torch.no_grad():
         wanted = side_by_side(tokens).logits
@@ -126,7 +126,7 @@ def test_into_a_gguf_and_into_a_4_bit_base(tied, tmp_path):
     original = checkpoint.load(LLAMA, str(tied))
     for place in (write_gguf(tmp_path / "model.gguf"), write_bnb(tmp_path / "bnb")):
         plain = checkpoint.load(LLAMA, str(place))
-        opened = checkpoint.load(LLAMA, sources.adapted(str(place), tmp_path / "adapter"))
+        opened = checkpoint.load(LLAMA, places.adapted(str(place), tmp_path / "adapter"))
         assert opened.source.description.startswith(plain.source.description)
         for name in opened.architecture.tensor_shapes():
             wanted = plain.read(name) + (merged[name] - original.read(name))
@@ -135,7 +135,7 @@ def test_into_a_gguf_and_into_a_4_bit_base(tied, tmp_path):
 
 def test_the_base_stays_as_it_is(base, tmp_path):
     train(base, tmp_path / "adapter")
-    opened = checkpoint.load(LLAMA, sources.adapted(str(base), tmp_path / "adapter"))
+    opened = checkpoint.load(LLAMA, places.adapted(str(base), tmp_path / "adapter"))
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(opened.read(name), opened.read(name))
     assert torch.equal(checkpoint.load(LLAMA, str(base)).read(name), weights(UNTIED)[name])
@@ -143,7 +143,7 @@ def test_the_base_stays_as_it_is(base, tmp_path):
 
 def test_the_tokenizer_is_the_one_saved_with_the_adapter(tied, tmp_path):
     train(tied, tmp_path / "adapter")
-    spec = sources.adapted(str(tied), tmp_path / "adapter")
+    spec = places.adapted(str(tied), tmp_path / "adapter")
     for folder in ("base", "own"):
         (tmp_path / folder).mkdir()
     tokenizer.write(open_source(spec, None), tmp_path / "base", 288)
@@ -315,14 +315,14 @@ BROKEN = {
 def test_an_adapter_that_does_not_fit_is_refused_by_name(base, adapter, mistake):
     change, words = BROKEN[mistake]
     change(adapter)
-    assert words in refusal(LLAMA, sources.adapted(str(base), adapter))
+    assert words in refusal(LLAMA, places.adapted(str(base), adapter))
 
 
 def test_without_any_change_it_is_merged(base, adapter):
     """The twin: writing the tensors and the configuration again is no mistake."""
     configure()(adapter)
     tensors(lambda found: None)(adapter)
-    assert "14 of 14" in checkpoint.load(LLAMA, sources.adapted(str(base), adapter)).source.description
+    assert "14 of 14" in checkpoint.load(LLAMA, places.adapted(str(base), adapter)).source.description
 
 
 @pytest.mark.parametrize(
@@ -338,19 +338,19 @@ def test_without_any_change_it_is_merged(base, adapter):
 )
 def test_a_tied_table_is_not_changed_on_one_side(tied, tmp_path, options, words):
     train(tied, tmp_path / "adapter", **options)
-    text = refusal(LLAMA, sources.adapted(str(tied), tmp_path / "adapter"))
+    text = refusal(LLAMA, places.adapted(str(tied), tmp_path / "adapter"))
     assert any(word in text for word in words.split("|")), text
 
 
 def test_dora_on_an_embedding_is_refused(base, tmp_path):
     train(base, tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"], use_dora=True)
-    text = refusal(LLAMA, sources.adapted(str(base), tmp_path / "adapter"))
+    text = refusal(LLAMA, places.adapted(str(base), tmp_path / "adapter"))
     assert "lora_magnitude_vector is not merged into model.embed_tokens" in text
 
 
 def test_an_adapter_of_a_larger_base(base, tied, adapter):
     """Two layers into one."""
-    text = refusal(LLAMA, sources.adapted(str(tied), adapter))
+    text = refusal(LLAMA, places.adapted(str(tied), adapter))
     assert "layers.1.mlp.down_proj.lora_A.weight changes nothing that this base has; merge with peft" in text
 
 
@@ -379,4 +379,4 @@ def test_an_adapter_as_the_source_says_what_to_do(adapter):
 def test_the_base_is_still_checked(base, adapter, tmp_path):
     other = shutil.copytree(base, tmp_path / "other")
     set_config(other, num_hidden_layers=3)
-    assert "tensors are missing" in refusal(LLAMA, sources.adapted(str(other), adapter))
+    assert "tensors are missing" in refusal(LLAMA, places.adapted(str(other), adapter))

@@ -17,9 +17,10 @@ import torch
 from export import checkpoint, tokenizer
 from export.errors import ExportError
 from export.pipeline import export
+from export.places import package_file
 from export.plan import ModelSpec, load_named, load_plan
 from export.quantize import eager
-from export.sources import meta_original, open_source, package_file, torch_zip
+from export.sources import meta_original, open_source, torch_zip
 
 from .checkpoints import LLAMA, refusal
 

@@ -23,7 +23,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from ..errors import ExportError
 from ..model import rope_tables
-from ..plan import Architecture
+from ..plan import ROTATE_IN, ROTATE_OUT, Architecture
 from ..progress import track
 from ..quantize import QuantizedModel
 from ..rounding import bits_of
@@ -90,6 +90,8 @@ def decoder(model: QuantizedModel, inputs: dict[str, Var]) -> Var:
     x = mb.gather(
         x=table, indices=inputs["inputIds"], axis=0, batch_dims=0, validate_indices=False, name=mil_name((EMBEDDING,))
     )
+    if a.rotated:
+        x = linear(model, x, (ROTATE_IN,))
     for i in track(range(a.num_hidden_layers), "author", a.num_hidden_layers):
         prefix = f"model.layers.{i}."
         normed = rms_norm(model, x, f"{prefix}input_layernorm.weight")
@@ -97,6 +99,8 @@ def decoder(model: QuantizedModel, inputs: dict[str, Var]) -> Var:
         normed = rms_norm(model, x, f"{prefix}post_attention_layernorm.weight")
         x = mb.add(x=x, y=swiglu(model, normed, prefix))
     x = rms_norm(model, x, "model.norm.weight")
+    if a.rotated:
+        x = linear(model, x, (ROTATE_OUT,))
     # a tied head is the very same variable as the embedding: one copy in the file
     head = table if a.tie_word_embeddings else weight(model, (HEAD,))
     return mb.linear(x=x, weight=head, name="logits")

@@ -130,7 +130,8 @@ def stored_weights(package: Path, architecture: Architecture) -> Iterator[Stored
 def expected(architecture: Architecture, present: set[str]) -> Iterator[tuple[tuple[str, ...], str]]:
     """Groups of our names and the op that computes with them; a group not fused comes one by one."""
     head = [] if architecture.tie_word_embeddings else [((HEAD,), "logits")]
-    groups = [((EMBEDDING,), TABLE), *head, *linear_groups(architecture, present)]
+    rotations = [((name,), mil_name((name,))) for name in architecture.rotation_shapes()]
+    groups = [((EMBEDDING,), TABLE), *head, *rotations, *linear_groups(architecture, present)]
     for names, output in groups:
         if output not in present:
             raise ExportError(f"model.mlpackage: no operation {output!r} for {names[0]}; build the artifact again")

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 
 from ..contract import IOContract, TensorSpec
 from ..model import rope_tables
-from ..plan import Architecture, WeightScheme
+from ..plan import ROTATE_IN, ROTATE_OUT, Architecture, WeightScheme
 from ..quantize import QuantizedModel
 from ..schemes import EMBEDDING, HEAD
 from ._onnx_activations import INT8_ACTIVATIONS, accuracy_level
@@ -76,7 +76,7 @@ def build(model: QuantizedModel, data: DataFile, contract: IOContract) -> Any:
     graph = Graph(model, data)
     graph.last_index = graph.constant("last_index", [-1])
     graph.attention = (*sequence_lengths(graph), *rope(graph, contract.kv.context_length))
-    x = embed(graph)
+    x = rotate(graph, embed(graph), ROTATE_IN)
     names = norm_names(model.architecture)
     normed = first_norm(graph, x, names[0])
     last = model.architecture.num_hidden_layers - 1
@@ -86,7 +86,7 @@ def build(model: QuantizedModel, data: DataFile, contract: IOContract) -> Any:
             attended, x = last_position(graph, attended), last_position(graph, x)
         normed, x = add_norm(graph, x, project_out(graph, attended, i), names[2 * i + 1])
         normed, x = add_norm(graph, x, feed_forward(graph, normed, i), names[2 * i + 2])
-    head(graph, normed)
+    head(graph, rotate(graph, normed, ROTATE_OUT))
     return assemble(graph, contract)
 
 
@@ -135,6 +135,11 @@ def embed(graph: Graph) -> str:
     attributes = {"bits": codes.bits, "block_size": codes.block, "gather_axis": 0, "quantize_axis": 2}
     rows = graph.node("GatherBlockQuantized", [codes.q, "input_ids", scale], "embedded_blocks", attributes)
     return graph.node("Reshape", [rows, graph.constant("embedded_shape", [0, 0, codes.columns])], "embedded")
+
+
+def rotate(graph: Graph, x: str, name: str) -> str:
+    """Turn the residual stream, or turn it back before the head; in a model that is not rotated as it is."""
+    return linear(graph, x, name, [name]) if graph.architecture.rotated else x
 
 
 def norm_names(architecture: Architecture) -> list[str]:

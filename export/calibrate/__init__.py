@@ -13,7 +13,7 @@ from ..checkpoint import Checkpoint
 from ..errors import ExportError
 from ..manifest import Candidate
 from ..model import Llama, RMSNorm
-from ..plan import Architecture, Mixture, QuantRecipe, WeightScheme
+from ..plan import ROTATE_IN, ROTATE_OUT, Architecture, Mixture, QuantRecipe, WeightScheme
 from ..progress import track
 from ..rounding import Rounded
 from ..schemes import EMBEDDING, HEAD, Schemes
@@ -22,6 +22,8 @@ from .activations import ROUND
 from .gptq import Rounding
 from .layerwise import Both, Task, round_layers
 from .loss import mean_kl
+from .observe import ReadWeight
+from .pieces import pieces
 from .unfinished import Unfinished
 
 FACTOR_BYTES = 3 * 8
@@ -45,7 +47,7 @@ class Calibrated:
 def run(
     checkpoint: Checkpoint, recipe: QuantRecipe, rounded: Mapping[str, Rounded], unfinished: Unfinished
 ) -> Calibrated:
-    """Choose the integers of every linear; `rounded` has embedding and head where the recipe quantizes them."""
+    """Choose the integers of every linear; `rounded` has what is quantized besides."""
     assert recipe.calibration is not None
     ids = tokens(checkpoint, recipe.calibration, unfinished).to(device())
     calibrator = Calibrator(checkpoint, recipe, rounded, unfinished, *split(ids, recipe.calibration.held_out_every))
@@ -151,7 +153,7 @@ class Calibrator:
         count = min(promotion.windows, len(self.used))
         ids = self.used[torch.linspace(0, len(self.used) - 1, count).long()]
         streams = list(torch.split(self.embedded(ids), 1))
-        head = sensitivity.Head(self.norm(), self.read(self.head_name))
+        head = sensitivity.Head(self.last_norm(self.read), self.read(self.head_name))
         measured = sensitivity.measure(self.read, self.architecture, head, streams, (base, promotion.scheme))
         found = dict(track(measured, "sensitivity", len(self.architecture.linear_shapes())))
         self.unfinished.keep_sensitivities(found)
@@ -165,34 +167,53 @@ class Calibrator:
     def head_name(self) -> str:
         return EMBEDDING if self.architecture.tie_word_embeddings else HEAD
 
-    def norm(self) -> RMSNorm:
-        """The norm before the head."""
-        found = RMSNorm(self.architecture.hidden_size, self.architecture.rms_norm_eps)
-        found.weight = nn.Parameter(self.read("model.norm.weight"), requires_grad=False)
-        return found
+    def last_norm(self, weight_of: ReadWeight) -> nn.Module:
+        """The norm before the head, and the rotation after it where there is one."""
+        a = self.architecture
+        found = RMSNorm(a.hidden_size, a.rms_norm_eps)
+        found.weight = nn.Parameter(weight_of("model.norm.weight"), requires_grad=False)
+        return nn.Sequential(found, linear(weight_of(ROTATE_OUT))) if a.rotated else found
 
     def dequantized(self, name: str) -> Tensor:
-        """Embedding or head as the quantized model has it."""
+        """A weight outside the layers as the quantized model has it."""
         return self.rounded[name].dequantized().to(device()) if name in self.rounded else self.read(name)
 
     def embedded(self, ids: Tensor) -> Tensor:
         """[W, L, D] that enters the full model's first layer."""
-        return nn.functional.embedding(ids, self.read(EMBEDDING))
+        return self.entering(ids, self.read)
 
     def looked_up(self, ids: Tensor) -> Tensor:
         """The same of the quantized model."""
-        return nn.functional.embedding(ids, self.dequantized(EMBEDDING))
+        return self.entering(ids, self.dequantized)
+
+    def entering(self, ids: Tensor, weight_of: ReadWeight) -> Tensor:
+        """Embedding of the ids, rotated where the model is."""
+        out = nn.functional.embedding(ids, weight_of(EMBEDDING))
+        if self.architecture.rotated:
+            rotate = linear(weight_of(ROTATE_IN))
+            for x in pieces(out):
+                x[:] = rotate(x)
+        return out
 
     def loss(self, last: Both) -> float:
         """Mean KL of what the two models make of their last streams, nats."""
-        norm, full, quantized = self.norm(), self.read(self.head_name), self.dequantized(self.head_name)
+        full, quantized = self.read(self.head_name), self.dequantized(self.head_name)
+        norm, quantized_norm = self.last_norm(self.read), self.last_norm(self.dequantized)
         pairs = zip(last.full, last.quantized, strict=True)
-        return mean_kl((norm(x) @ full.T, norm(y) @ quantized.T) for x, y in pairs)
+        return mean_kl((norm(x) @ full.T, quantized_norm(y) @ quantized.T) for x, y in pairs)
 
 
 def device() -> torch.device:
     """Where calibration computes."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def linear(weight: Tensor) -> nn.Linear:
+    """A linear with that weight [N, K]."""
+    with torch.device("meta"):
+        found = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    found.weight = nn.Parameter(weight, requires_grad=False)
+    return found
 
 
 def known(chosen: Schemes) -> Callable[[str], WeightScheme]:

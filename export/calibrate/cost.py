@@ -17,6 +17,7 @@ from .. import checkpoint, memory, schemes
 from ..cli import run
 from ..errors import ExportError
 from ..plan import ModelSpec, QuantRecipe, load_named
+from ..rotate import rotated
 from ..rounding import round_to_nearest
 from . import Calibrator, split, tokens
 from .unfinished import Unfinished
@@ -36,7 +37,7 @@ def main(
     recipe = load_named(QuantRecipe, "quant", quant)
     if recipe.gptq is None or recipe.calibration is None:
         raise ExportError(f"recipe {quant!r}: method {recipe.method!r} has no cost to speak of; give one with gptq")
-    opened = checkpoint.load(load_named(ModelSpec, "models", model), source)
+    opened = rotated(checkpoint.load(load_named(ModelSpec, "models", model), source), recipe)
     whole = opened.architecture.num_hidden_layers
     short = opened.architecture.model_copy(update={"num_hidden_layers": min(layers, whole)})
     opened = dataclasses.replace(opened, architecture=short)

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..model import Layer, RMSNorm, rope_tables
+from ..model import Layer, rope_tables
 from ..plan import Architecture, WeightScheme
 from .observe import ReadWeight, load_layer, observed
 from .scales import linears, nearest
@@ -33,7 +33,8 @@ class Sensitivity:
 class Head:
     """What turns the last stream into logits."""
 
-    norm: RMSNorm
+    norm: nn.Module
+    """And the rotation after it where there is one."""
     weight: Tensor
     """[V, D]"""
 

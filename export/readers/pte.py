@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backends.pte.readback import PteFile, open_pte, tensor_value, xnnpack_graph
-from ..contents import EMBEDDING, HEAD, Contents, Entry, StoredTensor, counted, size
+from ..contents import EMBEDDING, Contents, Entry, StoredTensor, counted, size
 from ..contract import TensorSpec
 from ..plan import Architecture
 from . import head, in_a_line
@@ -88,9 +88,8 @@ def expected(architecture: Architecture | None) -> dict[str, list[tuple[str, tup
     shapes, a = architecture.tensor_shapes(), architecture
     kinds = ("input_layernorm", "post_attention_layernorm")
     norms = [f"model.layers.{i}.{kind}.weight" for i in range(a.num_hidden_layers) for kind in kinds]
-    linears: list[tuple[str, tuple[int, ...]]] = [*architecture.linear_shapes().items()]
     return {
-        "linear": [*linears, (HEAD, (a.vocab_size, a.hidden_size))],
+        "linear": [*a.all_linear_shapes().items()],
         "norm": [(name, shapes[name]) for name in [*norms, "model.norm.weight"]],
     }
 

@@ -8,7 +8,6 @@ A linear X is quantized exactly when the header has `X.weight.quant_state.*`; co
 Format: bitsandbytes `QuantState.as_dict` and `backends/default/ops.py`; checked bit for bit against it.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..errors import ExportError
 from ..levels import OFFSET, TABLES
 from ..plan import Positive, explain
+from . import unique_json
 from .integers import Integers, Unfit
 from .safetensors_files import SafetensorsFiles
 
@@ -200,7 +200,7 @@ def open_weights(stored: SafetensorsFiles, config: Mapping[str, Any], path: Path
 def state_of(stored: SafetensorsFiles, name: str, text: bytes) -> QuantState:
     """The state, of the type its name says."""
     try:
-        state = QuantState.model_validate(json.loads(text))
+        state = QuantState.model_validate(unique_json.loads(text))
     except ValidationError as error:
         raise damaged(stored, name, explain(error)) from None
     except (ValueError, RecursionError) as error:

@@ -75,6 +75,7 @@ class GgufSource:
                     f"{path}: tensor {tensor.name} is of type {tensor.tensor_type.name}, which cannot be dequantized; "
                     "use a file in F32, F16, BF16 or Q8_0"
                 )
+        require_in_order(path, self._reader)
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -168,6 +169,19 @@ class GgufSource:
 
     def write_tokenizer(self, folder: Path) -> None:
         gguf_tokenizer.write(self.metadata, folder)
+
+
+def require_in_order(path: Path, reader: Any) -> None:
+    """Tensors follow each other, padded to the alignment, as llama.cpp's `gguf.cpp` demands; none overlap.
+
+    The library adds offsets without a look: one of 2⁶⁴ − 1 comes out before the data.
+    """
+    at = 0
+    for tensor in reader.tensors:
+        offset = int(tensor.field.parts[-1][0])
+        if offset != at:
+            raise ExportError(f"{path}: tensor {tensor.name} begins at {offset}, expected {at}; download it again")
+        at += -(-tensor.n_bytes // int(reader.alignment)) * int(reader.alignment)
 
 
 def hugging_face_name(name: str) -> str:

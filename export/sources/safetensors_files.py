@@ -1,6 +1,5 @@
 """Tensors of a folder's safetensors, one file or sharded, memory-mapped. Never unpickles; knows no model."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ExportError
+from . import safetensors_header, unique_json
 
 PICKLES = (".bin", ".pth", ".pt")
 MAX_JSON_BYTES = 2**24
@@ -58,14 +58,14 @@ class SafetensorsFiles:
                 pickles = any(path.suffix in PICKLES for path in self.folder.iterdir())
                 hint = "pickled weights are never loaded; " if pickles else ""
                 raise ExportError(f"{single}: missing; {hint}save it as safetensors")
-            return dict.fromkeys(open_mapped(single).keys(), single)
+            return dict.fromkeys(names_of(single), single)
         owner = self._weight_map(index_path)
         paths = sorted(set(owner.values()))
         for path in paths:
             if not path.is_file():
                 raise ExportError(f"{path}: missing, but {index_path.name} names it; download the shard again")
         for path in paths:
-            present = set(open_mapped(path).keys())
+            present = set(names_of(path))
             listed = {name for name, file in owner.items() if file == path}
             if present != listed:
                 names = ", ".join(sorted(present ^ listed)[:3])
@@ -125,6 +125,13 @@ class SafetensorsFiles:
         """As in `Source`: floats."""
 
 
+def names_of(path: Path) -> list[str]:
+    """The tensors of a file, each of them once."""
+    names: list[str] = open_mapped(path).keys()
+    safetensors_header.refuse_repeated(path)
+    return names
+
+
 def open_mapped(path: Path) -> Any:
     """A safetensors file, its header checked by the library."""
     try:
@@ -138,7 +145,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ExportError(f"{path}: larger than {MAX_JSON_BYTES} bytes, which no such file is")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = unique_json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):

@@ -4,7 +4,6 @@ The library's own rules (safetensors `README.md`, "Format"): u64 length, a JSON 
 exactly one tensor. Jlama writes its 4-bit weights so, as type `Q4`, which the library refuses.
 """
 
-import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import ExportError
 from ..plan import explain
+from . import unique_json
 
 MAX_HEADER_BYTES = 2**22
 """Less than the library's 100 MB: as Python's objects a header takes many times its size. A 3B model's has 60 kB."""
@@ -86,16 +86,17 @@ def read(path: Path) -> Mapping[str, Tensor]:
     }
 
 
+def refuse_repeated(path: Path) -> None:
+    """A name twice, of which the library takes the last. Raises ExportError."""
+    try:
+        unique_json.loads(raw_header(path))
+    except (BrokenError, ValueError, RecursionError) as error:
+        raise damaged(path, " ".join(str(error).split())[:200]) from None
+
+
 def entries_of(text: bytes) -> dict[str, Entry]:
     """The JSON object, without its metadata."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise BrokenError("a name is there twice")
-        return found
-
-    value = json.loads(text, object_pairs_hook=once)
+    value = unique_json.loads(text)
     if not isinstance(value, dict):
         raise BrokenError(f"its header is a {type(value).__name__}")
     return {name: entry_of(name, fields) for name, fields in value.items() if name != METADATA}

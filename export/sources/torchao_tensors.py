@@ -8,7 +8,6 @@ A weight X.weight is quantized exactly when the files' metadata has an entry of 
 Format: torchao 0.18 `prototype/safetensors` and `IntxUnpackedToInt8Tensor`. Nothing is unpickled.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import ExportError
 from ..plan import Positive, explain
+from . import unique_json
 from .integers import Integers, Unfit
 from .safetensors_files import SafetensorsFiles, open_mapped
 
@@ -139,7 +139,7 @@ def open_weights(stored: SafetensorsFiles, path: Path) -> TorchaoWeights:
 def tensor_of(file: Path, name: str, text: str) -> Intx | None:
     """One entry of a file's metadata; None for a float tensor."""
     try:
-        fields = json.loads(text)
+        fields = unique_json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ExportError(f"{file}: metadata of {name} is not valid JSON ({error}); {ADVICE}") from None
     kind: Any = fields.get("_type") if isinstance(fields, dict) else None

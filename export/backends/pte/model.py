@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from ...model import rope_tables
-from ...plan import Architecture
+from ...plan import ROTATE_IN, ROTATE_OUT, Architecture
 
 ReadWeight = Callable[[str], Tensor]
 
@@ -86,6 +86,18 @@ class Embedding(nn.Module):
         out: Tensor = torch.ops.quantized_decomposed.embedding_byte.dtype(
             self.qdata, self.scale, None, -128, 127, tokens, dtype=torch.float32
         )
+        return out
+
+
+class Rotation(nn.Module):
+    """Turns the residual stream, or turns it back before the head."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.linear = linear(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(quantize_activation(x) if isinstance(self.linear, QuantizedLinear) else x)
         return out
 
 
@@ -159,6 +171,9 @@ class PteLlama(nn.Module):
         self.embedding = Embedding(read("model.embed_tokens.weight"))
         self.layers = nn.ModuleList(Layer(read, i, a, context_length) for i in range(a.num_hidden_layers))
         self.norm = nn.Buffer(read("model.norm.weight"))
+        self.rotate_in, self.rotate_out = (
+            Rotation(read(name)) if a.rotated else nn.Identity() for name in (ROTATE_IN, ROTATE_OUT)
+        )
         self.head = linear(read("lm_head.weight"))
         self.constants = Constants(a, context_length)
         self.context_length = context_length
@@ -171,9 +186,9 @@ class PteLlama(nn.Module):
         c = self.constants
         cos = c.cos.narrow(0, start, new)[None, :, None]  # [1, S, 1, D]
         sin = c.sin.narrow(0, start, new)[None, :, None]
-        x = self.embedding(tokens)
+        x = self.rotate_in(self.embedding(tokens))
         for layer in self.layers:
             x = layer(x, start, cos, sin, c)
-        x = c.normalize(x, self.norm)
+        x = self.rotate_out(c.normalize(x, self.norm))
         out: Tensor = self.head(quantize_activation(x) if isinstance(self.head, QuantizedLinear) else x)
         return out

@@ -53,7 +53,7 @@ def read_weights(artifact: Path, architecture: Architecture) -> Iterator[StoredW
     embedding = read_embedding(file)
     if embedding:
         yield embedding
-    names = [*architecture.linear_shapes(), HEAD]
+    names = list(architecture.all_linear_shapes())
     linears = list(quantized_linears(file))
     if linears and len(linears) != len(names):
         raise ExportError(f"{artifact}: {len(linears)} quantized linears, the architecture has {len(names)}")

@@ -1,0 +1,66 @@
+"""python -m runtime_tests chat PATH [--system TEXT] …: chat with a built artifact through its own session."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import devices
+from export import manifest, tokenizer
+from export.errors import ExportError
+from export.progress import stage
+
+NAME = "chat"
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def group() -> None:
+    """Use a built artifact."""
+
+
+@app.command(NAME)
+def chat(
+    folder: Annotated[Path, typer.Argument(metavar="PATH", help="an artifact folder")],
+    system: Annotated[str | None, typer.Option(help="system message; default: the chat template's own")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, max=100, help="0: greedy")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="draw from the likeliest tokens only")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="the same draws every time")] = None,
+) -> None:
+    """Chat with an artifact: on a terminal, or one message per line through a pipe."""
+    if temperature == 0 and (top_p is not None or seed is not None):
+        raise typer.BadParameter("--top-p and --seed draw tokens; give a --temperature above 0")
+    described = manifest.read(folder)
+    if not described.tokenizer.has_chat_template:
+        raise ExportError(f"{folder}: its tokenizer has no chat template; build it from an instruct model")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    with stage("load", described.id):
+        manifest.verify_files(folder, described)
+        from ..worker import LoadError, opened
+        from .conversation import Conversation
+        from .kept_cache import KeptCache
+        from .sampling import Sampler
+        from .terminal import Terminal, say
+
+        words = tokenizer.load(folder)
+        try:
+            session = opened(str(folder), devices.physical_threads())
+        except LoadError as error:
+            raise ExportError(f"{folder}: does not load: {error}") from None
+    if not session.measures_speed:
+        say("its runtime is not on this machine; the reference evaluator computes the same, much slower")
+    conversation = Conversation(
+        cache=KeptCache(session),
+        tokenizer=words,
+        ids=described.tokenizer,
+        context_length=described.contract.kv.context_length,
+        choose=Sampler(temperature, 1.0 if top_p is None else top_p, seed),
+        max_new_tokens=max_new_tokens,
+    )
+    conversation.system = system
+    whole = Terminal(conversation, session.measures_speed).run()
+    session.close()
+    if not whole:
+        raise typer.Exit(1)
