@@ -4,14 +4,20 @@
 PYTHON ?= python3
 MODEL  ?= smollm2-135m
 QUANT  ?= int4-g32-scales
-# whose baseline `make baseline` keeps
+# whose baseline `make baseline` keeps, and from which records; empty: those of this machine's last run
 DEVICE ?= host
+RECORDS ?=
 # where the weights are, when not where the model's YAML says (a folder, a .gguf file or a hub id)
 SOURCE ?=
 
 # what `make tasks` asks, and how many questions of each; empty: all
 TASKS  ?= offline
 LIMIT  ?=
+
+# of `make ci-artifacts`: recipes, where an earlier build to compare with lies, and options of validation
+RECIPES ?= $(QUANT)
+BASE    ?=
+VALIDATION ?= --skip-proven
 
 PY      := .venv/bin/python
 # contenders of `make bench-quick`
@@ -21,9 +27,10 @@ STUDIED := int4-g32-gptq-chat,int4-g64-gptq,int4-g32-gptq-prose,int4-g32-scales,
 TARGETS := $(sort $(basename $(notdir $(wildcard configs/targets/*.yaml))))
 DEVICES := $(sort $(basename $(notdir $(wildcard devices/*.yaml))))
 FOLDERS := $(TARGETS:%=build/$(MODEL)_$(QUANT)_%)
+CHECKED  = $(foreach recipe,$(RECIPES),$(TARGETS:%=build/$(MODEL)_$(recipe)_%))
 WEIGHTS := $(if $(SOURCE),--source $(SOURCE))
 
-.PHONY: all setup build validate test lint unit bench bench-quick bench-docs bench-pages study detours tasks devices lab baseline tiny golden readme reliability lock clean help $(DEVICES)
+.PHONY: all setup build validate test lint unit bench bench-quick bench-docs bench-pages study detours tasks devices lab baseline tiny ci-artifacts ci-report ci-diff compute-plan golden readme reliability lock clean help $(DEVICES)
 
 all: build validate
 
@@ -58,8 +65,35 @@ lab: setup                          ## what the emulated devices need: Debian pa
 devices: setup                      ## the known devices
 	@$(PY) -m devices
 
+ci-artifacts: setup                 ## build MODEL × RECIPES × TARGETS, validate what was built, report in build/ci
+	@status=0; \
+	for recipe in $(RECIPES); do $(PY) -m export $(MODEL) $$recipe $(TARGETS) $(WEIGHTS) || status=1; done; \
+	built=$$(for folder in $(CHECKED); do if [ -f $$folder/manifest.json ]; then echo $$folder; fi; done); \
+	if [ -n "$$built" ]; then $(PY) -m runtime_tests $(VALIDATION) $(WEIGHTS) $$built || status=1; fi; \
+	$(PY) -m runtime_tests.ci_report $(CHECKED) || status=1; \
+	exit $$status
+
+ci-report: setup                    ## report in build/ci what the last run on DEVICE found of MODEL × QUANT
+	@targets=$$($(PY) -m devices targets $(DEVICE)) && $(PY) -m runtime_tests.ci_report --device $(DEVICE) \
+	  $$(for target in $$targets; do echo build/$(MODEL)_$(QUANT)_$$target; done)
+
+ci-diff: setup                      ## Markdown diff of MODEL × RECIPES × TARGETS against the build in BASE, in build/ci
+	$(if $(BASE),,$(error BASE names the folder of an earlier build))
+	@mkdir -p build/ci
+	@for folder in $(CHECKED); do \
+	  before=$(BASE)/$${folder#build/}; \
+	  if [ -d $$before ]; then \
+	    $(PY) -m export diff $$before $$folder --markdown --records $(BASE)/ci/records.jsonl \
+	      --records build/records/records.jsonl || exit 1; \
+	  else echo "no $$before to compare $$folder with"; fi; echo; \
+	done > build/ci/diff.md
+	@tee -a "$${GITHUB_STEP_SUMMARY:-/dev/null}" < build/ci/diff.md
+
+compute-plan: setup                 ## on which processor Core ML runs each operation of MODEL × RECIPES (on a Mac)
+	@$(PY) -m runtime_tests.compute_plan $(RECIPES:%=build/$(MODEL)_%_coreml) --out build/ci
+
 baseline: setup                     ## keep what the last run on DEVICE reached as that device's baseline
-	@$(PY) -m runtime_tests.baseline $(DEVICE)
+	@$(PY) -m runtime_tests.baseline $(DEVICE) $(if $(RECORDS),--records $(RECORDS))
 
 tiny:                               ## the whole job on a two-layer random model, in a minute
 	@$(MAKE) --no-print-directory all MODEL=tiny
@@ -70,6 +104,8 @@ lint: setup
 	@.venv/bin/ruff format --check .
 	@.venv/bin/ruff check .
 	@.venv/bin/mypy
+	@.venv/bin/check-jsonschema -qq --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@.venv/bin/check-jsonschema -qq --builtin-schema vendor.github-actions .github/actions/*/action.yml
 
 unit: setup
 	@$(PY) -m pytest

@@ -10,6 +10,7 @@ from .errors import ExportError
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 NAMES = ("inspect", "diff", "verify", "sign")
 """First arguments that are no model; no YAML of configs/models has one of these names."""
+RECORDS = Path("build/records/records.jsonl")
 Artifact = Annotated[Path, typer.Argument(exists=True, help="an artifact folder, or a model file of any exporter")]
 Folder = Annotated[Path, typer.Argument(exists=True, help="the artifact folder, which holds manifest.json")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON record")]
@@ -32,23 +33,24 @@ def diff(
     a: Artifact,
     b: Artifact,
     json: AsJson = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="end with a summary to paste as a comment")] = False,
-    records: Annotated[Path, typer.Option(help="validation records with speed and KL")] = Path(
-        "build/records/records.jsonl"
-    ),
+    markdown: Annotated[bool, typer.Option("--markdown", help="a summary to paste as a comment")] = False,
+    records: Annotated[
+        list[Path] | None,
+        typer.Option(help="validation records with speed and KL, may be repeated; default: " + str(RECORDS)),
+    ] = None,
 ) -> None:
     """Size, schemes, integers and scales, interface, plan, tools, and what validation measured: A against B."""
     from . import difference
 
     if json and markdown:
         raise typer.BadParameter("the record has everything that the summary says", param_hint="--markdown with --json")
-    found = difference.compare(a, b, records)
+    found = difference.compare(a, b, records or [RECORDS])
     if json:
         print(found.model_dump_json(indent=1))
+    elif markdown:
+        print(difference.markdown(found))
     else:
         difference.show(found)
-    if markdown:
-        print("\n" + difference.markdown(found))
 
 
 @app.command()

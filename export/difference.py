@@ -1,6 +1,6 @@
 """Two artifacts side by side, of the same or different formats and recipes: what is not the same, and how much."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from . import backends, inspection, measured, readers
 from .backends import StoredWeight
 from .contents import MODULES, ModuleSize
 from .errors import ExportError
+from .headline import Runs, headline
 from .inspection import Inspection, Section
 from .plan import Strict
 
 NO_WEIGHTS = "integers and scales are compared between artifact folders only"
 UNTIMED = "no validation record of one or both on the same device"
+OTHER_MACHINE = "{}: validated on different machines ({} and {}), so speed and memory are not compared"
 Paired = tuple[str, StoredWeight | None, StoredWeight | None]
 
 
@@ -59,6 +61,8 @@ class Difference(Strict):
 
     a: str
     b: str
+    headline: str
+    """The whole in a line."""
     sizes: tuple[SizePair, ...]
     schemes: tuple[Change, ...]
     weights: Weights | None
@@ -71,25 +75,36 @@ class Difference(Strict):
     """What could not be compared."""
 
 
-def compare(a: Path, b: Path, records: Path) -> Difference:
-    """Read both, weights too where both are artifact folders; nothing is run."""
+def compare(a: Path, b: Path, records: Sequence[Path]) -> Difference:
+    """Read both, weights too where both are artifact folders; nothing is run. Records files may be missing."""
     one, other = inspection.inspect(a), inspection.inspect(b)
     both = one.manifest is not None and other.manifest is not None
-    speed = list(runs(a, b, records)) if both else []
+    bytes_of = tuple(sizes(one.sizes, other.sizes))
+    schemes = changes({x.name: x.scheme for x in one.layers}, {x.name: x.scheme for x in other.layers})
+    numbers = weights(one, other) if both else None
+    runs = common_runs(a, b, records) if both else {}
     notes = [] if both else [f"{one.note or other.note}", NO_WEIGHTS]
     return Difference(
         a=str(a),
         b=str(b),
-        sizes=tuple(sizes(one.sizes, other.sizes)),
-        schemes=changes({x.name: x.scheme for x in one.layers}, {x.name: x.scheme for x in other.layers}),
-        weights=weights(one, other) if both else None,
+        headline=headline(bytes_of[-1].a, bytes_of[-1].b, changed_layers(schemes, numbers), runs),
+        sizes=bytes_of,
+        schemes=schemes,
+        weights=numbers,
         contract=changes(interface(one), interface(other)),
         plan=changes(*(flat(x.manifest.plan.model_dump(mode="json")) if x.manifest else {} for x in (one, other))),
         tools=changes(*(x.manifest.tools if x.manifest else {} for x in (one, other))),
         operations=changes(operations(one), operations(other)),
-        measured=tuple(speed),
-        notes=tuple(notes + ([] if speed else [UNTIMED])),
+        measured=tuple(measurements(runs)),
+        notes=tuple(notes + (list(other_machines(runs)) if runs else [UNTIMED])),
     )
+
+
+def changed_layers(schemes: Sequence[Change], numbers: Weights | None) -> int | None:
+    """Quantized weights with another scheme or other numbers; None: their numbers were not compared."""
+    if numbers is None:
+        return None
+    return len({one.field for one in schemes} | {one.name for one in numbers.differing})
 
 
 def sizes(one: tuple[ModuleSize, ...], other: tuple[ModuleSize, ...]) -> Iterator[SizePair]:
@@ -197,14 +212,27 @@ def difference(name: str, a: StoredWeight | None, b: StoredWeight | None) -> Wei
     return WeightDifference(name=name, integers=integers, scales=scales, why="") if integers or scales else None
 
 
-def runs(a: Path, b: Path, records: Path) -> Iterator[Change]:
+def common_runs(a: Path, b: Path, records: Sequence[Path]) -> Runs:
     """Newest validation of both on each device that ran both."""
     one, other = measured.newest(a, records), measured.newest(b, records)
-    for device in sorted(one.keys() & other.keys()):
-        yield Change(field=f"{device}: verdict", a=one[device].outcome, b=other[device].outcome)
-        left, right = one[device].numbers(), other[device].numbers()
+    return {device: (one[device], other[device]) for device in sorted(one.keys() & other.keys())}
+
+
+def measurements(runs: Runs) -> Iterator[Change]:
+    """What validation found of both."""
+    for device, (one, other) in runs.items():
+        yield Change(field=f"{device}: verdict", a=one.outcome, b=other.outcome)
+        same = one.environment == other.environment
+        left, right = (x.numbers() if same else x.losses() for x in (one, other))
         for name in (name for name in left if name in right):
             yield Change(field=f"{device}: {name}", a=number(left[name]), b=number(right[name]))
+
+
+def other_machines(runs: Runs) -> Iterator[str]:
+    """Devices of one name that were two machines."""
+    for device, (one, other) in runs.items():
+        if one.environment != other.environment:
+            yield OTHER_MACHINE.format(device, one.environment, other.environment)
 
 
 def number(value: float) -> str:
@@ -214,7 +242,7 @@ def number(value: float) -> str:
 
 def show(found: Difference) -> None:
     """Print every table that is not empty."""
-    print(f"A {found.a}\nB {found.b}")
+    print(f"A {found.a}\nB {found.b}\n{found.headline}")
     console = Console(highlight=False)
     for section in sections(found):
         if section.rows:
@@ -274,18 +302,13 @@ def headlines(found: Difference) -> Iterator[str]:
 
 
 def markdown(found: Difference) -> str:
-    """A comment for a pull request: headlines, sizes and measurements in view, the rest folded."""
-    lines = [f"**A** `{found.a}` · **B** `{found.b}`", "", *(f"- {line}" for line in headlines(found))]
-    every = [section for section in sections(found) if section.rows]
-    open_titles = ("bytes by module", "measured by validation")
-    for section in every:
-        body = as_markdown(section)
-        if section.title in open_titles:
-            lines += ["", *body]
-        else:
-            summary = f"<details><summary>{section.title} ({len(section.rows)})</summary>"
-            lines += ["", summary, "", *body, "", "</details>"]
-    return "\n".join([*lines, "", *found.notes]).rstrip()
+    """A comment for a pull request: the headline, and every table folded."""
+    lines = [f"**{found.headline}**", "", f"A `{found.a}` · B `{found.b}`", ""]
+    lines += [f"- {line}" for line in (*headlines(found), *found.notes)]
+    for section in (section for section in sections(found) if section.rows):
+        summary = f"<details><summary>{section.title} ({len(section.rows)})</summary>"
+        lines += ["", summary, "", *as_markdown(section), "", "</details>"]
+    return "\n".join(lines)
 
 
 def as_markdown(section: Section) -> list[str]:

@@ -1,9 +1,10 @@
 """Baselines: what an artifact reached on a device of one kind, kept in the repository to be compared with.
 
-    python -m runtime_tests.baseline DEVICE      keeps the newest passing record of every artifact on that device
+    python -m runtime_tests.baseline DEVICE [--records FILE]    keeps what the last run on that device reached
 
 One file per device fingerprint (name, processor, cores, memory), so that nobody is judged by another machine's speed.
-An emulated device has none: how long it takes means nothing.
+Size and accuracy are kept of every artifact that holds, speed only where it was measured and steady enough to judge:
+how long an emulated device takes means nothing.
 """
 
 import hashlib
@@ -18,24 +19,13 @@ from export.cli import run
 from export.errors import ExportError
 from export.plan import Strict, explain
 
-from . import gates, record
-from .record import Environment, Gate, Latency, Outcome, Record
+from . import record, regression
+from .record import Environment, Outcome, PlanKey, Record
+from .regression import Reached
 
 FOLDER = Path(__file__).parent / "baselines"
 RECORDS = Path("build/records/records.jsonl")
-TOLERANCE = 0.10
-"""A difference below this is nothing, however steady the timings."""
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-class Reached(Strict):
-    """What one artifact reached once."""
-
-    run_id: str
-    commit: str
-    decode_ts: float
-    ttft_s: float
-    cv: float
 
 
 class Baseline(Strict):
@@ -62,63 +52,77 @@ def memory_gb(machine: Environment) -> int:
 def find(device: str, machine: Environment, artifact: str) -> Reached | None:
     """What the artifact reached here before; None where nothing was kept."""
     path = place(device, machine)
-    if not path.is_file():
-        return None
+    return read(path).artifacts.get(artifact) if path.is_file() else None
+
+
+def read(path: Path) -> Baseline:
+    """One file, strictly."""
     try:
-        return Baseline.model_validate_json(path.read_bytes()).artifacts.get(artifact)
+        return Baseline.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise ExportError(f"{path}: not a baseline: {explain(error)[:300]}; remove it or make it again") from None
+        raise ExportError(
+            f"{path}: not a baseline of this version: {explain(error)[:300]}; remove it, then `make baseline`"
+        ) from None
 
 
-def regression(measured: Latency, before: Reached, artifact: str) -> list[Gate]:
-    """Decode rate and time to first token against the baseline, within what both runs vary by."""
-    tolerance = max(TOLERANCE, 3 * max(measured.cv, before.cv))
-    detail = f"{artifact}: baseline of run {before.run_id}, tolerance {tolerance:.0%}"
-    decode = measured.tests[-1].avg_ts / before.decode_ts
-    ttft = measured.ttft_p50_s / before.ttft_s
-    return [
-        gates.judge("decode against baseline", decode, "at least", 1 - tolerance, Outcome.TOO_SLOW, detail),
-        gates.judge("time to first token against baseline", ttft, "at most", 1 + tolerance, Outcome.TOO_SLOW, detail),
-    ]
+def not_compared(before: Reached, key: PlanKey) -> str:
+    """Why a run has nothing to do with the baseline, in a line; empty: it has."""
+    other = before.plan_key.differs_in(key)
+    return f"baseline of run {before.run_id} is of another {', '.join(other)}: not compared" if other else ""
 
 
-def keep(records: list[Record], device: str) -> list[Path]:
-    """Write the newest passing record of each artifact on a device into its baseline; the files written."""
+def keep(records: list[Record], device: str) -> list[tuple[Path, Record]]:
+    """Write what each artifact that holds reached on a device into its baseline; the files written, with why."""
     written = []
     for kept in records:
-        if kept.device != device or kept.outcome is not Outcome.PASS or kept.latency is None or kept.emulated:
+        if kept.device != device or not kept.holds or kept.accuracy.total is None:
             continue
-        path = place(device, kept.environment)
-        machine = kept.environment
+        path, machine = place(device, kept.environment), kept.environment
         baseline = (
-            Baseline.model_validate_json(path.read_bytes())
+            read(path)
             if path.is_file()
             else Baseline(
                 device=device, cpu=machine.cpu, cores=machine.cores, memory_gb=memory_gb(machine), artifacts={}
             )
         )
-        reached = Reached(
-            run_id=kept.run_id,
-            commit=kept.commit,
-            decode_ts=kept.latency.tests[-1].avg_ts,
-            ttft_s=kept.latency.ttft_p50_s,
-            cv=kept.latency.cv,
-        )
-        baseline = baseline.model_copy(update={"artifacts": {**baseline.artifacts, kept.artifact: reached}})
+        baseline = baseline.model_copy(update={"artifacts": {**baseline.artifacts, kept.artifact: reached(kept)}})
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(baseline.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        written.append(path)
-    return sorted(set(written))
+        written.append((path, kept))
+    return written
+
+
+def reached(kept: Record) -> Reached:
+    """What a baseline holds of a record."""
+    assert kept.accuracy.total is not None
+    steady = kept.timings if kept.outcome is Outcome.PASS else None
+    return Reached(
+        run_id=kept.run_id,
+        commit=kept.commit,
+        plan_key=kept.plan_key,
+        size_bytes=kept.size_bytes,
+        mean_kl=kept.accuracy.total.mean_kl,
+        kl_by_window=kept.accuracy.total.kl_by_window,
+        speed=regression.speed_of(steady) if steady else None,
+    )
 
 
 @app.command()
-def main(device: Annotated[str, typer.Argument(help="a name in devices/")]) -> None:
+def main(
+    device: Annotated[str, typer.Argument(help="a name in devices/")],
+    records: Annotated[Path, typer.Option(help="of the run that is kept; another machine's too")] = RECORDS,
+) -> None:
     """Keep what the artifacts reached on DEVICE as its baseline."""
-    written = keep(record.newest_run(RECORDS, device), device)
+    written = keep(record.newest_run(records, device), device)
     if not written:
-        raise ExportError(f"{RECORDS}: no passing record with timings of {device}; run `make {device}` first")
-    for path in written:
-        print(path)
+        raise ExportError(f"{records}: no record of {device} that holds; run `make {device}` first")
+    for path, kept in written:
+        print(f"{path.name}: {kept.artifact}{'' if reached(kept).speed else ', without speed: ' + unsteady(kept)}")
+
+
+def unsteady(kept: Record) -> str:
+    """Why no speed was kept."""
+    return kept.detail or "not timed"
 
 
 if __name__ == "__main__":

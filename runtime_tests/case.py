@@ -14,6 +14,7 @@ from .evaluation import Evaluation
 from .isolation import Ended
 from .place import ArtifactJob, Place
 from .record import Comparison, DeviceState, Environment, Gate, Latency, Outcome
+from .regression import Reached
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Case:
     gates: list[Gate] = field(default_factory=list)
     comparisons: dict[str, Comparison] = field(default_factory=dict)
     probe_sqnr_db: list[float] = field(default_factory=list)
+    before: Reached | None = None
+    """This device's baseline, where it holds this artifact and can be compared."""
     latency: Latency | None = None
     environment: Environment | None = None
     states: list[DeviceState] = field(default_factory=list)

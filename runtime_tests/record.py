@@ -33,6 +33,7 @@ class Outcome(StrEnum):
     """The process died by a signal."""
     TIMEOUT = "timeout"
     TOO_SLOW = "too slow"
+    TOO_LARGE = "too large"
     DEVICE_LOST = "device lost"
     """The connection ended, or the device stopped answering."""
     DEVICE_FULL = "device full"
@@ -191,6 +192,23 @@ class DeviceState(Strict):
     uptime_s: float | None
 
 
+class PlanKey(Strict):
+    """What was built and how it was judged, as short hashes: numbers of runs that share all of them can be compared."""
+
+    model: str
+    """The plan's model and the checkpoint's files."""
+    recipe: str
+    target: str
+    context: str
+    """Slots of the KV cache."""
+    evaluation: str
+    """With its texts."""
+
+    def differs_in(self, other: "PlanKey") -> list[str]:
+        """Names of the fields that are not the same."""
+        return [name for name, value in self if getattr(other, name) != value]
+
+
 class Record(Strict):
     """One artifact, one run."""
 
@@ -200,6 +218,7 @@ class Record(Strict):
     """What was proven and with what, as one sha256 (`proven.key`); empty where the machine is another one."""
     artifact: str
     manifest_sha256: str
+    plan_key: PlanKey
     size_bytes: int
     bits_per_weight: float
     device: str
@@ -259,6 +278,18 @@ def newest_of(path: Path, manifest_sha256: str) -> Record | None:
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     for line in reversed(lines):
         if field(line, "manifest_sha256") == manifest_sha256:
+            try:
+                return Record.model_validate_json(line)
+            except ValidationError:
+                return None
+    return None
+
+
+def newest_on(path: Path, manifest_sha256: str, device: str) -> Record | None:
+    """The last record of one build of an artifact on one device, likewise."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for line in reversed(lines):
+        if field(line, "manifest_sha256") == manifest_sha256 and field(line, "device") == device:
             try:
                 return Record.model_validate_json(line)
             except ValidationError:

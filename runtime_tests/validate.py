@@ -11,7 +11,7 @@ from devices import Device, DeviceError
 from export import manifest, sources
 from export.errors import ExportError
 from export.manifest import Manifest
-from export.progress import stage
+from export.progress import console, stage
 
 from . import (
     baseline,
@@ -25,7 +25,9 @@ from . import (
     golden,
     jobs,
     latency,
+    plan_key,
     proven,
+    regression,
     same_tokens,
 )
 from .case import Case, Setting, StoppedError, ask, ask_artifact
@@ -58,6 +60,7 @@ def validate(folder: Path, described: Manifest, setting: Setting) -> Record:
         proof=proof_of(case),
         artifact=described.id,
         manifest_sha256=manifest.digest(folder),
+        plan_key=plan_key.of(described, setting.evaluation),
         size_bytes=described.artifact_bytes,
         bits_per_weight=described.quantization.bits_per_weight,
         device=setting.device.name,
@@ -94,6 +97,7 @@ def examine(case: Case) -> None:
     files = comparisons.compute_references(case, windows, probes)
     comparisons.compare_references(case, windows.windows, files)
     comparisons.compare_artifact(case, windows, probes, files)
+    check_baseline(case)
     check_conformance(case)
     check_golden(case)
     same_tokens.check(case, windows.windows, files)
@@ -167,6 +171,20 @@ def check_golden(case: Case) -> None:
     case.gates.append(gates.judge("golden tokens", same, "at least", len(answer.tokens), Outcome.MISMATCH))
 
 
+def check_baseline(case: Case) -> None:
+    """Size and KL as shipped against what this device's baseline holds, where one is kept."""
+    assert case.environment is not None
+    before = baseline.find(case.setting.device.name, case.environment, case.manifest.id)
+    if before is None:
+        return
+    if reason := baseline.not_compared(before, plan_key.of(case.manifest, case.setting.evaluation)):
+        console.print(f"  {case.manifest.id}: {reason}; `make baseline` keeps this run", style="yellow", soft_wrap=True)
+        return
+    case.before = before
+    changes = regression.shipped(case.manifest.artifact_bytes, case.comparisons["total"], before)
+    case.gates += [regression.judge(change, before.run_id) for change in changes]
+
+
 def measure_speed(case: Case, windows: Windows) -> None:
     """Timings, against the device's budgets."""
     setting, spec = case.setting, case.setting.evaluation.speed
@@ -197,12 +215,10 @@ def measure_speed(case: Case, windows: Windows) -> None:
 
 def judge_speed(case: Case, measured: Latency, hot: str) -> None:
     """Budgets of the device's YAML and, where one is kept, its baseline; noise and heat leave close calls open."""
-    device, artifact = case.setting.device, case.manifest.id
+    device = case.setting.device
     found = gates.budgets(measured, min_decode_tps=device.budgets.min_decode_tps, max_ttft_s=device.budgets.max_ttft_s)
-    assert case.environment is not None
-    before = baseline.find(device.name, case.environment, artifact)
-    if before:
-        found += baseline.regression(measured, before, artifact)
+    if case.before:
+        found += [regression.judge(change, case.before.run_id) for change in regression.timed(measured, case.before)]
     case.gates += gates.in_doubt(found, measured, max_cv=device.max_cv, reason=hot)
 
 

@@ -37,6 +37,7 @@ def sample_record(**changes):
     fields = {
         "schema_version": 4, "run_id": "20260101-000000", "proof": "", "artifact": "tiny_int4-g32_fake",
         "manifest_sha256": "ab" * 32,
+        "plan_key": dict.fromkeys(("model", "recipe", "target", "context", "evaluation"), "0a1b2c3d"),
         "size_bytes": 1_000_000, "bits_per_weight": 4.9, "device": "host", "emulated": False,
         "environment": environment.current(), "state_before": device_facts.state(""),
         "state_after": device_facts.state(""), "commit": "c" * 40, "dirty": False,

@@ -1,18 +1,14 @@
-"""What surrounds a run on an attached device: its facts, its cooling, its baseline, jobs as scripts of the runner."""
+"""What surrounds a run on an attached device: its facts, its cooling, jobs as scripts of the runner."""
 
 import json
 import subprocess
 
 import numpy as np
-import pytest
 
 from devices import CoolDown
-from export.errors import ExportError
-from runtime_tests import baseline, cooling, device_facts, jobs, on_runner
+from runtime_tests import cooling, device_facts, jobs, on_runner
 from runtime_tests.record import Outcome
 from runtime_tests.runner import Answer, Feed, Generate, Logits, Reset, parse_script, script_text
-
-from .sample import sample_latency, sample_record
 
 PHONE = """\
 os=Android 14, google/shiba/shiba:14/UQ1A/11:user/release-keys
@@ -74,43 +70,6 @@ def test_timing_waits_for_a_device_to_cool_down_but_not_for_ever():
     assert len(slept) == 2
     assert "cpu still at 60" in cooling.wait(hot(*[60] * 9), rule, slept.append)
     assert cooling.wait(lambda: device_facts.state(""), rule, slept.append) == ""
-
-
-@pytest.fixture
-def kept(monkeypatch, tmp_path):
-    monkeypatch.setattr(baseline, "FOLDER", tmp_path)
-    record = sample_record()
-    assert baseline.keep([record], "host")
-    return record
-
-
-def test_a_slower_run_than_the_baseline_fails(kept):
-    before = baseline.find("host", kept.environment, kept.artifact)
-    measured = sample_latency()
-    assert {gate.verdict for gate in baseline.regression(measured, before, "a")} == {"pass"}
-    slow = measured.tests[-1].model_copy(update={"avg_ts": 0.5 * measured.tests[-1].avg_ts})
-    slower = measured.model_copy(update={"tests": (measured.tests[0], slow), "ttft_p50_s": 2 * measured.ttft_p50_s})
-    assert [gate.verdict for gate in baseline.regression(slower, before, "a")] == ["fail", "fail"]
-
-
-def test_a_baseline_belongs_to_one_kind_of_device(kept):
-    other = kept.environment.model_copy(update={"cpu": "another"})
-    assert baseline.find("host", other, kept.artifact) is None
-    assert baseline.find("phone", kept.environment, kept.artifact) is None
-    assert baseline.find("host", kept.environment, "another artifact") is None
-
-
-@pytest.mark.parametrize("change", [{"emulated": True}, {"outcome": Outcome.MISMATCH}, {"latency": None}])
-def test_only_passing_timings_of_real_devices_become_baselines(monkeypatch, tmp_path, change):
-    monkeypatch.setattr(baseline, "FOLDER", tmp_path)
-    assert baseline.keep([sample_record(**change)], "host") == []
-
-
-def test_a_damaged_baseline_is_named(kept, tmp_path):
-    path = baseline.place("host", kept.environment)
-    path.write_text(json.dumps({"device": "host"}))
-    with pytest.raises(ExportError, match=path.name):
-        baseline.find("host", kept.environment, kept.artifact)
 
 
 class FakeRunner:

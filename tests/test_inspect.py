@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from statistics import mean, stdev
 
 import numpy as np
 import onnx
@@ -185,7 +186,7 @@ def nowhere(tmp_path):
 
 def test_two_formats_of_one_quantization_have_the_same_numbers(tiny, nowhere):
     for other in FORMATS[1:]:
-        found = difference.compare(tiny("onnx-cpu"), tiny(other), nowhere)
+        found = difference.compare(tiny("onnx-cpu"), tiny(other), [nowhere])
         assert found.schemes == ()
         assert found.weights.differing == ()
         assert found.weights.tensors == 15
@@ -197,7 +198,7 @@ def test_two_formats_of_one_quantization_have_the_same_numbers(tiny, nowhere):
 
 def test_another_recipe_shows_layer_by_layer(tiny, nowhere, command):
     a, b = tiny("onnx-cpu"), tiny("onnx-cpu", "int4-g64")
-    found = difference.compare(a, b, nowhere)
+    found = difference.compare(a, b, [nowhere])
     linears = manifest.read(a).architecture.linear_shapes()
     assert {(one.field, one.a, one.b) for one in found.schemes} == {(name, "int4 g32", "int4 g64") for name in linears}
     assert {one.name for one in found.weights.differing} == set(linears)
@@ -209,6 +210,8 @@ def test_another_recipe_shows_layer_by_layer(tiny, nowhere, command):
     assert sizes["total"] == tuple(manifest.read(one).artifact_bytes for one in (a, b))
     code, out, _ = command("diff", a, b, "--markdown", "--records", nowhere)
     assert code == 0
+    assert out.startswith("**")
+    assert out.splitlines()[0].endswith(f" {len(found.schemes)} layers changed**")
     assert "| attention |" in out
     assert "<summary>scheme of layers (7)</summary>" in out
     assert command("diff", a, b, "--markdown", "--json")[0] == 2
@@ -224,7 +227,7 @@ def test_a_swapped_pair_of_scales_is_two_numbers(tiny, tmp_path, nowhere):
     other = int(np.flatnonzero(data[0] != data[0, 0])[0])
     data[0, [0, other]] = data[0, [other, 0]]
     data.flush()
-    found = difference.compare(tiny("executorch-xnnpack"), folder, nowhere)
+    found = difference.compare(tiny("executorch-xnnpack"), folder, [nowhere])
     assert [(one.name, one.integers, one.scales) for one in found.weights.differing] == [(name, 0, 2)]
 
 
@@ -239,28 +242,74 @@ def test_tensors_are_paired_in_any_order(tiny):
 
 def test_speed_and_kl_come_from_the_records_of_these_very_artifacts(tiny, tmp_path):
     a, b = tiny("onnx-cpu"), tiny("coreml")
-    lines = [record_of(tmp_path, a, 100.0, 0.1), record_of(tmp_path, b, 50.0, 0.2)]
+    lines = [record_of(a, [99.0, 100.0, 101.0], 0.1), record_of(b, [49.0, 50.0, 51.0], 0.2)]
     records = tmp_path / "records.jsonl"
     records.write_text("\n".join(["not json", *lines]) + "\n")
-    found = {one.field: (one.a, one.b) for one in difference.compare(a, b, records).measured}
+    found = {one.field: (one.a, one.b) for one in difference.compare(a, b, [records]).measured}
     assert found["host: decode of 64, tokens/s"] == ("100", "50")
     assert found["host: KL of lowering, nats"] == ("0.1", "0.2")
     other = shutil.copytree(a, tmp_path / "other")
     (other / manifest.FILE).write_text((other / manifest.FILE).read_text() + "\n")
-    assert measured.newest(other, records) == {}
+    assert measured.newest(other, [records]) == {}
 
 
-def record_of(tmp_path, folder, speed, kl):
+@pytest.fixture
+def headline_of(tiny, tmp_path):
+    """The headline and notes of `diff` on two formats with these records, each in a file of its own."""
+
+    def run(a_rates, b_rates, kl=(0.0312, 0.0291), **changes):
+        a, b = tiny("onnx-cpu"), tiny("coreml")
+        files = [tmp_path / "main.jsonl", tmp_path / "branch.jsonl"]
+        files[0].write_text(record_of(a, a_rates, kl[0]) + "\n")
+        files[1].write_text(record_of(b, b_rates, kl[1], **changes) + "\n")
+        found = difference.compare(a, b, files)
+        assert difference.markdown(found).startswith(f"**{found.headline}**\n")
+        return found
+
+    return run
+
+
+def test_the_headline_says_size_speed_with_its_noise_loss_and_layers(headline_of, tiny):
+    found = headline_of([99.0, 100.0, 101.0], [95.0, 96.0, 97.0])
+    grown = manifest.read(tiny("coreml")).artifact_bytes - manifest.read(tiny("onnx-cpu")).artifact_bytes
+    # Welch by hand: 2.776 · √(1/3 + 1/3) tokens/s of 100
+    assert found.headline == f"{grown / 1e6:+.2f} MB, decode −4 % ± 2 %, KL 0.0312 → 0.0291, no layer changed"
+    noisy = headline_of([60.0, 100.0, 140.0], [80.0, 100.0, 108.0])
+    assert "decode −4 % ± " in noisy.headline
+    assert int(noisy.headline.partition("± ")[2].partition(" %")[0]) > 50
+    assert "decode +0 % ± 0 %" in headline_of([5.0, 5.0], [5.0, 5.0]).headline
+
+
+def test_speed_of_another_machine_is_not_compared(headline_of):
+    found = headline_of([99.0, 101.0], [49.0, 51.0], environment={"cpu": "another", "cores": 2})
+    assert "decode" not in found.headline
+    assert not any("tokens/s" in one.field for one in found.measured)
+    assert any("KL as shipped" in one.field for one in found.measured)
+    assert found.notes == ("host: validated on different machines (a processor, 2 cores and another, 2 cores), so "
+                           "speed and memory are not compared",)  # fmt: skip
+
+
+def test_the_headline_names_a_failure_and_no_noise(headline_of):
+    assert "verdict pass → mismatch" in headline_of([99.0, 101.0], [99.0, 101.0], outcome="mismatch").headline
+    assert "verdict" not in headline_of([99.0, 101.0], [99.0, 101.0], outcome="inconclusive").headline
+    emulated = headline_of([99.0, 101.0], [9.0, 10.0], emulated=True)
+    assert "decode" not in emulated.headline
+
+
+def record_of(folder, rates, kl, **changes):
     """A line as validation writes it, as far as it is read."""
     import hashlib
 
     compared = {"mean_kl": kl, "top1": 0.9, "positions": 3}
-    return json.dumps({
+    test = {"n_prompt": 0, "n_gen": 64, "avg_ts": mean(rates), "stddev_ts": stdev(rates), "samples_ts": rates}
+    fields = {
         "manifest_sha256": hashlib.sha256((folder / manifest.FILE).read_bytes()).hexdigest(),
         "device": "host", "emulated": False, "started_at": "2026-01-01T00:00:00+00:00", "outcome": "pass",
-        "accuracy": {"quantization": None, "lowering": compared},
-        "latency": {"tests": [{"n_prompt": 0, "n_gen": 64, "avg_ts": speed}], "peak_rss_bytes": 1},
-    })  # fmt: skip
+        "environment": {"cpu": "a processor", "cores": 2},
+        "accuracy": {"total": compared, "quantization": None, "lowering": compared},
+        "latency": {"tests": [test], "peak_rss_bytes": 1},
+    }  # fmt: skip
+    return json.dumps(fields | changes)
 
 
 def test_records_are_those_that_validation_writes():
@@ -272,6 +321,8 @@ def test_records_are_those_that_validation_writes():
         (measured.Comparison, record.Comparison),
         (measured.Latency, record.Latency),
         (measured.SpeedTest, record.SpeedTest),
+        (measured.Environment, record.Environment),
+        (measured.Accuracy, record.Accuracy),
     ):
         assert set(ours.model_fields) <= set(theirs.model_fields)
 
@@ -285,4 +336,4 @@ def test_a_damaged_model_in_a_folder_is_one_line(tiny, tmp_path, folder, command
     assert (code, error.count("\n")) == (1, 1)
     assert "error:" in error
     with pytest.raises(ExportError):
-        difference.compare(copy, copy, tmp_path / "none")
+        difference.compare(copy, copy, [tmp_path / "none"])

@@ -1,0 +1,216 @@
+"""Gates over time: a run that grew, lost more or got slower than the baseline fails, noise decides nothing."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from export import manifest
+from export.cli import run as run_app
+from export.errors import ExportError
+from runtime_tests import baseline, plan_key, record, regression, validate
+from runtime_tests.record import Outcome
+
+from .sample import sample_latency, sample_record
+
+SIZE, KL = "size against baseline, MB", "KL as shipped against baseline, nats"
+DECODE, TTFT = "decode against baseline, tokens/s", "time to first token against baseline, s"
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(baseline, "FOLDER", tmp_path / "baselines")
+    return tmp_path / "baselines"
+
+
+@pytest.fixture
+def kept(folder):
+    record = sample_record()
+    assert baseline.keep([record], "host")
+    return record
+
+
+@pytest.fixture
+def before(kept):
+    return baseline.find("host", kept.environment, kept.artifact)
+
+
+def verdicts(record, before):
+    changes = regression.shipped(record.size_bytes, record.accuracy.total, before)
+    changes += regression.timed(record.latency, before) if record.latency else []
+    return {gate.name: gate.verdict for gate in (regression.judge(change, before.run_id) for change in changes)}
+
+
+def timed(*, decode=1.0, ttft=1.0, spread=1.0):
+    """Timings as the sample's, with rates, times and their deviations multiplied."""
+    measured = sample_latency()
+    prompt, generation = measured.tests
+    generation = generation.model_copy(
+        update={"avg_ts": decode * generation.avg_ts, "stddev_ts": spread * generation.stddev_ts}
+    )
+    prompt = prompt.model_copy(update={"stddev_ns": spread * prompt.stddev_ns})
+    return measured.model_copy(update={"tests": (prompt, generation), "ttft_p50_s": ttft * measured.ttft_p50_s})
+
+
+def lost(record, factors):
+    """A record whose windows lose so many times as much."""
+    total = record.accuracy.total
+    windows = tuple(factor * kl for factor, kl in zip(factors, total.kl_by_window, strict=True))
+    total = total.model_copy(update={"kl_by_window": windows, "mean_kl": sum(windows) / len(windows)})
+    return record.model_copy(update={"accuracy": record.accuracy.model_copy(update={"total": total})})
+
+
+def test_the_same_again_passes(kept, before):
+    assert verdicts(kept, before) == dict.fromkeys((SIZE, KL, DECODE, TTFT), "pass")
+
+
+@pytest.mark.parametrize(("share", "verdict"), [(1.005, "pass"), (1.05, "fail"), (0.5, "pass")])
+def test_an_artifact_that_grew_by_five_percent_fails(kept, before, share, verdict):
+    grown = kept.model_copy(update={"size_bytes": int(share * kept.size_bytes)})
+    found = verdicts(grown, before)
+    assert found.pop(SIZE) == verdict
+    assert set(found.values()) == {"pass"}
+
+
+@pytest.mark.parametrize(
+    ("factors", "verdict"),
+    [((2.0, 2.0), "fail"), ((1.04, 1.04), "pass"), ((0.5, 0.5), "pass"), ((1.6, 0.6), "inconclusive")],
+)
+def test_twice_the_kl_fails_and_windows_that_disagree_decide_nothing(kept, before, factors, verdict):
+    found = verdicts(lost(kept, factors), before)
+    assert found.pop(KL) == verdict
+    assert set(found.values()) == {"pass"}
+
+
+def test_almost_nothing_may_double(kept):
+    """A float artifact loses 1e-9: three times that is no loss."""
+    tiny = lost(kept, (1e-8, 1e-8))
+    assert verdicts(lost(kept, (3e-8, 3e-8)), baseline.reached(tiny))[KL] == "pass"
+
+
+@pytest.mark.parametrize(
+    ("changes", "decode", "ttft"),
+    [
+        ({"decode": 0.95, "ttft": 1.05}, "pass", "pass"),
+        ({"decode": 0.8}, "fail", "pass"),
+        ({"ttft": 1.3}, "pass", "fail"),
+        ({"decode": 0.8, "ttft": 1.2, "spread": 20.0}, "inconclusive", "inconclusive"),
+        ({"spread": 30.0}, "inconclusive", "inconclusive"),
+        ({"decode": 3.0, "ttft": 0.2, "spread": 2.0}, "pass", "pass"),
+        ({"decode": 0.2, "spread": 3.0}, "fail", "inconclusive"),
+    ],
+)
+def test_slower_beyond_noise_fails_and_noise_decides_nothing(kept, before, changes, decode, ttft):
+    found = verdicts(kept.model_copy(update={"latency": timed(**changes)}), before)
+    assert (found[DECODE], found[TTFT]) == (decode, ttft)
+
+
+def test_noise_of_the_baseline_counts_too(kept):
+    noisy = baseline.reached(kept.model_copy(update={"latency": timed(spread=20.0)}))
+    slower = kept.model_copy(update={"latency": timed(decode=0.8)})
+    assert verdicts(slower, noisy)[DECODE] == "inconclusive"
+
+
+def test_not_a_number_fails(kept, before):
+    slow = kept.model_copy(update={"latency": timed(decode=float("nan"))})
+    assert verdicts(slow, before)[DECODE] == "fail"
+
+
+def test_a_baseline_belongs_to_one_kind_of_device(kept):
+    other = kept.environment.model_copy(update={"cpu": "another"})
+    assert baseline.find("host", other, kept.artifact) is None
+    assert baseline.find("phone", kept.environment, kept.artifact) is None
+    assert baseline.find("host", kept.environment, "another artifact") is None
+
+
+@pytest.mark.parametrize("field", ["recipe", "evaluation", "context", "model", "target"])
+def test_a_baseline_of_another_plan_is_not_compared_and_says_so(kept, before, field):
+    assert baseline.not_compared(before, kept.plan_key) == ""
+    said = baseline.not_compared(before, kept.plan_key.model_copy(update={field: "other"}))
+    assert said == f"baseline of run {kept.run_id} is of another {field}: not compared"
+
+
+def test_the_key_follows_what_is_built_and_fed(built, setting):
+    described, evaluation = manifest.read(built), setting.evaluation
+    key = plan_key.of(described, evaluation)
+
+    def differs(**changes):
+        plan = described.plan.model_copy(update={name: value for name, value in changes.items() if name != "windows"})
+        fed = evaluation.model_copy(update={"texts": evaluation.texts[: changes.get("windows")]})
+        return key.differs_in(plan_key.of(described.model_copy(update={"plan": plan}), fed))
+
+    quant = described.plan.quant
+    assert differs() == []
+    limits = quant.limits.model_copy(update={"max_mean_kl": 9.0})
+    assert differs(quant=quant.model_copy(update={"description": "said otherwise", "limits": limits})) == []
+    linear = quant.linear.model_copy(update={"group_size": 64})
+    assert differs(quant=quant.model_copy(update={"linear": linear})) == ["recipe"]
+    assert differs(windows=1) == ["evaluation"]
+    assert differs(model=described.plan.model.model_copy(update={"source": "seed:9"})) == ["model"]
+
+
+def test_only_what_holds_becomes_a_baseline(folder):
+    assert baseline.keep([sample_record(outcome=Outcome.MISMATCH)], "host") == []
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("change", [{"emulated": True}, {"outcome": Outcome.INCONCLUSIVE}, {"latency": None}])
+def test_speed_is_kept_only_where_it_was_judged(folder, change):
+    record = sample_record(**change)
+    assert baseline.keep([record], "host")
+    found = baseline.find("host", record.environment, record.artifact)
+    assert (found.speed, found.size_bytes) == (None, record.size_bytes)
+    assert set(verdicts(sample_record(), found)) == {SIZE, KL}
+
+
+def test_the_command_keeps_what_another_machine_recorded(folder, tmp_path, monkeypatch, capsys):
+    """Records of a CI machine, downloaded, become the baseline of that machine."""
+    there = sample_record().environment.model_copy(update={"cpu": "of the CI"})
+    record.append(sample_record(environment=there), tmp_path / "records.jsonl")
+    arguments = ["baseline", "host", "--records", str(tmp_path / "records.jsonl")]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert run_app(baseline.app) == 0
+    assert "tiny_int4-g32_fake" in capsys.readouterr().out
+    assert baseline.find("host", there, "tiny_int4-g32_fake").speed is not None
+    assert baseline.find("host", sample_record().environment, "tiny_int4-g32_fake") is None
+    monkeypatch.setattr("sys.argv", [*arguments[:3], str(tmp_path / "none.jsonl")])
+    assert run_app(baseline.app) == 1
+    assert "no record of host that holds" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_damaged_baseline_is_named(kept):
+    path = baseline.place("host", kept.environment)
+    path.write_text(json.dumps({"device": "host"}))
+    with pytest.raises(ExportError, match=path.name):
+        baseline.find("host", kept.environment, kept.artifact)
+
+
+@pytest.fixture
+def validated(folder, artifact, setting, in_process):
+    """Validates the artifact and gives its record."""
+    return lambda to=setting: validate.validate(artifact, manifest.read(artifact), to)
+
+
+def test_validation_compares_with_the_baseline(validated, monkeypatch):
+    first = validated()
+    assert not any("baseline" in gate.name for gate in first.gates)
+    baseline.keep([first], "host")
+    again = {gate.name: gate.verdict for gate in validated().gates if "baseline" in gate.name}
+    assert set(again) == {SIZE, KL, DECODE, TTFT}
+    assert (again[SIZE], again[KL]) == ("pass", "pass")
+    smaller = first.model_copy(update={"size_bytes": int(first.size_bytes / 1.05)})
+    baseline.keep([smaller], "host")
+    grown = validated()
+    assert (grown.outcome, grown.detail.startswith(SIZE)) == (Outcome.TOO_LARGE, True)
+    total = lost(first, [0.5] * 3)
+    baseline.keep([total], "host")
+    worse = validated()
+    assert (worse.outcome, worse.detail.startswith(KL)) == (Outcome.MISMATCH, True)
+
+
+def test_validation_says_what_it_does_not_compare(validated, setting, capfd):
+    baseline.keep([validated()], "host")
+    shorter = setting.evaluation.model_copy(update={"texts": setting.evaluation.texts[:1]})
+    record = validated(replace(setting, evaluation=shorter))
+    assert not any("baseline" in gate.name for gate in record.gates)
+    assert "is of another evaluation: not compared; `make baseline` keeps this run" in capfd.readouterr().err

@@ -1,0 +1,148 @@
+"""The workflows are valid, least-privileged and do nothing that a make target does not do here too."""
+
+import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from export.manifest import ROOT
+
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+ACTIONS = sorted((ROOT / ".github/actions").glob("*/action.yml"))
+OTHERWISE = (r'echo "::notice::', r"gh run download ")
+"""How a step that is no make target begins: it says something, or fetches an earlier build."""
+EXPRESSION = re.compile(r"\$\{\{\s*matrix\.([\w-]+)\s*\}\}")
+
+
+def load(path):
+    """A workflow; YAML 1.1 reads the key `on` as true."""
+    return yaml.safe_load(path.read_text())
+
+
+def jobs(workflow):
+    return workflow["jobs"].items()
+
+
+def commands(workflow):
+    """Every `run:` of a workflow, once for each combination of its job's matrix."""
+    for _, job in jobs(workflow):
+        matrix = job.get("strategy", {}).get("matrix", {})
+        for values in itertools.product(*matrix.values()):
+            chosen = dict(zip(matrix, values, strict=True))
+            for step in job["steps"]:
+                if "run" in step:
+                    yield EXPRESSION.sub(lambda found, chosen=chosen: str(chosen[found[1]]), step["run"])
+
+
+def schema_errors(paths, schema="vendor.github-workflows"):
+    """What check-jsonschema finds, with the schema it brings; empty: nothing."""
+    words = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, *map(str, paths)]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    return "" if ended.returncode == 0 else ended.stdout + ended.stderr
+
+
+def wrong(command):
+    """Why a command must not stand in a workflow; empty: it may."""
+    if any(re.match(known, command) for known in OTHERWISE):
+        return ""
+    if not command.startswith("make "):
+        return f"not a make target: {command}"
+    words = ["make", "--dry-run", "--old-file=.venv/.ready", *command.split()[1:]]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    said = ended.stdout + ended.stderr
+    return said if ended.returncode or "Nothing to be done" in said or "is up to date" in said else ""
+
+
+def unsafe(workflow):
+    """What a workflow may not leave open."""
+    if not isinstance(workflow.get("permissions"), dict):
+        yield "no permissions"
+    for name, job in jobs(workflow):
+        granted = {**workflow.get("permissions", {}), **job.get("permissions", {})}
+        yield from (f"{name} may {right} {what}" for what, right in granted.items() if right not in ("read", "none"))
+        if "timeout-minutes" not in job:
+            yield f"{name} has no timeout"
+        if not ({"concurrency"} & {*job, *workflow}):
+            yield f"{name} has no concurrency group"
+        for step in job["steps"]:
+            if not re.fullmatch(
+                r"actions/[\w-]+@v\d+|\./\.github/actions/\w+", step.get("uses", "./.github/actions/x")
+            ):
+                yield f"{name} uses {step['uses']}"
+
+
+def test_there_are_workflows():
+    assert [path.stem for path in WORKFLOWS] == ["artifacts", "ci", "devices", "nightly"]
+
+
+def test_workflows_and_actions_are_valid():
+    assert schema_errors(WORKFLOWS) == ""
+    assert schema_errors(ACTIONS, "vendor.github-actions") == ""
+
+
+@pytest.mark.parametrize(
+    "change", [("runs-on", "run-on"), ("timeout-minutes: 30", "timeout-minutes: soon"), ("steps:", "step:")]
+)
+def test_a_broken_workflow_is_found(tmp_path, change):
+    broken = tmp_path / "ci.yml"
+    broken.write_text(next(path for path in WORKFLOWS if path.stem == "ci").read_text().replace(*change))
+    assert "ci.yml" in schema_errors([broken])
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_every_step_is_a_make_target_that_exists(path):
+    found = list(commands(load(path)))
+    assert found
+    assert [problem for command in found if (problem := wrong(command))] == []
+
+
+@pytest.mark.parametrize("command", ["make ci-artefacts", "make docs", "pip install x", "make ci-diff MODEL=tiny"])
+def test_a_step_that_nobody_could_run_here_is_found(command):
+    assert wrong(command)
+
+
+def test_setup_is_a_make_target():
+    (action,) = map(load, ACTIONS)
+    assert [step["run"] for step in action["runs"]["steps"] if "run" in step] == ["make setup"]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_no_workflow_leaves_rights_time_or_versions_open(path):
+    assert list(unsafe(load(path))) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("contents: read", "contents: write"), "may write contents"),
+        (("actions/checkout@v4", "actions/checkout@main"), "uses actions/checkout@main"),
+        (("    timeout-minutes: 30\n", ""), "lint has no timeout"),
+        (("permissions:\n  contents: read\n", ""), "no permissions"),
+    ],
+)
+def test_what_is_left_open_is_found(change, said):
+    text = next(path for path in WORKFLOWS if path.stem == "ci").read_text()
+    assert change[0] in text
+    assert any(said in one for one in unsafe(yaml.safe_load(text.replace(*change))))
+
+
+def test_a_pull_request_reaches_devices_only_with_a_label_and_from_here():
+    (job,) = load(Path(ROOT / ".github/workflows/devices.yml"))["jobs"].values()
+    assert "contains(github.event.pull_request.labels.*.name, 'devices')" in job["if"]
+    assert "head.repo.full_name == github.repository" in job["if"]
+    for path in WORKFLOWS:
+        for name, other in jobs(load(path)):
+            assert "self-hosted" not in other["runs-on"] or path.stem == "devices", name
+
+
+def test_matrices_name_what_exists():
+    for path in WORKFLOWS:
+        for name, job in jobs(load(path)):
+            for axis, values in job.get("strategy", {}).get("matrix", {}).items():
+                folder = {"model": "configs/models", "recipe": "configs/quant", "target": "configs/targets"}
+                for value in values:
+                    assert (ROOT / folder.get(axis, "devices") / f"{value}.yaml").is_file(), (path.name, name, value)
