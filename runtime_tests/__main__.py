@@ -5,7 +5,6 @@ With `--tasks NAME,…` it evaluates lm-evaluation-harness tasks instead: docs/t
 
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
@@ -53,7 +52,7 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     ] = False,
 ) -> None:
     """Prove what artifacts compute and how fast: exit 0 only if every gate holds."""
-    from . import evaluation, proven, publish, summary, validate
+    from . import evaluation, proven, publish, scratch, summary, validate
     from .case import Setting
 
     known = load_device(device)
@@ -75,8 +74,8 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
         return
     run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     with (
-        tempfile.TemporaryDirectory(prefix=".runtime-tests-", dir=build_folder()) as scratch,
-        opened(known, Path(scratch).resolve()) as place,
+        scratch.folder(build_folder()) as room,
+        opened(known, room) as place,
     ):
         setting = Setting(
             run_id=run_id,
@@ -86,7 +85,7 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
             evaluation=loaded,
             source=source,
             cache=BUILD / "cache",
-            scratch=Path(scratch).resolve(),
+            scratch=room,
             read_bandwidth_bytes_per_s=measure_bandwidth(known, place.threads) if here(known) else None,
         )
         place.prepare([described for _, described in cases])

@@ -17,7 +17,7 @@ from export import manifest
 from export.cli import quiet_libraries
 from export.errors import ExportError
 
-from . import jobs
+from . import jobs, orphan
 from .generate import greedy
 from .record import Outcome
 from .session import Session, open_session
@@ -126,6 +126,7 @@ def answer(job: jobs.Job) -> dict[str, Any]:
 
 def main() -> int:
     """Read the job, do it, print the answer."""
+    orphan.end_with_parent()
     job = jobs.AnyJob.model_validate_json(sys.stdin.buffer.read()).root
     if not isinstance(job, jobs.TaskDataJob | jobs.TasksJob):  # these may read data sets of the hub
         os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -101,6 +101,9 @@ def test_the_catalogue_holds_at_least_60_mistakes_of_every_form():
     assert len(HUGE) >= 15
 
 
+@pytest.mark.reliability(
+    "checkpoints of nine forms made malformed, through the command", "exit 1 or 2, one line, nothing left"
+)
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_a_malformed_checkpoint_ends_in_one_line_and_leaves_nothing(build, pristine, written, tmp_path, name):
     written(CATALOGUE[name].form)
