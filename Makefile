@@ -30,7 +30,7 @@ FOLDERS := $(TARGETS:%=build/$(MODEL)_$(QUANT)_%)
 CHECKED  = $(foreach recipe,$(RECIPES),$(TARGETS:%=build/$(MODEL)_$(recipe)_%))
 WEIGHTS := $(if $(SOURCE),--source $(SOURCE))
 
-.PHONY: all setup build validate test lint unit bench bench-quick bench-docs bench-pages study detours tasks devices lab baseline tiny ci-artifacts ci-report ci-diff compute-plan golden readme lock clean help $(DEVICES)
+.PHONY: all setup build validate test lint unit bench bench-quick bench-docs bench-pages study detours tasks devices lab baseline tiny ci-artifacts ci-report ci-diff compute-plan golden readme reliability lock clean help $(DEVICES)
 
 all: build validate
 
@@ -143,6 +143,9 @@ golden: setup                       ## rewrite the exact answers of the tiny mod
 
 readme: setup                       ## rewrite the generated parts of README.md from the last run's records
 	@$(PY) -m runtime_tests.readme
+
+reliability: setup                  ## run what is counted in docs/reliability.md and write it there
+	@$(PY) -m pytest -q -p tests.tally -m reliability
 
 lock: setup                         ## write constraints.txt from what is installed
 	@(sed -n '/^#/p' constraints.txt; .venv/bin/pip list --format=freeze | sed 's/+cpu//' | \

@@ -115,9 +115,9 @@ def load(name: str) -> Device:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
         return Device.model_validate({"name": name, **fields})
     except ValidationError as error:
-        problems = (f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
-        raise DeviceError(f"{path}: {'; '.join(problems)}") from None
-    except (TypeError, yaml.YAMLError) as error:
+        problems = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
+        raise DeviceError(f"{path}: {' '.join(problems.split())}") from None
+    except (OSError, TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DeviceError(f"{path}: not readable as `key: value` lines: {' '.join(str(error).split())}") from None
 
 

@@ -1,4 +1,4 @@
-"""python -m export MODEL QUANT TARGET… [--source …] [--adapter DIR] [--out DIR]; inspect, diff, verify of artifacts."""
+"""python -m export MODEL QUANT TARGET… [--source …] [--adapter DIR] [--out DIR]; inspect, diff, verify, sign."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # importing is left until the arguments are right
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command(epilog="Finished artifacts: python -m export inspect PATH, diff A B, verify PATH (each has --help).")
+@app.command(epilog="Finished artifacts: python -m export inspect PATH, diff A B, verify PATH, sign PATH (--help).")
 def main(  # noqa: PLR0913, PLR0917 – a command's options
     model: Annotated[str, typer.Argument(help="a name in configs/models")],
     quant: Annotated[str, typer.Argument(help="a name in configs/quant")],

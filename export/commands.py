@@ -1,4 +1,4 @@
-"""python -m export inspect PATH, diff A B, verify PATH: what finished artifacts are. None of them runs a model."""
+"""python -m export inspect PATH, diff A B, verify PATH, sign PATH: finished artifacts. None of them runs a model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,10 +8,11 @@ import typer
 from .errors import ExportError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-NAMES = ("inspect", "diff", "verify")
+NAMES = ("inspect", "diff", "verify", "sign")
 """First arguments that are no model; no YAML of configs/models has one of these names."""
 RECORDS = Path("build/records/records.jsonl")
 Artifact = Annotated[Path, typer.Argument(exists=True, help="an artifact folder, or a model file of any exporter")]
+Folder = Annotated[Path, typer.Argument(exists=True, help="the artifact folder, which holds manifest.json")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON record")]
 
 
@@ -54,17 +55,38 @@ def diff(
 
 @app.command()
 def verify(
-    path: Artifact,
+    path: Folder,
     limit: Annotated[float, typer.Option(min=1, help="seconds for reading the model")] = 900.0,
+    key: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="public key (PEM) of who should have signed it")
+    ] = None,
 ) -> None:
     """Exit 0 when the folder is what its manifest says, 1 with a line for everything that is wrong."""
     from . import verification
 
-    if not path.is_dir():
-        raise typer.BadParameter("give the artifact folder, which holds manifest.json", param_hint="PATH")
-    findings = verification.verify(path, limit)
+    require_folder(path)
+    findings = verification.verify(path, limit, key)
     for finding in findings:
         print(finding)
     if findings:
         raise ExportError(f"{path}: {len(findings)} found wrong")
-    print(f"{path}: as its manifest says")
+    print(f"{path}: as its manifest says{verification.about_signature(path, key)}")
+
+
+@app.command()
+def sign(
+    path: Folder,
+    key: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="private key (PEM): P-256, P-384 or P-521")],
+) -> None:
+    """Write model.sig over everything in a folder whose files are those of its manifest."""
+    from . import signing, verification
+
+    require_folder(path)
+    verification.require_whole(path)
+    print(f"{signing.sign(path, key)}: signed with {key}")
+
+
+def require_folder(path: Path) -> None:
+    """Not a bare model file."""
+    if not path.is_dir():
+        raise typer.BadParameter("give the artifact folder, which holds manifest.json", param_hint="PATH")

@@ -20,6 +20,7 @@ from .plan import Architecture, Levels, Plan, Strict, explain
 
 FILE = "manifest.json"
 CARD = "README.md"
+SIGNATURE = "model.sig"
 TOOLS = ("torch", "torchao", "executorch", "coremltools", "onnx", "onnxruntime", "onnxruntime-genai", "transformers")
 ROOT = Path(__file__).parent.parent
 SMALLEST_FLOAT_BITS = 15.5
@@ -125,7 +126,7 @@ class Manifest(Strict):
     tools: dict[str, str]
     source: SourceInfo
     files: dict[str, FileInfo]
-    """Every file but the manifest and the card, which validation rewrites."""
+    """Every file but the manifest, the card, which validation rewrites, and the signature, which comes last."""
 
     @property
     def artifact_bytes(self) -> int:
@@ -188,11 +189,11 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
 
 
 def hash_files(folder: Path) -> dict[str, FileInfo]:
-    """Digest and size of every file below a folder but manifest and card."""
+    """Digest and size of every file below a folder but manifest, card and signature."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in (FILE, CARD):
+        if path.is_file() and name not in (FILE, CARD, SIGNATURE):
             found[name] = file_info(path)
     return found
 

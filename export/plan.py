@@ -361,7 +361,7 @@ def load_record(cls: type[Record], path: Path) -> Record:
     """Read one YAML file strictly; the file's stem is the record's name."""
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # a date or number that is none; nesting
         raise ExportError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(fields, dict):
         raise ExportError(f"{path}: expected `key: value` lines, found {type(fields).__name__}")

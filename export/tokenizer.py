@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from . import chat_template
 from .contract import TokenizerIds
 from .errors import ExportError
 from .sources import Source
@@ -12,6 +13,7 @@ def write(source: Source, folder: Path, vocab_size: int) -> TokenizerIds:
     """Write the checkpoint's tokenizer into the artifact folder and read the ids back from what was written."""
     source.write_tokenizer(folder)
     tokenizer = load(folder)
+    chat_template.check(tokenizer, "the checkpoint's tokenizer")
     ids = read_generation_ids(folder)
     eos, bos = ids.get("eos_token_id"), ids.get("bos_token_id")
     eos, bos = tokenizer.eos_token_id if eos is None else eos, tokenizer.bos_token_id if bos is None else bos

@@ -1,7 +1,7 @@
 """Whether an artifact folder is what its manifest says: findings, one line each, an empty list where nothing is wrong.
 
-Not found here: a manifest that was rewritten together with the files (nothing is signed), and integers that were
-chosen otherwise (validation compares them with the quantizer's).
+Not found here: a manifest that was rewritten together with the files, unless the folder is signed and the key given,
+and integers that were chosen otherwise (validation compares them with the quantizer's).
 """
 
 import json
@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from . import manifest, readers, schemes
+from . import manifest, readers, schemes, signing
 from .cli import describe
 from .errors import ExportError
 from .manifest import LayerInfo, Manifest
@@ -24,9 +24,14 @@ from .manifest import LayerInfo, Manifest
 WORKER = (sys.executable, "-m", "export.model_checks")
 
 
-def verify(folder: Path, limit_s: float) -> list[str]:
-    """Everything that is wrong. Files outside the folder are never opened; the model is read in a child process."""
+def verify(folder: Path, limit_s: float, public_key: Path | None = None) -> list[str]:
+    """Everything that is wrong. Files outside the folder are never opened; the model is read in a child process.
+
+    With a key the signature is judged first, and what it does not cover is not read at all.
+    """
     if found := list(strays(folder)):
+        return found
+    if public_key and (found := list(signing.differences(folder, public_key))):
         return found
     try:
         described = manifest.read(folder)
@@ -39,6 +44,21 @@ def verify(folder: Path, limit_s: float) -> list[str]:
     except OSError as error:
         return [describe(error)]
     return found + in_child(folder, limit_s)
+
+
+def require_whole(folder: Path) -> None:
+    """Refuse a folder whose files are not those of its manifest; the model itself is not read."""
+    if found := list(strays(folder)):
+        raise ExportError(found[0])
+    if found := list(differing_files(folder, manifest.read(folder))):
+        raise ExportError(f"{found[0]}; build the artifact again")
+
+
+def about_signature(folder: Path, public_key: Path | None) -> str:
+    """The end of the line that says that all is well; without a key nobody is asked."""
+    if public_key:
+        return f", and as signed with {public_key}"
+    return f"; {manifest.SIGNATURE} was not checked (give --key)" if (folder / manifest.SIGNATURE).exists() else ""
 
 
 def strays(folder: Path) -> Iterator[str]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from export import manifest, tokenizer
+from export import chat_template, manifest, tokenizer
 from export.errors import ExportError
 from export.manifest import Manifest
 from export.sources import Source
@@ -46,7 +46,7 @@ def tokenizer_differences(folder: Path, described: Manifest, source: Source, tex
     problems = [] if ids == described.tokenizer else ["special token ids of the manifest"]
     if found.all_special_ids != wanted.all_special_ids or found.chat_template != wanted.chat_template:
         problems.append("special tokens or chat template")
-    elif wanted.chat_template and render(found) != render(wanted):
+    elif wanted.chat_template and chat(found) != chat(wanted):
         problems.append("a rendered chat")
     return problems + [f"the text {text[:24]!r}" for text in (*CORPUS, *texts) if not same(found, wanted, text)]
 
@@ -59,6 +59,6 @@ def same(found: Any, wanted: Any, text: str) -> bool:
     return bool(ids == wanted.encode(text, add_special_tokens=False) and found.decode(ids) == wanted.decode(ids))
 
 
-def render(loaded: Any) -> str:
+def chat(loaded: Any) -> str:
     """A short conversation in the tokenizer's chat template."""
-    return str(loaded.apply_chat_template(list(CHAT), tokenize=False, add_generation_prompt=True))
+    return chat_template.render(loaded, CHAT, "the artifact's tokenizer")

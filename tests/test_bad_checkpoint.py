@@ -95,6 +95,7 @@ class Payload:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.reliability("pickles that run code", "not opened")
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.safetensors"])
 def test_a_hostile_pickle_is_never_opened(folder, tmp_path, name):
     (folder / "model.safetensors").unlink()
@@ -157,6 +158,7 @@ ATTACKS = {
 }
 
 
+@pytest.mark.reliability("safetensors files made malformed by hand", "one line")
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_malformed_safetensors_file_is_refused(folder, attack):
     (folder / "model.safetensors").write_bytes(ATTACKS[attack])
@@ -180,6 +182,7 @@ def shard_map(folder):
     return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
 
 
+@pytest.mark.reliability("shard indexes that lie or lead outside", "one line")
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -218,6 +221,7 @@ def test_a_shard_that_lost_a_tensor(tmp_path):
     assert "model-1.safetensors: its tensors differ" in refusal(LLAMA, folder)
 
 
+@pytest.mark.reliability("links in a circle and pipes in a checkpoint", "one line")
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_links_in_a_circle_and_pipes_are_no_files(folder, name):
     """Neither read without end nor waited for."""
@@ -280,6 +284,7 @@ def test_generation_defaults_that_are_no_ids(folder, tmp_path, ids):
     assert "generation_config.json" in text or "no end-of-sequence token" in text
 
 
+@pytest.mark.reliability("code that a tokenizer brings", "not run")
 def test_code_that_a_tokenizer_brings_is_never_run(folder, tmp_path):
     path = folder / "tokenizer_config.json"
     fields = json.loads(path.read_text()) | {

@@ -2,11 +2,9 @@
 
 import random
 import resource
-import signal
 import struct
 import subprocess
 import sys
-from contextlib import contextmanager
 
 import gguf
 import numpy as np
@@ -35,24 +33,9 @@ from .checkpoints import (
     write_jlama,
     write_meta,
 )
+from .harm import within
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-
-
-@contextmanager
-def within(seconds):
-    """A hang becomes a failure."""
-
-    def stop(_signum, _frame):
-        pytest.fail(f"still at it after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("key", [key for key in metadata(SMALL) if key.startswith("llama.")])
@@ -200,6 +183,7 @@ ABSURD = {
 }
 
 
+@pytest.mark.reliability("GGUF headers with absurd counts", "one line, at once, in little memory")
 @pytest.mark.parametrize("attack", ABSURD)
 def test_absurd_counts_end_at_once_and_in_little_memory(tmp_path, attack):
     (tmp_path / "model.gguf").write_bytes(ABSURD[attack])
@@ -242,8 +226,11 @@ def write_form(form, place):
     return write_folder(place), place / "model.safetensors"
 
 
+@pytest.mark.reliability(
+    "{form} checkpoints cut short or with one bit flipped", "refused, or weights of the right shapes"
+)
 @pytest.mark.parametrize("form", ["safetensors", "bitsandbytes", "gguf", "meta", "jlama"])
-def test_damage_by_chance_is_refused_or_harmless(tmp_path, form):
+def test_damage_by_chance_is_refused_or_harmless(tmp_path, form, record_property):
     """A flipped bit in a weight cannot be seen; everything else must be, and nothing but ExportError comes out."""
     (tmp_path / "checkpoint").mkdir()
     place, path = write_form(form, tmp_path / "checkpoint")
@@ -264,6 +251,8 @@ def test_damage_by_chance_is_refused_or_harmless(tmp_path, form):
             assert len(data) == len(good), what
     assert len(lines) >= 40
     assert not any("\n" in line for line in lines)
+    record_property("cases", 100)
+    record_property("note", f"{len(lines)} refused")
 
 
 def fresh(folder):

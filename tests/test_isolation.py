@@ -22,20 +22,24 @@ def child(monkeypatch):
     return run
 
 
+@pytest.mark.reliability("a runtime that crashes, is killed or hangs", "an outcome in the record")
 def test_a_segfault_names_its_signal(child):
     ended = child("import ctypes; ctypes.string_at(0)")
     assert (ended.outcome, ended.detail) == (Outcome.CRASH, "died by SIGSEGV")
 
 
+@pytest.mark.reliability("a runtime that crashes, is killed or hangs", "an outcome in the record")
 def test_an_abort_keeps_the_last_words(child):
     ended = child("import os, sys; print('kernel 7 broke', file=sys.stderr); os.abort()")
     assert (ended.outcome, ended.detail) == (Outcome.CRASH, "died by SIGABRT: kernel 7 broke")
 
 
+@pytest.mark.reliability("a runtime that crashes, is killed or hangs", "an outcome in the record")
 def test_a_kill_hints_at_memory(child):
     assert "out of memory" in child("import os; os.kill(os.getpid(), 9)").detail
 
 
+@pytest.mark.reliability("a runtime that crashes, is killed or hangs", "an outcome in the record")
 def test_a_hang_ends_with_everything_it_started(child, tmp_path):
     beat = tmp_path / "beat"
     grandchild = f"import time, pathlib\nwhile True: pathlib.Path({str(beat)!r}).touch(); time.sleep(0.02)"

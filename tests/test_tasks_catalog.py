@@ -2,6 +2,7 @@
 
 import json
 
+import huggingface_hub
 import jinja2
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from runtime_tests import contamination
 from runtime_tests.tasks import catalog, overlap, published
 
 pytest.importorskip("lm_eval")
+datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 LANGUAGES = ("en", "de", "es", "fr", "th")
@@ -24,6 +26,8 @@ def here(monkeypatch):
     """The paths in the tasks start at the root; what is set for one test is not left to the next."""
     monkeypatch.chdir(manifest.ROOT)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # read once, when it was imported
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     catalog.hub_trouble.cache_clear()
     yield
     catalog.hub_trouble.cache_clear()

@@ -126,6 +126,7 @@ def test_a_weight_that_was_never_quantized_is_missing(artifact, setting, in_proc
     assert WEIGHTS in failed(record)
 
 
+@pytest.mark.reliability("artifacts damaged before validation", "not given to the runtime")
 @pytest.mark.parametrize("damage", ["truncate", "extra", "remove"])
 def test_a_damaged_file_never_reaches_the_runtime(artifact, setting, in_process, damage):
     path = artifact / "model.safetensors"

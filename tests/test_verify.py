@@ -108,6 +108,7 @@ def test_a_file_beside_them_is_named(copy, no_child):
     only(found(folder), "more: not listed in manifest.json")
 
 
+@pytest.mark.reliability("finished model files cut short and sealed again", "found by structure")
 @pytest.mark.parametrize("size", [0, 1, 100, 5_000, -2])
 def test_a_cut_model_that_was_sealed_again_is_still_found(folder, here, size):
     """Structure, without the help of hashes."""
@@ -120,6 +121,7 @@ def test_a_cut_model_that_was_sealed_again_is_still_found(folder, here, size):
             path.write_bytes(whole)
 
 
+@pytest.mark.reliability("manifest.json that is none", "one line")
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"null", b'{"a": ' * 100_000])
 def test_a_manifest_that_is_none(copy, content):
     folder = copy("onnx-cpu")
@@ -138,6 +140,7 @@ def layer(fields, index, **changes):
     fields["quantization"]["layers"][index].update(changes)
 
 
+@pytest.mark.reliability("manifest.json: contradictions and names that lead outside", "named")
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -162,6 +165,7 @@ def test_a_manifest_that_contradicts_itself_or_leads_outside(copy, no_child, cha
     assert [one for one in found(folder) if words in one], found(folder)
 
 
+@pytest.mark.reliability("links and pipes in an artifact folder", "refused before anything is read")
 def test_links_and_pipes_are_refused_before_anything_is_read(copy, no_child, tmp_path):
     folder = copy("onnx-cpu")
     (folder / "model.onnx.data").rename(tmp_path / "elsewhere")
@@ -176,6 +180,7 @@ def test_links_and_pipes_are_refused_before_anything_is_read(copy, no_child, tmp
     only(found(folder), "manifest.json: neither a file nor a folder")
 
 
+@pytest.mark.reliability("ONNX external data and genai_config.json that lead outside", "named, not opened")
 @pytest.mark.parametrize(
     ("location", "words"),
     [
@@ -195,6 +200,7 @@ def test_external_data_that_leads_outside(copy, here, location, words):
     only(found(folder), f"{tensor.name}: external data {location!r} {words}")
 
 
+@pytest.mark.reliability("ONNX external data and genai_config.json that lead outside", "named, not opened")
 def test_external_data_of_a_tensor_inside_a_node(copy, here):
     folder = copy("onnx-cpu")
     model = onnx.load(folder / "model.onnx", load_external_data=False)
@@ -208,6 +214,7 @@ def test_external_data_of_a_tensor_inside_a_node(copy, here):
     only(found(folder), "hidden: external data '../x' climbs out")
 
 
+@pytest.mark.reliability("ONNX external data and genai_config.json that lead outside", "named, not opened")
 def test_a_genai_config_that_leads_outside(copy, here):
     folder = copy("onnx-cpu")
     config = json.loads((folder / "genai_config.json").read_text())
@@ -217,6 +224,7 @@ def test_a_genai_config_that_leads_outside(copy, here):
     only(found(folder), "genai_config.json: filename '../model.onnx' climbs out")
 
 
+@pytest.mark.reliability("Core ML items and weight files that lead outside", "named, not opened")
 @pytest.mark.parametrize("path", ["../../../etc/passwd", "/etc/passwd", "com.apple.CoreML/../../x"])
 def test_a_core_ml_item_that_leads_outside(copy, here, path):
     folder = copy("coreml")
@@ -241,6 +249,7 @@ def weight_file(folder):
     return spec, block.operations
 
 
+@pytest.mark.reliability("Core ML items and weight files that lead outside", "named, not opened")
 def test_a_core_ml_weight_file_that_leads_outside(copy, here):
     folder = copy("coreml")
     spec, operations = weight_file(folder)

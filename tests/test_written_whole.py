@@ -44,7 +44,7 @@ def old(tmp_path_factory):
 
 def order(out, cache, target="onnx-cpu", **accident):
     """One build for `fakes/command.py`."""
-    accident = accident or {"at": "nowhere"}
+    accident = accident if {"at", "after"} & accident.keys() else {"at": "nowhere", **accident}
     return {"target": target, "out": str(out), "cache": str(cache), "look": [], **accident}
 
 
@@ -83,7 +83,8 @@ def bytes_of(folder):
 # ── signals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_signal_at_any_moment_is_one_line_and_leaves_nothing(old, tmp_path):
+@pytest.mark.reliability("Ctrl-C and SIGTERM at every stage of a build", "one line, nothing left")
+def test_a_signal_at_any_moment_is_one_line_and_leaves_nothing(old, tmp_path, record_property):
     """Every stage, the middle of every lowering, and the moment the integers are on disk but not yet in their place."""
     cache, place = tmp_path / "cache", tmp_path / "place"
     cache.mkdir()
@@ -107,8 +108,10 @@ def test_a_signal_at_any_moment_is_one_line_and_leaves_nothing(old, tmp_path):
         assert len(in_cache) == (0 if i < len(first) else 1)
         assert not any("part" in name for name in in_cache)
     assert bytes_of(old) == before
+    record_property("cases", len(ended))
 
 
+@pytest.mark.reliability("a signal that a library swallows", "one line, nothing left")
 def test_a_signal_that_a_library_swallows_still_ends_the_build(cache, tmp_path):
     """coremltools does, now and then."""
     given = {"accident": "swallowed", "look": [str(tmp_path)]}
@@ -144,6 +147,33 @@ def started(order):
     return child
 
 
+@pytest.mark.reliability(
+    "SIGKILL at every stage of a build, then the same build again", "whole, as if nothing had been"
+)
+def test_a_killed_build_is_made_again(old, tmp_path, record_property):
+    """Every stage and the middle of every lowering; the old artifact stays until the new one is whole."""
+    look, expected = {"look": [str(tmp_path)], "alone": True}, bytes_of(old)
+    steps = [{"at": stage} for stage in ("checkpoint", "quantize", "lower", "describe")]
+    steps.append({"after": "export.card:write"})
+    killed = [(tmp_path / f"cache{i}", "onnx-cpu", step) for i, step in enumerate(steps)]
+    killed += [(tmp_path / "cache", target, {"after": MIDDLE[target]}) for target in TARGETS]
+    orders = []
+    for cache, target, step in killed:
+        cache.mkdir(exist_ok=True)
+        out = tmp_path / f"out-{target}"
+        orders += [order(out, cache, target, accident="SIGKILL", **step, **look), order(out, cache, target, **look)]
+    ended = results(*orders)
+    for first, (_, target, step), then in zip(ended[::2], killed, ended[1::2], strict=True):
+        assert first["code"] == -signal.SIGKILL, (target, step)
+        assert then["code"] == 0, (target, step, then["stderr"])
+        hidden = [name for name in then["left"][str(tmp_path)] if name.startswith(".") and not name.endswith(".lock")]
+        assert hidden == [], (target, step)
+    manifest.verify_files(tmp_path / "out-coreml", manifest.read(tmp_path / "out-coreml"))
+    assert bytes_of(tmp_path / "out-onnx-cpu") == expected
+    record_property("cases", len(killed))
+
+
+@pytest.mark.reliability("two builds of one folder at once", "the second refused in one line")
 def test_what_a_killed_build_left_is_removed_and_a_running_one_is_respected(cache, old, tmp_path):
     out = tmp_path / "out"
     with started(order(out, cache, after=MIDDLE["onnx-cpu"], accident="say and wait")) as first:
@@ -158,14 +188,23 @@ def test_what_a_killed_build_left_is_removed_and_a_running_one_is_respected(cach
     assert manifest.read(out).files == manifest.read(old).files
 
 
+def until_it_waits(child, patience_s=100.0):
+    """For a lock that another process holds: the kernel lists it with an arrow."""
+    deadline = time.monotonic() + patience_s
+    while not any("->" in line and f" {child.pid} " in line for line in Path("/proc/locks").read_text().splitlines()):
+        assert child.poll() is None, "it did not wait"
+        assert time.monotonic() < deadline, "it never came to wait"
+        time.sleep(0.1)
+
+
+@pytest.mark.reliability("two builds of one recipe at once, the first killed", "the second waits and finishes")
 def test_two_builds_of_one_recipe_quantize_once(tmp_path):
     cache = tmp_path / "cache"
     with started(order(tmp_path / "a", cache, after=SAVED, accident="say and wait")) as first:
         try:
             command = arguments(order(tmp_path / "b", cache))
             with subprocess.Popen(command, cwd=manifest.ROOT, stdout=subprocess.PIPE, text=True) as second:
-                with pytest.raises(subprocess.TimeoutExpired):
-                    second.communicate(timeout=8)  # it waits for the first one
+                until_it_waits(second)
                 first.kill()  # the lock goes with it, and what it wrote does not count
                 ended = json.loads(second.communicate(timeout=120)[0].splitlines()[-1])[0]
         finally:
@@ -273,7 +312,8 @@ FULL = [
 ]
 
 
-def test_a_disk_that_fills_up_at_any_moment_is_named_and_nothing_is_left(small_disk, cache, tmp_path):
+@pytest.mark.reliability("a disk that fills up during a build", "one line, nothing left")
+def test_a_disk_that_fills_up_at_any_moment_is_named_and_nothing_is_left(small_disk, cache, tmp_path, record_property):
     place = tmp_path / "disk"
     common = {"accident": "fill", "disk": str(place), "look": [str(place)]}
     orders = [order(place / "out", cache, target, **when, **common, leave=leave) for when, target, leave in FULL]
@@ -282,8 +322,10 @@ def test_a_disk_that_fills_up_at_any_moment_is_named_and_nothing_is_left(small_d
         assert f"error: {place}: the disk is full (" in one_error(result["stderr"]), wanted
         assert (result["code"], without_locks(result["left"][str(place)])) == (1, []), wanted
     assert names(tmp_path) == ["disk"]
+    record_property("cases", len(orders))
 
 
+@pytest.mark.reliability("a disk too small for a build", "refused before the work")
 def test_too_little_room_is_refused_before_the_work(small_disk, cache, tmp_path):
     place = tmp_path / "disk"
     common = {"accident": "fill", "disk": str(place), "look": [str(place)], "leave": 400_000}
@@ -298,6 +340,7 @@ def test_too_little_room_is_refused_before_the_work(small_disk, cache, tmp_path)
         assert (result["code"], without_locks(result["left"][str(place)])) == (1, [])
 
 
+@pytest.mark.reliability("a disk that takes no writing", "one line")
 def test_a_disk_that_takes_no_writing(small_disk, cache, tmp_path):
     place = tmp_path / "disk"
     (result,) = small_disk(place, [order(place / "out", cache)], "ro")
@@ -305,6 +348,7 @@ def test_a_disk_that_takes_no_writing(small_disk, cache, tmp_path):
     assert "Read-only file system" in one_error(result["stderr"])
 
 
+@pytest.mark.reliability("a limit on file sizes", "one line, nothing left")
 def test_a_limit_on_file_sizes_is_one_line(tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))

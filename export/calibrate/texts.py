@@ -41,7 +41,7 @@ def lines(name: str) -> list[str]:
 
 def read_hub(name: str) -> str:
     """`OWNER/NAME@REVISION/PATH` of a hub data set, through huggingface_hub's cache."""
-    from httpx import HTTPError
+    from httpx2 import HTTPError
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

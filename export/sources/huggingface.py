@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from ..errors import ExportError
 from ..plan import Architecture, RopeScaling, explain
+from . import hub_cache
 from .integers import Integers, Unfit
 from .safetensors_files import SafetensorsFiles, read_json
 
@@ -22,26 +23,30 @@ TOKENIZER_FILES = (
 )
 QUANTIZE_CONFIG = "quantize_config.json"
 """Where AutoGPTQ kept what config.json says now."""
+NO_ANSWER = (ValueError, TypeError, LookupError, AttributeError)
+"""What the library raises where a hub answers something else than its protocol."""
 WANTED = ("config.json", QUANTIZE_CONFIG, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
 
 
 def download(repo: str) -> Path:
     """`OWNER/NAME[@REVISION]` → local snapshot folder, through huggingface_hub's cache; safetensors only."""
-    from httpx import HTTPError
+    from httpx2 import HTTPError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     name, _, revision = repo.partition("@")
     remedy = "give a local folder with --source"
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(WANTED)))
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(WANTED)))
     except GatedRepoError:
         raise ExportError(f"hub model {name} is gated: accept its licence and `hf auth login`, or {remedy}") from None
     except RepositoryNotFoundError:
         raise ExportError(f"hub model {name} does not exist (or needs `hf auth login`); {remedy}") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, HTTPError, OSError, ValueError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, HTTPError, OSError, *NO_ANSWER) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportError(f"hub model {name} cannot be downloaded ({reason}); {remedy}") from None
+    hub_cache.require_whole(folder)
+    return folder
 
 
 class Weights(Protocol):
