@@ -72,10 +72,13 @@ def not_compared(before: Reached, key: PlanKey) -> str:
 
 
 def keep(records: list[Record], device: str) -> list[tuple[Path, Record]]:
-    """Write what each artifact that holds reached on a device into its baseline; the files written, with why."""
+    """Write what each artifact reached on a device into its baseline; the files written, and from which records.
+
+    Of those that hold, and of those that only fail against the baseline before: keeping them is how that is accepted.
+    """
     written = []
     for kept in records:
-        if kept.device != device or not kept.holds or kept.accuracy.total is None:
+        if kept.device != device or not holds_otherwise(kept) or kept.accuracy.total is None:
             continue
         path, machine = place(device, kept.environment), kept.environment
         baseline = (
@@ -92,10 +95,18 @@ def keep(records: list[Record], device: str) -> list[tuple[Path, Record]]:
     return written
 
 
+def holds_otherwise(kept: Record) -> bool:
+    """Whether nothing is wrong with an artifact but what the baseline says."""
+    failed = [gate for gate in kept.gates if gate.verdict == "fail"]
+    only_here = all(regression.AGAINST in gate.name for gate in failed)
+    return kept.holds or (only_here and kept.outcome in {gate.fails_as for gate in failed})
+
+
 def reached(kept: Record) -> Reached:
     """What a baseline holds of a record."""
     assert kept.accuracy.total is not None
-    steady = kept.timings if kept.outcome is Outcome.PASS else None
+    open_gates = kept.outcome is Outcome.INCONCLUSIVE or any(gate.verdict == "inconclusive" for gate in kept.gates)
+    steady = None if open_gates else kept.timings
     return Reached(
         run_id=kept.run_id,
         commit=kept.commit,
@@ -122,7 +133,7 @@ def main(
 
 def unsteady(kept: Record) -> str:
     """Why no speed was kept."""
-    return kept.detail or "not timed"
+    return next((gate.detail for gate in kept.gates if gate.verdict == "inconclusive"), "not timed")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,9 @@ SPEED_FLOOR = 0.10
 BLIND = 2.0
 """Times the floor: noise above it hides what a comparison should find."""
 
+AGAINST = " against baseline, "
+"""In the name of every gate made here, before its unit."""
+
 
 class Timing(Strict):
     """One timing as it is compared."""
@@ -98,7 +101,7 @@ def judge(change: Change, run_id: str) -> Gate:
     detail = f"{change.before:.4g} in run {run_id}, tolerance {change.tolerance:.2g}"
     if change.verdict == "inconclusive":
         detail += ": so much noise hides what a change does"
-    name = f"{change.name} against baseline, {change.unit}"
+    name = f"{change.name}{AGAINST}{change.unit}"
     rule: gates.Rule = "at most" if more else "at least"
     gate = gates.judge(name, change.now, rule, limit, change.fails_as, detail)
     return gate.model_copy(update={"verdict": change.verdict})

@@ -8,7 +8,7 @@ import pytest
 from export import manifest
 from export.cli import run as run_app
 from export.errors import ExportError
-from runtime_tests import baseline, plan_key, record, regression, validate
+from runtime_tests import baseline, gates, plan_key, record, regression, validate
 from runtime_tests.record import Outcome
 
 from .sample import sample_latency, sample_record
@@ -149,9 +149,32 @@ def test_the_key_follows_what_is_built_and_fed(built, setting):
     assert differs(model=described.plan.model.model_copy(update={"source": "seed:9"})) == ["model"]
 
 
-def test_only_what_holds_becomes_a_baseline(folder):
+def test_only_what_holds_becomes_a_baseline(folder, before, kept):
+    (folder / next(folder.iterdir())).unlink()
     assert baseline.keep([sample_record(outcome=Outcome.MISMATCH)], "host") == []
-    assert not folder.exists()
+    assert baseline.keep([with_failed(kept, grown_gate(before), outcome=Outcome.CRASH)], "host") == []
+    other = gates.judge("lowering: mean KL", 1.0, "at most", 0.5, Outcome.MISMATCH)
+    assert baseline.keep([with_failed(kept, grown_gate(before), other, outcome=Outcome.TOO_LARGE)], "host") == []
+    assert list(folder.iterdir()) == []
+
+
+def test_what_only_the_baseline_refuses_is_accepted_by_keeping_it(kept, before):
+    grown = with_failed(kept, grown_gate(before), outcome=Outcome.TOO_LARGE)
+    grown = grown.model_copy(update={"size_bytes": 2 * kept.size_bytes})
+    assert verdicts(grown, before)[SIZE] == "fail"
+    assert baseline.keep([grown], "host")
+    accepted = baseline.find("host", kept.environment, kept.artifact)
+    assert (verdicts(grown, accepted)[SIZE], accepted.speed) == ("pass", before.speed)
+
+
+def grown_gate(before):
+    """The gate of an artifact twice as large."""
+    size = regression.shipped(2 * before.size_bytes, sample_record().accuracy.total, before)[0]
+    return regression.judge(size, before.run_id)
+
+
+def with_failed(record, *failed, outcome):
+    return record.model_copy(update={"gates": failed, "outcome": outcome})
 
 
 @pytest.mark.parametrize("change", [{"emulated": True}, {"outcome": Outcome.INCONCLUSIVE}, {"latency": None}])
