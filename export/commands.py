@@ -1,11 +1,14 @@
 """python -m export inspect PATH, diff A B, verify PATH, sign PATH: finished artifacts. None of them runs a model."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .errors import ExportError
+
+if TYPE_CHECKING:
+    from .inspection import Inspection
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 NAMES = ("inspect", "diff", "verify", "sign")
@@ -14,14 +17,16 @@ RECORDS = Path("build/records/records.jsonl")
 Artifact = Annotated[Path, typer.Argument(exists=True, help="an artifact folder, or a model file of any exporter")]
 Folder = Annotated[Path, typer.Argument(exists=True, help="the artifact folder, which holds manifest.json")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON record")]
+Svg = Annotated[Path | None, typer.Option(dir_okay=False, help="draw bytes and schemes into this file too")]
 
 
 @app.command()
-def inspect(path: Artifact, json: AsJson = False) -> None:
+def inspect(path: Artifact, json: AsJson = False, svg: Svg = None) -> None:
     """Plan, interface, cache, operations, bytes per module, scheme of every layer, files."""
     from . import inspection
 
     found = inspection.inspect(path)
+    draw(svg, found)
     if json:
         print(found.model_dump_json(indent=1))
     else:
@@ -38,6 +43,7 @@ def diff(
         list[Path] | None,
         typer.Option(help="validation records with speed and KL, may be repeated; default: " + str(RECORDS)),
     ] = None,
+    svg: Svg = None,
 ) -> None:
     """Size, schemes, integers and scales, interface, plan, tools, and what validation measured: A against B."""
     from . import difference
@@ -45,12 +51,28 @@ def diff(
     if json and markdown:
         raise typer.BadParameter("the record has everything that the summary says", param_hint="--markdown with --json")
     found = difference.compare(a, b, records or [RECORDS])
+    if svg:
+        from . import inspection
+
+        draw(svg, *map(inspection.inspect, (a, b)))
     if json:
         print(found.model_dump_json(indent=1))
     elif markdown:
         print(difference.markdown(found))
     else:
         difference.show(found)
+
+
+def draw(file: Path | None, *found: "Inspection") -> None:
+    """The picture, where one is asked for."""
+    if file is None:
+        return
+    from . import picture
+
+    try:
+        file.write_text(picture.draw(found), encoding="utf-8")
+    except OSError as error:
+        raise ExportError(f"{file}: cannot be written ({error.strerror})") from None
 
 
 @app.command()

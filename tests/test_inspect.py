@@ -337,3 +337,32 @@ def test_a_damaged_model_in_a_folder_is_one_line(tiny, tmp_path, folder, command
     assert "error:" in error
     with pytest.raises(ExportError):
         difference.compare(copy, copy, [tmp_path / "none"])
+
+
+# ── the picture ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_picture_shows_bytes_and_every_linears_scheme_and_frames_what_differs(tiny, tmp_path):
+    from xml.etree import ElementTree
+
+    from export import picture
+
+    one, other = (inspection.inspect(tiny("onnx-cpu", quant)) for quant in ("int4-g32", "int4-g64"))
+    drawn = ElementTree.fromstring(picture.draw([one, other]))
+    boxes = [node for node in drawn.iter() if node.tag.endswith("rect") and len(node)]
+    titles = [node[0].text for node in boxes]
+    for scheme in ("int4 g32", "int4 g64"):
+        assert sum(title.endswith(f"_proj.weight: {scheme}") for title in titles) == 2 * 7
+    framed = [node[0].text for node in boxes if node.get("stroke")]
+    assert len(framed) == 2 * 7
+    assert all(title.endswith("int4 g64") for title in framed)
+    widths = [float(node.get("width")) for node in boxes if " MB" in node[0].text]
+    assert sum(widths) == pytest.approx(2 * (picture.WIDTH - 2 * picture.MARGIN), rel=1e-2)
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(tiny, tmp_path):
+    from export import commands
+
+    with pytest.raises(ExportError, match="cannot be written"):
+        commands.draw(tmp_path / "none" / "picture.svg", inspection.inspect(tiny("onnx-cpu")))
+    commands.draw(None)
