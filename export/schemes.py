@@ -2,8 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-
-import torch
+from math import prod
 
 from .errors import ExportError
 from .plan import ROTATE_IN, ROTATE_OUT, Architecture, QuantRecipe, WeightScheme
@@ -48,14 +47,14 @@ class Schemes:
         bits = 0.0
         for name, shape in self.architecture.tensor_shapes().items():
             scheme = self.of(name)
-            bits += torch.Size(shape).numel() * (float_bits if scheme is None else bits_each(scheme, shape[-1]))
+            bits += prod(shape) * (float_bits if scheme is None else bits_each(scheme, shape[-1]))
         return bits
 
     def counts(self) -> Counts:
         """From the shapes alone."""
         integers = scales = floats = largest = 0
         for name, shape in self.architecture.tensor_shapes().items():
-            scheme, elements = self.of(name), torch.Size(shape).numel()
+            scheme, elements = self.of(name), prod(shape)
             largest = max(largest, elements)
             if scheme is None:
                 floats += elements

@@ -1,10 +1,12 @@
 """A crash, a hang, an exit or garbage of a child process is a result, never our end."""
 
+import subprocess
 import sys
 import time
 
 import pytest
 
+from export.manifest import ROOT
 from runtime_tests import isolation, jobs
 from runtime_tests.record import Outcome
 
@@ -107,3 +109,10 @@ def test_the_real_worker_turns_an_exception_into_an_answer(tmp_path):
     ended = isolation.run(job, limit_s=120)
     assert ended.outcome is Outcome.RUN_FAIL
     assert "manifest.json: missing" in ended.detail
+
+
+def test_what_times_an_artifact_imports_no_torch():
+    """Its peak memory is the artifact's and the runtime's."""
+    code = "import sys, runtime_tests.worker, runtime_tests.latency; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
