@@ -1,6 +1,7 @@
 """Where an artifact's bytes go and how every linear is kept, as one SVG; several artifacts below each other."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 from .contents import LayerScheme
@@ -20,11 +21,16 @@ def draw(inspections: Sequence[Inspection]) -> str:
     """A bar of bytes by module and a map of linears for each; framed where the scheme is not the first artifact's."""
     schemes = sorted({one.scheme for found in inspections for one in found.layers if placed(one)})
     modules = list(dict.fromkeys(size.module for found in inspections for size in found.sizes if size.bytes))
-    first = {one.name: one.scheme for one in inspections[0].layers}
+    legends = Legends(
+        modules=modules,
+        schemes=schemes,
+        first={one.name: one.scheme for one in inspections[0].layers},
+        pixels_per_byte=(WIDTH - 2 * MARGIN) / max(1, *(found.contents.bytes for found in inspections)),
+    )
     parts, y = [], float(MARGIN)
     for found in inspections:
-        drawn, y = artifact(found, y, modules, schemes, first)
-        parts += [*drawn]
+        drawn, y = artifact(found, y, legends)
+        parts += drawn
         y += GAP
     parts += legend(y, schemes)
     height = y + LEGEND
@@ -34,20 +40,29 @@ def draw(inspections: Sequence[Inspection]) -> str:
     )
 
 
-def artifact(
-    found: Inspection, y: float, modules: Sequence[str], schemes: Sequence[str], first: dict[str, str]
-) -> tuple[list[str], float]:
+@dataclass(frozen=True)
+class Legends:
+    """What all artifacts of a picture share."""
+
+    modules: Sequence[str]
+    schemes: Sequence[str]
+    first: Mapping[str, str]
+    """Linear → scheme in the first artifact."""
+    pixels_per_byte: float
+
+
+def artifact(found: Inspection, y: float, shared: Legends) -> tuple[list[str], float]:
     """Title, bar and map from `y` downwards; where it ends."""
     total = found.contents.bytes
     name = found.manifest.id if found.manifest else found.path.rpartition("/")[2]
     parts = [words(MARGIN, y + 13, f"{name}: {found.contents.format}, {total / 1e6:.1f} MB")]
     y += HEAD
     x = float(MARGIN)
-    for module in modules:
+    for module in shared.modules:
         count = sum(size.bytes for size in found.sizes if size.module == module)
-        width = (WIDTH - 2 * MARGIN) * count / max(total, 1)
+        width = shared.pixels_per_byte * count
         said = f"{module} {count / 1e6:.1f} MB"
-        parts.append(box((x, y, width, BAR), COLOURS[modules.index(module) % len(COLOURS)], said))
+        parts.append(box((x, y, width, BAR), COLOURS[shared.modules.index(module) % len(COLOURS)], said))
         if width > SMALLEST_LABEL:
             parts.append(words(x + 5, y + 17, f"{module} {count / 1e6:.1f}", fill="#ffffff"))
         x += width
@@ -59,8 +74,8 @@ def artifact(
     width = (WIDTH - 2 * MARGIN - NAMES) / layers
     parts += [words(MARGIN + NAMES - 8, y + i * ROW + 14, kind, "small", "end") for i, kind in enumerate(KINDS)]
     for key, (layer, kind, scheme) in cells.items():
-        colour, at = COLOURS[schemes.index(scheme) % len(COLOURS)], MARGIN + NAMES + layer * width
-        frame = ' stroke="#24292f" stroke-width="2"' if first.get(key, scheme) != scheme else ""
+        colour, at = COLOURS[shared.schemes.index(scheme) % len(COLOURS)], MARGIN + NAMES + layer * width
+        frame = ' stroke="#24292f" stroke-width="2"' if shared.first.get(key, scheme) != scheme else ""
         place = (at + 1, y + KINDS.index(kind) * ROW + 1, width - 2, ROW - 2)
         parts.append(box(place, colour, f"{key}: {scheme}", frame))
     y += len(KINDS) * ROW
