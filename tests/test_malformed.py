@@ -20,7 +20,8 @@ from export.sources import gguf_file, huggingface, safetensors_files, safetensor
 
 from .checkpoints import LLAMA, read_everything
 from .conftest import FAKES
-from .malformed import CATALOGUE, FILE, FORMS, GGUF, HUGE, MARKER, Execute, arguments, write
+from .malformed import CATALOGUE, HUGE, write
+from .spoil import FILE, FORMS, GGUF, MARKER, Execute, arguments
 from .test_bad_gguf import within
 
 pytest.importorskip("onnx", reason="onnx is not installed")

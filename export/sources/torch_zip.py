@@ -24,6 +24,10 @@ END, END64_LOCATOR, END64 = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
 END_BYTES, LOCATOR_BYTES, END64_BYTES = 22, 20, 56
 
 
+DAMAGE = (zipfile.BadZipFile, ValueError, OSError, struct.error, NotImplementedError)
+"""What `zipfile` raises where bytes are wrong; the last for a version or a compression that it does not know."""
+
+
 class BrokenError(Exception):
     """What is wrong with the file."""
 
@@ -35,7 +39,7 @@ def check(path: Path) -> None:
             raise BrokenError(f"its list of records is longer than {MAX_DIRECTORY_BYTES} bytes")
         with zipfile.ZipFile(path) as archive:
             check_pickle(pickle_of(archive))
-    except (BrokenError, zipfile.BadZipFile, ValueError, OSError, struct.error, NotImplementedError) as error:
+    except (BrokenError, *DAMAGE) as error:
         raise damaged(path, error) from None
 
 
