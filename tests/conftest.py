@@ -14,7 +14,7 @@ import devices
 import export.backends
 import runtime_tests.sessions
 from devices import lab
-from export import card, manifest, pipeline
+from export import card, commands, manifest, pipeline
 from export.cli import run as run_app
 from export.plan import ModelSpec, Plan, QuantRecipe, Target, TargetLimits, load_named, load_plan
 from runtime_tests import __main__ as cli
@@ -160,6 +160,20 @@ def command(monkeypatch, tmp_path, setting):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["runtime_tests", *map(str, arguments)])
         return run_app(cli.app)
+
+    return run
+
+
+@pytest.fixture
+def export_command(monkeypatch, capsys):
+    """`python -m export inspect|diff|verify|sign …`: exit code, stdout, stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
+        code = run_app(commands.app)
+        said = capsys.readouterr()
+        assert "Traceback" not in said.out + said.err
+        return code, said.out, said.err
 
     return run
 

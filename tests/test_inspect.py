@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from statistics import mean, stdev
 
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 from onnx import TensorProto, helper
 
 from export import backends, commands, difference, inspection, manifest, measured, plan
-from export.cli import run as run_app
 from export.contents import EMBEDDING, HEAD, module_sizes
 from export.errors import ExportError
 
@@ -24,17 +22,8 @@ def folder(request, tiny):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """`python -m export …`: exit code, stdout, stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
-        code = run_app(commands.app)
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        return code, said.out, said.err
-
-    return run
+def command(export_command):
+    return export_command
 
 
 def schemes(folder):

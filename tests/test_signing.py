@@ -10,8 +10,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from export import commands, manifest, signing, verification
-from export.cli import run as run_app
+from export import manifest, signing, verification
 from export.errors import ExportError
 
 from .conftest import reseal
@@ -49,13 +48,12 @@ def signed(artifact, keys):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(export_command):
+    """Exit code and lines."""
+
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
-        code = run_app(commands.app)
-        said = capsys.readouterr()
-        assert "Traceback" not in said.out + said.err
-        return code, said.out.splitlines(), said.err.splitlines()
+        code, out, err = export_command(*arguments)
+        return code, out.splitlines(), err.splitlines()
 
     return run
 

@@ -30,6 +30,7 @@ from ..evaluation import Windows
 from ..jobs import Opening
 from ..record import Comparison, Environment, Outcome
 from . import contenders, fidelity, publish
+from .conditions import conditions
 from .detour_forms import FORMS, home, weight_bytes
 from .roles import ONNX, OUR_FORMS, RUNTIMES
 from .stock import BENCH
@@ -48,12 +49,6 @@ that the float weights are what a quantizer meets in practice.
 - **second**: from those to our artifact, onnxruntime's own rounding of activations included;
 - **in all**: from the float weights to our artifact.
 
-"""
-FOOT = """
-
-    {command}
-
-{cpu}, {cores} cores; commit {commit}; {tools}.
 """
 
 
@@ -217,13 +212,7 @@ def table(found: Detours) -> list[Row]:
 def render(found: Detours, command: str) -> str:
     """The page."""
     head = WORDS.format(positions=found.positions, evaluation=found.evaluation, model=found.model)
-    foot = FOOT.format(
-        command=command,
-        cpu=found.environment.cpu,
-        cores=found.environment.cores,
-        commit=found.commit[:12],
-        tools=", ".join(f"{tool} {version}" for tool, version in found.tools.items()),
-    )
+    foot = conditions(command, found.environment, found.commit, found.tools)
     return f"{head}{markdown(table(found))}{foot}"
 
 

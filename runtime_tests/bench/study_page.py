@@ -11,6 +11,7 @@ from .. import environment
 from ..evaluation import Evaluation
 from ..record import Environment, Outcome
 from . import domain_table, publish, scatter
+from .conditions import conditions
 from .results import Fidelity
 from .table_text import markdown
 
@@ -22,12 +23,6 @@ prefill of {prefill} tokens, then {decode} tokens one by one, {positions:,} posi
 `{evaluation}` ({description}); the kinds count alike. None of its text is calibration text. The checkpoint: \
 {checkpoint}.
 
-"""
-FOOT = """
-
-    {command}
-
-{cpu}, {cores} cores; commit {commit}; {tools}.
 """
 
 
@@ -89,13 +84,7 @@ def render(found: Study, name: str, command: str) -> str:
         description=evaluation.description,
         checkpoint=found.checkpoint,
     )
-    foot = FOOT.format(
-        command=command,
-        cpu=found.environment.cpu,
-        cores=found.environment.cores,
-        commit=found.commit[:12],
-        tools=", ".join(f"{tool} {version}" for tool, version in found.tools.items()),
-    )
+    foot = conditions(command, found.environment, found.commit, found.tools)
     return f"{head}{markdown(domain_table.rows(found.rows))}\n\n![mean KL over size]({name}.svg){foot}"
 
 
