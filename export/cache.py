@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from .progress import console
 
 IN_USE_S = 6 * 3600.0
 """No build or validation goes on for so long without touching what it needs."""
+
+
+LOCK = ".lock"
 
 
 class Limit(Strict):
@@ -44,7 +48,7 @@ def trim(cache: Path) -> None:
     for one in found:
         if total - removed <= limit or one.used > time.time() - IN_USE_S:
             break
-        shutil.rmtree(one.path) if one.path.is_dir() else one.path.unlink(missing_ok=True)
+        shutil.rmtree(one.path, ignore_errors=True) if one.path.is_dir() else one.path.unlink(missing_ok=True)
         removed += one.bytes
     if removed:
         console.print(
@@ -53,12 +57,15 @@ def trim(cache: Path) -> None:
 
 
 def entries(cache: Path) -> Iterator[Entry]:
-    """What the folder holds, but locks and notes of a few bytes."""
+    """What the folder holds; not locks, since one that is removed can be held twice."""
     for path in cache.iterdir() if cache.is_dir() else ():
-        files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
-        states = [one.stat() for one in files]
-        if total := sum(state.st_size for state in states):
-            yield Entry(path, total, max(state.st_mtime for state in states))
+        if path.suffix == LOCK:
+            continue
+        with suppress(FileNotFoundError):  # another process put it in its place, or trims too
+            files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
+            states = [one.stat() for one in files]
+            if total := sum(state.st_size for state in states):
+                yield Entry(path, total, max(state.st_mtime for state in states))
 
 
 def used(path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from .errors import ExportError
 from .plan import ModelSpec
 
+HUB = "hub:"
 ADAPTER = "adapter:"
 """`adapter:FOLDER//SPEC` is the checkpoint SPEC with the LoRA adapter in FOLDER merged; no path holds `//`."""
 

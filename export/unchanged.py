@@ -13,7 +13,7 @@ from typing import Any
 from . import manifest
 from .errors import ExportError
 from .manifest import Manifest
-from .places import ADAPTER, locate, origin_of, split_adapter
+from .places import ADAPTER, HUB, locate, origin_of, split_adapter
 from .plan import CONFIGS, Plan
 
 
@@ -67,26 +67,32 @@ def changed_inputs(built: Manifest, plan: Plan, source: str | None) -> Iterator[
 
 
 def changed_files(recorded: dict[str, str], origin: str) -> Iterator[str]:
-    """Files of the checkpoint that are gone or other; where it is not on this disk, that it may have changed."""
+    """Files of the checkpoint that are gone or other."""
     if origin.startswith("seed:"):
         return
-    folders = list(places_of(origin))
     for name, digest in recorded.items():
-        paths = [folder if folder.is_file() else folder / name for folder in folders]
-        found = [path for path in paths if path.name == name and path.is_file()]
+        found = [path for path in files_of(origin, name) if path.is_file()]
         if not found:
             yield f"{name}: not found in {origin}"
         elif all(remembered_sha256(path) != digest for path in found):
             yield f"{found[0]}: changed"
 
 
-def places_of(origin: str) -> Iterator[Path]:
-    """Files or folders that an origin names; a hub's are not asked."""
+def files_of(origin: str, name: str) -> Iterator[Path]:
+    """Where a file of that name may lie; of a hub model in the hub's cache, the network is not asked."""
     if origin.startswith(ADAPTER):
         for part in split_adapter(origin):
-            yield from places_of(part)
+            yield from files_of(part, name)
     elif isinstance(place := locate(origin), Path):
-        yield place
+        if place.is_dir() or place.name == name:
+            yield place if place.is_file() else place / name
+    elif place.startswith(HUB):
+        from huggingface_hub import try_to_load_from_cache
+
+        repo, _, revision = place.removeprefix(HUB).partition("@")
+        cached = try_to_load_from_cache(repo, name, revision=revision or None)
+        if isinstance(cached, str):
+            yield Path(cached)
 
 
 def remembered_sha256(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -48,8 +49,6 @@ def altered(folder, **fields):
 
 @pytest.fixture
 def copy(folder, tmp_path):
-    import shutil
-
     return shutil.copytree(folder, tmp_path / folder.name)
 
 
@@ -83,6 +82,23 @@ def test_a_changed_checkpoint_is_seen_whatever_its_size_and_time(copy, tmp_path)
     assert unchanged.reasons(plan(), str(moved), copy) == [f"{weights}: changed"]
     weights.unlink()
     assert unchanged.reasons(plan(), str(moved), copy) == [f"model.safetensors: not found in {moved}"]
+
+
+def test_a_hub_model_is_looked_up_in_the_hubs_cache(copy, source, tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--owner--name"
+    (snapshot / "refs").mkdir(parents=True)
+    (snapshot / "refs" / "main").write_text("c0ffee")
+    shutil.copytree(source, snapshot / "snapshots" / "c0ffee")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    altered(copy, checkpoint__origin="hub:owner/name")
+    assert unchanged.reasons(plan(), "hub:owner/name", copy) == []
+    weights = snapshot / "snapshots/c0ffee/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert unchanged.reasons(plan(), "hub:owner/name", copy) == [f"{weights}: changed"]
+    altered(copy, checkpoint__origin="hub:owner/other")
+    missing = unchanged.reasons(plan(), "hub:owner/other", copy)
+    assert missing
+    assert all(reason.endswith("not found in hub:owner/other") for reason in missing)
 
 
 def test_a_damaged_artifact_is_built_again(copy, source):
@@ -156,7 +172,8 @@ def test_what_may_be_in_use_stays(tmp_path):
 
 
 def test_within_the_limit_nothing_goes(tmp_path):
-    kept = keep(tmp_path, "old", 1000)
+    kept, lock = keep(tmp_path, "old", 1000), keep(tmp_path, ".old.lock", 2000, size=5000)
     cache.trim(tmp_path)
     cache.trim(tmp_path / "none")
     assert kept.exists()
+    assert lock.exists()

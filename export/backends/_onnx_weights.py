@@ -2,9 +2,9 @@
 
 Layout: `NAME.q` uint8 [N, blocks, block · bits / 8], codes offset by 2^(bits-1) so that no zero points are needed, of
 two 4-bit codes the even column in the low nibble; `NAME.scale` [N, groups] in the shortest of bfloat16, float16 and
-float32 that holds them exactly: bfloat16, but for a checkpoint's own. The graph makes float32 of them,
-and of a row's one scale as many as it has blocks (a per-channel scheme has no block size onnxruntime takes). MatMulBnb4
-takes codes of NF4 and FP4 in the same shape, the even column in the high nibble.
+float32 that holds them exactly: bfloat16, but for a checkpoint's own. The graph makes float32 of them, and of a row's
+one scale as many as it has blocks (a per-channel scheme has no block size onnxruntime takes). MatMulBnb4 takes codes of
+NF4 and FP4 in the same shape, the even column in the high nibble.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
