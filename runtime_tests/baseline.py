@@ -4,7 +4,7 @@
 
 One file per device fingerprint (name, processor, cores, memory), so that nobody is judged by another machine's speed.
 Size and accuracy are kept of every artifact that holds, speed only where it was measured and steady enough to judge:
-how long an emulated device takes means nothing.
+how long an emulated device takes means nothing. Speeds of several runs gather: how much they differ is noise as well.
 """
 
 import hashlib
@@ -21,10 +21,12 @@ from export.plan import Strict, explain
 
 from . import record, regression
 from .record import Environment, Outcome, PlanKey, Record
-from .regression import Reached
+from .regression import Reached, Speed
 
 FOLDER = Path(__file__).parent / "baselines"
 RECORDS = Path("build/records/records.jsonl")
+KEPT_RUNS = 12
+"""Of one artifact's speeds; older ones go."""
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -88,7 +90,8 @@ def keep(records: list[Record], device: str) -> list[tuple[Path, Record]]:
                 device=device, cpu=machine.cpu, cores=machine.cores, memory_gb=memory_gb(machine), artifacts={}
             )
         )
-        baseline = baseline.model_copy(update={"artifacts": {**baseline.artifacts, kept.artifact: reached(kept)}})
+        now = reached(kept, baseline.artifacts.get(kept.artifact))
+        baseline = baseline.model_copy(update={"artifacts": {**baseline.artifacts, kept.artifact: now}})
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(baseline.model_dump_json(indent=1) + "\n", encoding="utf-8")
         written.append((path, kept))
@@ -102,11 +105,9 @@ def holds_otherwise(kept: Record) -> bool:
     return kept.holds or (only_here and kept.outcome in {gate.fails_as for gate in failed})
 
 
-def reached(kept: Record) -> Reached:
-    """What a baseline holds of a record."""
+def reached(kept: Record, before: Reached | None = None) -> Reached:
+    """What a baseline holds of a record, and of the speeds it held before."""
     assert kept.accuracy.total is not None
-    open_gates = kept.outcome is Outcome.INCONCLUSIVE or any(gate.verdict == "inconclusive" for gate in kept.gates)
-    steady = None if open_gates else kept.timings
     return Reached(
         run_id=kept.run_id,
         commit=kept.commit,
@@ -114,8 +115,26 @@ def reached(kept: Record) -> Reached:
         size_bytes=kept.size_bytes,
         mean_kl=kept.accuracy.total.mean_kl,
         kl_by_window=kept.accuracy.total.kl_by_window,
-        speed=regression.speed_of(steady) if steady else None,
+        speeds=speeds(kept, before),
     )
+
+
+def speeds(kept: Record, before: Reached | None) -> tuple[Speed, ...]:
+    """Those before and this run's, where it was steady; this run's alone where it is slower than noise explains."""
+    slower = any(gate.verdict == "fail" and gate.fails_as is Outcome.TOO_SLOW for gate in kept.gates)
+    same = before is not None and not before.plan_key.differs_in(kept.plan_key) and not slower
+    others = [speed for speed in before.speeds if speed.run_id != kept.run_id] if before and same else []
+    new = [regression.speed_of(kept.latency, kept.run_id)] if kept.latency and not unsteady(kept) else []
+    return tuple([*others, *new][-KEPT_RUNS:])
+
+
+def unsteady(kept: Record) -> str:
+    """Why a run's speed is not kept; empty: it is."""
+    if kept.emulated or kept.latency is None:
+        return "not timed"
+    # a run that only the baseline's noise left open is as good as any, and shows how large that noise is
+    left_open = [gate.detail for gate in kept.gates if gate.verdict == "inconclusive"]
+    return next((detail for detail in left_open if not detail.endswith(regression.HIDDEN)), "")
 
 
 @app.command()
@@ -128,12 +147,7 @@ def main(
     if not written:
         raise ExportError(f"{records}: no record of {device} that holds; run `make {device}` first")
     for path, kept in written:
-        print(f"{path.name}: {kept.artifact}{'' if reached(kept).speed else ', without speed: ' + unsteady(kept)}")
-
-
-def unsteady(kept: Record) -> str:
-    """Why no speed was kept."""
-    return next((gate.detail for gate in kept.gates if gate.verdict == "inconclusive"), "not timed")
+        print(f"{path.name}: {kept.artifact}{', without speed: ' + why if (why := unsteady(kept)) else ''}")
 
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ def check_baseline(case: Case) -> None:
         return
     case.before = before
     changes = regression.shipped(case.manifest.artifact_bytes, case.comparisons["total"], before)
-    case.gates += [regression.judge(change, before.run_id) for change in changes]
+    case.gates += [regression.judge(change) for change in changes]
 
 
 def measure_speed(case: Case, windows: Windows) -> None:
@@ -218,7 +218,7 @@ def judge_speed(case: Case, measured: Latency, hot: str) -> None:
     device = case.setting.device
     found = gates.budgets(measured, min_decode_tps=device.budgets.min_decode_tps, max_ttft_s=device.budgets.max_ttft_s)
     if case.before:
-        found += [regression.judge(change, case.before.run_id) for change in regression.timed(measured, case.before)]
+        found += [regression.judge(change) for change in regression.timed(measured, case.before)]
     case.gates += gates.in_doubt(found, measured, max_cv=device.max_cv, reason=hot)
 
 

@@ -38,7 +38,7 @@ def before(kept):
 def verdicts(record, before):
     changes = regression.shipped(record.size_bytes, record.accuracy.total, before)
     changes += regression.timed(record.latency, before) if record.latency else []
-    return {gate.name: gate.verdict for gate in (regression.judge(change, before.run_id) for change in changes)}
+    return {gate.name: gate.verdict for gate in (regression.judge(change) for change in changes)}
 
 
 def timed(*, decode=1.0, ttft=1.0, spread=1.0):
@@ -111,6 +111,57 @@ def test_noise_of_the_baseline_counts_too(kept):
     assert verdicts(slower, noisy)[DECODE] == "inconclusive"
 
 
+def runs_at(folder, *rates):
+    """The baseline of several runs, the first at the sample's speed."""
+    for number, rate in enumerate((1.0, *rates)):
+        run = sample_record(run_id=f"run-{number}", latency=timed(decode=rate))
+        baseline.keep([run], "host")
+    return baseline.find("host", run.environment, run.artifact)
+
+
+@pytest.mark.parametrize(
+    ("rates", "decode", "verdict"),
+    [
+        ((), 0.8, "fail"),
+        ((1.01, 0.99, 1.0), 0.8, "fail"),
+        ((1.3, 0.75, 1.1, 0.9), 0.8, "inconclusive"),
+        ((1.3, 0.75, 1.1, 0.9), 0.3, "fail"),
+        ((1.3, 0.75, 1.1, 0.9), 1.7, "pass"),
+    ],
+)
+def test_how_much_runs_differ_is_noise_too(folder, rates, decode, verdict):
+    """A shared machine that is slower all day: each run is steady, and they differ."""
+    before = runs_at(folder, *rates)
+    assert len(before.speeds) == 1 + len(rates)
+    assert verdicts(sample_record(latency=timed(decode=decode)), before)[DECODE] == verdict
+
+
+def test_one_run_counts_once_and_the_oldest_go(folder):
+    before = runs_at(folder, *[1.0] * (baseline.KEPT_RUNS + 3))
+    assert [speed.run_id for speed in before.speeds] == [f"run-{4 + n}" for n in range(baseline.KEPT_RUNS)]
+    again = sample_record(run_id=before.run_id, latency=timed(decode=1.01))
+    assert len(baseline.reached(again, before).speeds) == baseline.KEPT_RUNS
+
+
+def test_speeds_of_another_plan_and_of_before_an_accepted_loss_go(kept, before):
+    other = kept.model_copy(update={"run_id": "2", "plan_key": kept.plan_key.model_copy(update={"recipe": "other"})})
+    assert [speed.run_id for speed in baseline.reached(other, before).speeds] == ["2"]
+    slower = regression.timed(timed(decode=0.5), before)[0]
+    accepted = with_failed(kept, regression.judge(slower), outcome=Outcome.TOO_SLOW)
+    accepted = accepted.model_copy(update={"run_id": "3", "latency": timed(decode=0.5)})
+    assert baseline.keep([accepted], "host")
+    speeds = baseline.find("host", kept.environment, kept.artifact).speeds
+    assert [speed.run_id for speed in speeds] == ["3"]
+
+
+def test_a_run_that_only_noise_between_runs_leaves_open_is_kept(folder):
+    before = runs_at(folder, 1.3, 0.75, 1.1, 0.9)
+    gate = regression.judge(regression.timed(timed(decode=0.8), before)[0])
+    run = sample_record(run_id="next", gates=(gate,), outcome=Outcome.INCONCLUSIVE, detail=gate.detail)
+    assert gate.verdict == "inconclusive"
+    assert len(baseline.reached(run, before).speeds) == 6
+
+
 def test_not_a_number_fails(kept, before):
     slow = kept.model_copy(update={"latency": timed(decode=float("nan"))})
     assert verdicts(slow, before)[DECODE] == "fail"
@@ -164,25 +215,30 @@ def test_what_only_the_baseline_refuses_is_accepted_by_keeping_it(kept, before):
     assert verdicts(grown, before)[SIZE] == "fail"
     assert baseline.keep([grown], "host")
     accepted = baseline.find("host", kept.environment, kept.artifact)
-    assert (verdicts(grown, accepted)[SIZE], accepted.speed) == ("pass", before.speed)
+    assert (verdicts(grown, accepted)[SIZE], accepted.speeds) == ("pass", before.speeds)
 
 
 def grown_gate(before):
     """The gate of an artifact twice as large."""
     size = regression.shipped(2 * before.size_bytes, sample_record().accuracy.total, before)[0]
-    return regression.judge(size, before.run_id)
+    return regression.judge(size)
 
 
 def with_failed(record, *failed, outcome):
     return record.model_copy(update={"gates": failed, "outcome": outcome})
 
 
-@pytest.mark.parametrize("change", [{"emulated": True}, {"outcome": Outcome.INCONCLUSIVE}, {"latency": None}])
+NOISY = gates.judge(
+    "budget: decode rate", 9.0, "at least", 9.5, Outcome.TOO_SLOW, "timings vary by 39%, more than 15%"
+).model_copy(update={"verdict": "inconclusive"})
+
+
+@pytest.mark.parametrize("change", [{"emulated": True}, {"gates": (NOISY,)}, {"latency": None}])
 def test_speed_is_kept_only_where_it_was_judged(folder, change):
     record = sample_record(**change)
     assert baseline.keep([record], "host")
     found = baseline.find("host", record.environment, record.artifact)
-    assert (found.speed, found.size_bytes) == (None, record.size_bytes)
+    assert (found.speeds, found.size_bytes) == ((), record.size_bytes)
     assert set(verdicts(sample_record(), found)) == {SIZE, KL}
 
 
@@ -194,7 +250,7 @@ def test_the_command_keeps_what_another_machine_recorded(folder, tmp_path, monke
     monkeypatch.setattr("sys.argv", arguments)
     assert run_app(baseline.app) == 0
     assert "tiny_int4-g32_fake" in capsys.readouterr().out
-    assert baseline.find("host", there, "tiny_int4-g32_fake").speed is not None
+    assert baseline.find("host", there, "tiny_int4-g32_fake").speeds
     assert baseline.find("host", sample_record().environment, "tiny_int4-g32_fake") is None
     monkeypatch.setattr("sys.argv", [*arguments[:3], str(tmp_path / "none.jsonl")])
     assert run_app(baseline.app) == 1
