@@ -17,6 +17,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 ALMOST_FULL_BYTES = 2**20
 
 
+class FullError(ExportError):
+    """A disk had no room left in the middle of the work."""
+
+
 @contextmanager
 def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
     """An advisory lock on `.NAME.lock` beside `path`; the kernel frees it when the process ends, however it ends."""
@@ -47,11 +51,15 @@ def writing(folder: Path) -> Iterator[None]:
     except ExportError:
         raise
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in FULL
-        if not full and free_bytes(folder) >= ALMOST_FULL_BYTES:
+        if not is_full(error) and free_bytes(folder) >= ALMOST_FULL_BYTES:
             raise
         reason = " ".join(str(error).split())
-        raise ExportError(f"{folder}: the disk is full ({reason}); free some space and run again") from None
+        raise FullError(f"{folder}: the disk is full ({reason}); free some space and run again") from None
+
+
+def is_full(error: Exception) -> bool:
+    """Whether an error says that a disk has no room left."""
+    return isinstance(error, FullError) or (isinstance(error, OSError) and error.errno in FULL)
 
 
 def require_file(folder: Path, needed_bytes: int) -> None:

@@ -15,7 +15,7 @@ import typer
 
 import devices
 from devices import Device, DeviceError
-from export import cache
+from export import cache, disk
 from export.cli import run
 from export.errors import ExportError
 from export.progress import console, stage
@@ -93,9 +93,10 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
         for folder, described in cases:
             console.print(f"[bold]{described.id}[/bold] on {known.name}")
             records.append(validate.validate(folder, described, setting))
-            publish.keep(records[-1], BUILD, folder, described)
+            with disk.writing(BUILD):
+                publish.keep(records[-1], BUILD, folder, described)
     cache.trim(BUILD / "cache")
-    with stage("report"):
+    with stage("report"), disk.writing(BUILD):
         page = publish.report(records, [described for _, described in cases], BUILD)
     summary.show(records, page)
     if not all(record.holds for record in records):

@@ -21,7 +21,7 @@ from export.errors import ExportError
 from export.manifest import Manifest
 from export.progress import stage
 
-from . import device_facts, on_runner
+from . import device_facts, logits_file, on_runner
 from .isolation import Ended, Progress
 from .jobs import ConformanceJob, GenerateJob, LogitsJob, SpeedJob, Task
 from .on_runner import RunnerStoppedError
@@ -121,12 +121,11 @@ class AttachedDevice:
         """The logits of a task's windows, float32 [W, decode + 1, V]."""
         tokens = np.load(task.tokens)
         vocab, rows = described.architecture.vocab_size, tokens.shape[1] - task.prefill
-        out = np.lib.format.open_memmap(task.out, mode="w+", dtype=np.float32, shape=(len(tokens), rows, vocab))
-        for part, script in on_runner.window_scripts(tokens, task.prefill, vocab):
-            out[part] = execute(script)[1].reshape(-1, rows, vocab)
-            if on_progress:
-                on_progress(part.stop, len(tokens))
-        out.flush()
+        with logits_file.writing(task.out, (len(tokens), rows, vocab)) as write:
+            for part, script in on_runner.window_scripts(tokens, task.prefill, vocab):
+                write(execute(script)[1])
+                if on_progress:
+                    on_progress(part.stop, len(tokens))
 
     def _execute(
         self, folder: Path, described: Manifest, commands: Sequence[Command], limit_s: float

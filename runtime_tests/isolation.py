@@ -15,12 +15,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+from export import disk
 from export.manifest import ROOT
 
 from .jobs import Job
 from .record import Outcome
 
 WORKER: tuple[str, ...] = (sys.executable, "-m", "runtime_tests.worker")
+DISK_FULL = "disk-full"
+"""What a child says of a disk of this machine: no outcome, for it tells nothing of an artifact."""
 Progress = Callable[[int, int], None]
 FAILURES = {outcome.value: outcome for outcome in (Outcome.LOAD_FAIL, Outcome.RUN_FAIL, Outcome.SOURCE_DIFFERS)}
 
@@ -99,11 +102,13 @@ def read_from(file: IO[bytes]) -> str:
 
 
 def interpret(returncode: int, out: str, err: str) -> Ended:
-    """Exit status and outputs → outcome. The last line of stdout is the answer."""
+    """Exit status and outputs → outcome. The last line of stdout is the answer. Raises disk.FullError."""
     if returncode < 0:
         return Ended(Outcome.CRASH, died_by(-returncode, last_line(err)))
     answer = parse(last_line(out))
     if returncode != 0:
+        if answer and answer.get("failed") == DISK_FULL:
+            raise disk.FullError(str(answer.get("error", "")))
         if answer and answer.get("failed") in FAILURES:
             return Ended(FAILURES[answer["failed"]], str(answer.get("error", "")))
         return Ended(Outcome.RUN_FAIL, f"exit {returncode}: {last_line(err) or 'no message'}")

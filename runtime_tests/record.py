@@ -1,6 +1,8 @@
 """The evidence about one artifact from one run, as strict JSON. Knows nothing about how it was measured."""
 
+import fcntl
 import json
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal
@@ -251,10 +253,18 @@ class Record(Strict):
 
 
 def append(record: Record, path: Path) -> None:
-    """Add one line of JSON to a records file."""
+    """Add one line of JSON to a records file, whole or not at all. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(record.model_dump_json() + "\n")
+    with path.open("a+b", buffering=0) as file:  # unbuffered: nothing is written once more when the file is closed
+        fcntl.flock(file, fcntl.LOCK_EX)
+        before = file.seek(0, os.SEEK_END)
+        line = record.model_dump_json().encode() + b"\n"
+        try:
+            while line:
+                line = line[file.write(line) :]
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def newest_run(path: Path, device: str) -> list[Record]:

@@ -22,6 +22,7 @@ from export.model import Llama, RMSNorm
 from export.quantize import QuantizedModel, eager
 from export.schemes import HEAD
 
+from . import logits_file
 from .jobs import ReferenceJob, ReferenceTask, report_progress
 from .weights import rebuild
 
@@ -45,14 +46,12 @@ def write_logits(forward: Forward, task: ReferenceTask, vocab_size: int) -> None
     """Write the logits a session would give: after the prefill and after every decoded token."""
     tokens = torch.from_numpy(np.load(task.tokens))
     shape = (tokens.shape[0], tokens.shape[1] - task.prefill, vocab_size)
-    out = np.lib.format.open_memmap(task.out, mode="w+", dtype=np.float32, shape=shape)
     together = max(1, PASS_BYTES // (4 * (tokens.shape[1] - 1) * vocab_size))
-    with torch.inference_mode():
+    with torch.inference_mode(), logits_file.writing(task.out, shape) as write:
         for first in range(0, len(tokens), together):
             logits = forward(tokens[first : first + together, :-1])  # [windows, prefill + decode, V]
-            out[first : first + together] = logits[:, task.prefill - 1 :].numpy()
+            write(logits[:, task.prefill - 1 :].numpy())
             report_progress(min(first + together, len(tokens)), len(tokens))
-    out.flush()
 
 
 def forward_of(kind: Kind, model: QuantizedModel, described: Manifest) -> Forward:

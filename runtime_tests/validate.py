@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from devices import Device, DeviceError
-from export import manifest, sources
+from export import disk, manifest, sources
 from export.errors import ExportError
 from export.manifest import Manifest
 from export.progress import console, stage
@@ -38,13 +38,16 @@ from .record import Accuracy, Latency, Outcome, Record
 
 
 def validate(folder: Path, described: Manifest, setting: Setting) -> Record:
-    """Examine an artifact and write down what was found, whatever happens on the way."""
+    """Examine an artifact and write down what was found, whatever happens on the way. Raises disk.FullError."""
     case = Case(folder, described, setting)
     case.environment = setting.place.environment()
     started, clock = datetime.now(UTC), time.perf_counter()
     try:
-        examine(case)
+        with disk.writing(setting.scratch):
+            examine(case)
         outcome, detail = gates.outcome_of(case.gates)
+    except disk.FullError:  # says nothing of the artifact
+        raise
     except StoppedError as stop:
         outcome, detail = stop.outcome, str(stop)
     except DeviceError as error:

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from export import manifest
+from export import disk, manifest
 from export.cli import quiet_libraries
 from export.errors import ExportError
 
-from . import jobs, orphan
+from . import jobs, logits_file, orphan
 from .generate import greedy
+from .isolation import DISK_FULL
 from .record import Outcome
 from .session import Session, open_session
 
@@ -94,14 +95,13 @@ def write_logits(job: jobs.LogitsJob) -> dict[str, Any]:
     for task in job.tasks:
         tokens = np.load(task.tokens)
         steps = tokens.shape[1] - task.prefill
-        out = np.lib.format.open_memmap(task.out, mode="w+", dtype=np.float32, shape=(len(tokens), steps, vocab))
-        for i, window in enumerate(tokens.tolist()):
-            session.reset()
-            out[i, 0] = session.feed(window[: task.prefill])
-            for step in range(1, steps):
-                out[i, step] = session.feed([window[task.prefill + step - 1]])
-            jobs.report_progress(i + 1, len(tokens))
-        out.flush()
+        with logits_file.writing(task.out, (len(tokens), steps, vocab)) as write:
+            for i, window in enumerate(tokens.tolist()):
+                session.reset()
+                write(session.feed(window[: task.prefill]))
+                for step in range(1, steps):
+                    write(session.feed([window[task.prefill + step - 1]]))
+                jobs.report_progress(i + 1, len(tokens))
     session.close()
     return {"tasks": len(job.tasks)}
 
@@ -121,6 +121,8 @@ def answer(job: jobs.Job) -> dict[str, Any]:
     except jobs.SourceDiffersError as error:
         return {"failed": Outcome.SOURCE_DIFFERS.value, "error": str(error)}
     except Exception as error:
+        if disk.is_full(error):
+            return {"failed": DISK_FULL, "error": one_line(error)}
         return {"failed": Outcome.RUN_FAIL.value, "error": one_line(error)}
 
 

@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
+import shlex
 import shutil
+import subprocess
 import sys
 from contextlib import ExitStack, closing, contextmanager
 from functools import cache
@@ -21,6 +24,8 @@ from runtime_tests import __main__ as cli
 from runtime_tests import evaluation, isolation, place, worker
 from runtime_tests.case import Setting
 from runtime_tests.session import open_session
+
+from .accidents import arguments
 
 FAKES = Path(__file__).parent / "fakes"
 TARGET = Target(
@@ -78,6 +83,28 @@ def tiny(tmp_path_factory, store):
         return out
 
     return build
+
+
+@pytest.fixture(scope="session")
+def small_disk():
+    """Wraps a command so that it sees a small disk of its own at a folder, and lists that folder at the end."""
+    unshare = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-r", "-m"]
+    try:
+        probe = subprocess.run([*unshare, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], check=False, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("no `unshare`: a small disk cannot be mounted")
+    if probe.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {probe.stderr.decode().strip()}")
+
+    def run(folder, orders, options="size=32m"):
+        folder.mkdir(exist_ok=True)
+        script = f"mount -t tmpfs -o {options} tmpfs {shlex.quote(str(folder))} && {shlex.join(arguments(*orders))}"
+        done = subprocess.run(
+            [*unshare, "sh", "-c", script], cwd=manifest.ROOT, capture_output=True, text=True, timeout=300, check=True
+        )
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
 
 
 @pytest.fixture

@@ -7,11 +7,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import psutil
 import pytest
 
 from export import disk, manifest
 from runtime_tests import scratch
+
+from .accidents import one_error, results
 
 
 def started(folder, place):
@@ -42,22 +45,77 @@ def outcomes(place):
     return [json.loads(line)["outcome"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
-@pytest.mark.reliability("SIGKILL at stages of a validation, then the same validation again", "whole, nothing left")
-def test_a_killed_validation_leaves_nothing_and_the_next_one_is_whole(tiny, tmp_path, record_property):
+def order(folder, place, **accident):
+    """One validation for `fakes/command.py`."""
+    return {"folder": str(folder), "place": str(place), "look": [str(place / "build")], **accident}
+
+
+STAGES = (
+    "memory", "files", "text", "tokenizer", "weights", "references", "compare", "artifact", "cache", "speed", "report"
+)  # fmt: skip
+
+
+@pytest.mark.reliability("SIGKILL at every stage of a validation, then the same again", "whole, as if nothing had been")
+def test_a_validation_killed_at_any_stage_is_whole_the_next_time(tiny, tmp_path, record_property):
+    """Every stage, and the moment the record is there but not yet in the card."""
     folder = tiny("onnx-cpu")
     (tmp_path / "build").mkdir()
-    stages = ("tokenizer", "artifact")
-    assert sum(killed_after(folder, tmp_path, stage) for stage in stages) > 0
+    moments = [{"at": stage} for stage in STAGES] + [{"after": "runtime_tests.record:append"}]
+    orders = [order(folder, tmp_path, **moment, accident="SIGKILL", alone=True) for moment in moments]
+    assert [result["code"] for result in results(*orders)] == [-signal.SIGKILL] * len(orders)
+    manifest.verify_files(folder, manifest.read(folder))
+    for path in (tmp_path / "build" / "cache").glob("*.npy"):
+        assert np.isfinite(np.load(path, mmap_mode="r")).all()
+    kept = len(outcomes(tmp_path))
+    assert kept == 2  # those whose record was written
+    let_go(tmp_path)
+    (last,) = results(order(folder, tmp_path, at="nowhere"))
+    assert last["code"] == 0, last
+    assert outcomes(tmp_path)[kept:] in (["pass"], ["inconclusive"])
+    assert rooms(tmp_path) == []
+    record_property("cases", len(orders))
+
+
+@pytest.mark.reliability("SIGKILL of a validation while its child works", "no process and no logits left")
+def test_a_killed_validation_takes_its_child_with_it(tiny, tmp_path):
+    folder = tiny("onnx-cpu")
+    (tmp_path / "build").mkdir()
+    assert killed_after(folder, tmp_path, "weights") > 0
     assert outcomes(tmp_path) == []
-    record_property("cases", len(stages))
-    rooms = list((tmp_path / "build").glob(f"{scratch.PREFIX}*"))
-    assert rooms
-    for room in rooms:
+    assert let_go(tmp_path)
+    scratch.sweep(tmp_path / "build")
+    assert rooms(tmp_path) == []
+
+
+def rooms(place):
+    return list((place / "build").glob(f"{scratch.PREFIX}*"))
+
+
+def let_go(place):
+    """What killed validations left is old enough to be removed."""
+    for room in (left := rooms(place)):
         os.utime(room, (0, 0))
-    with started(folder, tmp_path) as process:
-        process.communicate(timeout=300)
-    assert outcomes(tmp_path) in (["pass"], ["inconclusive"])
-    assert list((tmp_path / "build").glob(f"{scratch.PREFIX}*")) == []
+    return left
+
+
+@pytest.mark.reliability("a disk that fills up during a validation", "one line, no half record")
+def test_a_disk_that_fills_up_is_named_and_says_nothing_of_the_artifact(small_disk, tiny, tmp_path, record_property):
+    place, folder = tmp_path / "disk", tiny("onnx-cpu")
+    moments = [
+        ({"at": "tokenizer"}, 0),
+        ({"at": "references"}, 200_000),
+        ({"at": "artifact"}, 200_000),
+        ({"at": "speed"}, 0),
+        ({"after": "runtime_tests.record:append"}, 0),
+        ({"at": "report"}, 0),
+    ]
+    common = {"accident": "fill", "disk": str(place)}
+    orders = [order(folder, place, **moment, **common, leave=leave) for moment, leave in moments]
+    for wanted, result in zip(orders, small_disk(place, orders, "size=1200m"), strict=True):
+        assert "the disk is full (" in one_error(result["stderr"]), wanted
+        (left,) = result["left"].values()
+        assert (result["code"], [name for name in left if name.startswith(scratch.PREFIX)]) == (1, []), wanted
+    record_property("cases", len(orders))
 
 
 @pytest.mark.reliability("two validations of one artifact at once", "both whole")

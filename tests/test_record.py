@@ -1,5 +1,7 @@
 """Records survive the trip to disk and back, strictly; gates judge as written."""
 
+import resource
+
 import pytest
 
 from export.errors import ExportError
@@ -95,3 +97,20 @@ def test_limits_of_a_rounding_runtime_stand_on_top_of_float_noise():
 def test_one_clear_probe_is_enough_and_none_is_too_few():
     assert gates.probes([20.0, 17.0, 110.0], 60.0).verdict == "pass"
     assert gates.probes([20.0, 17.0, 41.0], 60.0).verdict == "fail"
+
+
+def test_a_record_is_appended_whole_or_not_at_all(tmp_path):
+    """As on a full disk, a file may not grow by more than part of a line."""
+    path = tmp_path / "records.jsonl"
+    record.append(sample_record(), path)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            record.append(sample_record(), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    record.append(sample_record(), path)
+    assert path.read_bytes() == 2 * before

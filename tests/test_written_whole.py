@@ -1,9 +1,7 @@
 """An artifact folder is whole or not there, whatever ends the build: a signal, a full disk, a second build."""
 
 import json
-import os
 import resource
-import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +14,8 @@ from export import artifact, manifest, pipeline
 from export.errors import ExportError
 from export.plan import load_plan
 
-COMMAND = (sys.executable, str(Path(__file__).parent / "fakes" / "command.py"))
+from .accidents import arguments, one_error, results
+
 TARGETS = ("onnx-cpu", "executorch-xnnpack", "coreml")
 MIDDLE = {
     "onnx-cpu": "export.backends._onnx_weights:DataFile.add_codes",
@@ -46,25 +45,6 @@ def order(out, cache, target="onnx-cpu", **accident):
     """One build for `fakes/command.py`."""
     accident = accident if {"at", "after"} & accident.keys() else {"at": "nowhere", **accident}
     return {"target": target, "out": str(out), "cache": str(cache), "look": [], **accident}
-
-
-def arguments(*orders):
-    return [*COMMAND, json.dumps(orders)]
-
-
-def results(*orders, **options):
-    done = subprocess.run(
-        arguments(*orders), cwd=manifest.ROOT, capture_output=True, text=True, timeout=300, check=True, **options
-    )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def one_error(stderr):
-    assert "Traceback" not in stderr, stderr
-    errors = [line for line in stderr.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1, stderr
-    assert stderr.rstrip().endswith(errors[0])
-    return errors[0]
 
 
 def without_locks(found):
@@ -281,28 +261,6 @@ def test_libraries_keep_their_temporary_files_beside_the_artifact(tmp_path):
 
 
 # ── full disk ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture(scope="module")
-def small_disk():
-    """Wraps a command so that it sees a small disk of its own at a folder, and lists that folder at the end."""
-    unshare = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-r", "-m"]
-    try:
-        probe = subprocess.run([*unshare, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], check=False, capture_output=True)
-    except FileNotFoundError:
-        pytest.skip("no `unshare`: a small disk cannot be mounted")
-    if probe.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {probe.stderr.decode().strip()}")
-
-    def run(folder, orders, options="size=32m"):
-        folder.mkdir(exist_ok=True)
-        script = f"mount -t tmpfs -o {options} tmpfs {shlex.quote(str(folder))} && {shlex.join(arguments(*orders))}"
-        done = subprocess.run(
-            [*unshare, "sh", "-c", script], cwd=manifest.ROOT, capture_output=True, text=True, timeout=300, check=True
-        )
-        return json.loads(done.stdout.splitlines()[-1])
-
-    return run
 
 
 FULL = [

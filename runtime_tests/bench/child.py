@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import logits_file
 from ..jobs import BenchJob, BenchLogitsJob, report_progress
 from . import runners
 
@@ -42,9 +43,8 @@ def write_logits(job: BenchLogitsJob) -> dict[str, Any]:
     runner = runners.module(job.opening.runner).open_runner(job.opening)
     tokens = np.load(job.tokens)[:, :-1]  # the last token is only a target
     shape = (len(tokens), tokens.shape[1] - job.prefill + 1, job.vocab_size)
-    out = np.lib.format.open_memmap(job.out, mode="w+", dtype=np.float32, shape=shape)
-    for i, window in enumerate(tokens.tolist()):
-        out[i] = runner.logits(window, job.prefill)
-        report_progress(i + 1, len(tokens))
-    out.flush()
+    with logits_file.writing(job.out, shape) as write:
+        for i, window in enumerate(tokens.tolist()):
+            write(runner.logits(window, job.prefill))
+            report_progress(i + 1, len(tokens))
     return {"windows": len(tokens)}

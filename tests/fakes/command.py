@@ -1,6 +1,6 @@
-"""`python -m export` with an accident: at a chosen moment the disk fills up or a signal comes.
+"""`python -m export` or `python -m runtime_tests` with an accident: the disk is full or a signal comes at some moment.
 
-Takes a JSON list of builds, makes them one after the other and prints a JSON list of how each ended.
+Takes a JSON list of builds and validations, makes them one after the other and prints a JSON list of how each ended.
 """
 
 import importlib
@@ -12,23 +12,28 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from export import backends, pipeline
-from export.__main__ import app
+from export import __main__ as building
+from export import backends, manifest, pipeline
 from export.cli import quiet_libraries, run
 from export.plan import load_plan
+from runtime_tests import __main__ as validating
+from runtime_tests import comparisons, isolation, reference, session, validate, worker  # noqa: F401 – before any fork
+
+STAGES = {"build": (pipeline,), "validate": (validate, comparisons, validating)}
+"""Modules that begin stages."""
 
 
-def build(given):
+def command(given):
     """One command; its exit code, what it said, and what is left in the folders to look at."""
-    sys.argv = ["export", "tiny", given.get("quant", "int4-g32"), given["target"], "--out", given["out"]]
+    app = validation(given) if "folder" in given else build(given)
     said = io.StringIO()
-    with redirect_stderr(said), patch.object(pipeline, "CACHE", Path(given["cache"])), prepared(given):
+    with redirect_stderr(said), prepared(given):
         try:
             with redirect_stdout(io.StringIO()):
                 code = run(app)
@@ -41,13 +46,36 @@ def build(given):
     return {"code": code, "stderr": said.getvalue(), "left": left}
 
 
+def build(given):
+    """The command that builds `target` in `out`."""
+    sys.argv = ["export", "tiny", given.get("quant", "int4-g32"), given["target"], "--out", given["out"]]
+    pipeline.CACHE = Path(given["cache"])
+    return building.app
+
+
+def validation(given):
+    """The command that validates `folder`, its jobs in this process, its build folder in `place`."""
+    sys.argv = ["runtime_tests", "--eval", "emulated", given["folder"]]
+    os.chdir(given["place"])
+    isolation.run = in_process
+    return validating.app
+
+
+def in_process(job, **_):
+    given = worker.answer(job)
+    return isolation.interpret(0 if "result" in given else 1, json.dumps(given), "")
+
+
 def alone(given):
-    """The build in a process of its own, which the accident may end without a word."""
-    backends.load(load_plan("tiny", "int4-g32", given["target"]).target.backend)  # its libraries, for all that follow
+    """The command in a process of its own, which the accident may end without a word."""
+    if "target" in given:
+        backends.load(load_plan("tiny", "int4-g32", given["target"]).target.backend)  # its libraries, for all to come
+    else:
+        session.session_module(manifest.read(Path(given["folder"])))
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(writer, json.dumps(build(given)).encode())
+        os.write(writer, json.dumps(command(given)).encode())
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os.close(writer)
@@ -60,7 +88,10 @@ def alone(given):
 def prepared(given):
     """The accident in its place: when a stage begins, or when a function `module:name` has done its work."""
     if "at" in given:
-        return patch.object(pipeline, "stage", stage_with_accident(given))
+        changed, accidental = ExitStack(), stage_with_accident(given)
+        for module in STAGES["validate" if "folder" in given else "build"]:
+            changed.enter_context(patch.object(module, "stage", accidental))
+        return changed
     module, _, name = given["after"].partition(":")
     owner = importlib.import_module(module)
     *path, last = name.split(".")
@@ -111,4 +142,4 @@ def fill(folder, leave):
 
 if __name__ == "__main__":
     quiet_libraries()
-    print(json.dumps([(alone if given.get("alone") else build)(given) for given in json.loads(sys.argv[1])]))
+    print(json.dumps([(alone if given.get("alone") else command)(given) for given in json.loads(sys.argv[1])]))
