@@ -8,6 +8,7 @@ Shapes: B batch, S new tokens, T tokens in the cache, H query heads, G key/value
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,9 +42,12 @@ def scale_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rope_tables(architecture: Architecture, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin for positions 0…length-1, float32 [length, D/2]."""
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), rope_frequencies(architecture))
-    return angles.cos(), angles.sin()
+    """cos and sin for positions 0…length-1, float32 [length, D/2].
+
+    By numpy, whose bits do not depend on threads: they are constants of every artifact (`first_calls.py`).
+    """
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), rope_frequencies(architecture)).double().numpy()
+    return torch.from_numpy(np.cos(angles)).float(), torch.from_numpy(np.sin(angles)).float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -2,7 +2,19 @@
 
 from pathlib import Path
 
-from . import artifact, backends, card, checkpoint, manifest, memory, preflight, quantize, schemes, tokenizer
+from . import (
+    artifact,
+    backends,
+    card,
+    checkpoint,
+    first_calls,
+    manifest,
+    memory,
+    preflight,
+    quantize,
+    schemes,
+    tokenizer,
+)
 from .backends import Build
 from .manifest import Manifest
 from .plan import Architecture, Plan
@@ -18,6 +30,7 @@ def export(plan: Plan, source: str | None, out: Path) -> Manifest:
     architecture = plan.quant.reshaped(checkpoint.architecture_of(plan.model, source))
     check(plan, architecture, backend)
     preflight.require(preflight.estimate(plan, source, architecture, CACHE), out, CACHE)
+    first_calls.settle()
     with artifact.building(out, plan.id) as folder:
         with stage("checkpoint"):
             weights = checkpoint.load(plan.model, source)

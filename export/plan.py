@@ -350,6 +350,8 @@ class Plan(Strict):
 
 
 Record = TypeVar("Record", bound=Strict)
+TOLD = 5
+"""Problems of one record that are told: all of a YAML's mistakes, not all fields of another version's manifest."""
 
 
 def names(kind: str) -> list[str]:
@@ -374,14 +376,15 @@ def load_record(cls: type[Record], path: Path) -> Record:
 
 
 def explain(error: ValidationError) -> str:
-    """All problems of a record in one line: `group_size: unknown key; bits: missing`."""
+    """Problems of a record in one line: `group_size: unknown key; bits: missing`, the first few of many."""
     words = {"extra_forbidden": "unknown key", "missing": "missing"}
     parts = []
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])
         what = words.get(problem["type"], problem["msg"])
         parts.append(f"{where}: {what}" if where else what)
-    return "; ".join(parts)
+    more = [f"{len(parts) - TOLD} more"] if len(parts) > TOLD else []
+    return "; ".join([*parts[:TOLD], *more])
 
 
 def load_named(cls: type[Record], kind: str, name: str) -> Record:

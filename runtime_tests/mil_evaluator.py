@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from export import first_calls
+
 from .mil_ops import OPS, Inputs, slice_assign
 from .mil_package import Literal, Operation, PackageError, Program, load
 
@@ -34,6 +36,7 @@ class Evaluator:
     """One loaded package with one set of states."""
 
     def __init__(self, package: Path) -> None:
+        first_calls.settle()
         self.program = load(package)
         self.constants = fold(self.program)
         self.steps = list(schedule(self.program, self.constants))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export import manifest
+from export import first_calls, manifest
 from export.checkpoint import Checkpoint
 from export.config_json import config_json
 from export.manifest import ROOT, Manifest
@@ -34,6 +34,7 @@ PASS_BYTES = 2**28
 
 def compute(job: ReferenceJob) -> dict[str, Any]:
     """Every task in turn, one model in memory at a time."""
+    first_calls.settle()
     torch.set_num_threads(job.threads)
     described = manifest.read(Path(job.folder))
     model = rebuild(described, job.source, Path(job.cache))

@@ -5,6 +5,7 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import ExitStack, closing, contextmanager
@@ -27,6 +28,9 @@ from runtime_tests.session import open_session
 
 from .accidents import arguments
 
+for number in (signal.SIGINT, signal.SIGTERM):  # a runner that starts the tests in the background may have them ignored
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 FAKES = Path(__file__).parent / "fakes"
 TARGET = Target(
     name="fake",

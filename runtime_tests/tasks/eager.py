@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from export import first_calls
 from export.manifest import Manifest
 from export.model import Cache
 from export.quantize import eager
@@ -22,6 +23,7 @@ class EagerSession:
     measures_speed = False
 
     def __init__(self, described: Manifest, source: str | None, threads: int) -> None:
+        first_calls.settle()
         torch.set_num_threads(threads)
         checkpoint = checkpoint_of(described, source)
         self.model = eager(checkpoint.read, checkpoint.architecture, "none")
