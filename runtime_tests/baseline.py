@@ -1,6 +1,6 @@
 """Baselines: what an artifact reached on a device of one kind, kept in the repository to be compared with.
 
-    python -m runtime_tests.baseline DEVICE [--records FILE]    keeps what the last run on that device reached
+    python -m runtime_tests.baseline DEVICE [--records FILE] [--no-speed]    keeps what the last run there reached
 
 One file per device fingerprint (name, processor, cores, memory), so that nobody is judged by another machine's speed.
 Size and accuracy are kept of every artifact that holds, speed only where it was measured and steady enough to judge:
@@ -141,9 +141,11 @@ def unsteady(kept: Record) -> str:
 def main(
     device: Annotated[str, typer.Argument(help="a name in devices/")],
     records: Annotated[Path, typer.Option(help="of the run that is kept; another machine's too")] = RECORDS,
+    speed: Annotated[bool, typer.Option(help="keep speeds too; not where others use the machine as well")] = True,
 ) -> None:
     """Keep what the artifacts reached on DEVICE as its baseline."""
-    written = keep(record.newest_run(records, device), device)
+    newest = record.newest_run(records, device)
+    written = keep(newest if speed else [one.model_copy(update={"latency": None}) for one in newest], device)
     if not written:
         raise ExportError(f"{records}: no record of {device} that holds; run `make {device}` first")
     for path, kept in written:

@@ -252,6 +252,9 @@ def test_the_command_keeps_what_another_machine_recorded(folder, tmp_path, monke
     assert "tiny_int4-g32_fake" in capsys.readouterr().out
     assert baseline.find("host", there, "tiny_int4-g32_fake").speeds
     assert baseline.find("host", sample_record().environment, "tiny_int4-g32_fake") is None
+    monkeypatch.setattr("sys.argv", [*arguments, "--no-speed"])
+    assert run_app(baseline.app) == 0
+    assert "without speed: not timed" in " ".join(capsys.readouterr().out.split())
     monkeypatch.setattr("sys.argv", [*arguments[:3], str(tmp_path / "none.jsonl")])
     assert run_app(baseline.app) == 1
     assert "no record of host that holds" in " ".join(capsys.readouterr().err.split())
