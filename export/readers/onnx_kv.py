@@ -23,16 +23,19 @@ PAST = {"GroupQueryAttention": slice(3, 5), "MultiHeadAttention": slice(6, 8), "
 
 
 def recognizes(path: Path) -> bool:
-    """ONNX has no magic number: its first field is the varint ir_version, then a string or the graph."""
+    """ONNX has no magic number: its first field is the varint ir_version, then a string or the graph.
+
+    So do Core ML's older files of one piece, which end otherwise.
+    """
     first = head(path, 3)
-    return len(first) == 3 and first[0] == 0x08 and first[1] < 0x80 and first[2] & 7 == 2
+    return path.suffix != ".mlmodel" and len(first) == 3 and first[0] == 0x08 and first[1] < 0x80 and first[2] & 7 == 2
 
 
 def parse(path: Path) -> Any:
     """The ModelProto without its external data."""
     model = onnx.load(path, load_external_data=False)
     if not model.graph.node:
-        raise ExportError(f"{path}: an ONNX file without nodes; build the artifact again")
+        raise ExportError(f"{path}: an ONNX file without nodes")
     return model
 
 

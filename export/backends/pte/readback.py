@@ -6,6 +6,7 @@ order; the embedding is an argument of the `embedding_byte` kernel call.
 
 import json
 import mmap
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from ...plan import Architecture
 from .. import StoredWeight
 
 Bytes = memoryview
+FLOATS = re.compile(r'"(?:[^"\\]|\\.)*"|-?\b(?:inf|nan)\b')
+"""What flatc writes for floats that JSON has no number for; strings, to pass them over."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -113,7 +116,12 @@ def xnnpack_graph(blob: Bytes) -> Any:
         schema.write_bytes(xnnpack._get_schema_bytes())
         binary.write_bytes(blob[header.flatbuffer_offset : header.flatbuffer_offset + header.flatbuffer_size])
         _flatc_decompile(folder, str(schema), str(binary), ["--raw-binary"])
-        return json.loads((Path(folder) / "graph.json").read_text())
+        return json.loads(FLOATS.sub(json_number, (Path(folder) / "graph.json").read_text()))
+
+
+def json_number(found: re.Match[str]) -> str:
+    """flatc writes `inf`, the bound of a ReLU, where JSON in Python says `Infinity`; strings stay."""
+    return found[0].replace("inf", "Infinity").replace("nan", "NaN") if found[0][0] != '"' else found[0]
 
 
 def tensor_value(value: Any) -> Any:
