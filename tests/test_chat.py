@@ -373,6 +373,10 @@ def test_the_evaluator_is_named_and_not_timed(chat, artifact):
     assert "tok/s" not in err
 
 
+BOMB = "{{ messages[0].content * (10 ** 10 if messages[0].content == 'hello' else 1) }}"
+"""Of this one message only: the conversation with which a checkpoint's template is tried is written well."""
+
+
 @pytest.mark.parametrize(
     ("damage", "line"),
     [
@@ -381,8 +385,12 @@ def test_the_evaluator_is_named_and_not_timed(chat, artifact):
         (lambda folder: (folder / "new").write_text("x"), "new: not listed in manifest.json"),
         (lambda folder: (folder / "manifest.json").unlink(), "manifest.json: missing"),
         (lambda folder: set_fault(folder, "does not load"), "does not load: RuntimeError: the file is of a newer"),
-        (lambda folder: set_template(folder, "{{ raise_exception('no such role') }}"), "chat template .*no such role"),
-        (lambda folder: set_template(folder, "{{ messages[0].content + 1 }}"), "the chat template does not write"),
+        (lambda folder: set_template(folder, "{{ raise_exception('no such role') }}"), "chat template: .*no such role"),
+        (
+            lambda folder: set_template(folder, "{{ messages[0].content + 1 }}"),
+            "chat template: TypeError",
+        ),
+        (lambda folder: set_template(folder, BOMB), "this message: chat template: took more than 256 MB"),
     ],
 )
 def test_a_damaged_artifact_is_refused_in_one_line(chat, artifact, damage, line):

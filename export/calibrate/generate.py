@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import chat_template
 from ..errors import ExportError
 from ..model import Llama
 from ..progress import track
@@ -25,9 +26,7 @@ def prompt_ids(prompts: Sequence[str], tokenizer: Any, origin: str) -> list[list
             f"{origin}: no chat template, through which the mixture's text is generated; use another mixture"
         )
     turns = ([{"role": "user", "content": prompt}] for prompt in prompts)
-    return [
-        tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"] for turn in turns
-    ]
+    return [chat_template.token_ids(tokenizer, turn, origin) for turn in turns]
 
 
 def conversations(model: Llama, prompts: Sequence[list[int]], ends: frozenset[int], rows: int, length: int) -> Tensor:

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-import jinja2
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers.decoders import DecodeStream
 
+from export import chat_template
 from export.contract import TokenizerIds
-from export.errors import ExportError
 
 from .kept_cache import KeptCache
 
@@ -124,13 +123,7 @@ class Conversation:
     def prompt(self, turns: Sequence[Message]) -> list[int]:
         """Token ids of a conversation up to where the assistant speaks; the template brings its own BOS."""
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        try:
-            ids: list[int] = self.tokenizer.apply_chat_template(
-                [*system, *turns], add_generation_prompt=True, return_dict=False
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise ExportError(f"the chat template does not write this message ({error})") from None
-        return ids
+        return chat_template.token_ids(self.tokenizer, [*system, *turns], "this message")
 
     def reset(self) -> None:
         """Forget every turn; the system message stays."""

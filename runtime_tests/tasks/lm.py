@@ -13,6 +13,7 @@ from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix, postprocess_generated_text
 
+from export import chat_template
 from export.manifest import Manifest
 
 from ..session import Session
@@ -61,14 +62,14 @@ class SessionLM(TemplateLM):  # type: ignore[misc]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as the artifact's own template writes it; without the prompt the last message goes on."""
-        text: str = self.tokenizer.apply_chat_template(
+        return chat_template.render(
+            self.tokenizer,
             chat_history,
-            tokenize=False,
+            "the artifact's tokenizer",
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
             date_string=DATE,
         )
-        return text
 
     def loglikelihood(self, requests: Sequence[Any], **options: Any) -> list[tuple[float, bool]]:
         """log P(continuation | context), greedy or not, per request."""
