@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from .conftest import FAKES, set_fault
+from ..conftest import FAKES, set_fault
 
 PATIENCE_S = 120.0
 AGAIN_S = 10.0

@@ -1,0 +1,56 @@
+"""Conversations with the tiny model, which answers in letters here."""
+
+import numpy as np
+import pytest
+
+from export import manifest, tokenizer
+from runtime_tests.chat.conversation import Conversation
+from runtime_tests.chat.kept_cache import KeptCache
+from runtime_tests.chat.sampling import Sampler
+
+from ..conftest import reseal
+from .sample import SHORT, Counting, opened
+
+
+@pytest.fixture
+def words(built):
+    return tokenizer.load(built)
+
+
+@pytest.fixture(autouse=True)
+def letters_only(monkeypatch, words):
+    """The tiny model answers in letters: most of its tokens are no text by themselves, or none at all."""
+    letters = words.convert_tokens_to_ids(list("abcdefghijklmnopqrstuvwxyz"))
+    others = np.setdiff1d(np.arange(512), letters)
+    choose = Sampler.__call__
+
+    def call(self, logits):
+        if len(logits) == 512:
+            logits[others] = logits.min() - 1000
+        return choose(self, logits)
+
+    monkeypatch.setattr(Sampler, "__call__", call)
+
+
+@pytest.fixture
+def short(artifact):
+    """An artifact with a context of 40 tokens whose answers do not end."""
+    contract = manifest.read(artifact).contract
+    kv = contract.kv.model_copy(update={"context_length": SHORT})
+    reseal(artifact, contract=contract.model_copy(update={"kv": kv}))
+    return artifact
+
+
+@pytest.fixture
+def talk(built, words):
+    """A conversation with the tiny model; without a cache of its own it gets a fresh session."""
+
+    def begin(session=None, max_new_tokens=12, folder=built, choose=None):
+        session = Counting(session or opened(folder))
+        described = manifest.read(folder)
+        choose = choose or Sampler(0, 1, None)
+        return Conversation(
+            KeptCache(session), words, described.tokenizer, described.contract.kv.context_length, choose, max_new_tokens
+        )
+
+    return begin

@@ -1,0 +1,38 @@
+"""What is said to the tiny model, and a session that remembers what it was fed; shared by the tests of this folder."""
+
+from export import manifest
+from runtime_tests.session import open_session
+
+CONTEXT, SHORT = 256, 40
+MESSAGES = ("hello", "and then?", "why")
+
+
+def opened(folder):
+    """On one thread: two would wait for each other on a busy machine."""
+    return open_session(folder, manifest.read(folder), threads=1)
+
+
+class Counting:
+    """A session that writes down what it is asked."""
+
+    def __init__(self, session):
+        self.session, self.fed, self.rewinds = session, [], []
+
+    def reset(self):
+        self.session.reset()
+        self.rewinds.append(0)
+
+    def rewind(self, length):
+        self.session.rewind(length)
+        self.rewinds.append(length)
+
+    def feed(self, tokens):
+        self.fed.append(list(tokens))
+        return self.session.feed(tokens)
+
+
+def ask(conversation, message, stopped=lambda: False):
+    shown = []
+    answer = conversation.ask(message, shown.append, stopped)
+    assert "".join(shown) == answer.text
+    return answer

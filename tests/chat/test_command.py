@@ -1,0 +1,164 @@
+"""`python -m runtime_tests chat` through a pipe: what it answers, obeys and refuses."""
+
+import io
+import json
+import re
+import sys
+
+import pytest
+
+from export import manifest
+from export.cli import run as run_app
+from runtime_tests.chat import command
+from runtime_tests.chat.kept_cache import KeptCache
+
+from ..conftest import reseal, set_fault
+from .sample import CONTEXT, MESSAGES, ask, opened
+
+
+@pytest.fixture
+def chat(monkeypatch, capsys):
+    """Runs the command with standard input; exit code, stdout, stderr."""
+
+    def run(folder, *arguments, said=b""):
+        monkeypatch.setattr(sys, "argv", ["runtime_tests", command.NAME, str(folder), *arguments])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(said)))
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.setattr(command.devices, "physical_threads", lambda: 1)
+        code = run_app(command.app)
+        found = capsys.readouterr()
+        assert "Traceback" not in found.err
+        return code, found.out, found.err
+
+    return run
+
+
+def test_piped_messages_are_answered_one_per_line(chat, built, talk):
+    code, out, err = chat(built, "--max-new-tokens", "8", said=b"hello\r\n\nand then?")
+    conversation = talk(max_new_tokens=8)
+    assert out == "".join(ask(conversation, message).text + "\n" for message in ("hello", "and then?"))
+    assert code == 0
+    figures = [line for line in err.splitlines() if line.startswith("prefill")]
+    assert len(figures) == 2
+    assert "context " in figures[1]
+    assert f"/{CONTEXT}" in figures[1]
+    assert "TTFT" in figures[1]
+
+
+def test_the_same_seed_gives_the_same_answer(chat, built):
+    options = ("--max-new-tokens", "8", "--temperature", "1.5", "--seed")
+    first, again, other = (chat(built, *options, seed, said=b"hello\n")[1] for seed in ("1", "1", "2"))
+    assert first == again != other
+
+
+def test_reset_system_and_exit_are_obeyed_and_unknown_commands_named(chat, built, talk):
+    said = b"hello\n/reset\nhello\n/system Be brief.\nwhy\n/exit\nnever asked\n"
+    code, out, err = chat(built, "--max-new-tokens", "8", said=said)
+    conversation = talk(max_new_tokens=8)
+    wanted = ask(conversation, "hello").text + "\n"
+    conversation.system = "Be brief."
+    wanted += wanted + ask(conversation, "why").text + "\n"
+    assert (code, out) == (0, wanted)
+    assert "the conversation begins anew" in err
+    assert "system: Be brief." in err
+    assert err.count("prefill") == 3
+    code, out, err = chat(built, said=b"/sytem x\n/help\n")
+    assert (code, out) == (1, "")
+    assert "unknown command /sytem" in err
+    assert "/system TEXT" in err
+
+
+def test_a_system_message_given_with_the_command(chat, built, talk):
+    _, out, _ = chat(built, "--system", "Be brief.", "--max-new-tokens", "8", said=b"hello\n")
+    conversation = talk(max_new_tokens=8)
+    assert out != ask(conversation, "hello").text + "\n"
+    conversation.reset()
+    conversation.system = "Be brief."
+    assert out == ask(conversation, "hello").text + "\n"
+
+
+def test_a_full_context_is_said_and_reset_goes_on(chat, short):
+    code, out, err = chat(short, said=b"hello\nmore\n/reset\nhello\n")
+    assert code == 1  # one message has no answer
+    assert len(out.splitlines()) == 2
+    assert err.count("context 40/40 · the context is full: /reset begins anew") == 2
+    assert err.count("the message is left out, /reset begins anew") == 1
+
+
+def test_the_evaluator_is_named_and_not_timed(chat, artifact):
+    set_fault(artifact, "reference evaluator")
+    code, _, err = chat(artifact, "--max-new-tokens", "2", said=b"hello\n")
+    assert code == 0
+    assert "the reference evaluator computes the same" in err
+    assert "speed not measured: reference evaluator · context" in err
+    assert "tok/s" not in err
+
+
+BOMB = "{{ messages[0].content * (10 ** 10 if messages[0].content == 'hello' else 1) }}"
+"""Of this one message only: the conversation with which a checkpoint's template is tried is written well."""
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "model.safetensors: differs from manifest"),
+        (lambda folder: (folder / "chat_template.jinja").write_text("x"), "chat_template.jinja: differs from manifest"),
+        (lambda folder: (folder / "new").write_text("x"), "new: not listed in manifest.json"),
+        (lambda folder: (folder / "manifest.json").unlink(), "manifest.json: missing"),
+        (lambda folder: set_fault(folder, "does not load"), "does not load: RuntimeError: the file is of a newer"),
+        (lambda folder: set_template(folder, "{{ raise_exception('no such role') }}"), "chat template: .*no such role"),
+        (
+            lambda folder: set_template(folder, "{{ messages[0].content + 1 }}"),
+            "chat template: TypeError",
+        ),
+        (lambda folder: set_template(folder, BOMB), "this message: chat template: took more than 256 MB"),
+    ],
+)
+def test_a_damaged_artifact_is_refused_in_one_line(chat, artifact, damage, line):
+    damage(artifact)
+    code, out, err = chat(artifact, said=b"hello\n")
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert (code, out, len(errors)) == (1, "", 1)
+    assert re.search(line, errors[0])
+
+
+def set_template(folder, text):
+    (folder / "chat_template.jinja").write_text(text)
+    reseal(folder)
+
+
+def test_an_artifact_without_a_chat_template(chat, artifact):
+    fields = json.loads((artifact / manifest.FILE).read_text())
+    fields["tokenizer"]["has_chat_template"] = False
+    (artifact / manifest.FILE).write_text(json.dumps(fields))
+    code, out, err = chat(artifact, said=b"hello\n")
+    assert (code, out) == (1, "")
+    assert "its tokenizer has no chat template; build it from an instruct model" in err
+
+
+def test_options_that_contradict_and_input_that_is_no_text(chat, built):
+    code, _, err = chat(built, "--top-p", "0.9", said=b"hello\n")
+    assert code == 2
+    assert "give a --temperature above 0" in err
+    code, out, err = chat(built, said=b"hell\xff\n")
+    assert (code, out) == (1, "")
+    assert "error: standard input: not UTF-8" in err
+
+
+@pytest.mark.parametrize(("target", "module"), [("onnx-cpu", "onnxruntime"), ("executorch-xnnpack", "executorch"),
+                                                ("coreml", "coremltools")])  # fmt: skip
+def test_every_format_talks_and_keeps_its_cache(chat, talk, tiny, target, module):
+    pytest.importorskip(module, reason=f"{module} is not installed")
+    folder = tiny(target)
+    said = "".join(f"{message}\n" for message in MESSAGES[:2])
+    code, out, _ = chat(folder, "--max-new-tokens", "6", said=said.encode())
+    assert code == 0
+    conversation = talk(folder=folder, max_new_tokens=6)
+    answers = [ask(conversation, message) for message in MESSAGES[:2]]
+    assert out == "".join(answer.text + "\n" for answer in answers)
+    assert answers[1].prefilled == len(MESSAGES[1]) + 5
+    conversation.cache = KeptCache(opened(folder))
+    conversation.turns = conversation.turns[:2]
+    fresh = ask(conversation, MESSAGES[1])
+    assert fresh.prefilled > answers[1].prefilled
+    assert fresh.text == answers[1].text

@@ -1,0 +1,175 @@
+"""A conversation: what is fed to the kept cache, where the context ends, what is shown."""
+
+import numpy as np
+import pytest
+
+from runtime_tests.chat import kept_cache
+from runtime_tests.chat.conversation import End, NoRoomError
+
+from ..conftest import set_fault
+from .sample import MESSAGES, SHORT, ask, opened
+
+# ── the kept cache ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_turn_feeds_only_what_is_new_and_answers_as_a_fresh_session_does(talk):
+    conversation = talk()
+    session = conversation.cache.session
+    for message in MESSAGES:
+        prompt = conversation.prompt([*conversation.turns, {"role": "user", "content": message}])
+        held = len(conversation.cache.tokens)
+        session.fed.clear()
+        answer = ask(conversation, message)
+        assert answer.prefilled == len(session.fed[0])
+        if held:
+            assert session.fed[0] == prompt[-answer.prefilled :]
+            assert answer.prefilled == len(message) + 5  # last of the answer, its end, three of the template
+        fresh = ask_fresh(talk, conversation, message)
+        assert (answer.text, fresh.prefilled) == (fresh.text, len(prompt))
+
+
+def ask_fresh(talk, conversation, message):
+    """The same message after the same past, in a session that holds nothing."""
+    other = talk()
+    other.turns = conversation.turns[:-2]
+    return ask(other, message)
+
+
+def test_the_logits_after_a_kept_cache_are_a_fresh_sessions(talk, built):
+    conversation = talk()
+    for message in MESSAGES[:2]:
+        ask(conversation, message)
+    prompt = conversation.prompt([*conversation.turns, {"role": "user", "content": "why"}])
+    cache = conversation.cache
+    kept = cache.feed(prompt[cache.share(prompt) :], lambda: False)
+    fresh = opened(built).feed(prompt)
+    assert np.abs(kept - fresh).max() < 1e-4 * np.abs(fresh).max()
+
+
+def test_a_cache_that_is_not_rewound_gives_other_logits(talk, artifact):
+    """The twin: the same comparison, with a session that keeps what it should forget."""
+    set_fault(artifact, "rewinds nothing")
+    conversation = talk(folder=artifact)
+    ask(conversation, "hello")
+    conversation.system = "Be brief."  # rewrites the past
+    prompt = conversation.prompt([*conversation.turns, {"role": "user", "content": "why"}])
+    cache = conversation.cache
+    cache.tokens[:0] = prompt[:1]  # something in common, so that it is a rewind and no reset
+    kept = cache.feed(prompt[cache.share(prompt) :], lambda: False)
+    fresh = opened(artifact).feed(prompt)
+    assert np.abs(kept - fresh).max() > 1e-2 * np.abs(fresh).max()
+
+
+def test_another_system_message_rewinds_to_what_is_left_in_common(talk):
+    conversation = talk()
+    conversation.system = "Be brief."
+    ask(conversation, "hello")
+    conversation.cache.session.rewinds.clear()
+    conversation.system = "Be bold."
+    prompt = conversation.prompt([*conversation.turns, {"role": "user", "content": "why"}])
+    answer = ask(conversation, "why")
+    assert conversation.cache.session.rewinds == [1 + len("Be b")]
+    assert answer.prefilled == len(prompt) - 1 - len("Be b")
+
+
+def test_the_same_prompt_again_feeds_its_last_token_only(talk):
+    conversation = talk()
+    first = ask(conversation, "hello")
+    conversation.reset()
+    again = ask(conversation, "hello")
+    assert (again.prefilled, again.text) == (1, first.text)
+
+
+def test_long_prompts_are_fed_in_pieces(talk, monkeypatch):
+    monkeypatch.setattr(kept_cache, "PIECE", 10)
+    conversation = talk(max_new_tokens=1)
+    answer = ask(conversation, "a" * 25)
+    assert [len(piece) for piece in conversation.cache.session.fed] == [10, 10, 8]
+    assert answer.prefilled == 28
+
+
+def test_a_message_that_is_stopped_while_it_is_read_is_left_out(talk, monkeypatch):
+    monkeypatch.setattr(kept_cache, "PIECE", 10)
+    conversation = talk()
+    fed = conversation.cache.session.fed
+    answer = ask(conversation, "a" * 25, stopped=lambda: len(fed) == 1)
+    assert (answer.end, answer.text, conversation.turns) == (End.NOT_BEGUN, "", [])
+    assert len(conversation.cache.tokens) == 10
+    assert ask(conversation, "a" * 25).prefilled == 18  # it goes on where it was
+
+
+def test_an_answer_that_is_stopped_stays_as_far_as_it_came(talk):
+    conversation = talk()
+    whole = ask(conversation, "hello").text
+    conversation.reset()
+    fed = conversation.cache.session.fed
+    fed.clear()
+    answer = ask(conversation, "hello", stopped=lambda: len(fed) == 5)
+    assert answer.end is End.STOPPED
+    assert conversation.turns[-1] == {"role": "assistant", "content": answer.text}
+    assert 0 < len(answer.text) < len(whole)
+    assert whole.startswith(answer.text)
+
+
+# ── the context ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_answer_ends_where_the_context_does_and_reset_begins_anew(talk, short):
+    conversation = talk(folder=short, max_new_tokens=10**6)
+    answer = ask(conversation, "hello")
+    assert (answer.end, answer.context_used) == (End.CONTEXT, SHORT)
+    assert len(answer.text) == SHORT - len("hello") - 3 + 1  # the last token is shown, and never fed
+    turns = list(conversation.turns)
+    with pytest.raises(NoRoomError, match=r"this conversation has 49 tokens, the artifact's context 40"):
+        ask(conversation, "more")
+    assert conversation.turns == turns
+    conversation.reset()
+    assert ask(conversation, "hello").text == answer.text
+
+
+def test_a_prompt_that_fills_the_context_gets_one_token_and_one_more_is_refused(talk, short):
+    conversation = talk(folder=short)
+    answer = ask(conversation, "a" * (SHORT - 3))
+    assert (answer.end, answer.decoded, answer.context_used) == (End.CONTEXT, 0, SHORT)
+    conversation.reset()
+    with pytest.raises(NoRoomError):
+        ask(conversation, "a" * (SHORT - 2))
+
+
+# ── what is shown ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def spelled(text, words, end=True):
+    """Chooses the bytes of a text one after the other, whatever the logits are."""
+    ids = words.encode(text, add_special_tokens=False) + [words.eos_token_id] * end
+    left = iter(ids)
+    return lambda logits: next(left)
+
+
+def test_characters_of_several_bytes_are_shown_whole(talk, words):
+    text = "Grüße, 日本 👩‍🚀!"
+    conversation = talk(choose=spelled(text, words), max_new_tokens=100)
+    shown = []
+    answer = conversation.ask("hello", shown.append, lambda: False)
+    assert len(words.encode(text)) == len(text.encode()) > len(text)  # one token per byte
+    assert shown == list(text)
+    assert (answer.text, answer.end) == (text, End.MODEL)
+    assert conversation.turns[-1]["content"] == text
+
+
+def test_bytes_shown_one_by_one_would_not_be_characters(words):
+    """The twin: what the test above would see without the decoder that waits."""
+    naive = [words.decode([token]) for token in words.encode("ü")]
+    assert naive == ["\N{REPLACEMENT CHARACTER}"] * 2
+
+
+def test_half_a_character_at_the_end_is_neither_shown_nor_kept(talk, words):
+    conversation = talk(choose=spelled("aü", words), max_new_tokens=2)
+    answer = ask(conversation, "hello")
+    assert (answer.text, answer.end) == ("a", End.LIMIT)
+    assert conversation.turns[-1]["content"] == "a"
+
+
+def test_special_tokens_are_not_shown(talk, words):
+    conversation = talk(choose=spelled("a<|user|>b", words))
+    assert ask(conversation, "hello").text == "ab"
