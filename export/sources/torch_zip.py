@@ -25,7 +25,8 @@ END_BYTES, LOCATOR_BYTES, END64_BYTES = 22, 20, 56
 
 
 DAMAGE = (zipfile.BadZipFile, ValueError, OSError, struct.error, NotImplementedError)
-"""What `zipfile` raises where bytes are wrong; the last for a version or a compression that it does not know."""
+"""What `zipfile` raises where bytes are wrong. It says NotImplementedError where they name a version of the format or a
+compression that it cannot read, which `torch.save` never writes: one flipped bit does (tests/test_bad_gguf.py)."""
 
 
 class BrokenError(Exception):
