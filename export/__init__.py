@@ -1,1 +1,49 @@
-"""Checkpoint to artifact: plan, quantize once, lower. Never imports runtime_tests or devices."""
+"""Checkpoint to artifact: plan, quantize once, lower. Never imports runtime_tests or devices.
+
+`build` is the door for Python (docs/python.md); `python -m export` is thin over it.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import build as _room  # noqa: F401 – loaded later, the room would take the place of the function of its name
+
+if TYPE_CHECKING:
+    from .manifest import Manifest
+
+
+def build(  # noqa: PLR0913 – the options of the command
+    model: str,
+    recipe: str,
+    target: str,
+    *,
+    source: str | Path | None = None,
+    adapter: str | Path | None = None,
+    context: int | None = None,
+    out: str | Path | None = None,
+) -> "Manifest":
+    """Build one artifact folder and return its manifest; a folder that holds what would be written stays as it is.
+
+    `model`, `recipe` and `target` are names in configs/models, configs/quant and configs/targets. `source` is a folder,
+    a .gguf file or a hub id, `adapter` the folder of a LoRA adapter that is merged into it. `context` replaces the
+    model's context_length (tokens), `out` the folder build/MODEL_RECIPE_TARGET below the working folder.
+    Raises ExportError: a mistake in any of these, or a machine that cannot build it.
+    """
+    from . import manifest
+    from .build import skip
+    from .checkpoints.origin import chosen_origin
+    from .host import disk
+    from .host.console import console
+    from .plan import load_plan
+
+    plan = load_plan(model, recipe, target, context)
+    origin = chosen_origin(plan.model, source, adapter)
+    folder = Path("build") / plan.id if out is None else Path(out)
+    if not skip.is_stale(plan, origin, folder):
+        return manifest.read(folder)
+    from . import pipeline
+
+    console.print(f"[bold]{plan.id}[/bold]")
+    built = pipeline.export(plan, origin, folder)
+    disk.trim(pipeline.CACHE)
+    return built

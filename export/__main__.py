@@ -1,22 +1,24 @@
-"""python -m export MODEL QUANT TARGET… [--source …] [--adapter DIR] [--out DIR]; inspect, diff, verify, sign."""
+"""Build artifacts with `python -m export MODEL QUANT TARGET…`; look at finished ones with the other commands."""
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from . import commands, places, unchanged
-from .cli import run
-from .progress import console
+from export import build as build_artifact
 
-if TYPE_CHECKING:  # importing is left until the arguments are right
-    from .plan import Plan
+from .build import skip
+from .build.command import run, with_default
+from .checkpoints.origin import chosen_origin
+from .host.console import console
+from .toolbox import commands
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=with_default("build"), help=__doc__, add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(commands.app)
 
 
-@app.command(epilog="Finished artifacts: python -m export inspect PATH, diff A B, verify PATH, sign PATH (--help).")
+@app.command("build")
 def main(  # noqa: PLR0913, PLR0917 – a command's options
     model: Annotated[str, typer.Argument(help="a name in configs/models")],
     quant: Annotated[str, typer.Argument(help="a name in configs/quant")],
@@ -37,42 +39,24 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     if len(set(target)) < len(target):
         raise typer.BadParameter("the same target twice", param_hint="TARGET")
     plans = [load_plan(model, quant, name) for name in target]
-    if adapter:
-        source = places.adapted(places.origin_of(plans[0].model, source), adapter)
-    plans = [plan for plan in plans if is_stale(plan, source, out or Path("build") / plan.id, explain)]
-    if not plans:
-        return
-    from . import cache, pipeline, together
+    origin = chosen_origin(plans[0].model, source, adapter)
+    stale = [plan for plan in plans if skip.is_stale(plan, origin, out or Path("build") / plan.id, explain)]
+    if len(stale) == 1:
+        folder = out or Path("build") / stale[0].id
+        built = build_artifact(model, quant, stale[0].target.name, source=source, adapter=adapter, out=folder)
+        print(
+            f"{folder}: {built.plan.target.artifact} {built.artifact_bytes / 1e6:.1f} MB, "
+            f"{built.quantization.bits_per_weight:.2f} bits per weight"
+        )
+    elif stale:
+        from . import pipeline
+        from .build import parallel
+        from .host import disk
 
-    if len(plans) == 1:
-        build_one(plans[0], source, out or Path("build") / plans[0].id)
-    else:
         console.print(f"[bold]{model}_{quant}[/bold]")
-        together.build(plans, source, Path("build"), pipeline.CACHE)
-    cache.trim(pipeline.CACHE)
-
-
-def is_stale(plan: "Plan", source: str | None, folder: Path, explain: bool) -> bool:
-    """Whether a build would write something else than what is there; what is there is named."""
-    why = unchanged.reasons(plan, source, folder)
-    if not why:
-        console.print(f"{folder}: up to date", soft_wrap=True)
-    for reason in why if explain else []:
-        console.print(f"{plan.id}: {reason}", soft_wrap=True)
-    return bool(why)
-
-
-def build_one(plan: "Plan", source: str | None, folder: Path) -> None:
-    """Build here and say what was built."""
-    from .pipeline import export
-
-    console.print(f"[bold]{plan.id}[/bold]")
-    built = export(plan, source, folder)
-    print(
-        f"{folder}: {plan.target.artifact} {built.artifact_bytes / 1e6:.1f} MB, "
-        f"{built.quantization.bits_per_weight:.2f} bits per weight"
-    )
+        parallel.build(stale, origin, Path("build"), pipeline.CACHE)
+        disk.trim(pipeline.CACHE)
 
 
 if __name__ == "__main__":
-    sys.exit(run(commands.app if sys.argv[1:2] and sys.argv[1] in commands.NAMES else app))
+    sys.exit(run(app))

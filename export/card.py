@@ -1,7 +1,7 @@
 """The model card: README.md of an artifact folder, front matter as the Hugging Face hub reads it.
 
-Templates are `card.md.j2` and, per backend, `card_usage/BACKEND.md.j2` (its first line names the library). Holds no
-time of the build, so builds stay byte-identical. Knows nothing about how the measured values came to be.
+Templates are `card.md.j2` and each format's `usage.md.j2` (its first line names the library). The card holds no time of
+the build, so builds stay byte-identical; the rows of what was measured come from validation.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from typing import NamedTuple
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFound
 
+from . import formats
 from .errors import ExportError
 from .manifest import CARD, Manifest
 
-TEMPLATES = [Path(__file__).parent]
-LICENCES = {
+_LICENCES = {
     "llama3.2": "Llama 3.2 Community License (https://www.llama.com/llama3_2/license/). Built with Llama.",
     "apache-2.0": "Apache 2.0, as the base model.",
     "other": "As the checkpoint this was made from: its licence applies to this artifact too.",
@@ -36,16 +36,16 @@ def write(folder: Path, manifest: Manifest, measured: Sequence[Measured]) -> Non
 
 
 def render(manifest: Manifest, measured: Sequence[Measured]) -> str:
-    """The card's text."""
+    """The card: YAML front matter, then Markdown."""
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
+        loader=FileSystemLoader([Path(__file__).parent, *formats.__path__]),
         undefined=StrictUndefined,
         autoescape=False,  # noqa: S701 – Markdown of our own facts
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    library, usage = usage_of(environment, manifest)
+    library, usage = _usage_of(environment, manifest)
     body = environment.get_template("card.md.j2").render(
         manifest=manifest,
         a=manifest.architecture,
@@ -56,24 +56,23 @@ def render(manifest: Manifest, measured: Sequence[Measured]) -> str:
         calibration=manifest.quantization.calibration,
         measured=measured,
         usage=usage,
-        licence=LICENCES.get(manifest.plan.model.license, manifest.plan.model.license),
+        licence=_LICENCES.get(manifest.plan.model.license, manifest.plan.model.license),
     )
-    return str(ModelCard(f"---\n{front_matter(manifest, library).to_yaml()}\n---\n\n{body}"))
+    return str(ModelCard(f"---\n{_front_matter(manifest, library).to_yaml()}\n---\n\n{body}"))
 
 
-def usage_of(environment: Environment, manifest: Manifest) -> tuple[str, str]:
-    """Library name and how to run the artifact, from the backend's template."""
-    name = f"card_usage/{manifest.plan.target.backend}.md.j2"
+def _usage_of(environment: Environment, manifest: Manifest) -> tuple[str, str]:
+    """Library name and how to run the artifact, from the format's template."""
+    name = f"{manifest.plan.target.backend}/usage.md.j2"
     try:
         template = environment.get_template(name)
     except TemplateNotFound:
-        raise ExportError(f"export/{name}: missing; a backend needs a text that shows how it is run") from None
+        raise ExportError(f"{name}: missing; a format needs a text that shows how it is run") from None
     first, _, usage = template.render(manifest=manifest).partition("\n")
     return first.removeprefix("library:").strip(), usage
 
 
-def front_matter(manifest: Manifest, library: str) -> ModelCardData:
-    """What the hub's search and its model page show."""
+def _front_matter(manifest: Manifest, library: str) -> ModelCardData:
     model, recipe = manifest.plan.model, manifest.plan.quant
     quantized = recipe.method != "none"
     return ModelCardData(

@@ -1,30 +1,71 @@
-"""manifest.json: the artifact describes itself. No torch; nothing is ever parsed from a file name.
+"""manifest.json: what an artifact is, and the contract of what goes into and out of it. Sessions read it; no torch."""
 
-Holds no time and no machine, so that the same inputs give the same bytes.
-"""
-
-import hashlib
 import json
 import subprocess
 from collections import Counter
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from .contract import IOContract, TokenizerIds
+from .architecture import Architecture, Strict
 from .errors import ExportError
-from .plan import Architecture, Levels, Plan, Strict, explain
+from .host import digests
+from .plan import Levels, Plan, explain
+
+
+class TensorSpec(Strict):
+    """One input, output or state. A string in the shape is a dynamic dimension (`sequence`, `past`, `total`)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class KVLayout(Strict):
+    """The artifact's KV cache."""
+
+    kind: Literal["io", "state"]
+    """`io`: past/present tensors that the caller passes around; `state`: the runtime holds them."""
+    dtype: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    context_length: int
+    """Slots: positions 0…context_length-1 can be fed."""
+
+
+class TokenizerIds(Strict):
+    """Special token ids, as runners need them."""
+
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    """Every id that ends an answer (Llama 3.2 Instruct has three)."""
+    has_chat_template: bool
+
+
+class IOContract(Strict):
+    """The artifact's interface. Sessions read names, shapes and limits here, on a device from manifest.json."""
+
+    inputs: tuple[TensorSpec, ...]
+    """Token ids, then the mask or the position, then the past of every layer where `kv` is `io`."""
+    outputs: tuple[TensorSpec, ...]
+    """Logits, then the presents in the order of the pasts."""
+    states: tuple[TensorSpec, ...]
+    kv: KVLayout
+    max_prefill: int
+    """Most tokens that one call takes; a session may feed fewer, so that the logits of a call stay small."""
+    logits: Literal["last", "all"]
+    """Positions that the logits cover: the last one fed, or all."""
+
 
 FILE = "manifest.json"
 CARD = "README.md"
 SIGNATURE = "model.sig"
-TOOLS = ("torch", "torchao", "executorch", "coremltools", "onnx", "onnxruntime", "onnxruntime-genai", "transformers")
 ROOT = Path(__file__).parent.parent
-SMALLEST_FLOAT_BITS = 15.5
-"""Per weight; bf16 has 16, less where two tensors share their numbers in the file."""
+_SMALLEST_FLOAT_BITS = 15.5
+"""Per weight: bf16 has 16, or less where two tensors share their numbers in the file."""
 
 
 class FileInfo(Strict):
@@ -40,13 +81,13 @@ class CheckpointInfo(Strict):
     origin: str
     description: str
     bits_per_weight: float | None
-    """Of its files, tokenizers in GGUF included; null: random weights."""
+    """Of its files, a GGUF's tokenizer included; null: random weights."""
     sha256: dict[str, str]
 
     @property
     def quantized_before(self) -> bool:
-        """Whether its numbers are fewer bits than any float's."""
-        return self.bits_per_weight is not None and self.bits_per_weight < SMALLEST_FLOAT_BITS
+        """Whether its numbers have fewer bits than any float type."""
+        return self.bits_per_weight is not None and self.bits_per_weight < _SMALLEST_FLOAT_BITS
 
 
 class LayerInfo(Strict):
@@ -59,47 +100,47 @@ class LayerInfo(Strict):
     sqnr_db: float
     max_abs_error: float
     kept: bool
-    """The integers are the checkpoint's own; the error is that of rounding their scales to bf16, if they were."""
+    """The integers are the checkpoint's own; the error is then that of rounding their scales to bf16, if any."""
     not_kept: str | None
-    """Why the integers that the checkpoint holds were not kept; None: they were, or it holds floats."""
+    """Why the checkpoint's own integers were not kept; null: they were, or it holds floats."""
 
 
 class Candidate(Strict):
-    """A linear that may get more bits: why it did, or did not."""
+    """A linear that may get more bits: why it got them or did not."""
 
     name: str
     kl: float
-    """Estimated KL divergence of the model when this linear alone is rounded, nats per position."""
+    """Estimated KL divergence of the model when only this linear is rounded, nats per position."""
     promoted_kl: float
-    """The same with more bits."""
+    """The same with more bits, nats per position."""
     extra_bytes: int
     promoted: bool
 
 
 class CalibrationInfo(Strict):
-    """What the integers were chosen with, and what they lose."""
+    """The texts that the integers were chosen with, and the loss that remains."""
 
     texts: dict[str, str]
     """File → sha256."""
     tokens: int
     held_out_kl: float | None
-    """Mean KL to the float model on windows of the same texts that were not calibrated with, nats."""
+    """Mean KL to the float model on held-out windows of the same texts, nats."""
     candidates: tuple[Candidate, ...]
-    """Best first: most KL saved per byte; empty where the recipe promotes nothing."""
+    """Most KL saved per byte first; empty where the recipe promotes nothing."""
 
 
 class QuantizationInfo(Strict):
-    """The one quantization all targets share."""
+    """The one quantization that all targets share."""
 
     key: str
     bits_per_weight: float
     layers: tuple[LayerInfo, ...]
     calibration: CalibrationInfo | None
-    """None: no text was read."""
+    """null: no text was read."""
 
     @property
     def from_checkpoint(self) -> str | None:
-        """How many weights are the checkpoint's own integers, in a line; None: it holds none."""
+        """How many weights are the checkpoint's own integers, in one line; None: it holds none."""
         return from_checkpoint(self.layers)
 
 
@@ -112,7 +153,7 @@ class SourceInfo(Strict):
 
 
 class Manifest(Strict):
-    """Everything a reader or a runner needs to know about an artifact folder."""
+    """All that a reader or a runner needs to know about an artifact folder."""
 
     schema_version: Literal[1]
     id: str
@@ -126,11 +167,11 @@ class Manifest(Strict):
     tools: dict[str, str]
     source: SourceInfo
     files: dict[str, FileInfo]
-    """Every file but the manifest, the card, which validation rewrites, and the signature, which comes last."""
+    """Every file except the manifest, the card, which validation rewrites, and the signature, which comes last."""
 
     @property
     def artifact_bytes(self) -> int:
-        """Size of the model itself, without tokenizer files."""
+        """Size of the model without tokenizer files."""
         stem = self.plan.target.artifact
         return sum(info.bytes for name, info in self.files.items() if name.startswith(stem))
 
@@ -143,6 +184,17 @@ def from_checkpoint(layers: Sequence[LayerInfo]) -> str | None:
         return None
     parts = [f"kept the checkpoint's integers of {kept} of {kept + reasons.total()} weights"]
     return "; ".join(parts + [f"not of {count}: {reason}" for reason, count in reasons.most_common()])
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Every plain value of nested records under its dotted name: `target.limits.max_mean_kl`."""
+    if not isinstance(value, dict | list | tuple) or not value:
+        return {name: value}
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    leaves: dict[str, Any] = {}
+    for key, inner in pairs:
+        leaves |= flat(inner, f"{name}.{key}" if name else str(key))
+    return leaves
 
 
 def write(folder: Path, manifest: Manifest) -> None:
@@ -163,12 +215,12 @@ def read(folder: Path) -> Manifest:
 
 
 def digest(folder: Path) -> str:
-    """sha256 of an artifact folder's manifest: which build it is."""
-    return hashlib.sha256((folder / FILE).read_bytes()).hexdigest()
+    """sha256 of an artifact folder's manifest, which identifies the build."""
+    return digests.sha256(folder / FILE)
 
 
 def read_id(folder: Path) -> str | None:
-    """Whose artifact a folder holds, even when another version of this code wrote it; None: it does not say."""
+    """Id of the artifact in a folder, even when another version of this code wrote it; None: it has none."""
     try:
         fields = json.loads((folder / FILE).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -177,64 +229,47 @@ def read_id(folder: Path) -> str | None:
 
 
 def verify_files(folder: Path, manifest: Manifest) -> None:
-    """Every file present with its recorded size and sha256, and none beside them."""
-    found = hash_files(folder)
+    """Refuse a folder whose files are not exactly those of its manifest."""
+    if difference := next(differing_files(folder, manifest), None):
+        raise ExportError(difference)
+
+
+def differing_files(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Files that are missing, changed, or not listed in the manifest, and what to do, one line each."""
+    present, again = hash_files(folder), "build the artifact again"
     for name, info in manifest.files.items():
-        if name not in found:
-            raise ExportError(f"{folder / name}: missing; build the artifact again")
-        if found[name] != info:
-            raise ExportError(f"{folder / name}: differs from manifest.json (sha256); build the artifact again")
-    if extra := sorted(found.keys() - manifest.files.keys()):
-        raise ExportError(f"{folder / extra[0]}: not listed in manifest.json; remove it or build again")
+        if name not in present:
+            yield f"{folder / name}: missing; {again}"
+        elif present[name].bytes != info.bytes:
+            yield f"{folder / name}: {present[name].bytes} bytes, {FILE} says {info.bytes}; {again}"
+        elif present[name] != info:
+            yield f"{folder / name}: differs from {FILE} (sha256); {again}"
+    for name in sorted(present.keys() - manifest.files.keys()):
+        yield f"{folder / name}: not listed in {FILE}; remove it or build again"
 
 
 def hash_files(folder: Path) -> dict[str, FileInfo]:
-    """Digest and size of every file below a folder but manifest, card and signature."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in (FILE, CARD, SIGNATURE):
-            found[name] = file_info(path)
-    return found
+    """Name → digest and size of every file in a folder except manifest, card and signature."""
+    named = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: file_info(path) for name, path in named.items() if name not in (FILE, CARD, SIGNATURE)}
 
 
 def file_info(path: Path) -> FileInfo:
     """Digest and size of one file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileInfo(sha256=digest, bytes=path.stat().st_size)
-
-
-def tool_versions() -> dict[str, str]:
-    """Versions of the installed packages that decide the bytes."""
-    found = {}
-    for tool in TOOLS:
-        try:
-            found[tool] = version(tool)
-        except PackageNotFoundError:
-            found[tool] = "not installed"
-    return found
+    return FileInfo(sha256=digests.sha256(path), bytes=path.stat().st_size)
 
 
 def source_info() -> SourceInfo:
-    """Git revision of this checkout and the hash of export/ as it is on disk."""
+    """Git revision of this checkout, and the digest of the code on disk that decides an artifact."""
     return SourceInfo(
-        commit=git("rev-parse", "HEAD") or "unknown",
-        dirty=bool(git("status", "--porcelain")),
-        sha256=source_sha256(),
+        commit=_git("rev-parse", "HEAD") or "unknown",
+        dirty=bool(_git("status", "--porcelain")),
+        sha256=digests.artifact_digest(),
     )
 
 
-def source_sha256() -> str:
-    """Of the code and the card templates; what configs/ says is in the resolved plan."""
-    digest = hashlib.sha256()
-    for path in sorted([*ROOT.glob("export/**/*.py"), *ROOT.glob("export/**/*.j2")]):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
-def git(*arguments: str) -> str:
-    """Output of a git command in this checkout; empty where there is no git."""
+def _git(*arguments: str) -> str:
+    """Output of a git command in this checkout; empty where it fails."""
     try:
         done = subprocess.run(
             ["git", "-C", str(ROOT), *arguments], check=False, capture_output=True, text=True, timeout=20

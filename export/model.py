@@ -1,7 +1,7 @@
 """Llama 3.2 in plain PyTorch: GQA, SwiGLU, RMSNorm, llama3 RoPE scaling. Functional in its KV cache.
 
 The reference every artifact is judged by. Module names follow Hugging Face's checkpoint, so weights (float or
-torchao-quantized) load without a map. Knows nothing about files, quantization recipes or formats.
+torchao-quantized) load without a map.
 
 Shapes: B batch, S new tokens, T tokens in the cache, H query heads, G key/value heads, D head_dim.
 """
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .plan import Architecture, RopeScaling
+from .architecture import Architecture, RopeScaling
 
 Cache = tuple[tuple[Tensor, Tensor], ...]
 """Per layer: keys after RoPE and values, each [B, G, T, D]."""
@@ -22,7 +22,7 @@ Cache = tuple[tuple[Tensor, Tensor], ...]
 def rope_frequencies(architecture: Architecture) -> Tensor:
     """Rotation per position of each channel pair, radians, float32 [D/2].
 
-    Llama 3 scaling as in `apply_scaling` of llama-models: low frequencies are slowed by `factor`, high ones kept,
+    Llama 3 scaling as in `apply_scaling` of llama-models: low frequencies are slowed by `factor`, high ones stay,
     those between are blended.
     """
     exponent = torch.arange(0, architecture.head_dim, 2, dtype=torch.float32) / architecture.head_dim
@@ -33,10 +33,11 @@ def rope_frequencies(architecture: Architecture) -> Tensor:
 
 
 def scale_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3's frequency scaling."""
+    """Llama 3's scaling of frequencies, radians per position."""
     wavelength = 2 * math.pi / frequencies
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    # 0 at the long-wavelength end (slowed), 1 at the short-wavelength end (kept)
+    # Channels that turn fewer than `low` times within the original context are slowed (0): longer contexts would bring
+    # angles that training never saw. Those that turn more than `high` times stay (1), they tell neighbours apart.
     blend = ((scaling.original_max_position_embeddings / wavelength - low) / (high - low)).clamp(0, 1)
     return (1 - blend) * frequencies / scaling.factor + blend * frequencies
 
@@ -91,6 +92,7 @@ class Attention(nn.Module):
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         total = k.shape[2]
+        # the last of the new tokens sees all `total` tokens, each one before it one fewer
         visible = torch.ones(new, total, dtype=torch.bool, device=x.device).tril(total - new)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).reshape(batch, new, -1)), (k, v)
@@ -129,7 +131,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, final norm: `model.` of the checkpoint; in a rotated model what turns the stream, and back."""
+    """Embedding, layers, final norm: `model.` of the checkpoint; a rotated model rotates the stream and back."""
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()

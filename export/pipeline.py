@@ -1,43 +1,38 @@
-"""The whole flow: checkpoint → quantized once → lowered → described. Reading `export` is reading the project."""
+"""The whole flow: checkpoint → quantized once → lowered → described. Start reading here, at `export`."""
 
 from pathlib import Path
 
-from . import (
-    artifact,
-    backends,
-    card,
-    checkpoint,
-    first_calls,
-    manifest,
-    memory,
-    preflight,
-    quantize,
-    schemes,
-    tokenizer,
-)
-from .backends import Build
+from . import card, checkpoints, formats, manifest, quantization
+from .architecture import Architecture
+from .build import folder as artifact
+from .build import needs
+from .checkpoints import tokenizer
+from .checkpoints.origin import Origin
+from .formats import Build
+from .host import memory, mkl
+from .host.console import stage
 from .manifest import Manifest
-from .plan import Architecture, Plan
-from .progress import stage
-from .quantize import QuantizedModel
+from .plan import Plan
+from .quantization import schemes
+from .quantization.store import QuantizedModel
 
 CACHE = manifest.ROOT / "build" / "cache"
 
 
-def export(plan: Plan, source: str | None, out: Path) -> Manifest:
-    """Build one artifact folder. Each line is one stage; each value is what the next one needs."""
-    backend = backends.load(plan.target.backend)
-    architecture = plan.quant.reshaped(checkpoint.architecture_of(plan.model, source))
+def export(plan: Plan, source: Origin | None, out: Path) -> Manifest:
+    """Build one artifact folder. Each line is a step; each value is what later steps need."""
+    backend = formats.load(plan.target.backend)
+    architecture = plan.quant.reshaped(checkpoints.architecture_of(plan.model, source))
     check(plan, architecture, backend)
-    preflight.require(preflight.estimate(plan, source, architecture, CACHE), out, CACHE)
-    first_calls.settle()
+    needs.require(needs.estimate(plan, source, architecture, CACHE), out, CACHE)
+    mkl.settle()
     with artifact.building(out, plan.id) as folder:
         with stage("checkpoint"):
-            weights = checkpoint.load(plan.model, source)
+            weights = checkpoints.load(plan.model, source)
             build = Build(plan, tokenizer.write(weights.source, folder, architecture.vocab_size), folder)
             memory.give_back()
         with stage("quantize", plan.quant.description):
-            model = quantize.quantize(weights, plan.quant, CACHE)
+            model = quantization.quantize(weights, plan.quant, CACHE)
             memory.give_back()
         with stage("lower", plan.target.description):
             lowered = backend.lower(model, build)
@@ -48,16 +43,16 @@ def export(plan: Plan, source: str | None, out: Path) -> Manifest:
     return described
 
 
-def check(plan: Plan, architecture: Architecture, backend: backends.Backend) -> None:
-    """Recipe and target fit these shapes; asked before a weight is read or hashed."""
+def check(plan: Plan, architecture: Architecture, backend: formats.Format) -> None:
+    """Refuse a recipe or target that does not fit these shapes, before a weight is read or hashed."""
     schemes.check(plan.quant, architecture)
     backend.check(plan, architecture)
 
 
-def describe(model: QuantizedModel, build: Build, lowered: backends.Lowered) -> Manifest:
+def describe(model: QuantizedModel, build: Build, lowered: formats.Lowered) -> Manifest:
     """The manifest of what was just written."""
     checkpoint_info = manifest.CheckpointInfo(
-        origin=model.checkpoint.origin,
+        origin=str(model.checkpoint.origin),
         description=model.checkpoint.source.description,
         bits_per_weight=model.checkpoint.bits_per_weight,
         sha256=model.checkpoint.sha256,
@@ -77,7 +72,7 @@ def describe(model: QuantizedModel, build: Build, lowered: backends.Lowered) -> 
         contract=lowered.contract,
         tokenizer=build.tokenizer,
         lowering=lowered.facts,
-        tools=manifest.tool_versions(),
+        tools=formats.tool_versions(),
         source=manifest.source_info(),
         files=manifest.hash_files(build.folder),
     )

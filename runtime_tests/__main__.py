@@ -1,4 +1,4 @@
-"""The proof: `python -m runtime_tests [--device DEVICE] [--source DIR_OR_HF_ID] [--eval NAME] [FOLDER …]`.
+"""The proof: `python -m runtime_tests [--device DEVICE] [--source DIR_OR_HF_ID] [--eval NAME] [FOLDER …]` validates.
 
 With `--tasks NAME,…` it evaluates lm-evaluation-harness tasks instead: docs/tasks.md. `chat PATH`: docs/chat.md.
 """
@@ -15,30 +15,29 @@ import typer
 
 import devices
 from devices import Device, DeviceError
-from export import cache, disk
-from export.cli import run
+from export.build.command import run, with_default
 from export.errors import ExportError
-from export.progress import console, stage
+from export.host import disk
+from export.host.console import console, stage
 
-from .attached import AttachedDevice
-from .chat import command as chat_command
-from .place import Place, ThisMachine
-from .record import Outcome
-from .tasks.run import Asked, parse
+from .chat.command import chat as chat_with
+from .evidence.record import Outcome
+from .places import Place, ThisMachine
+from .places.remote import AttachedDevice
+from .tasks.run import TaskOptions, parse
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=with_default("validate"), help=__doc__, add_completion=False, pretty_exceptions_enable=False)
+app.command("chat")(chat_with)
 BUILD = Path("build")
 
 
-@app.command(epilog="Talk to an artifact: python -m runtime_tests chat PATH (it has --help).")
+@app.command("validate")
 def main(  # noqa: PLR0913, PLR0917 – a command's options
     folders: Annotated[list[Path] | None, typer.Argument(help="artifact folders; default: all of build/")] = None,
     device: Annotated[str, typer.Option(help="a name in devices/")] = "host",
-    source: Annotated[
-        str | None, typer.Option(help="where the checkpoint is, when not where the manifest says")
-    ] = None,
+    source: Annotated[str | None, typer.Option(help="origin of the checkpoint; default: the manifest's")] = None,
     eval_name: Annotated[
-        str | None, typer.Option("--eval", help="a name in configs/evals; default: what the device's YAML says")
+        str | None, typer.Option("--eval", help="a name in configs/evals; default: the one in the device's YAML")
     ] = None,
     tasks: Annotated[
         str | None,
@@ -48,119 +47,127 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     chat: Annotated[bool, typer.Option(help="with --tasks: apply the chat template of artifacts that have one")] = True,
     reference: Annotated[bool, typer.Option(help="with --tasks: evaluate the fp32 model too")] = True,
     skip_proven: Annotated[
-        bool, typer.Option("--skip-proven", help="leave out what holds already, unchanged, on this machine")
+        bool,
+        typer.Option("--skip-proven", help="skip artifacts that passed on this machine and have not changed since"),
     ] = False,
 ) -> None:
     """Prove what artifacts compute and how fast: exit 0 only if every gate holds."""
-    from . import evaluation, proven, publish, scratch, summary, validate
-    from .case import Setting
-
-    known = load_device(device)
-    if tasks is not None and eval_name:
+    known = _load_device(device)
+    if tasks is None:
+        if limit or not chat or not reference:
+            raise typer.BadParameter("--limit, --no-chat and --no-reference go with --tasks")
+        _validate(folders or _built_for(known), known, eval_name or known.evaluation, source, skip_proven=skip_proven)
+    elif eval_name:
         raise typer.BadParameter("--eval chooses what validation feeds; with --tasks the tasks do that")
-    if tasks is None and (limit or not chat or not reference):
-        raise typer.BadParameter("--limit, --no-chat and --no-reference go with --tasks")
-    if tasks is not None:
-        asked = Asked(parse(tasks), limit, chat, reference, source, devices.thread_count(known), known.time_limit_s)
-        evaluate_tasks(folders or built_for(known), known, asked)
-        return
-    cases = validate.open_artifacts(folders or built_for(known), known)
-    loaded = evaluation.load(eval_name or known.evaluation)
-    if (
-        skip_proven
-        and here(known)
-        and not (cases := proven.without(cases, known, loaded, BUILD / "records" / "records.jsonl"))
-    ):
-        return
+    else:
+        options = TaskOptions(
+            parse(tasks), limit, chat, reference, source, devices.thread_count(known), known.time_limit_s
+        )
+        _evaluate_tasks(folders or _built_for(known), known, options)
+
+
+def _validate(
+    folders: Sequence[Path], device: Device, eval_name: str, source: str | None, *, skip_proven: bool
+) -> None:
+    """Every artifact in turn, then the report; exit 0 only if every gate holds."""
+    from . import evaluation, validate
+    from .checks.subject import Setting
+    from .evidence import proof
+    from .places import scratch
+    from .reports import publication, summary
+
+    artifacts = validate.open_artifacts(folders, device)
+    loaded = evaluation.load(eval_name)
+    if skip_proven and here(device):
+        artifacts = proof.without(artifacts, device, loaded, BUILD / "records" / "records.jsonl")
+        if not artifacts:
+            return
     run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    with (
-        scratch.folder(build_folder()) as room,
-        opened(known, room) as place,
-    ):
+    with scratch.folder(_build_folder()) as logits, opened(device, logits) as place:
         setting = Setting(
             run_id=run_id,
-            device=known,
+            device=device,
             place=place,
             threads=devices.physical_threads(),
             evaluation=loaded,
             source=source,
             cache=BUILD / "cache",
-            scratch=room,
-            read_bandwidth_bytes_per_s=measure_bandwidth(known, place.threads) if here(known) else None,
+            scratch=logits,
+            read_bandwidth_bytes_per_s=_measure_bandwidth(device, place.threads) if here(device) else None,
         )
-        place.prepare([described for _, described in cases])
+        place.prepare([described for _, described in artifacts])
         records = []
-        for folder, described in cases:
-            console.print(f"[bold]{described.id}[/bold] on {known.name}")
+        for folder, described in artifacts:
+            console.print(f"[bold]{described.id}[/bold] on {device.name}")
             records.append(validate.validate(folder, described, setting))
             with disk.writing(BUILD):
-                publish.keep(records[-1], BUILD, folder, described)
-    cache.trim(BUILD / "cache")
+                publication.keep(records[-1], BUILD, folder, described)
+    disk.trim(BUILD / "cache")
     with stage("report"), disk.writing(BUILD):
-        page = publish.report(records, [described for _, described in cases], BUILD)
+        page = publication.report(records, [described for _, described in artifacts], BUILD)
     summary.show(records, page)
     if not all(record.holds for record in records):
         raise typer.Exit(1)
 
 
-def evaluate_tasks(folders: Sequence[Path], device: Device, asked: Asked) -> None:
+def _evaluate_tasks(folders: Sequence[Path], device: Device, options: TaskOptions) -> None:
     """The tasks on every artifact, then a table of each and the page; exit 0 only if every model was evaluated."""
-    from . import publish, validate
+    from . import validate
+    from .reports import publication
     from .tasks import run, tables
 
     if not here(device):
         raise ExportError(f"--tasks runs artifacts on this machine, not on {device.name}")
-    cases = validate.open_artifacts(folders, device)
-    build_folder()
-    compared, whole = run.evaluate(cases, asked, BUILD)
-    page = publish.keep_tasks(BUILD, cases)
-    for one in compared:
-        tables.show(one)
+    artifacts = validate.open_artifacts(folders, device)
+    _build_folder()
+    comparisons, complete = run.evaluate(artifacts, options, BUILD)
+    page = publication.keep_tasks(BUILD, artifacts)
+    for comparison in comparisons:
+        tables.show(comparison)
     print(f"page: {page}")
-    if not whole:
+    if not complete:
         raise typer.Exit(1)
 
 
-def load_device(name: str) -> Device:
-    """The device, or one line of what is known."""
+def _load_device(name: str) -> Device:
     try:
         return devices.load(name)
     except DeviceError as error:
         raise ExportError(str(error)) from None
 
 
-def built_for(device: Device) -> list[Path]:
-    """Every artifact folder of build/ that the device can run; the others are named."""
+def _built_for(device: Device) -> list[Path]:
+    """Every artifact folder of build/ that the device can run; a line is printed for each of the rest."""
     from export import manifest
 
-    fit = []
+    folders = []
     for path in sorted(BUILD.glob(f"*/{manifest.FILE}")):
         target = manifest.read(path.parent).plan.target.name
         if target in device.targets:
-            fit.append(path.parent)
+            folders.append(path.parent)
         else:
             console.print(f"left out: {path.parent} ({device.name} does not run {target})", style="yellow")
-    if not fit:
+    if not folders:
         raise ExportError(f"no artifact for {device.name} in {BUILD}/; make one with `python -m export`")
-    return fit
+    return folders
 
 
-def build_folder() -> Path:
-    """build/, made when missing; its disk holds logits for as long as the run lasts."""
+def _build_folder() -> Path:
+    """build/, created if missing, on a disk with room for the logits of a run."""
     BUILD.mkdir(exist_ok=True)
     if shutil.disk_usage(BUILD).free < 2**30:
-        raise ExportError(f"{BUILD.resolve()}: less than 1 GiB free; a run keeps logits there while it compares them")
+        raise ExportError(f"{BUILD.resolve()}: less than 1 GiB free; a run needs room there for logits")
     return BUILD
 
 
 def here(device: Device) -> bool:
     """Whether it is the machine that runs this."""
-    return device.transport.kind == "local"
+    return not device.attached
 
 
 @contextmanager
 def opened(device: Device, scratch: Path) -> Iterator[Place]:
-    """Where artifacts run; an attached device is held alone until the end."""
+    """The place where artifacts run; an attached device is locked until the end."""
     if here(device):
         yield ThisMachine(devices.thread_count(device))
         return
@@ -176,9 +183,9 @@ def opened(device: Device, scratch: Path) -> Iterator[Place]:
         raise ExportError(str(error)) from None
 
 
-def measure_bandwidth(device: Device, threads: int) -> float:
-    """Memory read bandwidth, once per run."""
-    from . import isolation, jobs
+def _measure_bandwidth(device: Device, threads: int) -> float:
+    from . import jobs
+    from .jobs import isolation
 
     with stage("memory", "read bandwidth"):
         ended = isolation.run(jobs.BandwidthJob(threads=threads), limit_s=device.time_limit_s)
@@ -188,4 +195,4 @@ def measure_bandwidth(device: Device, threads: int) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(run(chat_command.app if sys.argv[1:2] == [chat_command.NAME] else app))
+    sys.exit(run(app))

@@ -1,4 +1,4 @@
-"""What an evaluation feeds: windows of tokens cut from text in `configs/evals/text`. Knows nothing about models."""
+"""Evaluations (`configs/evals/*.yaml`) and the windows of tokens they feed, cut from `configs/evals/text`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from export.architecture import Positive, Strict
 from export.errors import ExportError
 from export.manifest import Manifest
-from export.plan import CONFIGS, Positive, Strict, load_named
-from export.windows import cut
+from export.plan import CONFIGS, load_named
+from export.quantization.texts import cut
 
-from .accuracy import Labels
+from .checks.accuracy import Labels
 
 TEXT = CONFIGS / "evals" / "text"
 
@@ -30,7 +31,7 @@ class SpeedSpec(Strict):
     """What is timed, in tokens."""
 
     prompts: tuple[Positive, ...]
-    """Prompt lengths; those that do not fit the context are left out. The first one gives the time to first token."""
+    """Prompt lengths; those that do not fit the context are skipped. The first one gives the time to first token."""
     generate: Positive
     repeats: Annotated[int, Field(ge=5)]
     warmups: Annotated[int, Field(ge=1)]
@@ -67,17 +68,20 @@ class Windows:
 
     @property
     def labels(self) -> Labels:
-        """What the scored positions are counted under."""
+        """Domain and position range of the scored positions."""
         return Labels(self.domains, position_ranges(self.prefill, self.tokens.shape[1] - self.prefill - 1))
 
 
 def load(name: str) -> Evaluation:
-    """The evaluation of that name."""
+    """The evaluation of `configs/evals/NAME.yaml`. Raises ExportError."""
     return load_named(Evaluation, "evals", name)
 
 
 def cut_windows(evaluation: Evaluation, tokenizer: Any, manifest: Manifest) -> Windows:
-    """Cut every text of an evaluation; a window begins with BOS where the tokenizer adds one by itself."""
+    """Cut every text of an evaluation; a window begins with BOS where the tokenizer adds one.
+
+    Raises ExportError: a window does not fit the context, or a token the vocabulary.
+    """
     length = evaluation.prefill + evaluation.decode + 1
     context = manifest.contract.kv.context_length
     if length > context:
@@ -96,18 +100,18 @@ def cut_windows(evaluation: Evaluation, tokenizer: Any, manifest: Manifest) -> W
 
 
 def position_ranges(prefill: int, decode: int) -> tuple[str, ...]:
-    """Where in the context each scored position lies: the end of the prefill, then ranges of decoded tokens.
+    """The range of the context that each scored position lies in: the end of the prefill, then decoded tokens.
 
     The ranges double (64–127, 128–255 …, the first token of the context is 0) and end where the window does. The end
-    of the prefill is apart: another call computed it.
+    of the prefill is a range of its own because a different call computed it.
     """
     last = prefill + decode - 1
-    lows = (1 << (place.bit_length() - 1) for place in range(prefill, last + 1))
+    lows = (1 << (position.bit_length() - 1) for position in range(prefill, last + 1))
     return f"{prefill - 1} (prefill)", *(f"{max(low, prefill)}–{min(2 * low - 1, last)}" for low in lows)
 
 
 def read_text(name: str) -> str:
-    """A text of `configs/evals/text`."""
+    """A text of `configs/evals/text`. Raises ExportError where it is missing."""
     path: Path = TEXT / name
     if not path.is_file():
         raise ExportError(f"{path}: missing; an evaluation in configs/evals names it")

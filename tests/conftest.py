@@ -1,4 +1,4 @@
-"""A finished artifact in a format of our own, and a run of every check on it, in this process where that is enough."""
+"""Fixtures for all tests: artifacts of the tiny model, the commands, devices of the lab."""
 
 import json
 import logging
@@ -8,49 +8,36 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 import devices
-import export.backends
+import export.formats
 import runtime_tests.sessions
-from devices import lab
-from export import card, commands, manifest, pipeline
-from export.cli import run as run_app
-from export.plan import ModelSpec, Plan, QuantRecipe, Target, TargetLimits, load_named, load_plan
+from export import manifest
+from export.__main__ import app as export_app
+from export.build.command import run as run_app
+from export.plan import ModelSpec, Plan, QuantRecipe, load_named, load_plan
 from runtime_tests import __main__ as cli
-from runtime_tests import evaluation, isolation, place, worker
-from runtime_tests.case import Setting
-from runtime_tests.session import open_session
-
-from .accidents import arguments
+from runtime_tests import evaluation, places
+from runtime_tests.checks.subject import Setting
+from runtime_tests.jobs import isolation, worker
+from tests.support.artifacts import TARGET, export_with
+from tests.support.processes import FAKES, arguments, emulated
 
 for number in (signal.SIGINT, signal.SIGTERM):  # a runner that starts the tests in the background may have them ignored
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-FAKES = Path(__file__).parent / "fakes"
-TARGET = Target(
-    name="fake",
-    description="the eager model as a file",
-    backend="fake",
-    session="fake",
-    artifact="model.safetensors",
-    activations="none",
-    logits="last",
-    limits=TargetLimits(max_mean_kl=1e-4, min_top1=0.99, min_sqnr_db=40, min_probe_sqnr_db=None, compared_tokens=None),
-    limits_on={},
-)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def plugged_in():
     """The fake format is found by name, as a real one is."""
-    for package, name in ((export.backends, "backends"), (runtime_tests.sessions, "sessions")):
+    for package, name in ((export.formats, "backends"), (runtime_tests.sessions, "sessions")):
         package.__path__.append(str(FAKES / name))
-    card.TEMPLATES.append(FAKES)
 
 
 @pytest.fixture(scope="session")
@@ -61,30 +48,24 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory, plugged_in, store):
-    """A pristine artifact of the tiny model; copy it before breaking it."""
+    """An artifact of the tiny model in the fake format; tests must not change it."""
     out = tmp_path_factory.mktemp("build") / "tiny"
     plan = Plan(
         model=load_named(ModelSpec, "models", "tiny"), quant=load_named(QuantRecipe, "quant", "int4-g32"), target=TARGET
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "CACHE", store)
-        pipeline.export(plan, None, out)
-    return out
+    return export_with(store, plan, out)
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory, store):
-    """Builds the tiny model for a target, once; copy it before breaking it."""
+    """Builds the tiny model for a target, once; tests must not change it."""
 
     @cache
     def build(target, quant="int4-g32", **model):
         out = tmp_path_factory.mktemp("tiny") / f"tiny_{quant}_{target}"
         plan = load_plan("tiny", quant, target)
         plan = plan.model_copy(update={"model": plan.model.model_copy(update=model)})
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline, "CACHE", store)
-            pipeline.export(plan, None, out)
-        return out
+        return export_with(store, plan, out)
 
     return build
 
@@ -117,22 +98,6 @@ def artifact(built, tmp_path):
     return shutil.copytree(built, tmp_path / "artifact")
 
 
-def opened(folder):
-    """A folder's artifact in its runtime."""
-    return open_session(folder, manifest.read(folder), threads=2)
-
-
-def reseal(folder, **changes):
-    """Record the files as they are now: a wrong artifact that is whole."""
-    described = manifest.read(folder)
-    manifest.write(folder, described.model_copy(update={"files": manifest.hash_files(folder), **changes}))
-
-
-def set_fault(folder, fault):
-    (folder / "model.fault").write_text(fault)
-    reseal(folder)
-
-
 @pytest.fixture
 def setting(tmp_path, store):
     """A short evaluation on a device that is never too slow or too noisy."""
@@ -156,7 +121,7 @@ def setting(tmp_path, store):
     return Setting(
         run_id="run",
         device=device,
-        place=place.ThisMachine(1),
+        place=places.ThisMachine(1),
         threads=1,
         evaluation=evaluation.Evaluation.model_validate(fields),
         source=None,
@@ -168,11 +133,11 @@ def setting(tmp_path, store):
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Jobs run here instead of in a child: seconds instead of minutes, where no process has to die."""
+    """Jobs run in this process instead of a child: seconds instead of minutes, where no process has to die."""
 
     def run(job, *, limit_s, on_progress=None, renewed=False):
-        given = worker.answer(job)
-        return isolation.interpret(0 if "result" in given else 1, json.dumps(given), "")
+        reply = worker.answer(job)
+        return isolation.interpret(0 if "result" in reply else 1, json.dumps(reply), "")
 
     monkeypatch.setattr(isolation, "run", run)
 
@@ -201,34 +166,25 @@ def export_command(monkeypatch, capsys):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
-        code = run_app(commands.app)
-        said = capsys.readouterr()
-        assert "Traceback" not in said.out + said.err
-        return code, said.out, said.err
+        code = run_app(export_app)
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return code, out, err
 
     return run
 
 
 @pytest.fixture(scope="session")
 def emulated_android():
-    """A running arm64 adbd, for every test that does it no lasting harm."""
+    """A running arm64 adbd, shared by tests that do not damage it."""
     with emulated("emulated-android") as machine:
         yield machine
 
 
 @pytest.fixture(scope="session")
 def emulated_pi5():
-    """A running arm64 sshd, likewise."""
+    """A running arm64 sshd, shared likewise."""
     with emulated("emulated-pi5") as machine:
-        yield machine
-
-
-@contextmanager
-def emulated(name, **size):
-    """A device of the lab; skips only where a Debian package, root or a kernel feature is missing, and says which."""
-    if lack := lab.lacks():
-        pytest.skip(f"needs {lack}")
-    with lab.start(name, **size) as machine:
         yield machine
 
 
@@ -248,7 +204,7 @@ def one_process():
 
 @pytest.fixture
 def notes():
-    """What `devices` warns of, whoever else has set up logging in this process."""
+    """Warnings of `devices`, however logging is set up in this process."""
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -259,9 +215,9 @@ def notes():
 
 @pytest.fixture(scope="module")
 def attach(request, tmp_path_factory):
-    """Open a known device by name; one of the lab is started for that, or `machine` is taken.
+    """Opens a known device by name; a device of the lab is started for that, unless `machine` is given.
 
-    Returns its transport and its working folder as seen from here, past the transport.
+    Returns its transport and the path of its working folder on this machine.
     """
     with ExitStack() as stack:
 

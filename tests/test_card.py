@@ -6,9 +6,8 @@ from huggingface_hub import ModelCard
 from export import card, manifest
 from export.errors import ExportError
 from export.manifest import CalibrationInfo, Candidate
-from runtime_tests import publish
-
-from .sample import sample_record
+from runtime_tests.reports import publication
+from tests.support.records import sample_record
 
 
 @pytest.fixture
@@ -45,7 +44,7 @@ def test_front_matter_is_what_the_hub_reads(described):
 
 def test_measured_rows_appear(described):
     record = sample_record()
-    text = card.render(described, publish.measured_rows(record))
+    text = card.render(described, publication.measured_rows(record))
     assert "Not validated" not in text
     assert f"{record.accuracy.lowering.mean_kl:.2e}" in text
     assert "| decode, 64 tokens | 98." in text
@@ -55,7 +54,7 @@ def test_measured_rows_appear(described):
 def test_the_loss_as_shipped_comes_first_with_a_line_for_every_slice(described):
     record = sample_record()
     total = record.accuracy.total
-    lines = card.render(described, publish.measured_rows(record)).splitlines()
+    lines = card.render(described, publication.measured_rows(record)).splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("| verdict")) + 1
     assert lines[first].startswith(f"| KL as shipped, mean (p99) | {total.mean_kl:.3f} ({total.p99_kl:.3f}) nats |")
     for label, part in total.by_domain.items():
@@ -81,7 +80,7 @@ def test_an_artifact_that_scores_prompts_shows_lm_eval(described):
 
 
 def test_a_backend_without_instructions_is_refused(described):
-    with pytest.raises(ExportError, match="card_usage/other"):
+    with pytest.raises(ExportError, match=r"other/usage\.md\.j2: missing"):
         card.render(with_backend(described, "other"), [])
 
 

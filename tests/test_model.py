@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from export import checkpoint
+from export import checkpoints
+from export.architecture import Architecture, RopeScaling
+from export.checkpoints.seed import SeededSource
 from export.model import Llama, rope_frequencies, rope_tables
-from export.plan import Architecture, ModelSpec, RopeScaling, load_named
-from export.quantize import eager
-from export.sources.seeded import SeededSource
+from export.plan import ModelSpec, load_named
+from export.quantization.eager import eager
 from runtime_tests.reference import hugging_face
 
 META = Architecture(
@@ -43,8 +44,8 @@ def cached(model: Llama, tokens: torch.Tensor, prefill: int) -> torch.Tensor:
     return torch.cat(parts, dim=1)
 
 
-def seeded(name: str) -> checkpoint.Checkpoint:
-    return checkpoint.load(load_named(ModelSpec, "models", name), None)
+def seeded(name: str) -> checkpoints.Checkpoint:
+    return checkpoints.load(load_named(ModelSpec, "models", name), None)
 
 
 @pytest.mark.parametrize("name", ["tiny", "smollm2-135m"])

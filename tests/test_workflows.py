@@ -1,4 +1,4 @@
-"""The workflows are valid, least-privileged and do nothing that a make target does not do here too."""
+"""The workflows are valid and least-privileged, and every step is a make target that runs at a desk too."""
 
 import itertools
 import re
@@ -13,8 +13,8 @@ from export.manifest import ROOT
 
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 ACTIONS = sorted((ROOT / ".github/actions").glob("*/action.yml"))
-OTHERWISE = (r'echo "::notice::', r"gh run download ")
-"""How a step that is no make target begins: it says something, or fetches an earlier build."""
+EXCEPTIONS = (r'echo "::notice::', r"gh run download ")
+"""Beginnings of steps that are no make targets: a notice, or the download of an earlier build."""
 EXPRESSION = re.compile(r"\$\{\{\s*matrix\.([\w-]+)\s*\}\}")
 
 
@@ -35,35 +35,36 @@ def commands(workflow):
             chosen = dict(zip(matrix, values, strict=True))
             for step in job["steps"]:
                 if "run" in step:
-                    yield EXPRESSION.sub(lambda found, chosen=chosen: str(chosen[found[1]]), step["run"])
+                    yield EXPRESSION.sub(lambda match, chosen=chosen: str(chosen[match[1]]), step["run"])
 
 
 def schema_errors(paths, schema="vendor.github-workflows"):
-    """What check-jsonschema finds, with the schema it brings; empty: nothing."""
+    """Errors of check-jsonschema with its own schema; empty: none."""
     words = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, *map(str, paths)]
     ended = subprocess.run(words, capture_output=True, text=True, check=False)
     return "" if ended.returncode == 0 else ended.stdout + ended.stderr
 
 
 def wrong(command):
-    """Why a command must not stand in a workflow; empty: it may."""
-    if any(re.match(known, command) for known in OTHERWISE):
+    """Why a command must not be in a workflow; empty: it may."""
+    if any(re.match(known, command) for known in EXCEPTIONS):
         return ""
     if not command.startswith("make "):
         return f"not a make target: {command}"
     words = ["make", "--dry-run", "--old-file=.venv/.ready", *command.split()[1:]]
     ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    said = ended.stdout + ended.stderr
-    return said if ended.returncode or "Nothing to be done" in said or "is up to date" in said else ""
+    output = ended.stdout + ended.stderr
+    idle = "Nothing to be done" in output or "is up to date" in output
+    return output if ended.returncode or idle else ""
 
 
 def unsafe(workflow):
-    """What a workflow may not leave open."""
+    """Rights, times and versions that a workflow leaves open."""
     if not isinstance(workflow.get("permissions"), dict):
         yield "no permissions"
     for name, job in jobs(workflow):
         granted = {**workflow.get("permissions", {}), **job.get("permissions", {})}
-        yield from (f"{name} may {right} {what}" for what, right in granted.items() if right not in ("read", "none"))
+        yield from (f"{name} may {right} {scope}" for scope, right in granted.items() if right not in ("read", "none"))
         if "timeout-minutes" not in job:
             yield f"{name} has no timeout"
         if not ({"concurrency"} & {*job, *workflow}):
@@ -95,9 +96,9 @@ def test_a_broken_workflow_is_found(tmp_path, change):
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_every_step_is_a_make_target_that_exists(path):
-    found = list(commands(load(path)))
-    assert found
-    assert [problem for command in found if (problem := wrong(command))] == []
+    steps = list(commands(load(path)))
+    assert steps
+    assert [problem for command in steps if (problem := wrong(command))] == []
 
 
 @pytest.mark.parametrize("command", ["make ci-artefacts", "make docs", "pip install x", "make ci-diff MODEL=tiny"])
@@ -116,7 +117,7 @@ def test_no_workflow_leaves_rights_time_or_versions_open(path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "problem"),
     [
         (("contents: read", "contents: write"), "may write contents"),
         (("actions/checkout@v4", "actions/checkout@main"), "uses actions/checkout@main"),
@@ -124,10 +125,10 @@ def test_no_workflow_leaves_rights_time_or_versions_open(path):
         (("permissions:\n  contents: read\n", ""), "no permissions"),
     ],
 )
-def test_what_is_left_open_is_found(change, said):
+def test_what_is_left_open_is_found(change, problem):
     text = next(path for path in WORKFLOWS if path.stem == "ci").read_text()
     assert change[0] in text
-    assert any(said in one for one in unsafe(yaml.safe_load(text.replace(*change))))
+    assert any(problem in line for line in unsafe(yaml.safe_load(text.replace(*change))))
 
 
 def test_a_pull_request_reaches_devices_only_with_a_label_and_from_here():

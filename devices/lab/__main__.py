@@ -1,7 +1,7 @@
 """The emulated devices from the command line.
 
 python -m devices.lab build                      install what the lab needs, make the root file systems
-python -m devices.lab run DEVICE -- COMMAND …    COMMAND with that device running; as it is for a real device
+python -m devices.lab run DEVICE -- COMMAND …    COMMAND with that device running; a real device needs nothing
 """
 
 import os
@@ -10,10 +10,11 @@ import subprocess
 import sys
 from contextlib import suppress
 
-from .. import DeviceError, load
-from . import MACHINES, PACKAGES, TOOLS, install, missing, roots, start
+from devices import DeviceError, load
 
-USAGE = 2
+from . import MACHINES, PACKAGES, TOOLS, LabError, missing, roots, start
+
+_USAGE = 2
 
 
 def main(arguments: list[str]) -> int:
@@ -21,46 +22,58 @@ def main(arguments: list[str]) -> int:
     try:
         match arguments:
             case ["build"]:
-                return build()
+                return _build()
             case ["run", name, "--", *command] if command:
-                return run(name, command)
+                return _run(name, command)
     except DeviceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(__doc__, file=sys.stderr)
-    return USAGE
+    return _USAGE
 
 
-def build() -> int:
+def _build() -> int:
     """Everything that needs the network, once."""
-    install(missing(PACKAGES | TOOLS))
+    _install(missing(PACKAGES | TOOLS))
     for name, machine in MACHINES.items():
         print(f"{name}: {roots.root_of(machine)}")
     print(f"qemu: {roots.qemu().parent}")
     return 0
 
 
-def run(name: str, command: list[str]) -> int:
+def _install(packages: list[str]) -> None:
+    """Debian packages, on this machine."""
+    if not packages:
+        return
+    if os.geteuid() != 0:
+        raise LabError(f"the lab needs Debian's {', '.join(packages)}: sudo apt-get install {' '.join(packages)}")
+    for step in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
+        status = subprocess.run(["apt-get", "-qq", *step], stdout=subprocess.DEVNULL, check=False).returncode
+        if status:
+            raise LabError(f"apt-get {' '.join(step)} ended with {status}")
+
+
+def _run(name: str, command: list[str]) -> int:
     """Run a command that reaches the device through what its YAML says."""
     if not load(name).emulated:
-        return shell_status(subprocess.run(command, check=False).returncode)
+        return _shell_status(subprocess.run(command, check=False).returncode)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with start(name) as device:
-        # Without its device the command has nothing to do: it ends with us, however we end.
+        # Without its device the command has nothing to do: it ends with this process, however that ends.
         tied = ["setpriv", "--pdeathsig", "KILL", *command]
         child = subprocess.Popen(tied, env={**os.environ, **device.environment})
         try:
-            return shell_status(child.wait())
-        except KeyboardInterrupt:  # the command got it too
-            return shell_status(child.wait())
+            return _shell_status(child.wait())
+        except KeyboardInterrupt:  # the command got the signal, too
+            return _shell_status(child.wait())
         finally:
             with suppress(ProcessLookupError):
                 child.terminate()
             child.wait()
 
 
-def shell_status(returncode: int) -> int:
-    """As a shell reports it: death by signal n is 128 + n."""
+def _shell_status(returncode: int) -> int:
+    """The exit status as a shell reports it: death by signal n is 128 + n."""
     return 128 - returncode if returncode < 0 else returncode
 
 

@@ -15,30 +15,25 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from ..transport import DeviceError
-from .machines import Machine
+from .machines import LabError, Machine
 
 CACHE = Path(__file__).parents[2] / "build/lab"
-RELEASE = "bookworm"
-FORMAT = 1
-"""Raise when this file makes another root from the same machine."""
-BUILD_LIMIT_S = 900
-MOUNT_POINTS = ("proc", "sys", "dev", "run", "tmp", "root")
+_RELEASE = "bookworm"
+_FORMAT = 1
+"""To be raised when this file makes a different root of the same machine."""
+_BUILD_LIMIT_S = 900
+_MOUNT_POINTS = ("proc", "sys", "dev", "run", "tmp", "root")
 
 
-class LabError(DeviceError):
-    """The lab cannot be built or started here, in one line that says what to do."""
-
-
-def mirror() -> str:
-    """The Debian mirror this machine's own apt uses; $DEBIAN_MIRROR where that is none."""
+def _mirror() -> str:
+    """$DEBIAN_MIRROR, else the Debian mirror of this machine's own apt."""
     if chosen := os.environ.get("DEBIAN_MIRROR"):
         return chosen
     system = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
     codename = system.get("VERSION_CODENAME", "").strip('"')
     if system.get("ID") == "debian":
-        asked = ["apt-get", "indextargets", "--format", "$(RELEASE) $(REPO_URI)", "Created-By: Packages"]
-        for line in subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines():
+        targets = ["apt-get", "indextargets", "--format", "$(RELEASE) $(REPO_URI)", "Created-By: Packages"]
+        for line in subprocess.run(targets, capture_output=True, text=True, check=True).stdout.splitlines():
             release, uri = line.split()
             if release == codename:
                 return uri
@@ -46,26 +41,25 @@ def mirror() -> str:
 
 
 def root_of(machine: Machine) -> Path:
-    """The machine's root, made when it is not there."""
-    return made(f"root-{digest(asdict(machine))}", lambda folder: make_root(machine, folder))
+    """The machine's root, made where it is missing."""
+    return made(f"root-{_digest(asdict(machine))}", lambda folder: _make_root(machine, folder))
 
 
 def qemu() -> Path:
     """The user-mode emulator, static: version 10, with which onnxruntime's arm64 wheel does not crash."""
-    return made(f"qemu-{digest({})}", make_qemu) / "qemu-aarch64"
+    return made(f"qemu-{_digest({})}", _make_qemu) / "qemu-aarch64"
 
 
-def digest(what: dict[str, object]) -> str:
-    """Names content by what it is made from."""
-    return hashlib.sha256(json.dumps([FORMAT, RELEASE, what], sort_keys=True).encode()).hexdigest()[:16]
+def _digest(recipe: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps([_FORMAT, _RELEASE, recipe], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def made(name: str, make: Callable[[Path], None]) -> Path:
-    """The cached folder of that name; made beside it and renamed, so that it is whole or not there."""
+    """The cached folder of that name; made beside its place and renamed, so that it is whole or absent."""
     final = CACHE.resolve() / name
     if final.exists():
         return final
-    with locked(), tempfile.TemporaryDirectory(prefix=".making-", dir=CACHE) as scratch:
+    with _locked(), tempfile.TemporaryDirectory(prefix=".making-", dir=CACHE) as scratch:
         if not final.exists():
             folder = Path(scratch) / "root"
             make(folder)
@@ -75,7 +69,7 @@ def made(name: str, make: Callable[[Path], None]) -> Path:
 
 
 @contextmanager
-def locked() -> Iterator[None]:
+def _locked() -> Iterator[None]:
     """One builder at a time; the kernel frees the lock when its process ends."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / ".lock").open("w") as file:
@@ -83,10 +77,10 @@ def locked() -> Iterator[None]:
         yield
 
 
-def make_root(machine: Machine, folder: Path) -> None:
-    """Extract the packages; no program of the device runs for that."""
-    extract(machine.packages, "arm64", folder, backports=machine.backports)
-    for name in (*MOUNT_POINTS, machine.data):
+def _make_root(machine: Machine, folder: Path) -> None:
+    """Extract the packages; no program of the device is executed."""
+    _extract(machine.packages, "arm64", folder, backports=machine.backports)
+    for name in (*_MOUNT_POINTS, machine.data):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for name, text in machine.files.items():
         path = folder / name
@@ -99,24 +93,24 @@ def make_root(machine: Machine, folder: Path) -> None:
         (folder / name).symlink_to(target)
 
 
-def make_qemu(folder: Path) -> None:
+def _make_qemu(folder: Path) -> None:
     """One static binary out of Debian's package."""
     architecture = subprocess.run(["dpkg", "--print-architecture"], capture_output=True, text=True, check=True)
     whole = folder.with_name("whole")
-    extract(("qemu-user",), architecture.stdout.strip(), whole, backports=True)
+    _extract(("qemu-user",), architecture.stdout.strip(), whole, backports=True)
     folder.mkdir()
     shutil.copy2(whole / "usr/bin/qemu-aarch64", folder)
 
 
-def extract(packages: tuple[str, ...], architecture: str, folder: Path, *, backports: bool) -> None:
-    """Packages and what they depend on, as files."""
-    source = mirror()
-    suites = [RELEASE, f"{RELEASE}-backports"] if backports else [RELEASE]
+def _extract(packages: tuple[str, ...], architecture: str, folder: Path, *, backports: bool) -> None:
+    """Unpack packages with their dependencies."""
+    source = _mirror()
+    suites = [_RELEASE, f"{_RELEASE}-backports"] if backports else [_RELEASE]
     command = ["mmdebstrap", "--quiet", "--variant=extract", f"--architectures={architecture}"]
     command += [f"--include={','.join(packages)}", f'--aptopt=APT::Default-Release "{suites[-1]}"']
-    command += [RELEASE, str(folder), *(f"deb {source} {suite} main" for suite in suites)]
+    command += [_RELEASE, str(folder), *(f"deb {source} {suite} main" for suite in suites)]
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_LIMIT_S, check=False)
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_LIMIT_S, check=False)
     except FileNotFoundError:
         raise LabError("mmdebstrap is not installed: make lab") from None
     if ended.returncode:

@@ -1,6 +1,6 @@
 """Ours against stock: `python -m runtime_tests.bench [MODEL] [QUANT] [--write] [--export] …`.
 
-Exit 0 whatever is faster, 1 if a contender fails to run. Raw samples go to build/bench/results.jsonl.
+Exit code 1 if a contender fails to run, 0 otherwise, whichever is faster. Raw samples go to build/bench/results.jsonl.
 """
 
 import sys
@@ -9,20 +9,20 @@ from typing import Annotated
 import typer
 
 import devices
-from export.cli import run as run_app
+from export.build.command import run as run_app
 from export.errors import ExportError
 from export.manifest import ROOT
+from export.toolbox.tables import plain
 
-from . import bound_tables, contenders, domain_table, fidelity, perform, publish, results, tables
+from . import contenders, fidelity, measurement, publish, results, tables
+from .contenders import ROLES, Request
 from .publish import DOCS
 from .results import Benchmark, Settings
-from .roles import ROLES
 from .stock import BENCH
-from .table_text import plain
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-RESULTS = ROOT / BENCH / "results.jsonl"
-ALL = ",".join(role.name for role in ROLES)
+_RESULTS = ROOT / BENCH / "results.jsonl"
+_ALL = ",".join(role.name for role in ROLES)
 
 
 @app.command()
@@ -35,7 +35,7 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     generate: Annotated[int, typer.Option(min=1, help="generated tokens")] = 128,
     passes: Annotated[int, typer.Option(min=1, help="timed passes in each process")] = 2,
     threads: Annotated[int | None, typer.Option(min=1, help="default: physical cores")] = None,
-    only: Annotated[str, typer.Option(help="contenders, by name")] = ALL,
+    only: Annotated[str, typer.Option(help="contenders, by name")] = _ALL,
     also: Annotated[str, typer.Option(help="further recipes of ours, measured beside QUANT")] = "",
     eval_name: Annotated[str, typer.Option("--eval", help="a name in configs/evals")] = "default",
     accuracy: Annotated[bool, typer.Option(help="compare logits with fp32")] = True,
@@ -44,13 +44,13 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     write: Annotated[bool, typer.Option(help="write the model's page in docs/benchmarks")] = False,
 ) -> None:
     """Measure our artifacts against the stock ones of the same weights, interleaved, in one run."""
-    request = perform.Request(model, quant, source, eval_name, accuracy, export)
     count = threads or devices.thread_count(devices.load("host"))
     further = tuple(name.strip() for name in also.split(",") if name.strip())
     if accuracy:
         fidelity.refuse_read_text(eval_name, (quant, *further))
-    field = contenders.gather(contenders.Asked(model, quant, source, count, chosen(only), further))
-    context = field.contenders[0].opening.context
+    request = Request(model, quant, source, count, chosen(only), further, eval_name, accuracy, export)
+    lineup = contenders.gather(request)
+    context = lineup.contenders[0].opening.context
     settings = Settings(
         threads=count,
         context=context,
@@ -58,12 +58,12 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
         generate=generate,
         passes=passes,
         repetitions=repetitions,
-        far_prompt=context - perform.FAR_ROOM if long_context else 0,
-        far_generate=perform.FAR_GENERATE if long_context else 0,
+        far_prompt=context - measurement.FAR_ROOM if long_context else 0,
+        far_generate=measurement.FAR_GENERATE if long_context else 0,
     )
-    benchmark = perform.perform(request, field, settings)
-    results.append(benchmark, RESULTS)
-    show(benchmark)
+    benchmark = measurement.perform(request, lineup, settings)
+    results.append(benchmark, _RESULTS)
+    _show(benchmark)
     if write:
         for path in publish.publish(benchmark, DOCS):
             print(f"written: {path.relative_to(ROOT)}")
@@ -74,39 +74,39 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
 def chosen(only: str) -> tuple[str, ...]:
     """Names of contenders; unknown ones are refused."""
     names = tuple(name.strip() for name in only.split(","))
-    if unknown := sorted(set(names) - set(ALL.split(","))):
-        raise ExportError(f"--only: unknown {', '.join(unknown)}; known: {ALL}")
+    if unknown := sorted(set(names) - set(_ALL.split(","))):
+        raise ExportError(f"--only: unknown {', '.join(unknown)}; known: {_ALL}")
     return names
 
 
 def lengths(prompts: str) -> tuple[int, ...]:
     """`42,512` → (42, 512), shortest first."""
     try:
-        found = sorted({int(part) for part in prompts.split(",")})
+        parsed = sorted({int(part) for part in prompts.split(",")})
     except ValueError:
         raise ExportError(f"--prompts {prompts}: expected lengths like 42,512") from None
-    if found[0] < 1:
+    if parsed[0] < 1:
         raise ExportError(f"--prompts {prompts}: lengths begin at 1")
-    return tuple(found)
+    return tuple(parsed)
 
 
-def show(benchmark: Benchmark) -> None:
+def _show(benchmark: Benchmark) -> None:
     """The run in the terminal."""
     shown = (
-        tables.measured(benchmark),
-        bound_tables.long_context(benchmark),
-        bound_tables.memory(benchmark),
-        bound_tables.bandwidth(benchmark),
-        bound_tables.overheads(benchmark),
-        tables.exports(benchmark),
-        domain_table.domains(benchmark),
-        tables.compared(benchmark),
+        tables.measured,
+        tables.long_context,
+        tables.memory,
+        tables.bandwidth,
+        tables.overheads,
+        tables.exports,
+        tables.domains,
+        tables.compared,
     )
-    for rows in filter(None, shown):
+    for rows in filter(None, (table(benchmark) for table in shown)):
         print("\n" + plain(rows))
-    print(f"\nsamples: {RESULTS.relative_to(ROOT)}, run {benchmark.run_id}")
-    for name, why in benchmark.missing.items():
-        print(f"not in the run: {name}: {why}")
+    print(f"\nsamples: {_RESULTS.relative_to(ROOT)}, run {benchmark.run_id}")
+    for name, reason in benchmark.missing.items():
+        print(f"not in the run: {name}: {reason}")
     for line in benchmark.failures:
         print(f"failed: {line}")
 

@@ -1,33 +1,34 @@
-"""How close each artifact's logits are to the fp32 model, through the runtime that was timed.
+"""How close each artifact's logits are to the fp32 model, through the runtime that is timed.
 
-Knows nothing about timing. Prefill, then teacher-forced decode, over the windows of an evaluation.
+Prefill, then teacher-forced decode, over the windows of an evaluation.
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from export import manifest, tokenizer
+from export import manifest
+from export.checkpoints import tokenizer
 from export.errors import ExportError
+from export.host.console import stage
 from export.manifest import ROOT, Manifest
 from export.plan import QuantRecipe, load_named
-from export.progress import stage
+from runtime_tests import evaluation
+from runtime_tests.checks import files
+from runtime_tests.checks.accuracy import compare, not_finite
+from runtime_tests.evaluation import Windows
+from runtime_tests.evidence.record import Outcome
+from runtime_tests.jobs import BenchLogitsJob, Opening, ReferenceJob, ReferenceTask, isolation
+from runtime_tests.jobs.isolation import Ended
 
-from .. import contamination, evaluation, isolation
-from ..accuracy import compare, not_finite
-from ..evaluation import Windows
-from ..isolation import Ended
-from ..jobs import BenchLogitsJob, Opening, ReferenceJob, ReferenceTask
-from ..record import Comparison, Outcome
-from .contenders import Contender
 from .results import Fidelity
 from .stock import BENCH
 
-LIMIT_S = 1800.0
-NO_LOGITS = "llm_runner"
-"""The runner that gives text only; its file is judged through the other one."""
+_LIMIT_S = 1800.0
+_NO_LOGITS = "llm_runner"
+"""The runner that gives text only; the runner `pte` gives the logits of the same file."""
 
 
 def windows(folder: Path, eval_name: str) -> Windows:
@@ -36,27 +37,27 @@ def windows(folder: Path, eval_name: str) -> Windows:
 
 
 def refuse_read_text(eval_name: str, recipes: Sequence[str]) -> None:
-    """No recipe may have calibrated on the evaluation's text. Raises ExportError."""
+    """Raises ExportError where a recipe was calibrated on the evaluation's text."""
     judged = evaluation.load(eval_name)
     for name in recipes:
-        if found := contamination.problems(judged, load_named(QuantRecipe, "quant", name)):
-            raise ExportError(found[0])
+        if problems := files.contamination(judged, load_named(QuantRecipe, "quant", name)):
+            raise ExportError(problems[0])
 
 
-def judge(contenders: Sequence[Contender], folder: Path, source: str | None, cut: Windows) -> list[Fidelity]:
-    """Every contender that gives logits against the fp32 model of `folder`'s checkpoint."""
+def judge(openings: Mapping[str, Opening], folder: Path, source: str | None, cut: Windows) -> list[Fidelity]:
+    """Every contender that gives logits, by name, against the fp32 model of the checkpoint behind `folder`."""
     described = manifest.read(folder)
-    found = []
+    judged = []
     with tempfile.TemporaryDirectory(prefix=".logits-", dir=ROOT / BENCH) as scratch:
         room = Path(scratch)
         np.save(room / "tokens.npy", cut.tokens)
         with stage("reference", "fp32 logits"):
-            compute_reference(folder, source, cut, room, threads=contenders[0].opening.threads)
-        for contender in contenders:
-            if contender.opening.runner != NO_LOGITS:
-                with stage("accuracy", contender.entry.name):
-                    found.append(judge_one(contender.entry.name, contender.opening, described, cut, room))
-    return found
+            compute_reference(folder, source, cut, room, threads=next(iter(openings.values())).threads)
+        for name, opening in openings.items():
+            if opening.runner != _NO_LOGITS:
+                with stage("accuracy", name):
+                    judged.append(judge_one(name, opening, described, cut, room))
+    return judged
 
 
 def compute_reference(folder: Path, source: str | None, cut: Windows, room: Path, *, threads: int) -> None:
@@ -67,13 +68,13 @@ def compute_reference(folder: Path, source: str | None, cut: Windows, room: Path
     job = ReferenceJob(
         folder=str(folder), source=source, cache=str(ROOT / "build" / "cache"), threads=threads, tasks=(task,)
     )
-    ended = isolation.run(job, limit_s=LIMIT_S)
+    ended = isolation.run(job, limit_s=_LIMIT_S)
     if ended.outcome is not Outcome.PASS:
         raise ExportError(f"fp32 reference: {ended.outcome.value}: {ended.detail}")
 
 
 def judge_one(name: str, opening: Opening, described: Manifest, cut: Windows, room: Path) -> Fidelity:
-    """Logits of one opened artifact, compared; a crash is a result."""
+    """Logits of one artifact, compared with those of the reference in `room`; a crash is a result."""
     out = room / "candidate.npy"
     job = BenchLogitsJob(
         opening=opening,
@@ -82,42 +83,17 @@ def judge_one(name: str, opening: Opening, described: Manifest, cut: Windows, ro
         prefill=cut.prefill,
         out=str(out),
     )
-    ended = isolation.run(job, limit_s=LIMIT_S)
+    ended = isolation.run(job, limit_s=_LIMIT_S)
     if ended.outcome is not Outcome.PASS:
-        return failed(name, ended)
+        return _failed(name, ended)
     reference, candidate = (np.load(path, mmap_mode="r") for path in (room / "reference.npy", out))
     if problem := not_finite(candidate):
-        return failed(name, Ended(Outcome.MISMATCH, problem))
-    return passed(name, compare(reference, candidate, cut.targets, cut.labels))
+        return _failed(name, Ended(Outcome.MISMATCH, problem))
+    comparison = compare(reference, candidate, cut.targets, cut.labels)
+    numbers = comparison.model_dump(include=set(Fidelity.model_fields))
+    return Fidelity(contender=name, outcome=Outcome.PASS, detail="", **numbers)
 
 
-def passed(name: str, measured: Comparison) -> Fidelity:
-    """The numbers a reader of a benchmark needs."""
-    return Fidelity(
-        contender=name,
-        outcome=Outcome.PASS,
-        detail="",
-        positions=measured.positions,
-        mean_kl=measured.mean_kl,
-        p99_kl=measured.p99_kl,
-        top1=measured.top1,
-        perplexity=measured.perplexity,
-        reference_perplexity=measured.reference_perplexity,
-        by_domain=measured.by_domain,
-    )
-
-
-def failed(name: str, ended: Ended) -> Fidelity:
-    """No numbers, but a reason."""
-    return Fidelity(
-        contender=name,
-        outcome=ended.outcome,
-        detail=ended.detail,
-        positions=0,
-        mean_kl=0.0,
-        p99_kl=0.0,
-        top1=0.0,
-        perplexity=0.0,
-        reference_perplexity=0.0,
-        by_domain={},
-    )
+def _failed(name: str, ended: Ended) -> Fidelity:
+    numbers = dict.fromkeys(("mean_kl", "p99_kl", "top1", "perplexity", "reference_perplexity"), 0.0)
+    return Fidelity(contender=name, outcome=ended.outcome, detail=ended.detail, positions=0, by_domain={}, **numbers)

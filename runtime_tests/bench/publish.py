@@ -1,51 +1,128 @@
-"""Benchmarks under docs/: one record, page and set of figures per model and recipe, and an index of them all.
+"""docs/benchmarks: the page and figures of each run, and the index: `python -m runtime_tests.bench.publish`."""
 
-    python -m runtime_tests.bench.publish      # every page again from the records, after a change of words
-
-A page is rendered from its own record alone, so writing one model's leaves the others as they are.
-"""
-
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from export.errors import ExportError
 from export.manifest import ROOT
 from export.plan import explain
+from export.toolbox.charts import MUTED, OURS, STOCK, STRONG, Point, document, rect, rule, scatter, text
+from runtime_tests.reports import templates
 
-from . import figures, index, page
-from .results import Benchmark
+from . import tables
+from .results import Benchmark, Timing
+
+_WIDTH, _LABELS, _RIGHT = 780, 300, 640
+"""Of a figure, in pixels; where names end, and where the longest bar ends."""
+_ROW = 40
+_HEAD = 34
+
+
+class _Figure(NamedTuple):
+    """An SVG file and its caption."""
+
+    svg: str
+    label: str
+
+
+def draw(run: Benchmark) -> dict[str, _Figure]:
+    """Kind → figure; what was not measured is not drawn."""
+    longest, near = max(run.settings.prompts), run.settings.near_position
+    figures = {
+        "decode": _bars(run, tables.decode, f"decoded tokens per second around position {near}"),
+        "prefill": _bars(run, tables.prefill(longest), f"prefill of {longest} tokens, tokens per second"),
+    }
+    if run.settings.far_prompt:
+        label = f"decoded tokens per second around position {run.settings.far_position}"
+        figures["decode-far"] = _bars(run, tables.far_decode, label)
+    if points := _accuracy_points(run):
+        label = "mean KL to the fp32 model over size"
+        figures["accuracy"] = _Figure(scatter(points, label, "MB", "mean KL, nats"), label)
+    return figures
+
+
+def _bars(run: Benchmark, metric: Callable[[Timing], float], label: str) -> _Figure:
+    """A bar per contender that ran: the median, with a line from p10 to p90."""
+    shown = [(entry, spread) for entry in run.entries if (spread := run.spread(entry.name, metric))]
+    scale = (_RIGHT - _LABELS) / max([1e-9, *(spread.p90 for _, spread in shown)])
+    parts = [text(16, 22, label, STRONG)]
+    for i, (entry, spread) in enumerate(shown):
+        y, width = _HEAD + i * _ROW, max(spread.median * scale, 1)
+        parts += [
+            text(_LABELS - 12, y + 17, entry.label, STRONG if entry.ours else "", "end"),
+            text(_LABELS - 12, y + 32, entry.runtime, MUTED, "end"),
+            rect(_LABELS, y + 10, width, 20, css=OURS if entry.ours else STOCK),
+            rule(_LABELS + spread.p10 * scale, _LABELS + spread.p90 * scale, y + 20),
+            text(_RIGHT + 10, y + 25, f"{spread.median:.0f} ({spread.p10:.0f}–{spread.p90:.0f})"),
+        ]
+    return _Figure(document(_WIDTH, _HEAD + len(shown) * _ROW + 8, label, parts), label)
+
+
+def _accuracy_points(run: Benchmark) -> list[Point]:
+    entries = {entry.name: entry for entry in run.entries}
+    compared = [(entries[f.contender], f.mean_kl) for f in run.fidelity if f.positions and f.mean_kl > 0]
+    return [Point(entry.size_bytes / 1e6, kl, f"{entry.label} · {entry.runtime}", entry.ours) for entry, kl in compared]
+
 
 DOCS = ROOT / "docs"
+TEMPLATES = Path(__file__).parent / "templates"
 FOLDER = "benchmarks"
 
 
 def publish(benchmark: Benchmark, docs: Path) -> list[Path]:
-    """Keep a run as its model's current one; its page, its figures and the index are written."""
+    """Store a run as its model's current one; its page, its figures and the index are written."""
     folder = docs / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    record = folder / f"{name_of(benchmark)}.json"
-    write(record, benchmark.model_dump_json() + "\n")
-    return [record, *render(benchmark, folder), render_index(docs)]
+    record = write(folder / f"{_name(benchmark)}.json", benchmark.model_dump_json() + "\n")
+    return [record, *render(benchmark, folder), _render_index(docs)]
 
 
-def name_of(benchmark: Benchmark) -> str:
-    """`MODEL_RECIPE`, as in the names of artifact folders."""
-    return f"{benchmark.model}_{benchmark.quant}"
+def publish_study(name: str, study: BaseModel, page: str, figure: str = "") -> None:
+    """docs/NAME.json, docs/NAME.md and docs/NAME.svg where there is a figure."""
+    parts = {"json": study.model_dump_json() + "\n", "svg": figure, "md": page}
+    for suffix in filter(parts.get, parts):
+        print(f"written: {write(DOCS / f'{name}.{suffix}', parts[suffix]).relative_to(ROOT)}")
 
 
 def render(benchmark: Benchmark, folder: Path) -> list[Path]:
     """The page of one run and its figures."""
-    name = name_of(benchmark)
-    drawn = {f"{name}-{kind}.svg": figure for kind, figure in figures.draw(benchmark).items()}
+    name = _name(benchmark)
+    drawn = {f"{name}-{kind}.svg": figure for kind, figure in draw(benchmark).items()}
     paths = [write(folder / file, figure.svg) for file, figure in drawn.items()]
-    return [*paths, write(folder / f"{name}.md", page.render(benchmark, {f: one.label for f, one in drawn.items()}))]
+    labels = {file: figure.label for file, figure in drawn.items()}
+    return [*paths, write(folder / f"{name}.md", page(benchmark, labels))]
 
 
-def render_index(docs: Path) -> Path:
-    """docs/benchmarks.md from every record."""
+def page(run: Benchmark, figures: Mapping[str, str]) -> str:
+    """The page of one run as markdown; `figures` are files beside it and what they show."""
+    shown = (
+        tables.compared,
+        tables.measured,
+        tables.domains,
+        tables.long_context,
+        tables.memory,
+        tables.bandwidth,
+        tables.overheads,
+        tables.exports,
+    )
+    return templates.render(
+        TEMPLATES / "benchmark.md.j2",
+        run=run,
+        figures=figures,
+        tables={table.__name__: table(run) for table in shown},
+        commands={entry.made_by: entry.tools for entry in run.entries if entry.made_by},
+    )
+
+
+def _render_index(docs: Path) -> Path:
+    """docs/benchmarks.md from every record: a section per model, with its ratios and a link to its page."""
     runs = {f"{FOLDER}/{path.stem}": read(path) for path in sorted((docs / FOLDER).glob("*.json"))}
-    return write(docs / "benchmarks.md", index.render(runs))
+    return write(
+        docs / "benchmarks.md", templates.render(TEMPLATES / "index.md.j2", runs=runs, compared=tables.compared)
+    )
 
 
 def read(path: Path) -> Benchmark:
@@ -67,7 +144,11 @@ def main() -> None:
     """Every page, figure and the index again."""
     for path in sorted((DOCS / FOLDER).glob("*.json")):
         render(read(path), path.parent)
-    print(f"written: {render_index(DOCS).relative_to(ROOT)} and the pages it names")
+    print(f"written: {_render_index(DOCS).relative_to(ROOT)} and the pages it names")
+
+
+def _name(benchmark: Benchmark) -> str:
+    return f"{benchmark.model}_{benchmark.quant}"  # as in the names of artifact folders
 
 
 if __name__ == "__main__":

@@ -1,18 +1,85 @@
-"""One benchmark run as strict JSON, raw samples kept. Knows nothing about how they were measured or are shown."""
+"""One benchmark run as strict JSON with its raw samples, and the statistics of its repetitions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Literal
 
+import numpy as np
 from pydantic import AliasChoices, Field
 
-from export.plan import Strict
+from export.architecture import Strict
+from runtime_tests.evidence.record import Environment, Outcome, Slice
 
-from ..record import Environment, Outcome, Slice
-from .ratios import Ratio, Spread, ratio, spread
-from .timing import Timing
-from .traffic import bound_share
+_Passes = tuple[tuple[int, int], ...]
+"""(tokens, nanoseconds) of each pass."""
+_ENOUGH = 3
+"""Repetitions below which nothing is called faster or slower."""
+
+
+class Timing(Strict):
+    """What one child process measured."""
+
+    load_ns: int
+    first_ns: int
+    """The first prompt after loading, when runtimes pack weights."""
+    prompts: dict[int, _Passes]
+    """By prompt length."""
+    decode: _Passes
+    far: _Passes
+    """Generation after a long prompt; empty where none was timed."""
+    peak_rss_bytes: int
+    """Before the long prompt."""
+    far_peak_rss_bytes: int
+    """After it."""
+
+    @property
+    def ttft_s(self) -> float:
+        """Seconds from the shortest prompt's tokens to its logits, warm."""
+        return median(ns for _, ns in self.prompts[min(self.prompts)]) / 1e9
+
+    def prefill_tps(self, length: int) -> float:
+        """Prompt tokens per second."""
+        return rate(self.prompts[length])
+
+    @property
+    def decode_tps(self) -> float:
+        """Generated tokens per second."""
+        return rate(self.decode)
+
+    @property
+    def far_decode_tps(self) -> float:
+        """Generated tokens per second after the long prompt."""
+        return rate(self.far)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Repeated values: the median, and the range that holds eight of ten."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One thing over another, repetition by repetition: the median of the ratios and their quartiles."""
+
+    median: float
+    q1: float
+    q3: float
+    pairs: int
+
+    @property
+    def verdict(self) -> str:
+        """Of rates, where more is better: a difference counts if three of four repetitions show it."""
+        if self.pairs < _ENOUGH:
+            return "too few repetitions"
+        if self.q1 > 1:
+            return "faster"
+        return "slower" if self.q3 < 1 else "no clear difference"
 
 
 class Sample(Strict):
@@ -38,7 +105,7 @@ class Entry(Strict):
     runtime: str
     size_bytes: int
     weight_bytes_per_token: int
-    """Stored weights that every decoded token must read."""
+    """Bytes of weights that every decoded token must read."""
     kv_bytes_per_position: int
     """Keys and values of one position, all layers."""
     against: tuple[str, ...]
@@ -70,7 +137,7 @@ class Fidelity(Strict):
 
 
 class HostOverhead(Strict):
-    """Single-token steps of one of our sessions: what is spent around the runtime's own call."""
+    """Single-token steps of one of our sessions: the time spent around the runtime's own calls."""
 
     label: str
     step_ns: tuple[int, ...]
@@ -102,11 +169,11 @@ class ExportCost(Strict):
     seconds: float
     peak_rss_bytes: int
     load_average_1min: float | None
-    """When it started; null where it was not noted."""
+    """When it started; null where it was not recorded."""
 
 
 class Settings(Strict):
-    """What was asked of every contender. Lengths in tokens."""
+    """What every contender runs. Lengths in tokens."""
 
     threads: int
     context: int
@@ -145,13 +212,13 @@ class Benchmark(Strict):
     environment: Environment
     load_average_after: float
     evaluation: str
-    """Whose text the prompts are, and what logits were compared on."""
+    """Its text gives the prompts and the windows on which logits are compared."""
     checkpoint: str
-    """What the weights are, for people."""
+    """A description of the weights, for people."""
     settings: Settings
     entries: tuple[Entry, ...]
     missing: dict[str, str]
-    """Peer → why it did not take part."""
+    """Contender → why it did not take part."""
     samples: tuple[Sample, ...]
     read_bandwidth_bytes_per_s: tuple[float, ...]
     """Measured at the beginning of each repetition."""
@@ -173,7 +240,7 @@ class Benchmark(Strict):
         return ratio(self.values(ours, metric), self.values(theirs, metric))
 
     def bound_share(self, entry: Entry, metric: Callable[[Timing], float], position: int) -> Spread | None:
-        """Rate over what reading weights and cache would allow, with the bandwidth of the same repetition."""
+        """The rate as a share of the one that reading weights and cache allows, at the repetition's own bandwidth."""
         needed = entry.weight_bytes_per_token + position * entry.kv_bytes_per_position
         shares = [
             bound_share(
@@ -184,9 +251,9 @@ class Benchmark(Strict):
         return spread(shares) if shares else None
 
     def fastest_decode_tps(self, contender: str) -> float | None:
-        """Tokens per second of the single fastest pass: what the machine gives in its quietest moment."""
-        found = [s.timing.decode for s in self.samples if s.contender == contender and s.timing]
-        return max((tokens * 1e9 / ns for passes in found for tokens, ns in passes), default=None)
+        """Tokens per second of the single fastest pass, in the machine's quietest moment."""
+        timings = [s.timing for s in self.samples if s.contender == contender and s.timing]
+        return max((tokens * 1e9 / ns for timing in timings for tokens, ns in timing.decode), default=None)
 
     @property
     def failures(self) -> list[str]:
@@ -201,6 +268,31 @@ class Benchmark(Strict):
             for f in self.fidelity
             if f.outcome is not Outcome.PASS
         ]
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median, p10 and p90, interpolated between values."""
+    p10, middle, p90 = np.quantile(values, (0.1, 0.5, 0.9))
+    return Spread(float(middle), float(p10), float(p90))
+
+
+def ratio(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Ratio | None:
+    """Ratios of the repetitions that both have, so that a slow repetition cancels out; None where they share none."""
+    both = sorted(ours.keys() & theirs.keys())
+    if not both:
+        return None
+    q1, middle, q3 = np.quantile([ours[i] / theirs[i] for i in both], (0.25, 0.5, 0.75))
+    return Ratio(float(middle), float(q1), float(q3), len(both))
+
+
+def rate(passes: _Passes) -> float:
+    """Tokens per second, the median of the passes."""
+    return median(tokens * 1e9 / ns for tokens, ns in passes)
+
+
+def bound_share(*, tokens_per_s: float, bytes_per_token: float, bandwidth_bytes_per_s: float) -> float:
+    """The rate as a share of the one that reading alone would allow."""
+    return tokens_per_s * bytes_per_token / bandwidth_bytes_per_s
 
 
 def append(benchmark: Benchmark, path: Path) -> None:

@@ -1,47 +1,72 @@
 """Size against loss: `python -m runtime_tests.bench.study MODEL RECIPE … [--source …] [--eval …] [--write NAME]`.
 
-Every recipe of ours in all three formats, and llama.cpp's own mixtures of the same weights, each judged on the file
-that ships through its runtime. Nothing is timed.
+Every recipe of ours in every format, and llama.cpp's own mixtures of the same weights, each judged on the file that
+ships through its runtime. Nothing is timed.
 """
 
 import sys
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
-import numpy as np
 import typer
 
 import devices
 from export import manifest
-from export.cli import run as run_app
-from export.manifest import ROOT
-from export.plan import load_plan
-from export.progress import console, stage
+from export.architecture import Strict
+from export.build.command import run as run_app
+from export.formats import tool_versions
+from export.host.console import console
+from export.manifest import ROOT, source_info
+from export.plan import load_named, load_plan, names
+from export.toolbox.charts import Point, scatter
+from export.toolbox.tables import Row, plain
+from runtime_tests.evaluation import Evaluation
+from runtime_tests.evidence.record import Environment, Outcome
+from runtime_tests.jobs import Opening
+from runtime_tests.places import environment
+from runtime_tests.reports import templates
+from runtime_tests.sessions import session_module
 
-from ..jobs import Opening
-from ..record import Outcome
-from . import contenders, domain_table, fidelity, study_page
+from . import contenders, exports, fidelity, forms, publish, tables
+from .contenders import ONE_TARGET, RUNTIMES, SESSION
 from .results import Fidelity
-from .roles import LLAMA_CPP_KINDS, ONNX, OUR_FORMS, RUNTIMES, Form
-from .stock import BENCH, NotMadeError, make
-from .study_page import Judged
-from .table_text import plain
+from .stock import NotMadeError, make
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+_LLAMA_CPP_KINDS = ("q4_0", "q4_k_m", "q8_0")
 
 
-@dataclass(frozen=True)
-class Ready:
-    """A file to judge."""
+class Judged(Strict):
+    """An artifact, ours or llama.cpp's, and how far it is from the checkpoint."""
+
+    label: str
+    runtime: str
+    size_bytes: int
+    ours: bool
+    fidelity: Fidelity
+
+
+class _File(NamedTuple):
+    """An artifact before it is judged."""
 
     label: str
     runtime: str
     size_bytes: int
     ours: bool
     opening: Opening
+
+
+class Study(Strict):
+    """One run."""
+
+    model: str
+    evaluation: str
+    checkpoint: str
+    rows: tuple[Judged, ...]
+    environment: Environment
+    commit: str
+    tools: dict[str, str]
 
 
 @app.command()
@@ -56,71 +81,91 @@ def main(
     """Judge every artifact on each kind of text; exit 1 if one does not run."""
     threads = devices.thread_count(devices.load("host"))
     further = [recipe.strip() for recipe in also.split(",") if recipe.strip()]
-    pairs = [(recipe, target) for recipe in recipes for target in OUR_FORMS] + [(recipe, ONNX) for recipe in further]
-    folders = {pair: contenders.built(load_plan(model, *pair), source) for pair in pairs}
+    pairs = [(recipe, target) for recipe in recipes for target in names("targets")]
+    pairs += [(recipe, ONE_TARGET) for recipe in further]
+    folders = {pair: exports.built(load_plan(model, *pair), source) for pair in pairs}
     first = next(iter(folders.values()))
-    ready = [ours(recipe, OUR_FORMS[target], folder, threads) for (recipe, target), folder in folders.items()]
-    ready += llama_cpps(first, source, threads)
-    found = study_page.study(model, eval_name, manifest.read(ROOT / first), judged(ready, first, source, eval_name))
-    print("\n" + plain(domain_table.rows(found.rows)))
+    files = [_ours(recipe, folder, threads) for (recipe, _), folder in folders.items()]
+    files += _llama_cpps(first, source, threads)
+    openings = {file.label: file.opening for file in files}
+    judged = fidelity.judge(openings, ROOT / first, source, fidelity.windows(ROOT / first, eval_name))
+    study = Study(
+        model=model,
+        evaluation=eval_name,
+        checkpoint=manifest.read(ROOT / first).checkpoint.description,
+        rows=tuple(
+            Judged(label=file.label, runtime=file.runtime, size_bytes=file.size_bytes, ours=file.ours, fidelity=loss)
+            for file, loss in zip(files, judged, strict=True)
+        ),
+        environment=environment.current(),
+        commit=source_info().commit,
+        tools=tool_versions(),
+    )
+    print("\n" + plain(_table(study)))
     if write:
-        for path in study_page.write(found, write, command(model, recipes, also, write)):
-            print(f"written: {path.relative_to(ROOT)}")
-    if any(row.fidelity.outcome is not Outcome.PASS for row in found.rows):
+        options = f" --also {also}" if also else ""  # DIR: the real path belongs to this machine
+        command = (
+            f"python -m runtime_tests.bench.study {model} {' '.join(recipes)}{options} --source DIR --write {write}"
+        )
+        publish.publish_study(write, study, page(study, write, command), figure(study))
+    if any(row.fidelity.outcome is not Outcome.PASS for row in study.rows):
         raise typer.Exit(1)
 
 
-def command(model: str, recipes: list[str], also: str, write: str) -> str:
-    """As it is typed; where the weights were is this machine's own."""
-    further = f" --also {also}" if also else ""
-    return f"python -m runtime_tests.bench.study {model} {' '.join(recipes)}{further} --source DIR --write {write}"
+def _table(study: Study) -> list[Row]:
+    return tables.rated(tables.Rated(row.label, row.runtime, row.size_bytes, row.fidelity) for row in study.rows)
 
 
-def ours(recipe: str, form: Form, folder: Path, threads: int) -> Ready:
-    """One artifact folder of ours."""
-    described = manifest.read(ROOT / folder)
-    opening = Opening(
-        runner=form.runner,
-        path=str(ROOT / folder / RUNTIMES[form.runner].file),
-        tokenizer=str(ROOT / folder / "tokenizer.json"),
-        context=described.contract.kv.context_length,
-        threads=threads,
+def page(study: Study, name: str, command: str) -> str:
+    """docs/NAME.md."""
+    evaluation = load_named(Evaluation, "evals", study.evaluation)
+    return templates.render(
+        publish.TEMPLATES / "study.md.j2",
+        run=study,
+        evaluation=evaluation,
+        table=_table(study),
+        figure=f"{name}.svg",
+        command=command,
     )
-    return Ready(f"{form.label}, {recipe}", RUNTIMES[form.runner].label, described.artifact_bytes, True, opening)
 
 
-def llama_cpps(folder: Path, source: str | None, threads: int) -> Iterator[Ready]:
-    """llama.cpp's mixtures of the same weights; where they cannot be had, it is said."""
+def figure(study: Study) -> str:
+    """Every file's mean KL over its size."""
+    points = [
+        Point(row.size_bytes / 1e6, tables.overall(row.fidelity), row.label, row.ours)
+        for row in study.rows
+        if row.fidelity.outcome is Outcome.PASS
+    ]
+    return scatter(points, "mean KL over size", "MB", "mean KL of all kinds, nats")
+
+
+def _ours(recipe: str, folder: Path, threads: int) -> _File:
     described = manifest.read(ROOT / folder)
-    for kind in LLAMA_CPP_KINDS:
+    return _File(
+        label=f"our {Path(described.plan.target.artifact).suffix}, {recipe}",
+        runtime=session_module(described).RUNTIME,
+        size_bytes=described.artifact_bytes,
+        ours=True,
+        opening=contenders.opening(SESSION, folder, folder, threads),
+    )
+
+
+def _llama_cpps(folder: Path, source: str | None, threads: int) -> Iterator[_File]:
+    """llama.cpp's mixtures of the same weights; those that cannot be made are left out with a warning."""
+    described = manifest.read(ROOT / folder)
+    for kind in _LLAMA_CPP_KINDS:
         try:
-            made = make(f"llamacpp-{kind}", described, folder / manifest.FILE, source)
+            made = Path(make(f"llamacpp-{kind}", described, folder / manifest.FILE, source).folder)
         except NotMadeError as error:
             console.print(f"left out: llama.cpp {kind}: {error}", style="yellow", soft_wrap=True)
             continue
-        opening = Opening(
-            runner="llamacpp",
-            path=str(ROOT / made.folder / RUNTIMES["llamacpp"].file),
-            tokenizer=str(ROOT / folder / "tokenizer.json"),
-            context=described.contract.kv.context_length,
-            threads=threads,
+        yield _File(
+            label=f"llama.cpp {kind.upper()}",
+            runtime=RUNTIMES["llamacpp"].label,
+            size_bytes=contenders.model_bytes(made),
+            ours=False,
+            opening=contenders.opening("llamacpp", made / forms.GGUF, folder, threads),
         )
-        size = contenders.model_bytes(Path(made.folder))
-        yield Ready(f"llama.cpp {kind.upper()}", RUNTIMES["llamacpp"].label, size, False, opening)
-
-
-def judged(ready: list[Ready], folder: Path, source: str | None, eval_name: str) -> Iterator[Judged]:
-    """Every file against the fp32 model of the checkpoint, on the same windows."""
-    described, cut = manifest.read(ROOT / folder), fidelity.windows(ROOT / folder, eval_name)
-    with tempfile.TemporaryDirectory(prefix=".logits-", dir=ROOT / BENCH) as scratch:
-        room = Path(scratch)
-        np.save(room / "tokens.npy", cut.tokens)
-        with stage("reference", "fp32 logits"):
-            fidelity.compute_reference(ROOT / folder, source, cut, room, threads=ready[0].opening.threads)
-        for one in ready:
-            with stage("accuracy", f"{one.label}, {one.runtime}"):
-                found: Fidelity = fidelity.judge_one(one.label, one.opening, described, cut, room)
-            yield Judged(label=one.label, runtime=one.runtime, size_bytes=one.size_bytes, ours=one.ours, fidelity=found)
 
 
 if __name__ == "__main__":

@@ -1,103 +1,223 @@
-"""Rates, accuracy, ratios and export times of a benchmark as rows of text. Knows nothing about where they are shown."""
+"""A benchmark as rows of text, header first; a table of which nothing was measured has no rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from statistics import mean
+from typing import NamedTuple, TypeVar
 
-from .results import Benchmark, Entry, Fidelity
-from .table_text import NONE, Row, with_quartiles, with_spread
-from .timing import Timing
+from export.toolbox.tables import NONE, Row
+
+from .results import Benchmark, Entry, Fidelity, Ratio, Spread, Timing
+
+Item = TypeVar("Item")
+_Metric = Callable[[Timing], float]
+_Cell = Callable[[Entry], str]
+_CONTENDER: dict[str, _Cell] = {"artifact": lambda entry: entry.label, "runtime": lambda entry: entry.runtime}
+_ALLOWANCE_BYTES = 150_000_000
+"""What a runtime may take beside the model and its cache: the bound that peak memory is shown beside."""
+
+
+class Rated(NamedTuple):
+    """A file whose logits were compared with the fp32 model's."""
+
+    label: str
+    runtime: str
+    size_bytes: int
+    fidelity: Fidelity
 
 
 def measured(run: Benchmark) -> list[Row]:
-    """Header and a row per contender: size, times, rates, memory, accuracy."""
-    first = min(run.settings.prompts)
-    prefills = (f"prefill {n} tok/s" for n in run.settings.prompts)
-    decode = f"decode {run.settings.generate} tok/s"
-    header: Row = ("artifact", "runtime", "MB", "load s", f"TTFT {first} ms", *prefills, decode)
-    header += ("peak RSS MB", "KL to fp32", "top-1")
-    return [header, *(measured_row(run, entry) for entry in run.entries)]
+    """A row per contender: size, times, rates, memory, accuracy; medians with p10 and p90 behind them."""
+    accuracy = {fidelity.contender: fidelity for fidelity in run.fidelity if fidelity.positions}
 
+    def peak(entry: Entry) -> str:
+        spread = run.spread(entry.name, lambda timing: timing.peak_rss_bytes / 1e6)
+        return f"{spread.median:.0f}" if spread else NONE
 
-def measured_row(run: Benchmark, entry: Entry) -> Row:
-    """One contender: medians with p10 and p90 behind them."""
-
-    def cell(metric: Callable[[Timing], float], digits: int) -> str:
-        return with_spread(run.spread(entry.name, metric), digits)
-
-    rates = (cell(prefill(n), 0) for n in run.settings.prompts)
-    memory = run.spread(entry.name, lambda timing: timing.peak_rss_bytes / 1e6)
-    return (
-        entry.label,
-        entry.runtime,
-        f"{entry.size_bytes / 1e6:.1f}",
-        cell(lambda timing: timing.load_ns / 1e9, 2),
-        cell(lambda timing: timing.ttft_s * 1e3, 0),
-        *rates,
-        cell(lambda timing: timing.decode_tps, 1),
-        f"{memory.median:.0f}" if memory else NONE,
-        *accuracy_cells(run, entry.name),
-    )
-
-
-def prefill(length: int) -> Callable[[Timing], float]:
-    """The metric of one prompt length."""
-    return lambda timing: timing.prefill_tps(length)
-
-
-def accuracy_cells(run: Benchmark, name: str) -> Row:
-    """Mean KL and top-1 agreement, where logits were compared."""
-    found: Fidelity | None = next((f for f in run.fidelity if f.contender == name and f.positions), None)
-    return (f"{found.mean_kl:.3f}", f"{found.top1:.1%}") if found else (NONE, NONE)
+    columns = _CONTENDER | {
+        "MB": lambda entry: _megabytes(entry.size_bytes),
+        "load s": _spread(run, lambda timing: timing.load_ns / 1e9, 2),
+        f"TTFT {min(run.settings.prompts)} ms": _spread(run, lambda timing: timing.ttft_s * 1e3, 0),
+        **{f"prefill {length} tok/s": _spread(run, prefill(length), 0) for length in run.settings.prompts},
+        f"decode {run.settings.generate} tok/s": _spread(run, decode, 1),
+        "peak RSS MB": peak,
+        "KL to fp32": lambda entry: f"{accuracy[entry.name].mean_kl:.3f}" if entry.name in accuracy else NONE,
+        "top-1": lambda entry: f"{accuracy[entry.name].top1:.1%}" if entry.name in accuracy else NONE,
+    }
+    return _rows(run.entries, columns)
 
 
 def compared(run: Benchmark) -> list[Row]:
-    """Header and a row per pair, ours over stock: above 1 is more."""
-    prefills = (f"prefill {n}" for n in run.settings.prompts)
-    far = (f"decode at {run.settings.far_position}",) if run.settings.far_prompt else ()
-    header: Row = ("ours", "stock", "decode", "so decode is", "decode, fastest pass", *far, *prefills)
-    header += ("load time", "peak RSS", "size")
-    by_name = {entry.name: entry for entry in run.entries}
-    pairs = [(ours, by_name[name]) for ours in run.entries for name in ours.against if name in by_name]
-    return [header, *(compared_row(run, ours, theirs) for ours, theirs in pairs)]
+    """A row per pair, ours over stock, above 1 is more: medians of each repetition's ratios, with their quartiles."""
+    entries = {entry.name: entry for entry in run.entries}
+    pairs = [(ours, entries[name]) for ours in run.entries for name in ours.against if name in entries]
+
+    def cell(metric: _Metric) -> Callable[[tuple[Entry, Entry]], str]:
+        return lambda pair: _with_quartiles(run.ratio(pair[0].name, pair[1].name, metric))
+
+    def verdict(pair: tuple[Entry, Entry]) -> str:
+        ratio = run.ratio(pair[0].name, pair[1].name, decode)
+        return ratio.verdict if ratio else NONE
+
+    def fastest(pair: tuple[Entry, Entry]) -> str:
+        ours, theirs = (run.fastest_decode_tps(entry.name) for entry in pair)
+        return f"{ours / theirs:.2f}" if ours and theirs else NONE
+
+    far = {f"decode at {run.settings.far_position}": cell(far_decode)} if run.settings.far_prompt else {}
+    columns: dict[str, Callable[[tuple[Entry, Entry]], str]] = {
+        "ours": lambda pair: f"{pair[0].label}, {pair[0].runtime}",
+        "stock": lambda pair: pair[1].label,
+        "decode": cell(decode),
+        "so decode is": verdict,
+        "decode, fastest pass": fastest,
+        **far,
+        **{f"prefill {length}": cell(prefill(length)) for length in run.settings.prompts},
+        "load time": cell(lambda timing: timing.load_ns / 1e9),
+        "peak RSS": cell(lambda timing: timing.peak_rss_bytes),
+        "size": lambda pair: f"{pair[0].size_bytes / pair[1].size_bytes:.2f}",
+    }
+    return _rows(pairs, columns)
 
 
-def compared_row(run: Benchmark, ours: Entry, theirs: Entry) -> Row:
-    """One pair: medians of the ratios of each repetition, with their quartiles."""
+def long_context(run: Benchmark) -> list[Row]:
+    """A row per contender: decoding far into the cache against decoding near its beginning."""
+    if not run.settings.far_prompt:
+        return []
+    columns = _CONTENDER | {
+        f"decode at {run.settings.near_position} tok/s": _spread(run, decode, 1),
+        f"decode at {run.settings.far_position} tok/s": _spread(run, far_decode, 1),
+        "far over near": _spread(run, lambda timing: timing.far_decode_tps / timing.decode_tps, 2),
+    }
+    return _rows(run.entries, columns)
 
-    def cell(metric: Callable[[Timing], float]) -> str:
-        return with_quartiles(run.ratio(ours.name, theirs.name, metric))
 
-    decode = run.ratio(ours.name, theirs.name, lambda timing: timing.decode_tps)
-    return (
-        f"{ours.label}, {ours.runtime}",
-        theirs.label,
-        with_quartiles(decode),
-        decode.verdict if decode else NONE,
-        fastest(run, ours.name, theirs.name),
-        *((cell(lambda timing: timing.far_decode_tps),) if run.settings.far_prompt else ()),
-        *(cell(prefill(n)) for n in run.settings.prompts),
-        cell(lambda timing: timing.load_ns / 1e9),
-        cell(lambda timing: timing.peak_rss_bytes),
-        f"{ours.size_bytes / theirs.size_bytes:.2f}",
+def memory(run: Benchmark) -> list[Row]:
+    """A row per contender: model + cache of the whole context + 150 MB, and the most that any repetition held."""
+
+    def cache(entry: Entry) -> int:
+        return entry.kv_bytes_per_position * run.settings.context
+
+    def most(metric: _Metric) -> _Cell:
+        return lambda entry: f"{max(values) / 1e6:.0f}" if (values := run.values(entry.name, metric).values()) else NONE
+
+    columns = _CONTENDER | {
+        "model MB": lambda entry: _megabytes(entry.size_bytes),
+        "cache MB": lambda entry: _megabytes(cache(entry)),
+        "model + cache + 150 MB": lambda entry: f"{(entry.size_bytes + cache(entry) + _ALLOWANCE_BYTES) / 1e6:.0f}",
+        f"peak RSS after {max(run.settings.prompts)} tokens MB": most(lambda timing: timing.peak_rss_bytes),
+    }
+    if run.settings.far_prompt:
+        columns[f"peak RSS after {run.settings.far_prompt} tokens MB"] = most(lambda timing: timing.far_peak_rss_bytes)
+    return _rows(run.entries, columns)
+
+
+def bandwidth(run: Benchmark) -> list[Row]:
+    """A row per contender: bytes each decoded token must read, and the share of the bound it reaches."""
+
+    def cache(position: int) -> _Cell:
+        return lambda entry: _megabytes(entry.kv_bytes_per_position * position)
+
+    def share(position: int, metric: _Metric) -> _Cell:
+        return lambda entry: _with_spread(run.bound_share(entry, metric, position), 2)
+
+    columns = _CONTENDER | {"weights MB/token": lambda entry: _megabytes(entry.weight_bytes_per_token)}
+    places = {run.settings.near_position: decode}
+    if run.settings.far_prompt:
+        places[run.settings.far_position] = far_decode
+    for position, metric in places.items():
+        columns[f"cache at {position} MB"] = cache(position)
+        columns[f"share of bandwidth at {position}"] = share(position, metric)
+    return _rows(run.entries, columns)
+
+
+def overheads(run: Benchmark) -> list[Row]:
+    """A row per session of ours: what a step spends around the runtime's call."""
+    return _rows(
+        run.overheads,
+        {
+            "session": lambda overhead: overhead.label,
+            "step ms": lambda overhead: f"{overhead.step_s * 1e3:.2f}",
+            "of it our code µs": lambda overhead: f"{overhead.own_s * 1e6:.0f}",
+            "share of the step": lambda overhead: f"{overhead.share:.1%}",
+        },
     )
 
 
-def fastest(run: Benchmark, ours: str, theirs: str) -> str:
-    """Ratio of the two fastest passes; no spread, for each is one number."""
-    rates = run.fastest_decode_tps(ours), run.fastest_decode_tps(theirs)
-    return f"{rates[0] / rates[1]:.2f}" if rates[0] and rates[1] else NONE
-
-
 def exports(run: Benchmark) -> list[Row]:
-    """Header and a row per exporter; a time means nothing where it is not known what else ran."""
-    header: Row = ("exporter", "seconds", "peak RSS GB", "load average when it started")
-    rows = [
-        (
-            cost.label,
-            f"{cost.seconds:.0f}",
-            f"{cost.peak_rss_bytes / 1e9:.1f}",
-            f"{cost.load_average_1min:.1f}",
-        )
-        for cost in run.exports
-        if cost.load_average_1min is not None
-    ]
-    return [header, *rows]
+    """A row per exporter; a time without a load average is left out, for other work may have run beside it."""
+    return _rows(
+        [cost for cost in run.exports if cost.load_average_1min is not None],
+        {
+            "exporter": lambda cost: cost.label,
+            "seconds": lambda cost: f"{cost.seconds:.0f}",
+            "peak RSS GB": lambda cost: f"{cost.peak_rss_bytes / 1e9:.1f}",
+            "load average when it started": lambda cost: f"{cost.load_average_1min:.1f}",
+        },
+    )
+
+
+def domains(run: Benchmark) -> list[Row]:
+    """What `rated` shows, of the contenders of a benchmark that were judged on several kinds of text."""
+    entries = {entry.name: entry for entry in run.entries}
+    judged = [(entries[fidelity.contender], fidelity) for fidelity in run.fidelity if len(fidelity.kl_by_domain) > 1]
+    return rated([Rated(entry.label, entry.runtime, entry.size_bytes, fidelity) for entry, fidelity in judged])
+
+
+def rated(files: Iterable[Rated]) -> list[Row]:
+    """A row per file: mean KL to the fp32 model on each kind of text, the least first."""
+    judged = sorted((file for file in files if file.fidelity.kl_by_domain), key=lambda file: overall(file.fidelity))
+
+    def mean_kl(kind: str) -> Callable[[Rated], str]:
+        return lambda file: f"{file.fidelity.kl_by_domain[kind]:.4f}"
+
+    columns: dict[str, Callable[[Rated], str]] = {
+        "artifact": lambda file: file.label,
+        "runtime": lambda file: file.runtime,
+        "MB": lambda file: _megabytes(file.size_bytes),
+        "KL, mean of all kinds": lambda file: f"{overall(file.fidelity):.4f}",
+        **{kind: mean_kl(kind) for file in judged[:1] for kind in file.fidelity.kl_by_domain},
+        "top-1": lambda file: f"{file.fidelity.top1:.1%}",
+    }
+    return _rows(judged, columns)
+
+
+def overall(fidelity: Fidelity) -> float:
+    """Mean KL, nats. Every kind of text counts alike, however many tokens it has."""
+    return mean(fidelity.kl_by_domain.values())
+
+
+def prefill(length: int) -> _Metric:
+    """The rate of one prompt length."""
+    return lambda timing: timing.prefill_tps(length)
+
+
+def decode(timing: Timing) -> float:
+    """The rate near the beginning of the cache."""
+    return timing.decode_tps
+
+
+def far_decode(timing: Timing) -> float:
+    """The rate far into the cache."""
+    return timing.far_decode_tps
+
+
+def _rows(items: Iterable[Item], columns: Mapping[str, Callable[[Item], str]]) -> list[Row]:
+    body: list[Row] = [tuple(cell(item) for cell in columns.values()) for item in items]
+    return [tuple(columns), *body] if body else []
+
+
+def _spread(run: Benchmark, metric: _Metric, digits: int) -> _Cell:
+    return lambda entry: _with_spread(run.spread(entry.name, metric), digits)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f}"
+
+
+def _with_spread(spread: Spread | None, digits: int) -> str:
+    if spread is None:
+        return NONE
+    return f"{spread.median:.{digits}f} ({spread.p10:.{digits}f}–{spread.p90:.{digits}f})"
+
+
+def _with_quartiles(ratio: Ratio | None) -> str:
+    return NONE if ratio is None else f"{ratio.median:.2f} ({ratio.q1:.2f}–{ratio.q3:.2f})"

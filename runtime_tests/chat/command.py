@@ -7,20 +7,12 @@ from typing import Annotated
 import typer
 
 import devices
-from export import manifest, tokenizer
+from export import manifest
+from export.checkpoints import tokenizer
 from export.errors import ExportError
-from export.progress import stage
-
-NAME = "chat"
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+from export.host.console import stage
 
 
-@app.callback()
-def group() -> None:
-    """Use a built artifact."""
-
-
-@app.command(NAME)
 def chat(
     folder: Annotated[Path, typer.Argument(metavar="PATH", help="an artifact folder")],
     system: Annotated[str | None, typer.Option(help="system message; default: the chat template's own")] = None,
@@ -38,13 +30,12 @@ def chat(
     os.environ["HF_HUB_OFFLINE"] = "1"
     with stage("load", described.id):
         manifest.verify_files(folder, described)
-        from ..worker import LoadError, opened
-        from .conversation import Conversation
-        from .kept_cache import KeptCache
-        from .sampling import Sampler
+        from runtime_tests.jobs.worker import LoadError, opened
+
+        from .conversation import Conversation, PrefixCache, Sampler
         from .terminal import Terminal, say
 
-        words = tokenizer.load(folder)
+        loaded_tokenizer = tokenizer.load(folder)
         try:
             session = opened(str(folder), devices.physical_threads())
         except LoadError as error:
@@ -52,15 +43,14 @@ def chat(
     if not session.measures_speed:
         say("its runtime is not on this machine; the reference evaluator computes the same, much slower")
     conversation = Conversation(
-        cache=KeptCache(session),
-        tokenizer=words,
+        cache=PrefixCache(session),
+        tokenizer=loaded_tokenizer,
         ids=described.tokenizer,
-        context_length=described.contract.kv.context_length,
         choose=Sampler(temperature, 1.0 if top_p is None else top_p, seed),
         max_new_tokens=max_new_tokens,
     )
     conversation.system = system
-    whole = Terminal(conversation, session.measures_speed).run()
+    answered = Terminal(conversation, session.measures_speed).run()
     session.close()
-    if not whole:
+    if not answered:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""A conversation as the artifact's own chat template writes it, answered through one kept cache. Knows no terminal."""
+"""A conversation by the artifact's own chat template, answered through one KV cache that is reused between turns."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -10,16 +10,59 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers.decoders import DecodeStream
 
-from export import chat_template
-from export.contract import TokenizerIds
+from export.checkpoints import chat_template
+from export.errors import ExportError
+from export.manifest import TokenizerIds
+from runtime_tests.sessions import common_prefix
+from runtime_tests.sessions.base import Session
 
-from .kept_cache import KeptCache
+PIECE = 128
+"""Tokens of a prompt that are fed between two checks for Ctrl-C."""
 
-Message = dict[str, str]
+
+class PrefixCache:
+    """A session's KV cache between turns: the next prompt is fed from where it differs from the cached tokens."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.tokens: list[int] = []
+        """Fed so far, first to last."""
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that fit."""
+        return self.session.context_length
+
+    def share(self, prompt: Sequence[int]) -> int:
+        """Rewind to the common prefix of cache and prompt; its length in tokens.
+
+        The prompt's last token is never counted: it must be fed to get the logits after it.
+        """
+        shared = min(common_prefix(self.tokens, prompt), len(prompt) - 1)
+        if shared == 0:
+            self.session.reset()
+        elif shared < len(self.tokens):
+            self.session.rewind(shared)
+        del self.tokens[shared:]
+        return shared
+
+    def feed(self, tokens: Sequence[int], stopped: Callable[[], bool]) -> NDArray[np.float32] | None:
+        """Continue the cache; logits [V] after the last token, or None where it was stopped before that."""
+        logits = None
+        for start in range(0, len(tokens), PIECE):
+            if stopped():
+                return None
+            piece = tokens[start : start + PIECE]
+            logits = self.session.feed(piece)
+            self.tokens.extend(piece)
+        return logits
+
+
+_Message = dict[str, str]
 
 
 class End(Enum):
-    """Why an answer ended, in words; empty where there is nothing to say."""
+    """Why an answer ended, for people; empty where the model ended it."""
 
     MODEL = ""
     NOT_BEGUN = "stopped before it began; the message is left out"
@@ -34,7 +77,7 @@ class NoRoomError(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer, and what it took."""
+    """One answer with its counts and times."""
 
     text: str
     end: End
@@ -55,33 +98,32 @@ class Conversation:
 
     def __init__(
         self,
-        cache: KeptCache,
+        cache: PrefixCache,
         tokenizer: Any,
         ids: TokenizerIds,
-        context_length: int,
         choose: Callable[[NDArray[np.float32]], int],
         max_new_tokens: int,
     ) -> None:
         self.cache, self.tokenizer, self.choose = cache, tokenizer, choose
         self.ends = {*ids.eos_ids, tokenizer.eos_token_id}
-        self.context_length, self.max_new_tokens = context_length, max_new_tokens
+        self.max_new_tokens = max_new_tokens
         self.system: str | None = None
-        """The system message; None: what the template says by itself."""
-        self.turns: list[Message] = []
+        """The system message; None: the template's own."""
+        self.turns: list[_Message] = []
 
     def ask(self, message: str, show: Callable[[str], None], stopped: Callable[[], bool]) -> Answer:
         """Answer a message, showing whole characters as they come.
 
-        `stopped` is asked between tokens. What was shown by then stays in the conversation; a message that was stopped
+        `stopped` is called between tokens. The text shown by then stays in the conversation; a message that was stopped
         before its answer began does not. Raises NoRoomError; ExportError: the template cannot write the message.
         """
         started = time.perf_counter()
-        asked = [*self.turns, {"role": "user", "content": message}]
-        prompt = self.prompt(asked)
-        if len(prompt) > self.context_length:
+        turns = [*self.turns, {"role": "user", "content": message}]
+        prompt = self.prompt(turns)
+        if len(prompt) > self.cache.context_length:
             raise NoRoomError(
                 f"the context is full: this conversation has {len(prompt)} tokens, the artifact's context "
-                f"{self.context_length}; the message is left out, /reset begins anew"
+                f"{self.cache.context_length}; the message is left out, /reset begins anew"
             )
         new = prompt[self.cache.share(prompt) :]
         prefill_started = time.perf_counter()
@@ -92,10 +134,9 @@ class Conversation:
         token = self.choose(logits)
         ttft_s = time.perf_counter() - started
         text, end, steps_s = self.decode(token, show, stopped)
-        self.turns = [*asked, {"role": "assistant", "content": text}]
-        return Answer(
-            text, end, len(new), prefill_s, len(steps_s), sum(steps_s), ttft_s, len(self.cache.tokens)
-        )  # fmt: skip
+        self.turns = [*turns, {"role": "assistant", "content": text}]
+        used = len(self.cache.tokens)
+        return Answer(text, end, len(new), prefill_s, len(steps_s), sum(steps_s), ttft_s, used)
 
     def decode(
         self, token: int, show: Callable[[str], None], stopped: Callable[[], bool]
@@ -110,7 +151,7 @@ class Conversation:
                 show(piece)
             if len(steps_s) + 1 == self.max_new_tokens:
                 return text, End.LIMIT, steps_s
-            if len(self.cache.tokens) == self.context_length:
+            if len(self.cache.tokens) == self.cache.context_length:
                 return text, End.CONTEXT, steps_s
             started = time.perf_counter()
             logits = self.cache.feed([token], stopped)
@@ -120,11 +161,36 @@ class Conversation:
             token = self.choose(logits)
         return text, End.MODEL, steps_s
 
-    def prompt(self, turns: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation up to where the assistant speaks; the template brings its own BOS."""
+    def prompt(self, turns: Sequence[_Message]) -> list[int]:
+        """Token ids of a conversation up to the assistant's answer; the BOS is the template's own."""
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return chat_template.token_ids(self.tokenizer, [*system, *turns], "this message")
 
     def reset(self) -> None:
         """Forget every turn; the system message stays."""
         self.turns = []
+
+
+class Sampler:
+    """The most likely token at temperature 0; above, one drawn from the nucleus.
+
+    `top_p`: the fewest most likely tokens whose probabilities reach it (Holtzman et al. 2019, arXiv 1904.09751).
+    """
+
+    def __init__(self, temperature: float, top_p: float, seed: int | None) -> None:
+        self.temperature, self.top_p = temperature, top_p
+        self.generator = np.random.default_rng(seed)
+
+    def __call__(self, logits: NDArray[np.float32]) -> int:
+        """Logits [V] → token id. Raises ExportError: NaN or infinity."""
+        if not np.isfinite(logits).all():
+            raise ExportError("the artifact computes NaN or infinity; validate it with `python -m runtime_tests`")
+        if self.temperature == 0:
+            return int(logits.argmax())
+        order = np.argsort(-logits, kind="stable")
+        scaled = (logits[order].astype(np.float64) - logits[order[0]]) / self.temperature
+        probabilities = np.exp(scaled)
+        probabilities /= probabilities.sum()
+        before = np.cumsum(probabilities) - probabilities
+        nucleus = probabilities[: max(1, int((before < self.top_p).sum()))]
+        return int(order[self.generator.choice(len(nucleus), p=nucleus / nucleus.sum())])

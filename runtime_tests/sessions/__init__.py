@@ -1,1 +1,51 @@
-"""One module per runtime, found by the name in the target YAML."""
+"""Sessions: an artifact opened in its runtime. Each runtime has a module, found by the name in the target's YAML."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from export.manifest import Manifest
+
+from .base import Session
+
+__all__ = ["Session", "open_session", "session_module"]
+
+
+class _SessionModule(Protocol):
+    RUNTIME: str
+    """The name of what runs an artifact, for people."""
+
+    def runtime_calls(self) -> list[tuple[type[Any], str]]:
+        """Class and method of every call that passes work to the runtime."""
+
+    def open_session(self, folder: Path, manifest: Manifest, *, threads: int) -> Session:
+        """Load the artifact of a folder."""
+
+
+def session_module(manifest: Manifest) -> _SessionModule:
+    """The module that the artifact's target names; importing it imports its runtime."""
+    module = importlib.import_module(f"runtime_tests.sessions.{manifest.plan.target.session}")
+    return cast(_SessionModule, module)
+
+
+def open_session(folder: Path, manifest: Manifest, *, threads: int) -> Session:
+    """Load an artifact in the runtime that its target names. Raises whatever the runtime raises."""
+    return session_module(manifest).open_session(folder, manifest, threads=threads)
+
+
+def greedy(
+    session: Session, prompt: Sequence[int], most: int, ended: Callable[[Sequence[int]], bool] = lambda _: False
+) -> list[int]:
+    """The most likely tokens after a prompt: `most` of them, or up to the first one after which `ended` holds."""
+    session.reset()
+    tokens = [int(session.feed(prompt).argmax())]
+    while len(tokens) < most and not ended(tokens):
+        tokens.append(int(session.feed(tokens[-1:]).argmax()))
+    return tokens
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two answers share before the first difference."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

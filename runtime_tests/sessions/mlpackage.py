@@ -1,118 +1,114 @@
-"""Core ML sessions: the real runtime on a Mac, the evaluator of the saved package elsewhere. Knows no tokenizer."""
+"""Core ML packages: in Core ML on a Mac, in our evaluator of the saved package elsewhere.
+
+Copied to Macs as a runner, where it needs only Python 3.9, numpy and coremltools; `Evaluated` is not used there.
+"""
+
+from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from export.manifest import Manifest
+from .base import Session
 
-Floats = NDArray[np.floating[Any]]
-MASKED = np.float16(-65504)
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from export.manifest import IOContract, Manifest
+
+RUNTIME = "Core ML" if sys.platform == "darwin" else "our evaluator of the saved package"
 PIECE = 512
-"""Most tokens per call: the package returns logits of every position, [tokens, vocabulary]."""
+"""Most tokens per call: the package returns logits of every position, 512 × 128,256 × 2 bytes = 131 MB."""
 
 
-class CoreML:
-    """Core ML itself; macOS 15 or later."""
+class PackageSession(Session):
+    """One package and one state; `model` has Core ML's `make_state` and `predict`."""
 
-    measures_speed = True
-
-    def __init__(self, package: Path) -> None:
-        import coremltools as ct
-
-        self.model: Any = ct.models.MLModel(str(package), compute_units=ct.ComputeUnit.CPU_AND_GPU)
-        self.state: Any = self.model.make_state()
+    def __init__(self, model: Any, contract: IOContract, *, measures_speed: bool) -> None:
+        super().__init__(contract.kv.context_length, min(contract.max_prefill, PIECE), contract.logits)
+        self.measures_speed = measures_speed
+        self.ids, self.mask = (spec.name for spec in contract.inputs)
+        self.output = contract.outputs[0].name
+        self.model = model
+        self.reset()
 
     def reset(self) -> None:
+        super().reset()
         self.state = self.model.make_state()
 
-    def predict(self, ids: NDArray[np.int32], mask: NDArray[np.float16]) -> Floats:
-        """ids [1, q], mask [1, 1, q, e] → logits [q, V], in the package's own precision."""
-        result = self.model.predict({"inputIds": ids, "causalMask": mask}, state=self.state)
-        logits: Floats = np.asarray(result["logits"])[0]
+    def step(self, tokens: Sequence[int], position: int) -> NDArray[np.floating[Any]]:
+        inputs = {self.ids: np.array([tokens], np.int32), self.mask: _causal_mask(position, len(tokens))}
+        logits: NDArray[np.floating[Any]] = np.asarray(self.model.predict(inputs, state=self.state)[self.output])[0]
         return logits
 
 
-class Reference:
-    """The evaluator: correctness only."""
+def _causal_mask(past: int, new: int) -> NDArray[np.float16]:
+    """0 for the slots that a new token may attend to, fp16's lowest number for later ones: [1, 1, new, past + new].
 
-    measures_speed = False
+    The program reads as many slots of the cache as the mask is wide.
+    """
+    hidden = np.triu(np.ones((new, past + new), bool), k=past + 1)
+    return np.where(hidden, np.float16(-65504), np.float16(0))[None, None]
+
+
+class Evaluated:
+    """The evaluator of the saved package with the interface of a Core ML model; its speed means nothing."""
 
     def __init__(self, package: Path, threads: int) -> None:
-        from ..mil_evaluator import Evaluator
+        import torch
 
-        self.threads = threads
+        from runtime_tests.coreml.evaluator import Evaluator
+
+        self.torch, self.threads = torch, threads
         torch.set_num_threads(1)
         self.evaluator = Evaluator(package)
 
-    def reset(self) -> None:
+    def make_state(self) -> dict[str, Any]:
         self.evaluator.reset()
+        return self.evaluator.states
 
-    def predict(self, ids: NDArray[np.int32], mask: NDArray[np.float16]) -> Floats:
-        # one row is bound by memory; on a busy machine the barriers of two threads cost ten times the work itself
-        torch.set_num_threads(1 if ids.shape[1] == 1 else self.threads)
-        result = self.evaluator.predict({"inputIds": torch.from_numpy(ids), "causalMask": torch.from_numpy(mask)})
-        logits: Floats = result["logits"][0].numpy()
-        return logits
-
-
-class PackageSession:
-    """A `.mlpackage` behind the session protocol."""
-
-    def __init__(self, runtime: CoreML | Reference, context_length: int, max_prefill: int) -> None:
-        self.runtime: CoreML | Reference | None = runtime
-        self.context_length = context_length
-        self.piece = min(max_prefill, PIECE)
-        self.position = 0
-        self.measures_speed = runtime.measures_speed
-
-    def reset(self) -> None:
-        assert self.runtime is not None, "the session is closed"
-        self.runtime.reset()
-        self.position = 0
-
-    def rewind(self, length: int) -> None:
-        self.position = length  # the mask hides what was written after it
-
-    def feed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        for logits in self.pieces(tokens):
-            last: Floats = logits[-1]
-        return last.astype(np.float32)
-
-    def feed_each(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = np.concatenate(list(self.pieces(tokens)), dtype=np.float32)
-        return logits
-
-    def pieces(self, tokens: Sequence[int]) -> Iterator[Floats]:
-        """Logits [q, V] of one call after the other."""
-        assert self.runtime is not None, "the session is closed"
-        if not tokens:
-            raise ValueError("feed needs at least one token")
-        if self.position + len(tokens) > self.context_length:
-            raise ValueError(f"{self.position} + {len(tokens)} tokens exceed the context of {self.context_length}")
-        for first in range(0, len(tokens), self.piece):
-            ids = np.array([tokens[first : first + self.piece]], np.int32)
-            logits = self.runtime.predict(ids, causal_mask(self.position, ids.shape[1]))
-            self.position += ids.shape[1]
-            yield logits
-
-    def close(self) -> None:
-        self.runtime = None
+    def predict(self, inputs: dict[str, NDArray[Any]], state: dict[str, Any]) -> dict[str, NDArray[Any]]:
+        self.evaluator.states = state
+        ids, _mask = inputs.values()
+        # one row is bound by memory: on a busy machine the barriers of two threads cost ten times the work itself
+        self.torch.set_num_threads(1 if ids.size == 1 else self.threads)
+        outputs = self.evaluator.predict({name: self.torch.from_numpy(values) for name, values in inputs.items()})
+        return {name: values.numpy() for name, values in outputs.items()}
 
 
-def causal_mask(past: int, new: int) -> NDArray[np.float16]:
-    """0 for slots a new token may see, fp16's lowest for later ones: [1, 1, new, past + new]."""
-    hidden = np.triu(np.ones((new, past + new), bool), k=past + 1)
-    return np.where(hidden, MASKED, np.float16(0))[None, None]
+def _core_ml(package: Path, contract: IOContract, _threads: int) -> PackageSession:
+    """Needs macOS 15. Core ML chooses its number of threads itself."""
+    import coremltools as ct
+
+    model = ct.models.MLModel(str(package), compute_units=ct.ComputeUnit.CPU_AND_GPU)
+    return PackageSession(model, contract, measures_speed=True)
+
+
+def runtime_calls() -> list[tuple[type[Any], str]]:
+    """The prediction of Core ML or of the evaluator."""
+    if sys.platform == "darwin":
+        from coremltools.models import MLModel
+
+        return [(MLModel, "predict")]
+    from runtime_tests.coreml.evaluator import Evaluator
+
+    return [(Evaluator, "predict")]
 
 
 def open_session(folder: Path, manifest: Manifest, *, threads: int) -> PackageSession:
     """Load the package of an artifact folder."""
     package = folder / manifest.plan.target.artifact
-    runtime = CoreML(package) if sys.platform == "darwin" else Reference(package, threads)
-    return PackageSession(runtime, manifest.contract.kv.context_length, manifest.contract.max_prefill)
+    if sys.platform == "darwin":
+        return _core_ml(package, manifest.contract, threads)
+    return PackageSession(Evaluated(package, threads), manifest.contract, measures_speed=False)
+
+
+if __name__ == "__main__":
+    from coremltools import __version__
+
+    from .board import main
+
+    sys.exit(main("coreml", f"Core ML through coremltools {__version__}", _core_ml))

@@ -1,48 +1,82 @@
-"""An onnx_kv artifact in onnxruntime, by the very code that goes to a board. Knows token ids, never text."""
+"""ONNX artifacts in onnxruntime. Copied to Linux boards as a runner: needs only Python 3.9, numpy and onnxruntime."""
 
+from __future__ import annotations
+
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+import onnxruntime as ort
 
-from export.manifest import Manifest
+from .base import Session
 
-from ..runner.board.onnx_main import Session
-from ..session import feed_one_by_one
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from export.manifest import IOContract, Manifest
+
+PIECE = 256
+"""Most tokens per call: logits of every position are 256 × 128,256 × 4 bytes = 131 MB."""
+
+RUNTIME = "our session, onnxruntime with IO binding"
 
 
-class OnnxSession:
-    """The board's session with the limits of a session: there, the runner around it keeps them."""
+class OnnxSession(Session):
+    """One model. Every cache buffer is bound both as past and as present, so a step writes only its own slots."""
 
-    measures_speed = True
+    def __init__(self, model: Path, contract: IOContract, threads: int) -> None:
+        kv = contract.kv
+        super().__init__(kv.context_length, min(contract.max_prefill, PIECE), contract.logits)
+        self.runtime = ort.InferenceSession(str(model), _options_of(model, threads), providers=["CPUExecutionProvider"])
+        self.binding = self.runtime.io_binding()
+        self.ids, self.mask, *pasts = (spec.name for spec in contract.inputs)
+        self.output, *presents = (spec.name for spec in contract.outputs)
+        for past, present in zip(pasts, presents):  # noqa: B905 – Python 3.9
+            slots = np.zeros((1, kv.kv_heads, kv.context_length, kv.head_dim), kv.dtype)
+            buffer = ort.OrtValue.ortvalue_from_numpy(slots)
+            self.binding.bind_ortvalue_input(past, buffer)
+            self.binding.bind_ortvalue_output(present, buffer)
+        self.row = np.empty((1, 1, int(contract.outputs[0].shape[-1])), np.float32)
+        self.visible = np.ones((1, kv.context_length), np.int64)
 
-    def __init__(self, model: Path, threads: int) -> None:
-        self.session = Session(model, threads)
+    def step(self, tokens: Sequence[int], position: int) -> NDArray[np.float32]:
+        new = len(tokens)
+        one_row = self.logits == "last" or new == 1
+        logits = self.row if one_row else np.empty((1, new, self.row.shape[-1]), np.float32)
+        self.binding.bind_cpu_input(self.ids, np.array([tokens], np.int64))
+        self.binding.bind_cpu_input(self.mask, self.visible[:, : position + new])
+        self.binding.bind_output(self.output, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        self.runtime.run_with_iobinding(self.binding)
+        rows: NDArray[np.float32] = logits[0]
+        return rows
 
-    def reset(self) -> None:
-        self.session.reset()
 
-    def rewind(self, length: int) -> None:
-        self.session.length = length
+def _options_of(model: Path, threads: int) -> ort.SessionOptions:
+    """The session options that genai_config.json gives every client."""
+    decoder = json.loads((model.parent / "genai_config.json").read_text())["model"]["decoder"]
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    for name, value in decoder["session_options"].items():
+        if name.startswith("session."):
+            options.add_session_config_entry(name, value)
+    options.log_severity_level = 3
+    return options
 
-    def feed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        if not tokens:
-            raise ValueError("no tokens to feed")
-        if self.session.length + len(tokens) > self.session.context_length:
-            raise ValueError(
-                f"{self.session.length} tokens in the cache and {len(tokens)} new ones are more than the context "
-                f"length {self.session.context_length}"
-            )
-        return self.session.feed(tokens)
 
-    def feed_each(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        return feed_one_by_one(self, tokens)
-
-    def close(self) -> None:
-        del self.session
+def runtime_calls() -> list[tuple[type[Any], str]]:
+    """The two ways to run a model."""
+    return [(ort.InferenceSession, "run"), (ort.InferenceSession, "run_with_iobinding")]
 
 
 def open_session(folder: Path, manifest: Manifest, *, threads: int) -> OnnxSession:
-    """Load the artifact of a folder; a damaged file is onnxruntime's error."""
-    return OnnxSession(folder / manifest.plan.target.artifact, threads)
+    """Load the artifact of a folder. Raises onnxruntime's errors."""
+    return OnnxSession(folder / manifest.plan.target.artifact, manifest.contract, threads)
+
+
+if __name__ == "__main__":
+    from .board import main
+
+    sys.exit(main("onnx", f"onnxruntime {ort.__version__}", OnnxSession))

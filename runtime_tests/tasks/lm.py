@@ -1,28 +1,36 @@
-"""lm-evaluation-harness's model interface over a session; in everything that is text, as the harness's own HFLM does.
+"""lm-evaluation-harness's model interface over a session; text is treated as the harness's own HFLM treats it.
 
-What HFLM does is read from lm_eval/models/huggingface.py 0.4.13: which BOS goes where, from which side too long a
-prompt is cut, where an answer ends. Two things are of our own: an empty continuation has probability 1 (HFLM stops),
-and the date in a chat template is fixed, so that a prompt is the same every day.
+Taken from lm_eval/models/huggingface.py 0.4.13: where a BOS goes, from which side too long a prompt is cut, where an
+answer ends. Two differences: an empty continuation has probability 1 (HFLM stops), and the date in a chat template is
+fixed, so that a prompt is the same every day.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix, postprocess_generated_text
+from numpy.typing import NDArray
 
-from export import chat_template
+from export.checkpoints import chat_template
+from export.host import mkl
 from export.manifest import Manifest
+from export.model import Cache
+from export.quantization.eager import eager
+from runtime_tests.checks.weights import checkpoint_of
+from runtime_tests.sessions import greedy
+from runtime_tests.sessions.base import Session
 
-from ..session import Session
-from . import generation
-from .scoring import CERTAIN, generate, score
+from . import scoring
+from .scoring import CERTAIN, score
 
-DATE = "26 Jul 2024"
-"""What Llama 3.2's chat template writes as today's date where nobody tells it."""
-Request = tuple[Any, list[int], list[int]]
+_DATE = "26 Jul 2024"
+"""The default of Llama 3.2's chat template for today's date."""
+_Request = tuple[Any, list[int], list[int]]
 
 
 class SessionLM(TemplateLM):  # type: ignore[misc]
@@ -34,7 +42,7 @@ class SessionLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         self.session, self.tokenizer, self.report = session, tokenizer, report
         self.name = described.id
-        self.max_length = described.contract.kv.context_length
+        self.max_length = session.context_length
         self.ends = {*described.tokenizer.eos_ids, tokenizer.eos_token_id}
         self.truncated: Counter[str] = Counter()
         """Requests that did not fit the context and lost their beginning, by kind."""
@@ -53,7 +61,7 @@ class SessionLM(TemplateLM):  # type: ignore[misc]
         return self.eot_token_id if bos is None else int(bos)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """BOS where the tokenizer adds it by itself, unless the text brings its own, as chat templates do."""
+        """With the BOS that the tokenizer adds by itself, unless the text has its own, as chat templates do."""
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id])):
             add_special_tokens = False
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
@@ -61,22 +69,22 @@ class SessionLM(TemplateLM):  # type: ignore[misc]
         return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as the artifact's own template writes it; without the prompt the last message goes on."""
+        """A conversation by the artifact's own template; without a generation prompt the last message is continued."""
         return chat_template.render(
             self.tokenizer,
             chat_history,
             "the artifact's tokenizer",
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
-            date_string=DATE,
+            date_string=_DATE,
         )
 
     def loglikelihood(self, requests: Sequence[Any], **options: Any) -> list[tuple[float, bool]]:
         """log P(continuation | context), greedy or not, per request."""
-        scores = iter(super().loglikelihood([one for one in requests if one.args[1]], **options))
-        return [next(scores) if one.args[1] else CERTAIN for one in requests]
+        scores = iter(super().loglikelihood([request for request in requests if request.args[1]], **options))
+        return [next(scores) if request.args[1] else CERTAIN for request in requests]
 
-    def _loglikelihood_tokens(self, requests: Sequence[Request], **_: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: Sequence[_Request], **_: Any) -> list[tuple[float, bool]]:
         """One prefill for all continuations of a context."""
         scores = [CERTAIN] * len(requests)
         same_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
@@ -84,8 +92,9 @@ class SessionLM(TemplateLM):  # type: ignore[misc]
             same_context[self.fitting(context, continuation)].append(i)
         done = 0
         for shared, members in same_context.items():
-            for i, found in zip(members, score(self.session, shared, [requests[i][2] for i in members]), strict=True):
-                scores[i], done = found, done + 1
+            continuations = [requests[i][2] for i in members]
+            for i, result in zip(members, score(self.session, shared, continuations), strict=True):
+                scores[i], done = result, done + 1
                 self.report(done, len(requests))
         return scores
 
@@ -99,7 +108,7 @@ class SessionLM(TemplateLM):  # type: ignore[misc]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
         """log P(text), in windows of the whole context that overlap by one token."""
-        windows: list[Request] = []
+        windows: list[_Request] = []
         owners: list[int] = []
         for i, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
@@ -119,22 +128,51 @@ class SessionLM(TemplateLM):  # type: ignore[misc]
             self.report(len(answers), len(requests))
         return answers
 
-    def answer(self, context: str, asked: dict[str, Any]) -> str:
-        """One answer; of a prompt that does not fit, the end is kept."""
-        how = generation.read(asked, self.max_length)
+    def answer(self, context: str, generation_kwargs: dict[str, Any]) -> str:
+        """One answer; a prompt that does not fit loses its beginning."""
+        limits = scoring.read(generation_kwargs, self.max_length)
         prompt = self.tok_encode(context)
-        self.truncated["generate_until"] += len(prompt) > how.room
+        self.truncated["generate_until"] += len(prompt) > limits.room
 
         def ended(tokens: Sequence[int]) -> bool:
-            text = self.tokenizer.decode(tokens) if how.until else ""  # a stop may span tokens, or be a special one
-            return tokens[-1] in self.ends or any(stop in text for stop in how.until)
+            text = self.tokenizer.decode(tokens) if limits.until else ""  # a stop may span tokens, or be a special one
+            return tokens[-1] in self.ends or any(stop in text for stop in limits.until)
 
-        tokens = generate(self.session, prompt[-how.room :], how.most, ended)
+        tokens = greedy(self.session, prompt[-limits.room :], limits.most, ended)
         tokens = tokens[:-1] if tokens[-1] in self.ends else tokens
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        answer: str = postprocess_generated_text(text, list(how.until), None)
+        answer: str = postprocess_generated_text(text, list(limits.until), None)
         return answer
 
     def get_model_info(self) -> dict[str, Any]:
-        """What simple_evaluate adds to the configuration in its results."""
+        """Added by simple_evaluate to the configuration in its results."""
         return {"truncated_requests": dict(self.truncated)}
+
+
+PIECE = 512
+"""Most tokens of one forward pass, which computes the logits of each."""
+
+
+class EagerSession(Session):
+    """Our model with float32 weights and a cache that grows."""
+
+    measures_speed = False
+
+    def __init__(self, described: Manifest, source: str | None, threads: int) -> None:
+        super().__init__(described.contract.kv.context_length, PIECE, "all")
+        mkl.settle()
+        torch.set_num_threads(threads)
+        checkpoint = checkpoint_of(described, source)
+        self.model = eager(checkpoint.read, checkpoint.architecture, "none")
+        self.cache: Cache | None = None
+
+    def reset(self) -> None:
+        super().reset()
+        self.cache = None
+
+    def step(self, tokens: Sequence[int], position: int) -> NDArray[np.float32]:
+        past = tuple((keys[:, :, :position], values[:, :, :position]) for keys, values in self.cache or ()) or None
+        with torch.inference_mode():
+            logits, self.cache = self.model(torch.tensor([tokens]), past)
+        rows: NDArray[np.float32] = logits[0].numpy()
+        return rows

@@ -1,7 +1,10 @@
-"""What lm-evaluation-harness wrote about a model, read back. Knows no sessions and no tables."""
+"""Results files of lm-evaluation-harness, and the scores of artifacts beside those of their fp32 model.
+
+Scores are compared only where both models answered the same questions in the same form.
+"""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +13,13 @@ from export.errors import ExportError
 
 Name = tuple[str, str, str]
 """Task or group, metric, filter; `none` where answers are not filtered."""
+REFERENCE = "eager"
+"""The target in the facts of a fp32 model's results."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one task or group, as lm-eval gives it: shares of 1, perplexities."""
+    """One metric of one task or group, as lm-eval gives it: a share of 1, or a perplexity."""
 
     value: float
     stderr: float | None
@@ -31,9 +36,9 @@ class Results:
 
     path: Path
     model: str
-    """As the file names it: an artifact's id."""
+    """An artifact's id, or the name of a fp32 model."""
     facts: Mapping[str, Any]
-    """What was said about the model when it was evaluated."""
+    """Model arguments that were recorded with the evaluation."""
     date: float
     chat: bool
     """Whether the tokenizer's chat template was applied."""
@@ -46,39 +51,55 @@ class Results:
     """Prompts that lost their beginning because they did not fit the context."""
 
 
+@dataclass(frozen=True)
+class Compared:
+    """One artifact."""
+
+    model: str
+    newest: Results
+    """The last of its results files; the others are of the same build."""
+    scores: dict[Name, Score]
+    references: dict[Name, Score]
+    """Of the fp32 model, for those scores that have one."""
+    groups: frozenset[str]
+    inside: frozenset[str]
+    """Members of groups that have a score of their own."""
+
+
 def read(path: Path) -> Results:
-    """Read one results file; raises ExportError where it is none."""
+    """Read one results file. Raises ExportError where it is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        config = found["config"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        config = content["config"]
         facts = dict(config["model_args"])
         return Results(
             path=path,
             model=str(facts.pop("pretrained")),
             facts=facts,
-            date=float(found["date"]),
-            chat=bool(found["chat_template"]),
-            harness=str(found["lm_eval_version"]),
-            scores=dict(scores(found)),
-            members=subtasks(found),
+            date=float(content["date"]),
+            chat=bool(content["chat_template"]),
+            harness=str(content["lm_eval_version"]),
+            scores=dict(_scores(content)),
+            members=_subtasks(content),
             truncated=sum(config.get("truncated_requests", {}).values()),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ExportError(f"{path}: not a results file of `--tasks` ({what}); remove it") from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ExportError(f"{path}: not a results file of `--tasks` ({reason}); remove it") from None
 
 
-def scores(found: Mapping[str, Any]) -> Iterator[tuple[Name, Score]]:
+def _scores(content: Mapping[str, Any]) -> Iterator[tuple[Name, Score]]:
     """Every number of a results file that is a score."""
-    for task, numbers in found["results"].items():
-        leaves = list(single_tasks(task, subtasks(found)))
-        counts = [found["n-samples"][leaf] for leaf in leaves]
+    members = _subtasks(content)
+    for task, numbers in content["results"].items():
+        leaves = list(_single_tasks(task, members))
+        counts = [content["n-samples"][leaf] for leaf in leaves]
         for key, value in numbers.items():
             metric, comma, filter_name = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             stderr = numbers.get(f"{metric}_stderr,{filter_name}")
-            better = found["higher_is_better"].get(leaves[0], {}).get(metric)
+            better = content["higher_is_better"].get(leaves[0], {}).get(metric)
             yield (
                 (task, metric, filter_name),
                 Score(
@@ -91,26 +112,75 @@ def scores(found: Mapping[str, Any]) -> Iterator[tuple[Name, Score]]:
             )
 
 
-def subtasks(found: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Group → members; single tasks have none."""
-    return {name: tuple(inside) for name, inside in found.get("group_subtasks", {}).items() if inside}
+def _subtasks(content: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Group → members; a single task is no key."""
+    return {name: tuple(inside) for name, inside in content.get("group_subtasks", {}).items() if inside}
 
 
-def single_tasks(name: str, members: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
-    """The tasks that ask questions: the one of that name, or all in its group."""
-    inside = members.get(name, ())
-    if not inside:
-        yield name
-    for member in inside:
-        yield from single_tasks(member, members)
+def _single_tasks(name: str, members: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+    """The tasks that have questions: the one of that name, or all in its group."""
+    return (task for task in (name, *_below(name, members)) if task not in members)
 
 
-def kept(build: Path) -> list[Results]:
+def read_all(build: Path) -> list[Results]:
     """Every results file of build/tasks, oldest first."""
-    return sorted((read(path) for path in build.glob("tasks/*/results_*.json")), key=lambda one: one.date)
+    return sorted((read(path) for path in build.glob("tasks/*/results_*.json")), key=lambda results: results.date)
 
 
 def retention(score: Score, reference: Score) -> float | None:
-    """Share of the reference's score that is left; where less is better, the inverse ratio. null: nothing of zero."""
-    kept_part, whole = (score, reference) if score.higher_is_better else (reference, score)
-    return kept_part.value / whole.value if whole.value else None
+    """The score as a share of the reference's; where less is better, the inverse. None where that divides by zero."""
+    part, whole = (score, reference) if score.higher_is_better else (reference, score)
+    return part.value / whole.value if whole.value else None
+
+
+def compare(results: Sequence[Results]) -> list[Compared]:
+    """Every artifact of these results, which are given oldest first; of an artifact built again, the last build."""
+    artifacts = [r for r in results if r.facts.get("target") != REFERENCE]
+    references = [r for r in results if r.facts.get("target") == REFERENCE]
+    newest = {r.model: r for r in artifacts}
+    builds = [
+        [r for r in artifacts if r.model == last.model and _share(r, last, "manifest_sha256")]
+        for last in newest.values()
+    ]
+    return [_compare_build(build, references) for build in builds]
+
+
+def _compare_build(build: Sequence[Results], references: Sequence[Results]) -> Compared:
+    """Of several runs of a task the one with the most questions counts, then the newest."""
+    newest = build[-1]
+    chosen: dict[Name, tuple[Score, Results]] = {}
+    for results in build:
+        for name, score in results.scores.items():
+            if name not in chosen or score.questions >= chosen[name][0].questions:
+                chosen[name] = score, results
+    matching = [r for r in references if _share(r, newest, "checkpoint", "context_length")]
+    of_fp32 = {name: _reference_of(name, *pair, matching) for name, pair in chosen.items()}
+    members = {group: inside for results in build for group, inside in results.members.items()}
+    scored = {name[0] for name in chosen}
+    return Compared(
+        model=newest.model,
+        newest=newest,
+        scores={name: score for name, (score, _) in chosen.items()},
+        references={name: score for name, score in of_fp32.items() if score},
+        groups=frozenset(members),
+        inside=frozenset(name for group in scored & members.keys() for name in _below(group, members)),
+    )
+
+
+def _share(a: Results, b: Results, *facts: str) -> bool:
+    return all(a.facts.get(fact) == b.facts.get(fact) for fact in facts)
+
+
+def _reference_of(name: Name, score: Score, results: Results, references: Sequence[Results]) -> Score | None:
+    """The newest reference score on as many questions, both with or both without a chat template."""
+    for reference in reversed(references):
+        candidate = reference.scores.get(name)
+        if candidate and candidate.questions == score.questions and reference.chat == results.chat:
+            return candidate
+    return None
+
+
+def _below(group: str, members: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+    for member in members.get(group, ()):
+        yield member
+        yield from _below(member, members)

@@ -3,13 +3,11 @@
 import numpy as np
 import pytest
 
-from export import manifest, tokenizer
-from runtime_tests.chat.conversation import Conversation
-from runtime_tests.chat.kept_cache import KeptCache
-from runtime_tests.chat.sampling import Sampler
-
-from ..conftest import reseal
-from .sample import SHORT, Counting, opened
+from export import manifest
+from export.checkpoints import tokenizer
+from runtime_tests.chat.conversation import Conversation, PrefixCache, Sampler
+from tests.support.artifacts import reseal
+from tests.support.conversations import SHORT, Counting, opened
 
 
 @pytest.fixture
@@ -49,8 +47,6 @@ def talk(built, words):
         session = Counting(session or opened(folder))
         described = manifest.read(folder)
         choose = choose or Sampler(0, 1, None)
-        return Conversation(
-            KeptCache(session), words, described.tokenizer, described.contract.kv.context_length, choose, max_new_tokens
-        )
+        return Conversation(PrefixCache(session), words, described.tokenizer, choose, max_new_tokens)
 
     return begin

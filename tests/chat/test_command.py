@@ -8,33 +8,33 @@ import sys
 import pytest
 
 from export import manifest
-from export.cli import run as run_app
+from export.build.command import run as run_app
+from runtime_tests.__main__ import app
 from runtime_tests.chat import command
-from runtime_tests.chat.kept_cache import KeptCache
-
-from ..conftest import reseal, set_fault
-from .sample import CONTEXT, MESSAGES, ask, opened
+from runtime_tests.chat.conversation import PrefixCache
+from tests.support.artifacts import reseal, set_fault
+from tests.support.conversations import CONTEXT, MESSAGES, ask, opened
 
 
 @pytest.fixture
 def chat(monkeypatch, capsys):
     """Runs the command with standard input; exit code, stdout, stderr."""
 
-    def run(folder, *arguments, said=b""):
-        monkeypatch.setattr(sys, "argv", ["runtime_tests", command.NAME, str(folder), *arguments])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(said)))
+    def run(folder, *arguments, typed=b""):
+        monkeypatch.setattr(sys, "argv", ["runtime_tests", "chat", str(folder), *arguments])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed)))
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         monkeypatch.setattr(command.devices, "physical_threads", lambda: 1)
-        code = run_app(command.app)
-        found = capsys.readouterr()
-        assert "Traceback" not in found.err
-        return code, found.out, found.err
+        code = run_app(app)
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err
+        return code, printed.out, printed.err
 
     return run
 
 
 def test_piped_messages_are_answered_one_per_line(chat, built, talk):
-    code, out, err = chat(built, "--max-new-tokens", "8", said=b"hello\r\n\nand then?")
+    code, out, err = chat(built, "--max-new-tokens", "8", typed=b"hello\r\n\nand then?")
     conversation = talk(max_new_tokens=8)
     assert out == "".join(ask(conversation, message).text + "\n" for message in ("hello", "and then?"))
     assert code == 0
@@ -47,29 +47,29 @@ def test_piped_messages_are_answered_one_per_line(chat, built, talk):
 
 def test_the_same_seed_gives_the_same_answer(chat, built):
     options = ("--max-new-tokens", "8", "--temperature", "1.5", "--seed")
-    first, again, other = (chat(built, *options, seed, said=b"hello\n")[1] for seed in ("1", "1", "2"))
+    first, again, other = (chat(built, *options, seed, typed=b"hello\n")[1] for seed in ("1", "1", "2"))
     assert first == again != other
 
 
 def test_reset_system_and_exit_are_obeyed_and_unknown_commands_named(chat, built, talk):
-    said = b"hello\n/reset\nhello\n/system Be brief.\nwhy\n/exit\nnever asked\n"
-    code, out, err = chat(built, "--max-new-tokens", "8", said=said)
+    typed = b"hello\n/reset\nhello\n/system Be brief.\nwhy\n/exit\nnever asked\n"
+    code, out, err = chat(built, "--max-new-tokens", "8", typed=typed)
     conversation = talk(max_new_tokens=8)
-    wanted = ask(conversation, "hello").text + "\n"
+    expected = ask(conversation, "hello").text + "\n"
     conversation.system = "Be brief."
-    wanted += wanted + ask(conversation, "why").text + "\n"
-    assert (code, out) == (0, wanted)
+    expected += expected + ask(conversation, "why").text + "\n"
+    assert (code, out) == (0, expected)
     assert "the conversation begins anew" in err
     assert "system: Be brief." in err
     assert err.count("prefill") == 3
-    code, out, err = chat(built, said=b"/sytem x\n/help\n")
+    code, out, err = chat(built, typed=b"/sytem x\n/help\n")
     assert (code, out) == (1, "")
     assert "unknown command /sytem" in err
     assert "/system TEXT" in err
 
 
 def test_a_system_message_given_with_the_command(chat, built, talk):
-    _, out, _ = chat(built, "--system", "Be brief.", "--max-new-tokens", "8", said=b"hello\n")
+    _, out, _ = chat(built, "--system", "Be brief.", "--max-new-tokens", "8", typed=b"hello\n")
     conversation = talk(max_new_tokens=8)
     assert out != ask(conversation, "hello").text + "\n"
     conversation.reset()
@@ -78,7 +78,7 @@ def test_a_system_message_given_with_the_command(chat, built, talk):
 
 
 def test_a_full_context_is_said_and_reset_goes_on(chat, short):
-    code, out, err = chat(short, said=b"hello\nmore\n/reset\nhello\n")
+    code, out, err = chat(short, typed=b"hello\nmore\n/reset\nhello\n")
     assert code == 1  # one message has no answer
     assert len(out.splitlines()) == 2
     assert err.count("context 40/40 · the context is full: /reset begins anew") == 2
@@ -87,7 +87,7 @@ def test_a_full_context_is_said_and_reset_goes_on(chat, short):
 
 def test_the_evaluator_is_named_and_not_timed(chat, artifact):
     set_fault(artifact, "reference evaluator")
-    code, _, err = chat(artifact, "--max-new-tokens", "2", said=b"hello\n")
+    code, _, err = chat(artifact, "--max-new-tokens", "2", typed=b"hello\n")
     assert code == 0
     assert "the reference evaluator computes the same" in err
     assert "speed not measured: reference evaluator · context" in err
@@ -95,14 +95,14 @@ def test_the_evaluator_is_named_and_not_timed(chat, artifact):
 
 
 BOMB = "{{ messages[0].content * (10 ** 10 if messages[0].content == 'hello' else 1) }}"
-"""Of this one message only: the conversation with which a checkpoint's template is tried is written well."""
+"""For this message only: the conversation on which a checkpoint's template is tried is written well."""
 
 
 @pytest.mark.parametrize(
     ("damage", "line"),
     [
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "model.safetensors: differs from manifest"),
-        (lambda folder: (folder / "chat_template.jinja").write_text("x"), "chat_template.jinja: differs from manifest"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "model.safetensors: 1 bytes, manifest.json says"),
+        (lambda folder: (folder / "chat_template.jinja").write_text("x"), "chat_template.jinja: 1 bytes, manifest.json says"),
         (lambda folder: (folder / "new").write_text("x"), "new: not listed in manifest.json"),
         (lambda folder: (folder / "manifest.json").unlink(), "manifest.json: missing"),
         (lambda folder: set_fault(folder, "does not load"), "does not load: RuntimeError: the file is of a newer"),
@@ -116,7 +116,7 @@ BOMB = "{{ messages[0].content * (10 ** 10 if messages[0].content == 'hello' els
 )
 def test_a_damaged_artifact_is_refused_in_one_line(chat, artifact, damage, line):
     damage(artifact)
-    code, out, err = chat(artifact, said=b"hello\n")
+    code, out, err = chat(artifact, typed=b"hello\n")
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert (code, out, len(errors)) == (1, "", 1)
     assert re.search(line, errors[0])
@@ -131,16 +131,16 @@ def test_an_artifact_without_a_chat_template(chat, artifact):
     fields = json.loads((artifact / manifest.FILE).read_text())
     fields["tokenizer"]["has_chat_template"] = False
     (artifact / manifest.FILE).write_text(json.dumps(fields))
-    code, out, err = chat(artifact, said=b"hello\n")
+    code, out, err = chat(artifact, typed=b"hello\n")
     assert (code, out) == (1, "")
     assert "its tokenizer has no chat template; build it from an instruct model" in err
 
 
 def test_options_that_contradict_and_input_that_is_no_text(chat, built):
-    code, _, err = chat(built, "--top-p", "0.9", said=b"hello\n")
+    code, _, err = chat(built, "--top-p", "0.9", typed=b"hello\n")
     assert code == 2
     assert "give a --temperature above 0" in err
-    code, out, err = chat(built, said=b"hell\xff\n")
+    code, out, err = chat(built, typed=b"hell\xff\n")
     assert (code, out) == (1, "")
     assert "error: standard input: not UTF-8" in err
 
@@ -150,14 +150,14 @@ def test_options_that_contradict_and_input_that_is_no_text(chat, built):
 def test_every_format_talks_and_keeps_its_cache(chat, talk, tiny, target, module):
     pytest.importorskip(module, reason=f"{module} is not installed")
     folder = tiny(target)
-    said = "".join(f"{message}\n" for message in MESSAGES[:2])
-    code, out, _ = chat(folder, "--max-new-tokens", "6", said=said.encode())
+    typed = "".join(f"{message}\n" for message in MESSAGES[:2])
+    code, out, _ = chat(folder, "--max-new-tokens", "6", typed=typed.encode())
     assert code == 0
     conversation = talk(folder=folder, max_new_tokens=6)
     answers = [ask(conversation, message) for message in MESSAGES[:2]]
     assert out == "".join(answer.text + "\n" for answer in answers)
     assert answers[1].prefilled == len(MESSAGES[1]) + 5
-    conversation.cache = KeptCache(opened(folder))
+    conversation.cache = PrefixCache(opened(folder))
     conversation.turns = conversation.turns[:2]
     fresh = ask(conversation, MESSAGES[1])
     assert fresh.prefilled > answers[1].prefilled

@@ -1,15 +1,14 @@
-"""A conversation: what is fed to the kept cache, where the context ends, what is shown."""
+"""A conversation: what is fed to the reused cache, where the context ends, what is shown."""
 
 import numpy as np
 import pytest
 
-from runtime_tests.chat import kept_cache
+from runtime_tests.chat import conversation as module
 from runtime_tests.chat.conversation import End, NoRoomError
+from tests.support.artifacts import set_fault
+from tests.support.conversations import MESSAGES, SHORT, ask, opened
 
-from ..conftest import set_fault
-from .sample import MESSAGES, SHORT, ask, opened
-
-# ── the kept cache ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the reused cache ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_every_turn_feeds_only_what_is_new_and_answers_as_a_fresh_session_does(talk):
@@ -41,9 +40,9 @@ def test_the_logits_after_a_kept_cache_are_a_fresh_sessions(talk, built):
         ask(conversation, message)
     prompt = conversation.prompt([*conversation.turns, {"role": "user", "content": "why"}])
     cache = conversation.cache
-    kept = cache.feed(prompt[cache.share(prompt) :], lambda: False)
+    reused = cache.feed(prompt[cache.share(prompt) :], lambda: False)
     fresh = opened(built).feed(prompt)
-    assert np.abs(kept - fresh).max() < 1e-4 * np.abs(fresh).max()
+    assert np.abs(reused - fresh).max() < 1e-4 * np.abs(fresh).max()
 
 
 def test_a_cache_that_is_not_rewound_gives_other_logits(talk, artifact):
@@ -55,9 +54,9 @@ def test_a_cache_that_is_not_rewound_gives_other_logits(talk, artifact):
     prompt = conversation.prompt([*conversation.turns, {"role": "user", "content": "why"}])
     cache = conversation.cache
     cache.tokens[:0] = prompt[:1]  # something in common, so that it is a rewind and no reset
-    kept = cache.feed(prompt[cache.share(prompt) :], lambda: False)
+    reused = cache.feed(prompt[cache.share(prompt) :], lambda: False)
     fresh = opened(artifact).feed(prompt)
-    assert np.abs(kept - fresh).max() > 1e-2 * np.abs(fresh).max()
+    assert np.abs(reused - fresh).max() > 1e-2 * np.abs(fresh).max()
 
 
 def test_another_system_message_rewinds_to_what_is_left_in_common(talk):
@@ -81,7 +80,7 @@ def test_the_same_prompt_again_feeds_its_last_token_only(talk):
 
 
 def test_long_prompts_are_fed_in_pieces(talk, monkeypatch):
-    monkeypatch.setattr(kept_cache, "PIECE", 10)
+    monkeypatch.setattr(module, "PIECE", 10)
     conversation = talk(max_new_tokens=1)
     answer = ask(conversation, "a" * 25)
     assert [len(piece) for piece in conversation.cache.session.fed] == [10, 10, 8]
@@ -89,7 +88,7 @@ def test_long_prompts_are_fed_in_pieces(talk, monkeypatch):
 
 
 def test_a_message_that_is_stopped_while_it_is_read_is_left_out(talk, monkeypatch):
-    monkeypatch.setattr(kept_cache, "PIECE", 10)
+    monkeypatch.setattr(module, "PIECE", 10)
     conversation = talk()
     fed = conversation.cache.session.fed
     answer = ask(conversation, "a" * 25, stopped=lambda: len(fed) == 1)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from export.errors import ExportError
-from runtime_tests.chat.sampling import Sampler
+from runtime_tests.chat.conversation import Sampler
 
 
 def test_sampling_follows_the_probabilities_inside_the_nucleus():

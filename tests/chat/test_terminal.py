@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from ..conftest import FAKES, set_fault
+from tests.support.artifacts import set_fault
+from tests.support.processes import FAKES
 
 PATIENCE_S = 120.0
 AGAIN_S = 10.0
@@ -129,6 +130,6 @@ def test_ctrl_d_ends(screen):
 
 
 def figures(text):
-    found = re.search(r"prefill (\d+) tokens.* · context (\d+)/256 · stopped", text)
-    assert found, text
-    return {"prefill": int(found[1]), "context": int(found[2])}
+    numbers = re.search(r"prefill (\d+) tokens.* · context (\d+)/256 · stopped", text)
+    assert numbers, text
+    return {"prefill": int(numbers[1]), "context": int(numbers[2])}

@@ -1,6 +1,6 @@
 """A .pte through our C++ runner, timed by the runner itself; each pass is a process of its own.
 
-What a process does before the timed pass is what the other rows do: the same prompt, once, dropped.
+Before the timed pass a process warms up as the other runners do: the same prompt, once, not counted.
 """
 
 import subprocess
@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ...jobs import Opening
-from ...runner import (
+from runtime_tests.device_runner import (
     Answer,
     Command,
     Feed,
@@ -24,13 +23,15 @@ from ...runner import (
     read_logits,
     write_script,
 )
-from ...runner.build import build, host_abi
+from runtime_tests.device_runner.build import build, host_abi
+from runtime_tests.jobs import Opening
+
 from . import Pass
 
-WARM_UP = 8
+_WARM_UP = 8
 
 
-class DeviceRunner:
+class _DeviceRunner:
     """The runner that devices use, built for this machine."""
 
     def __init__(self, path: str, threads: int) -> None:
@@ -59,7 +60,7 @@ class DeviceRunner:
 
     def generate(self, tokens: Sequence[int], count: int) -> Pass:
         start: list[Command] = [Reset(), Feed(tuple(tokens))]
-        answer, _ = self._run([*start, Generate(WARM_UP), *start, Generate(count)])
+        answer, _ = self._run([*start, Generate(_WARM_UP), *start, Generate(count)])
         return Pass(count, sum(answer.generated[-1].ns))
 
     def logits(self, tokens: Sequence[int], prefill: int) -> NDArray[np.float32]:
@@ -72,6 +73,6 @@ class DeviceRunner:
         return self.peak
 
 
-def open_runner(opening: Opening) -> DeviceRunner:
+def open_runner(opening: Opening) -> _DeviceRunner:
     """The C++ runner on a .pte."""
-    return DeviceRunner(opening.path, opening.threads)
+    return _DeviceRunner(opening.path, opening.threads)

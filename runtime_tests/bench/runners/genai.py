@@ -8,14 +8,14 @@ import numpy as np
 import onnxruntime_genai as og
 from numpy.typing import NDArray
 
-from export.memory import peak_rss_bytes
+from export.host.memory import peak_rss_bytes
+from runtime_tests.jobs import Opening
+from runtime_tests.sessions.timing import elapsed_ns
 
-from ...jobs import Opening
 from . import Pass
-from .stepping import clock
 
 
-class GenaiRunner:
+class _GenaiRunner:
     """Each pass begins with a new generator, whose cache is allocated outside the clock."""
 
     def __init__(self, folder: str, context: int, threads: int) -> None:
@@ -24,46 +24,46 @@ class GenaiRunner:
         self.model = og.Model(config)
         self.context = context
 
-    def generator(self) -> Any:
+    def _generator(self) -> Any:
         """Greedy, never ending early: with min_length the end-of-sequence token is not chosen."""
         params = og.GeneratorParams(self.model)
         params.set_search_options(max_length=self.context, min_length=self.context, do_sample=False, batch_size=1)
         return og.Generator(self.model, params)
 
     def prompt(self, tokens: Sequence[int]) -> Pass:
-        generator = self.generator()
-        return Pass(len(tokens), clock(lambda: generator.append_tokens(row(tokens))))
+        generator = self._generator()
+        return Pass(len(tokens), elapsed_ns(lambda: generator.append_tokens(_row(tokens))))
 
     def generate(self, tokens: Sequence[int], count: int) -> Pass:
-        generator = self.generator()
-        generator.append_tokens(row(tokens))
+        generator = self._generator()
+        generator.append_tokens(_row(tokens))
         generator.generate_next_token()  # from the prompt's logits: no model call
-        return Pass(count, clock(lambda: [generator.generate_next_token() for _ in range(count)]))
+        return Pass(count, elapsed_ns(lambda: [generator.generate_next_token() for _ in range(count)]))
 
     def logits(self, tokens: Sequence[int], prefill: int) -> NDArray[np.float32]:
-        generator = self.generator()
-        generator.append_tokens(row(tokens[:prefill]))
-        rows = [last_logits(generator)]
+        generator = self._generator()
+        generator.append_tokens(_row(tokens[:prefill]))
+        rows = [_last_logits(generator)]
         for token in tokens[prefill:]:
-            generator.append_tokens(row([token]))
-            rows.append(last_logits(generator))
+            generator.append_tokens(_row([token]))
+            rows.append(_last_logits(generator))
         return np.stack(rows)
 
     def peak_rss_bytes(self) -> int:
         return peak_rss_bytes()
 
 
-def row(tokens: Sequence[int]) -> NDArray[np.int32]:
-    """Tokens as a batch of one, [1, S]."""
+def _row(tokens: Sequence[int]) -> NDArray[np.int32]:
+    """A batch of one, [1, S]."""
     return np.array([tokens], np.int32)
 
 
-def last_logits(generator: Any) -> NDArray[np.float32]:
+def _last_logits(generator: Any) -> NDArray[np.float32]:
     """Logits [V] of the last position, whether the graph gives one or all."""
     last: NDArray[np.float32] = np.array(generator.get_output("logits"), np.float32)[0, -1]
     return last
 
 
-def open_runner(opening: Opening) -> GenaiRunner:
+def open_runner(opening: Opening) -> _GenaiRunner:
     """Load a folder with a genai_config.json."""
-    return GenaiRunner(opening.path, opening.context, opening.threads)
+    return _GenaiRunner(opening.path, opening.context, opening.threads)

@@ -10,47 +10,47 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from ...jobs import Opening
+from runtime_tests.jobs import Opening
+from runtime_tests.sessions.base import Session
+
 from .stepping import SteppingRunner
 
 PIECE = 512
 """Most tokens per call, n_batch and n_ubatch: llama.cpp computes longer prompts in pieces of this many anyway."""
-SILENT = llama_cpp.llama_log_callback(lambda _level, _text, _data: None)
-"""llama.cpp prints a page about every model; a failure is told by what its functions return. Never freed."""
+_SILENT = llama_cpp.llama_log_callback(lambda _level, _text, _data: None)
+"""llama.cpp logs a page about every model; failures are seen in what its functions return. Never freed."""
 
 
-class LlamaSteps:
-    """One model and one context; llama.cpp counts positions itself."""
+class LlamaSession(Session):
+    """One model and one context; llama.cpp counts positions itself, so it cannot be rewound."""
 
     def __init__(self, path: str, context: int, threads: int) -> None:
-        llama_cpp.llama_log_set(SILENT, ctypes.c_void_p())
+        llama_cpp.llama_log_set(_SILENT, ctypes.c_void_p())
         llama_cpp.llama_backend_init()
-        self._model = llama_cpp.llama_model_load_from_file(path.encode(), model_parameters())
+        self._model = llama_cpp.llama_model_load_from_file(path.encode(), _model_parameters())
         if not self._model:
-            raise ValueError(f"{path}: llama.cpp does not load it")
+            raise ValueError(f"{path}: llama.cpp cannot load it")
         self._context = llama_cpp.llama_init_from_model(self._model, context_parameters(context, threads))
         if not self._context:
-            raise ValueError(f"{path}: llama.cpp makes no context of {context} tokens for it")
-        self._piece = int(llama_cpp.llama_n_batch(self._context))  # a longer batch aborts the process
+            raise ValueError(f"{path}: llama.cpp cannot make a context of {context} tokens for it")
+        batch = int(llama_cpp.llama_n_batch(self._context))  # a longer one aborts the process
+        super().__init__(context, batch, "last")
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
 
     def reset(self) -> None:
+        super().reset()
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
 
-    def feed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        for start in range(0, len(tokens), self._piece):
-            piece = tokens[start : start + self._piece]
-            ids = (llama_cpp.llama_token * len(piece))(*piece)
-            # a batch without flags gives the logits of its last token only
-            status = llama_cpp.llama_decode(self._context, llama_cpp.llama_batch_get_one(ids, len(piece)))
-            if status != 0:
-                raise ValueError(f"llama_decode: status {status} for {len(piece)} tokens")
-        values = llama_cpp.llama_get_logits_ith(self._context, -1)
-        return np.ctypeslib.as_array(values, (self._vocab_size,)).copy()
+    def step(self, tokens: Sequence[int], _position: int) -> NDArray[np.float32]:
+        ids = (llama_cpp.llama_token * len(tokens))(*tokens)
+        # a batch without flags gives the logits of its last token only
+        status = llama_cpp.llama_decode(self._context, llama_cpp.llama_batch_get_one(ids, len(tokens)))
+        if status != 0:
+            raise ValueError(f"llama_decode: status {status} for {len(tokens)} tokens")
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._context, -1), (1, self._vocab_size))
 
 
-def model_parameters() -> llama_cpp.llama_model_params:
-    """Memory-mapped, on the processor."""
+def _model_parameters() -> llama_cpp.llama_model_params:
     parameters = llama_cpp.llama_model_default_params()
     parameters.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
     parameters.n_gpu_layers = 0
@@ -68,4 +68,4 @@ def context_parameters(context: int, threads: int) -> llama_cpp.llama_context_pa
 
 def open_runner(opening: Opening) -> SteppingRunner:
     """Load a GGUF."""
-    return SteppingRunner(LlamaSteps(opening.path, opening.context, opening.threads))
+    return SteppingRunner(LlamaSession(opening.path, opening.context, opening.threads))

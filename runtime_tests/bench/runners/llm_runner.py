@@ -16,38 +16,38 @@ from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpoo
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from export.memory import peak_rss_bytes
+from export.host.memory import peak_rss_bytes
+from runtime_tests.jobs import Opening
 
-from ...jobs import Opening
 from . import Pass
 
-NS_PER_MS = 1_000_000
+_NS_PER_MS = 1_000_000
 
 
-class TextRunner:
-    """Token ids become text first; the pass says how many tokens the runner made of it."""
+class _TextRunner:
+    """Token ids are decoded to text first; a pass counts the tokens that the runner made of that text."""
 
     def __init__(self, path: str, tokenizer: str) -> None:
         self.tokenizer = Tokenizer.from_file(tokenizer)
         self.runner = TextLLMRunner(path, tokenizer)
-        self._run([self.tokenizer.encode("a", add_special_tokens=False).ids[0]], 1)  # loads, which it puts off
+        self._run([self.tokenizer.encode("a", add_special_tokens=False).ids[0]], 1)  # loads the file
 
     def _run(self, tokens: Sequence[int], count: int) -> Any:
         """Statistics of one greedy answer."""
         text = self.tokenizer.decode(tokens, skip_special_tokens=False)
         config = GenerationConfig(max_new_tokens=count, temperature=0.0, echo=False)
-        found: list[Any] = []
+        statistics: list[Any] = []
         self.runner.reset()
-        self.runner.generate(text, config, None, found.append)  # a callback dies of a token that is half a character
-        return found[-1]
+        self.runner.generate(text, config, None, statistics.append)  # a text callback fails on half a character
+        return statistics[-1]
 
     def prompt(self, tokens: Sequence[int]) -> Pass:
         stats = self._run(tokens, 1)
-        return Pass(stats.num_prompt_tokens, (stats.prompt_eval_end_ms - stats.inference_start_ms) * NS_PER_MS)
+        return Pass(stats.num_prompt_tokens, (stats.prompt_eval_end_ms - stats.inference_start_ms) * _NS_PER_MS)
 
     def generate(self, tokens: Sequence[int], count: int) -> Pass:
         stats = self._run(tokens, count + 1)  # the first token comes from the prompt's logits
-        return Pass(stats.num_generated_tokens, (stats.inference_end_ms - stats.prompt_eval_end_ms) * NS_PER_MS)
+        return Pass(stats.num_generated_tokens, (stats.inference_end_ms - stats.prompt_eval_end_ms) * _NS_PER_MS)
 
     def logits(self, tokens: Sequence[int], prefill: int) -> NDArray[np.float32]:
         steps = len(tokens) - prefill + 1
@@ -57,8 +57,8 @@ class TextRunner:
         return peak_rss_bytes()
 
 
-def open_runner(opening: Opening) -> TextRunner:
+def open_runner(opening: Opening) -> _TextRunner:
     """Load a .pte with its tokenizer; both thread pools as in `pte`."""
     torch.set_num_threads(opening.threads)
     _unsafe_reset_threadpool(opening.threads)
-    return TextRunner(opening.path, opening.tokenizer)
+    return _TextRunner(opening.path, opening.tokenizer)

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from export import manifest
+from runtime_tests.jobs import Opening
+from runtime_tests.sessions import open_session
 
-from ...jobs import Opening
-from ...session import open_session
 from .stepping import SteppingRunner
 
 

@@ -1,46 +1,29 @@
-"""Timing of anything that is stepped as a Session: feed tokens, get logits. Knows nothing about formats."""
+"""Timing of any session: feed tokens, get logits."""
 
-import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from export.memory import peak_rss_bytes
+from export.host.memory import peak_rss_bytes
+from runtime_tests.sessions.base import Session
+from runtime_tests.sessions.timing import time_prompt, time_tokens
 
 from . import Pass
 
 
-class Steps(Protocol):
-    """The part of `Session` that timing needs."""
-
-    def reset(self) -> None:
-        """Empty the cache."""
-
-    def feed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Continue the cache; logits [V] after the last token."""
-
-
 class SteppingRunner:
-    """Clocks around `feed`; choosing the token is not timed, as in `runtime_tests.latency`."""
+    """Clocks around `feed`; choosing the token is not timed."""
 
-    def __init__(self, session: Steps) -> None:
+    def __init__(self, session: Session) -> None:
         self.session = session
 
     def prompt(self, tokens: Sequence[int]) -> Pass:
-        self.session.reset()
-        return Pass(len(tokens), clock(lambda: self.session.feed(tokens)))
+        return Pass(len(tokens), time_prompt(self.session, tokens))
 
     def generate(self, tokens: Sequence[int], count: int) -> Pass:
         self.session.reset()
-        logits, total = self.session.feed(tokens), 0
-        for _ in range(count):
-            token = int(logits.argmax())
-            started = time.perf_counter_ns()
-            logits = self.session.feed([token])
-            total += time.perf_counter_ns() - started
-        return Pass(count, total)
+        return Pass(count, sum(time_tokens(self.session.feed, self.session.feed(tokens), count)))
 
     def logits(self, tokens: Sequence[int], prefill: int) -> NDArray[np.float32]:
         self.session.reset()
@@ -49,10 +32,3 @@ class SteppingRunner:
 
     def peak_rss_bytes(self) -> int:
         return peak_rss_bytes()
-
-
-def clock(work: Callable[[], object]) -> int:
-    """Nanoseconds of one call."""
-    started = time.perf_counter_ns()
-    work()
-    return time.perf_counter_ns() - started

@@ -1,0 +1,144 @@
+"""Android devices through the `adb` program."""
+
+import importlib.util
+import os
+import re
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from . import DeviceError, DeviceLostError, processes
+from .address import Address, lookup, variable
+from .processes import Deadline
+
+_READY = "device"
+_PASSING = {"authorizing", "connecting"}
+_ADVICE = {
+    "unauthorized": "unlock its screen and allow USB debugging for this computer",
+    "offline": "it does not answer: unplug it and plug it in again, or restart it",
+    "recovery": "it is in recovery mode: restart it",
+    "sideload": "it is in sideload mode: restart it",
+    "bootloader": "it is in its bootloader: restart it",
+    "no permissions": "this user may not open it: install Debian's package android-sdk-platform-tools-common",
+}
+_starting = threading.Lock()
+"""The first adb of a machine starts a server: one at a time."""
+
+
+class Adb(Address):
+    """An Android device."""
+
+    bionic: ClassVar[bool] = True
+
+    kind: Literal["adb"]
+    serial: str
+    """As `adb devices` lists it; an unset variable means the only device attached."""
+    model: str | None
+    """Regular expression of its `ro.product.model`, so that another phone is not taken for it; null: any."""
+
+    def connect(self, device: str, deadline: Deadline, /) -> "_AdbLink":
+        choice = variable(self.serial) or f"transport.serial in devices/{device}.yaml"
+        return _connect(device, lookup(self.serial), choice, deadline)
+
+    def mismatch(self, model: str | None) -> str | None:
+        if not self.model or re.fullmatch(self.model, model or ""):
+            return None
+        return f"the attached device is {model or 'not Android'}, not {self.model}"
+
+
+class _AdbLink:
+    # 1: adb's own errors, 255: the connection ended
+    unsure = frozenset({1, 255})
+
+    def __init__(self, name: str, program: str, serial: str) -> None:
+        self.name = name
+        self._program = program
+        self._serial = serial
+
+    def client(self, script: str) -> list[str]:
+        _require_server()
+        return [self._program, "-s", self._serial, "shell", script]
+
+    def explain(self, _stderr: bytes, /) -> str:
+        try:
+            state = _states(self._program, Deadline.after(5)).get(self._serial)
+        except DeviceError as error:
+            return str(error)
+        return _advice(self._serial, state) if state != _READY else "the connection was interrupted; run again"
+
+    def close(self) -> None:
+        pass
+
+
+def find() -> str:
+    """The adb program: $ADB, else the one on PATH, else the one inside the Python package adbutils."""
+    if chosen := os.environ.get("ADB"):
+        if shutil.which(chosen) is None:
+            raise DeviceError(f"ADB={chosen}: no such program")
+        return chosen
+    if installed := shutil.which("adb"):
+        return installed
+    bundled = importlib.util.find_spec("adbutils")
+    if bundled and bundled.origin:
+        program = Path(bundled.origin).parent / "binaries" / "adb"
+        if program.exists():
+            return str(program)
+    raise DeviceError("adb is not installed: install Debian's package adb or Android's platform-tools, or set ADB")
+
+
+def _connect(name: str, serial: str | None, choice: str, deadline: Deadline) -> _AdbLink:
+    """The device of that serial; without one, the only one attached. `choice`: what to set where there are several."""
+    program = find()
+    attached = _states(program, deadline)
+    if serial is None:
+        if not attached:
+            raise DeviceError(f"{name}: no Android device is attached")
+        if len(attached) > 1:
+            raise DeviceError(f"{name}: {len(attached)} devices are attached ({', '.join(attached)}): set {choice}")
+        (serial,) = attached
+    passing = _PASSING
+    if attached.get(serial) != _READY and ":" in serial:
+        # A network device. Its state afterwards counts, not what these commands print: a lost one stays listed as
+        # connected, and a new one is offline until it answers.
+        _call(program, ["disconnect", serial], deadline)
+        _call(program, ["connect", serial], deadline)
+        passing = _PASSING | {"offline"}
+    while (state := _states(program, deadline).get(serial)) in passing and deadline.left_s():
+        time.sleep(0.1)
+    if state != _READY:
+        raise DeviceError(f"{name}: {_advice(serial, state)}")
+    return _AdbLink(name, program, serial)
+
+
+def _states(program: str, deadline: Deadline) -> dict[str, str]:
+    """Serial → state of every device adb knows."""
+    with _starting:
+        lines = _call(program, ["devices"], deadline).splitlines()
+    return dict(line.split("\t", 1) for line in lines if "\t" in line)
+
+
+def _require_server() -> None:
+    """Raise DeviceLostError where the environment names a server's socket that is gone: adb would start another."""
+    kind, _, path = os.environ.get("ADB_SERVER_SOCKET", "").partition(":")
+    if kind == "localfilesystem" and not Path(path).is_socket():
+        raise DeviceLostError(f"the adb server at {path} ended")
+
+
+def _call(program: str, arguments: list[str], deadline: Deadline) -> str:
+    _require_server()
+    try:
+        ended = processes.call([program, *arguments], deadline)
+    except TimeoutError:
+        raise DeviceError(f"adb {arguments[0]}: no answer within {deadline.limit_s:g} s; try adb kill-server") from None
+    if ended.returncode and arguments[0] not in {"connect", "disconnect"}:
+        raise DeviceError(f"adb {arguments[0]}: {ended.reason}")
+    return ended.stdout.decode(errors="replace")
+
+
+def _advice(serial: str, state: str | None) -> str:
+    if state is None:
+        return f"{serial} is not attached: connect it, or name another (adb devices lists them)"
+    known = next((text for start, text in _ADVICE.items() if state.startswith(start)), "restart it")
+    return f"{serial} is {state}: {known}"

@@ -1,0 +1,92 @@
+"""One run at a time on a device: a folder there, made atomically, that names its holder."""
+
+import json
+import logging
+import os
+import shlex
+import socket
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+from . import DeviceBusyError
+
+_LOG = logging.getLogger(__name__)
+_FOLDER = ".lock"
+_OWNER = f"{_FOLDER}/owner"
+_Ask = Callable[[str], bytes | None]
+"""Runs a script in the device's working folder: its output, or None when it ended with a failure."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process, described well enough for another one to tell whether it is alive."""
+
+    host: str
+    boot: str
+    """Changes with every start of the host."""
+    pid: int
+    started: float
+    """When the process began, seconds since 1970: a process id is used again."""
+    since: str
+
+    @classmethod
+    def this_process(cls) -> "Owner":
+        """The caller."""
+        started = psutil.Process().create_time()
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        return cls(socket.gethostname(), _boot_id(), os.getpid(), started, since)
+
+    @classmethod
+    def parse(cls, text: str) -> "Owner | None":
+        """The content of an owner file; None when it is not readable as such."""
+        try:
+            return cls(**json.loads(text))
+        except (ValueError, TypeError):
+            return None
+
+    def is_dead(self) -> bool:
+        """Whether it was a process of this host that no longer runs; False for other hosts, which cannot be asked."""
+        if self.host != socket.gethostname():
+            return False
+        if self.boot != _boot_id():
+            return True
+        try:
+            return abs(psutil.Process(self.pid).create_time() - self.started) > 2
+        except psutil.NoSuchProcess:
+            return True
+
+
+def _boot_id() -> str:
+    """Identifies this start of the host: by the second it began where the system has no identifier."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return str(int(psutil.boot_time()))
+
+
+def take(ask: _Ask, device: str, folder: str) -> str:
+    """Take the lock and return what frees it. Raises DeviceBusyError that names the holder and the way out."""
+    mine = json.dumps(asdict(Owner.this_process()))
+    script = f"mkdir {_FOLDER} && printf %s {shlex.quote(mine)} >{_OWNER}"
+    if ask(script) is None:
+        text = (ask(f"cat {_OWNER}") or b"").decode(errors="replace")
+        owner = Owner.parse(text)
+        if owner is None or not owner.is_dead():
+            raise DeviceBusyError(_busy(owner, device, folder))
+        holder = f"process {owner.pid}, since {owner.since}"
+        _LOG.warning("%s: the run that held it (%s) is dead; its lock is broken", device, holder)
+        # Moved away only while it is still that dead run's: another run may be breaking it at the same time.
+        aside = f"{_FOLDER}.{os.getpid()}"
+        ask(f'[ "$(cat {_OWNER})" = {shlex.quote(text)} ] && mv {_FOLDER} {aside} && rm -r {aside}')
+        if ask(script) is None:
+            raise DeviceBusyError(_busy(None, device, folder))
+    return f'[ "$(cat {_OWNER})" = {shlex.quote(mine)} ] && rm -r {_FOLDER}'
+
+
+def _busy(owner: Owner | None, device: str, folder: str) -> str:
+    by = f"process {owner.pid} on {owner.host} since {owner.since}" if owner else "another run"
+    return f"{device}: in use by {by}; wait for it, or if it is gone remove {folder}/{_FOLDER} on the device"

@@ -1,0 +1,74 @@
+"""How commands end: a user's mistake, a full disk and Ctrl-C are one line and an exit code, never a traceback."""
+
+import logging
+import os
+import sys
+import warnings
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from export import formats
+from export.errors import ExportError
+from export.host import interrupt
+from export.host.console import console
+
+_INTERRUPTED = 130
+_NOISY = ("torchao", "torch.utils._pytree", "transformers", "datasets")
+"""Loggers of libraries that every command may import; a format adds its own."""
+
+
+def with_default(name: str) -> type[TyperGroup]:
+    """A group of sub-commands in which the command `name` runs when the arguments begin with no sub-command."""
+
+    class Group(TyperGroup):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            named = args[:1] == ["--help"] or (args and args[0] in self.commands)
+            parsed: list[str] = super().parse_args(ctx, args if named else [name, *args])
+            return parsed
+
+    return Group
+
+
+def run(app: typer.Typer) -> int:
+    """Run a typer app and give the exit code: 0 done, 1 error, 2 wrong usage, 130 interrupted."""
+    quiet_libraries()
+    interrupt.listen()
+    try:
+        code = app(standalone_mode=False)
+    except typer.Exit as done:
+        code = done.exit_code
+    except (ExportError, OSError) as error:
+        return fail(describe(error), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _INTERRUPTED
+    except Exception as error:
+        if hasattr(error, "format_message"):  # click's usage errors
+            return fail(error.format_message(), 2)
+        raise
+    if code == _INTERRUPTED:  # typer turns Ctrl-C into this code without a message
+        return fail("interrupted; nothing half-written is left", _INTERRUPTED)
+    return code if isinstance(code, int) else 0
+
+
+def fail(message: str, code: int) -> int:
+    """Print one line on stderr and give the exit code."""
+    console.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+    return code
+
+
+def describe(error: Exception) -> str:
+    """One line for an error; a system error names its file."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'writing'}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def quiet_libraries() -> None:
+    """Keep libraries' notices about optional parts out of our output."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    warnings.filterwarnings("ignore")
+    for name in (*_NOISY, *formats.loggers()):
+        logging.getLogger(name).setLevel(logging.ERROR)

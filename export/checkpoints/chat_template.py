@@ -1,0 +1,51 @@
+"""Chat templates come with checkpoints and are Jinja programs: rendered in a sandbox in a child process with limits.
+
+transformers renders them in Jinja's ImmutableSandboxedEnvironment, which keeps them from Python's objects, but not from
+endless loops and large strings.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from export.errors import ExportError
+from export.host.processes import LimitedWorker, LimitError, Limits
+
+LIMITS = Limits()
+_RENDERER = LimitedWorker(Path(__file__).with_name("template_renderer.py"))
+HELLO = ({"role": "user", "content": "Hello"},)
+
+
+def check(tokenizer: Any, origin: str) -> None:
+    """Render the shortest conversation. Raises ExportError: the template fails, or takes too much."""
+    if tokenizer.chat_template:
+        render(tokenizer, HELLO, origin)
+
+
+def render(tokenizer: Any, conversation: Sequence[Mapping[str, str]], origin: str, **options: Any) -> str:
+    """A conversation up to where the answer begins, unless the options of `apply_chat_template` say otherwise.
+
+    Raises ExportError: the template fails, or takes too much.
+    """
+    subject = f"{origin}: chat template"
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:  # several, none of them the default
+        raise ExportError(f"{subject}: {error}") from None
+    request = {
+        "conversations": [list(conversation)],
+        "chat_template": template,
+        "add_generation_prompt": True,
+        **tokenizer.special_tokens_map,
+        **options,
+    }
+    try:
+        return _RENDERER.ask(request, LIMITS)
+    except LimitError as error:
+        raise ExportError(f"{subject}: {error}") from None
+
+
+def token_ids(tokenizer: Any, conversation: Sequence[Mapping[str, str]], origin: str) -> list[int]:
+    """The same as token ids; the template brings its own BOS. Raises ExportError."""
+    ids: list[int] = tokenizer.encode(render(tokenizer, conversation, origin), add_special_tokens=False)
+    return ids

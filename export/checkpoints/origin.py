@@ -1,0 +1,200 @@
+"""Where a checkpoint is: a user's text, parsed once, and the files it stands for. Opens no file and imports no torch.
+
+`str()` of an origin is the text again, as the manifest and the keys of caches hold it; origins are equal where they
+stand for the same place.
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from export.errors import ExportError
+from export.plan import ModelSpec
+
+_HUB, _SEED, _PACKAGE, _ADAPTER = "hub:", "seed:", "package:", "adapter:"
+_TOKENIZER_JSON, _GENERATION, _META_TOKENIZER = "tokenizer.json", "generation_config.json", "tokenizer.model"
+TOKENIZER_FILES = (
+    _TOKENIZER_JSON,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    _GENERATION,
+)
+"""Of a Hugging Face folder: what the tokenizer and the generation defaults are read from."""
+TOKENIZER_NAMES = frozenset({*TOKENIZER_FILES, _META_TOKENIZER})
+
+
+@dataclass(frozen=True)
+class _Local:
+    path: Path
+    text: str = field(compare=False, repr=False)
+    """As it was given, perhaps relative to another working folder."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Folder(_Local):
+    """A Hugging Face folder, one of Meta's, or a LoRA adapter's."""
+
+
+class File(_Local):
+    """A GGUF file."""
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A repository of the Hugging Face hub; revision None: its main branch."""
+
+    repo: str
+    revision: str | None
+    text: str = field(compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Package:
+    """A file inside an installed Python package."""
+
+    name: str
+    file: str
+
+    def __str__(self) -> str:
+        return f"{_PACKAGE}{self.name}/{self.file}"
+
+    @property
+    def path(self) -> Path:
+        """The file's; the package is not imported. Raises ExportError: not installed, or without the file."""
+        try:
+            spec = importlib.util.find_spec(self.name)
+        except (ImportError, ValueError):  # `a.b` without `a`; an empty name
+            spec = None
+        if spec is None or not spec.submodule_search_locations:
+            raise ExportError(f"package {self.name!r} is not installed: run `make setup`, or give --source")
+        path = Path(spec.submodule_search_locations[0]) / self.file
+        if not path.is_file():
+            raise ExportError(f"{path}: missing; reinstall the package {self.name!r}")
+        return path
+
+
+@dataclass(frozen=True)
+class Seed:
+    """Random weights."""
+
+    number: str
+
+    def __str__(self) -> str:
+        return f"{_SEED}{self.number}"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A checkpoint with the LoRA adapter in a folder merged into it."""
+
+    adapter: Folder | File
+    base: Folder | File | Hub | Package
+
+    def __str__(self) -> str:
+        return f"{_ADAPTER}{self.adapter}//{self.base}"  # no path holds `//`
+
+
+Origin = Folder | File | Hub | Package | Seed | Adapter
+
+
+def parse_origin(text: str) -> Origin:
+    """`source` of a model YAML, a --source, or the origin that a manifest holds.
+
+    Raises ExportError: no such file or folder, or none of the forms above.
+    """
+    if text.startswith(_ADAPTER):
+        return _parse_adapter(text)
+    if text.startswith(_PACKAGE):
+        name, _, file = text.removeprefix(_PACKAGE).partition("/")
+        return Package(name, file)
+    if text.startswith(_SEED):
+        if not (number := text.removeprefix(_SEED)).isdecimal():
+            raise ExportError(f"source {text!r}: the seed must be a whole number")
+        return Seed(number)
+    if text.startswith(_HUB):
+        return _hub(text.removeprefix(_HUB), text)
+    if not text:
+        raise ExportError("--source is empty; give a folder, a .gguf file or a hub id")
+    path = Path(os.path.expanduser(text))  # noqa: PTH111  (Path's own raises for an unknown user)
+    if path.exists():
+        return (Folder if path.is_dir() else File)(path.resolve(), text)
+    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        return _hub(text, text)
+    raise ExportError(f"{text}: no such file or folder (and not a hub id like owner/name)")
+
+
+def origin_of(model: ModelSpec, source: Origin | None) -> Origin:
+    """Where the weights come from: `source`, or the model's own."""
+    if source is not None:
+        return source
+    if model.source is None:
+        raise ExportError(f"model {model.name!r} has no weights of its own: give --source DIR")
+    return parse_origin(model.source)
+
+
+def adapted(base: Origin, folder: Path) -> Adapter:
+    """A checkpoint with the adapter in `folder`; its text holds the absolute path.
+
+    Raises ExportError: no such folder, or a base that no adapter is merged into.
+    """
+    absolute = Path(os.path.expanduser(folder)).resolve()  # noqa: PTH111  (see `parse_origin`)
+    return _adapter(str(absolute), base)
+
+
+def chosen_origin(model: ModelSpec, source: str | Path | None, adapter: str | Path | None) -> Origin | None:
+    """Where a build's weights come from, by its options; None: from where the model's YAML says."""
+    origin = None if source is None else parse_origin(str(source))
+    return origin if adapter is None else adapted(origin_of(model, origin), Path(adapter))
+
+
+def _parse_adapter(text: str) -> Adapter:
+    folder, separator, base = text.removeprefix(_ADAPTER).partition("//")
+    if not (folder and separator):
+        raise ExportError(f"{text}: expected adapter:FOLDER//CHECKPOINT")
+    return _adapter(folder, parse_origin(base))
+
+
+def _adapter(folder: str, base: Origin) -> Adapter:
+    if isinstance(base, Adapter | Seed):
+        kind = str(base).partition(":")[0]
+        raise ExportError(f"{_ADAPTER}{folder}//{base}: an adapter is merged into a checkpoint, not into {kind}:…")
+    adapter = parse_origin(folder)
+    if not isinstance(adapter, Folder | File):
+        raise ExportError(f"{folder}: no such folder; download the adapter and give its folder")
+    return Adapter(adapter, base)
+
+
+def _hub(repo: str, text: str) -> Hub:
+    name, _, revision = repo.partition("@")
+    return Hub(name, revision or None, text)
+
+
+def is_meta(folder: Path) -> bool:
+    """Meta's own files have a params.json, all other folders a config.json."""
+    return (folder / "params.json").is_file() and not (folder / "config.json").is_file()
+
+
+def tokenizer_files(folder: Path) -> tuple[Path, ...]:
+    """The files in a checkpoint's folder that its tokenizer and its generation defaults are read from."""
+    names = (_META_TOKENIZER,) if is_meta(folder) else TOKENIZER_FILES
+    return tuple(folder / name for name in names if (folder / name).is_file())
+
+
+def adapted_tokenizer_files(adapter: Path, base: Iterable[Path]) -> tuple[Path, ...]:
+    """The same for a checkpoint with an adapter: the adapter's where it brings a tokenizer, else the base's.
+
+    Generation defaults that an adapter does not bring are the base's.
+    """
+    own = {path.name: path for path in tokenizer_files(adapter)}
+    if _TOKENIZER_JSON not in own:
+        return tuple(base)
+    defaults = (_GENERATION, _META_TOKENIZER) if _GENERATION not in own else ()
+    return (*own.values(), *(path for path in base if path.name in defaults))

@@ -1,0 +1,385 @@
+"""Formats: how a quantized model is written for a runtime, and read back. One package here for each, found by name.
+
+A target YAML names the package. Its `__init__.py` (`Format`) is light: the libraries that write and read the format
+are imported where they are used. `read.py` (`Reader`) reports what a finished file holds. `usage.md.j2` shows on the
+model card how to run an artifact; its first line names the library.
+"""
+
+import importlib
+import pkgutil
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from math import prod
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.architecture import EMBEDDING, HEAD, Architecture, Strict
+from export.errors import ExportError
+from export.manifest import IOContract, KVLayout, TensorSpec, TokenizerIds
+from export.plan import Plan
+
+if TYPE_CHECKING:
+    from export.quantization.store import QuantizedModel
+
+_LIBRARIES = ("torch", "torchao", "transformers")
+"""Packages that decide every artifact's bytes; a format adds its own."""
+MODULES = ("embedding", "head", "rotations", "attention", "mlp", "norms", "scales", "other tensors", "graph")
+"""Categories of bytes; `graph` is the rest of the files: nodes, names, padding."""
+_DTYPE = re.compile(r"(?:b?float|u?int|nf|fp)([1-9]\d?)")
+"""A dtype's name ends with its bits."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """What is lowered for which plan, and the folder it is written to."""
+
+    plan: Plan
+    tokenizer: TokenizerIds
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The files of one lowering, described."""
+
+    contract: IOContract
+    facts: dict[str, int | float | str]
+    """Counts that show what the runtime will run natively: delegates, nodes, bytes of shared weights."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The most that lowering takes at a time."""
+
+    memory_bytes: int
+    """Held beyond the libraries that every build imports: the format's own libraries, tensors, mapped files."""
+    disk_bytes: int
+    """Written beside the artifact folder's final place, temporary files included."""
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """One quantized weight, read from a finished file."""
+
+    name: str
+    qdata: NDArray[np.int8]
+    """[N, K]"""
+    scale: NDArray[np.float32]
+    """[N, K / group]; one column where the scheme is per channel."""
+
+
+class StoredTensor(Strict):
+    """One tensor in a file; several weights stacked in one matrix count as one tensor each."""
+
+    name: str
+    """The checkpoint's name where the artifact is ours, else the file's own."""
+    kind: Literal["weight", "scales"]
+    dtype: str
+    shape: tuple[int, ...]
+    """Of packed integers: of the matrix [N, K] that they encode."""
+    bytes: int
+    """Size in the file; 0 if these bytes are counted at another tensor."""
+
+
+class Entry(Strict):
+    """A method or function that a caller may call."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    value: str | None
+    """The constant that a method without inputs returns."""
+
+
+class Contents(Strict):
+    """A model file, read without running it."""
+
+    format: str
+    facts: dict[str, str]
+    """Versions and other metadata."""
+    entries: tuple[Entry, ...]
+    cache: tuple[TensorSpec, ...]
+    """KV cache: states, mutable buffers, or past inputs."""
+    ops: dict[str, int]
+    """Operations by kind, outside delegates."""
+    delegate_calls: dict[str, int]
+    delegated_ops: dict[str, int]
+    """Operations by kind, inside delegates."""
+    tensors: tuple[StoredTensor, ...]
+    bytes: int
+    """Of the whole file or folder."""
+
+
+class Format(Protocol):
+    """`export/formats/NAME/__init__.py`."""
+
+    TOOLS: tuple[str, ...]
+    """Packages whose versions decide the bytes of this format's artifacts."""
+    LOGGERS: tuple[str, ...]
+    """Loggers of its libraries that warn about optional parts; the commands print only their errors."""
+
+    def check(self, plan: Plan, architecture: Architecture) -> None:
+        """Raise ExportError, naming layer, rule and remedy, if the runtime would refuse or miscompute the plan."""
+
+    def needs(self, plan: Plan, architecture: Architecture) -> Needs:
+        """Memory and disk of `lower`, from the shapes alone: at most tens of per cent too high, rarely too low.
+
+        Also called for plans that `check` refuses.
+        """
+
+    def lower(self, model: "QuantizedModel", build: Build) -> Lowered:
+        """Write the artifact's files into `build.folder`."""
+
+
+class Reader(Protocol):
+    """`export/formats/NAME/read.py`: reads files of this or any other exporter without running them.
+
+    A damaged file may raise any exception; `contents` below turns it into one line.
+    """
+
+    FORMAT: str
+
+    def recognizes(self, path: Path) -> bool:
+        """Whether the first bytes, or the files of a folder, say that this is the format."""
+
+    def contents(self, path: Path, architecture: Architecture | None) -> Contents:
+        """All of the file. With an architecture, tensors of our own artifacts get the checkpoint's names."""
+
+    def escapes(self, path: Path) -> Iterator[str]:
+        """Every reference inside the file to something outside its folder, in words; nothing is opened to find out."""
+
+    def structure(self, path: Path) -> Iterator[str]:
+        """Violations of the format's own rules, in words. May end this process: native code reads the file."""
+
+    def read_weights(self, path: Path, architecture: Architecture) -> Iterator[StoredWeight]:
+        """Every quantized weight of a finished artifact under the checkpoint's names, fused projections split."""
+
+    def product_bytes(self, artifact: Path) -> int | None:
+        """Bytes of the weights that matrix products read, in a file of any exporter; None if the format hides them."""
+
+
+def names() -> list[str]:
+    """Names of all formats, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.ispkg)
+
+
+def load(name: str) -> Format:
+    """The format of that name, without its libraries."""
+    return cast(Format, _module(name, ""))
+
+
+def reader(name: str) -> Reader:
+    """The module that reads the format of that name."""
+    return cast(Reader, _module(name, ".read"))
+
+
+def _module(name: str, part: str) -> ModuleType:
+    if name not in names():
+        raise ExportError(f"unknown backend {name!r} in the target YAML; known: {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{name}{part}")
+
+
+def recognize(path: Path) -> Reader:
+    """The reader of a bare file or package."""
+    readers = [reader(name) for name in names()]
+    match = next((candidate for candidate in readers if candidate.recognizes(path)), None)
+    if match is None:
+        known = ", ".join(candidate.FORMAT for candidate in readers)
+        raise ExportError(f"{path}: neither an artifact folder nor a file of a known format ({known})")
+    return match
+
+
+def contents(reader: Reader, path: Path, architecture: Architecture | None) -> Contents:
+    """Read a file. Raises ExportError, in one line, whatever its parser raises for a damaged one."""
+    if not (path.is_file() or path.is_dir()):
+        raise ExportError(f"{path}: missing; build the artifact again")
+    try:
+        return reader.contents(path, architecture)
+    except (ExportError, OSError):
+        raise
+    except Exception as error:  # parsers of foreign formats raise anything
+        raise ExportError(f"{path}: not readable as {reader.FORMAT}: {in_a_line(error)}") from None
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of the installed packages that decide the bytes of any artifact."""
+    versions = {}
+    for tool in [*_LIBRARIES, *(tool for name in names() for tool in load(name).TOOLS)]:
+        try:
+            versions[tool] = version(tool)
+        except PackageNotFoundError:
+            versions[tool] = "not installed"
+    return versions
+
+
+def loggers() -> list[str]:
+    """Loggers of every format's libraries."""
+    return [logger for name in names() for logger in load(name).LOGGERS]
+
+
+def refuse_any_scales(plan: Plan, why: str) -> None:
+    """Raise ExportError where scales come from a checkpoint unchanged and the runtime takes only a subset (`why`)."""
+    if not plan.quant.common_scales:
+        raise ExportError(
+            f"recipe {plan.quant.name!r} on {plan.target.name!r}: {why}, and a checkpoint's own may be different; "
+            "use the target onnx-cpu, or int4-g32, which rounds again"
+        )
+
+
+def kv_layout(a: Architecture, kind: Literal["io", "state"], dtype: str, context_length: int) -> KVLayout:
+    """The contract's description of a KV cache with one slot for each position of the context."""
+    return KVLayout(
+        kind=kind,
+        dtype=dtype,
+        layers=a.num_hidden_layers,
+        kv_heads=a.num_key_value_heads,
+        head_dim=a.head_dim,
+        context_length=context_length,
+    )
+
+
+def in_a_line(error: BaseException) -> str:
+    """An exception of a library in one line of at most some 200 characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": ")
+
+
+def head(path: Path, count: int) -> bytes:
+    """The first bytes of a regular file; no bytes of anything else."""
+    if not path.is_file():
+        return b""
+    with path.open("rb") as file:
+        return file.read(count)
+
+
+def outside(folder: Path, reference: str) -> str | None:
+    """Why a reference inside a file of a folder must not be followed; None if it stays in the folder."""
+    parts = reference.replace("\\", "/").split("/")
+    if reference.startswith(("/", "\\")) or ":" in parts[0]:
+        return "is absolute"
+    if ".." in parts:
+        return "climbs out with `..`"
+    if not reference or "\0" in reference:
+        return "is no file name"
+    step = folder
+    for part in parts:
+        step /= part
+        if step.is_symlink():
+            return "leads through a link"
+    return None
+
+
+def size(dtype: str, shape: Iterable[int]) -> int:
+    """Bytes of a packed tensor; 0 for a dtype whose size is unknown."""
+    return (prod(shape) * element_bits(dtype) + 7) // 8
+
+
+def element_bits(dtype: str) -> int:
+    """Bits of one number; 0 for a dtype whose size is unknown."""
+    match = _DTYPE.fullmatch(dtype)
+    return int(match[1]) if match else 8 * (dtype == "bool")
+
+
+def counted(names: Iterable[str]) -> dict[str, int]:
+    """Occurrences, most frequent first."""
+    return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))
+
+
+def split_rows(name: str, rows: dict[str, int], tensor: StoredTensor) -> Iterator[StoredTensor]:
+    """Split a matrix of stacked weights, by name → rows in order; a matrix of one weight only gets its name."""
+    if set(rows) == {name} or not tensor.shape or sum(rows.values()) != tensor.shape[0]:
+        yield tensor.model_copy(update={"name": name})
+        return
+    for part, count in rows.items():
+        share = tensor.bytes * count // tensor.shape[0]
+        yield tensor.model_copy(update={"name": part, "shape": (count, *tensor.shape[1:]), "bytes": share})
+
+
+def split_weights(
+    qdata: NDArray[np.int8], scale: NDArray[np.float32], rows: Mapping[str, int]
+) -> Iterator[StoredWeight]:
+    """Split stacked integers [N, K] and scales [N, groups] by name → rows, in order."""
+    start = 0
+    for name, count in rows.items():
+        yield StoredWeight(name, qdata[start : start + count], scale[start : start + count])
+        start += count
+
+
+def with_tied_head(tensors: tuple[StoredTensor, ...], architecture: Architecture) -> tuple[StoredTensor, ...]:
+    """The tensors, with a tied head that is stored as the embedding listed under its own name, too."""
+    if not architecture.tie_word_embeddings or any(tensor.name == HEAD for tensor in tensors):
+        return tensors
+    table = (tensor for tensor in tensors if tensor.name == EMBEDDING)
+    return (*tensors, *(tensor.model_copy(update={"name": HEAD, "bytes": 0}) for tensor in table))
+
+
+class ModuleSize(Strict):
+    """Bytes of one kind of weight in one dtype."""
+
+    module: str
+    dtype: str
+    tensors: int
+    bytes: int
+
+
+class LayerScheme(Strict):
+    """How one matrix is stored."""
+
+    name: str
+    scheme: str
+    """`int4 g32`, `int8 per channel`, or a float dtype."""
+    bytes: int
+    """With its scales; 0 if it is stored as another tensor."""
+
+
+def _module_of(tensor: StoredTensor) -> str:
+
+    if tensor.kind == "scales":
+        return "scales"
+    if tensor.dtype in ("int32", "int64"):  # shapes and indices, whatever they are named after
+        return "other tensors"
+    name = tensor.name.lower()
+    words = {"norm": "norms", "attn": "attention", "attention": "attention", "mlp": "mlp", "feed_forward": "mlp"}
+    words |= {"lm_head": "head", "embed": "embedding", "rotate": "rotations"}
+    return next((module for word, module in words.items() if word in name), "other tensors")
+
+
+def module_sizes(contents: Contents) -> tuple[ModuleSize, ...]:
+    """Bytes by module and dtype, in the order of MODULES; they sum to the size of the files."""
+    sizes: dict[tuple[str, str], list[int]] = {}
+    for tensor in contents.tensors:
+        sizes.setdefault((_module_of(tensor), tensor.dtype), []).append(tensor.bytes)
+    sizes["graph", ""] = [contents.bytes - sum(tensor.bytes for tensor in contents.tensors)]
+    return tuple(
+        ModuleSize(module=module, dtype=dtype, tensors=len(lengths) if dtype else 0, bytes=sum(lengths))
+        for (module, dtype), lengths in sorted(sizes.items(), key=lambda item: (MODULES.index(item[0][0]), item[0][1]))
+    )
+
+
+def layer_schemes(contents: Contents) -> tuple[LayerScheme, ...]:
+    """Every matrix of the decoder, and every other tensor with scales: embedding, layers in the file's order, head."""
+    scales = {tensor.name: tensor for tensor in contents.tensors if tensor.kind == "scales"}
+    return tuple(
+        LayerScheme(
+            name=tensor.name,
+            scheme=scheme_of(tensor, scales.get(tensor.name)),
+            bytes=tensor.bytes + (scales[tensor.name].bytes if tensor.name in scales else 0),
+        )
+        for tensor in sorted(contents.tensors, key=lambda t: {"embedding": 0, "head": 2}.get(_module_of(t), 1))
+        if tensor.kind == "weight" and len(tensor.shape) == 2
+        if _module_of(tensor) in MODULES[:5] or tensor.name in scales
+    )
+
+
+def scheme_of(weight: StoredTensor, scales: StoredTensor | None) -> str:
+    """A matrix [N, K] and its scales [N, groups], in words."""
+    if scales is None:
+        return weight.dtype
+    groups = scales.shape[1] if len(scales.shape) > 1 else 1
+    return f"{weight.dtype} per channel" if groups == 1 else f"{weight.dtype} g{weight.shape[1] // groups}"

@@ -1,0 +1,146 @@
+"""Core ML: a stateful fp16 `.mlpackage` for iOS 18 / macOS 15, written on any system and never run here.
+
+`graph.py` authors the program, coremltools writes it, and `file.py` makes the package reproducible.
+"""
+
+import io
+import warnings
+from contextlib import redirect_stderr
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.architecture import Architecture
+from export.errors import ExportError
+from export.formats import Build, Lowered, Needs, kv_layout, refuse_any_scales
+from export.manifest import IOContract, TensorSpec
+from export.plan import Plan
+
+if TYPE_CHECKING:
+    from export.quantization.store import QuantizedModel
+
+TOOLS = ("coremltools",)
+LOGGERS = ("coremltools",)
+_LIBRARIES_BYTES = 230_000_000
+_LAYER_BYTES = 1_500_000
+"""Measured memory of coremltools, and of a layer's operations."""
+
+
+def check(plan: Plan, architecture: Architecture) -> None:
+    """Refuse what coremltools would refuse late or Core ML would compute differently from the eager reference."""
+    if find_spec("coremltools") is None:
+        raise ExportError(f"target {plan.target.name!r}: coremltools is missing; pip install -e '.[coreml]'")
+    first = next(iter(architecture.linear_shapes()))
+    if plan.target.activations != "none":
+        raise ExportError(
+            f"target {plan.target.name!r}: {first}: activations {plan.target.activations!r}, but Core ML quantizes no "
+            "activations at run time; set `activations: none`"
+        )
+    refuse_any_scales(plan, "Core ML keeps scales in fp16")
+    if plan.target.logits != "all":
+        raise ExportError(
+            f"target {plan.target.name!r}: logits {plan.target.logits!r}, but Apple's convention has those of every "
+            "position; set `logits: all`"
+        )
+    if not plan.target.artifact.endswith(".mlpackage"):
+        raise ExportError(f"target {plan.target.name!r}: artifact {plan.target.artifact!r} must end in .mlpackage")
+    if architecture.head_dim % 2:
+        raise ExportError(f"{first}: head_dim {architecture.head_dim} is odd; rotary embedding needs pairs")
+    _check_bits(plan, architecture)
+
+
+def _check_bits(plan: Plan, architecture: Architecture) -> None:
+    """Only int4 and int8 have a Core ML type that stores integers and scales separately."""
+    from export.quantization import schemes  # its room loads torch
+
+    for name, scheme in schemes.possible(plan.quant, architecture):
+        if scheme.bits not in (4, 8):
+            raise ExportError(
+                f"recipe {plan.quant.name!r}: {name}: int{scheme.bits}, but Core ML stores int4 and int8 only; "
+                "use bits 4 or 8"
+            )
+
+
+def needs(plan: Plan, architecture: Architecture) -> Needs:
+    """Memory: all weights as the program's constants, a byte for each integer; the largest once more while it is read.
+
+    Disk: twice the weights, since coremltools writes them into a temporary folder and copies them from there.
+    """
+    from export.quantization import schemes  # its room loads torch
+
+    counts = schemes.of_recipe(plan.quant, architecture).counts()
+    constants = counts.integers + 2 * counts.scales + 2 * counts.floats
+    being_read = counts.largest * (1 if counts.integers else 6)  # float32, and its conversion to fp16
+    memory = _LIBRARIES_BYTES + _LAYER_BYTES * architecture.num_hidden_layers + constants + being_read
+    return Needs(memory, 2 * int(schemes.largest(plan.quant, architecture).stored_bits(float_bits=16) / 8))
+
+
+def lower(model: "QuantizedModel", build: Build) -> Lowered:
+    """Write the package and count its contents."""
+    from . import file
+
+    context_length = build.plan.model.context_length
+    package = build.folder / build.plan.target.artifact
+    convert(model, context_length, package)
+    facts = file.seal(package, _metadata(model, build), build.plan.model.license)
+    facts["float_values"] = (
+        "fp16, RMSNorm in fp32" if model.recipe.linear else "fp16, rounded from float32; RMSNorm in fp32"
+    )
+    return Lowered(_contract(model.architecture, context_length), facts)
+
+
+def convert(model: "QuantizedModel", context_length: int, package: Path) -> None:
+    """Author the program and let coremltools write it without the passes that change a program.
+
+    Only its fixed backend passes remain: valid names and the deduplication of constants.
+    """
+    import coremltools as ct
+    import numpy as np
+
+    from .graph import author
+
+    def flexible() -> Any:
+        return ct.RangeDim(1, context_length, default=1)
+
+    inputs = [
+        ct.TensorType("inputIds", (1, flexible()), dtype=np.int32),
+        ct.TensorType("causalMask", (1, 1, flexible(), flexible()), dtype=np.float16),
+    ]
+    program = author(model, context_length)
+    # hides coremltools' progress bars and the warning about its temporary folder; its errors are raised
+    with redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore", category=ResourceWarning):
+        ct.convert(
+            program,
+            inputs=inputs,
+            convert_to="mlprogram",
+            minimum_deployment_target=ct.target.iOS18,
+            pass_pipeline=ct.PassPipeline.EMPTY,
+            skip_model_load=True,
+            package_dir=str(package),
+        )
+
+
+def _metadata(model: "QuantizedModel", build: Build) -> dict[str, str]:
+    """User-defined metadata of the package; swift-transformers finds the tokenizer by the last key."""
+    spec = build.plan.model
+    return {
+        "plan": build.plan.id,
+        "quantization": model.key,
+        "co.huggingface.exporters.name": spec.base_model or spec.name,
+    }
+
+
+def _contract(a: Architecture, context_length: int) -> IOContract:
+    """Apple's stateful convention."""
+    cache = (a.num_hidden_layers, 1, a.num_key_value_heads, context_length, a.head_dim)
+    return IOContract(
+        inputs=(
+            TensorSpec(name="inputIds", dtype="int32", shape=(1, "sequence")),
+            TensorSpec(name="causalMask", dtype="float16", shape=(1, 1, "sequence", "total")),
+        ),
+        outputs=(TensorSpec(name="logits", dtype="float16", shape=(1, "sequence", a.vocab_size)),),
+        states=tuple(TensorSpec(name=name, dtype="float16", shape=cache) for name in ("keyCache", "valueCache")),
+        kv=kv_layout(a, "state", "float16", context_length),
+        max_prefill=context_length,
+        logits="all",
+    )

@@ -1,0 +1,96 @@
+"""ExecuTorch `.pte` for XNNPACK, loadable by ExecuTorch's own LLM runners.
+
+`graph.py` is the model in the form that XNNPACK runs best, `functional_form.py` and `lowering.py` bring it through
+executorch in seconds, and `program.py` runs these steps and writes the file.
+"""
+
+from typing import TYPE_CHECKING
+
+from export.architecture import EMBEDDING, Architecture
+from export.errors import ExportError
+from export.formats import Build, Lowered, Needs, kv_layout, refuse_any_scales
+from export.manifest import IOContract, TensorSpec
+from export.plan import Plan
+
+if TYPE_CHECKING:
+    from export.quantization.store import QuantizedModel
+
+TOOLS = ("executorch",)
+LOGGERS = ("executorch",)
+_MAX_PREFILL = 512
+_LIBRARIES_BYTES = 100_000_000
+_LAYER_BYTES = 10_000_000
+"""Measured memory of executorch and its libraries, and of a layer's graph with every node's values and history."""
+
+
+def check(plan: Plan, architecture: Architecture) -> None:
+    """XNNPACK's rules: whatever breaks one lowers without a warning and then computes garbage or fails to load."""
+    from export.quantization import schemes  # its room loads torch
+
+    rule = f"{plan.quant.name} on {plan.target.name}"
+    if plan.quant.linear and plan.target.activations != "int8-per-token":
+        raise ExportError(
+            f"{rule}: XNNPACK computes weight-only linears wrongly (output = reference / scale); "
+            "set `activations: int8-per-token` in the target"
+        )
+    refuse_any_scales(plan, "XNNPACK multiplies by positive bf16 scales only")
+    if plan.target.logits != "last":
+        raise ExportError(
+            f"target {plan.target.name!r}: logits {plan.target.logits!r}, but the program returns those of the last "
+            "position only; set `logits: last`"
+        )
+    for name, scheme in schemes.possible(plan.quant, architecture):
+        if name == EMBEDDING:
+            if scheme.bits != 8 or scheme.group_size:
+                raise ExportError(f"{rule}: {name}: the embedding must be int8 per channel (bits: 8, group_size: null)")
+        elif scheme.bits == 8 and scheme.group_size:
+            raise ExportError(f"{rule}: {name}: XNNPACK has no int8 groups; use group_size: null")
+        elif scheme.group_size and scheme.group_size % 32:
+            raise ExportError(f"{rule}: {name}: XNNPACK needs groups of a multiple of 32, not {scheme.group_size}")
+
+
+def needs(plan: Plan, architecture: Architecture) -> Needs:
+    """Memory: all weights, again as XNNPACK's blobs, and the caches, which are buffers of the traced module.
+
+    The integers are pages of the quantized store. A tied table is written twice, as embedding and head, before the
+    second copy is removed from the file.
+    """
+    from export.quantization import schemes  # its room loads torch
+
+    counts, a = schemes.of_recipe(plan.quant, architecture).counts(), architecture
+    packed = int(schemes.largest(plan.quant, a).stored_bits(float_bits=32) / 8)
+    table = _table_bytes(plan, a) if a.tie_word_embeddings else 0
+    caches = 2 * 4 * a.num_hidden_layers * plan.model.context_length * a.num_key_value_heads * a.head_dim
+    weights = counts.store_bytes + counts.scales + 4 * counts.floats  # as many zero points as scales, a byte each
+    memory = _LIBRARIES_BYTES + _LAYER_BYTES * a.num_hidden_layers + weights + packed + table + caches
+    return Needs(memory, packed + table)
+
+
+def _table_bytes(plan: Plan, a: Architecture) -> int:
+    """Bytes of the embedding table in the file."""
+    return a.vocab_size * (a.hidden_size + 4 if plan.quant.embedding else 4 * a.hidden_size)
+
+
+def lower(model: "QuantizedModel", build: Build) -> Lowered:
+    """Trace, partition, delegate and write `model.pte`."""
+    from . import program
+
+    context = build.plan.model.context_length
+    contract = _io_contract(model.architecture, context, min(_MAX_PREFILL, context))
+    facts = program.write(model, build, contract)
+    return Lowered(contract, facts)
+
+
+def _io_contract(a: Architecture, context_length: int, max_prefill: int) -> IOContract:
+    """Inputs are tokens and position, the output is the last logits; the cache belongs to the program."""
+    return IOContract(
+        inputs=(
+            TensorSpec(name="tokens", dtype="int64", shape=(1, "sequence")),
+            TensorSpec(name="input_pos", dtype="int64", shape=(1,)),
+        ),
+        outputs=(TensorSpec(name="logits", dtype="float32", shape=(1, 1, a.vocab_size)),),
+        states=(),
+        kv=kv_layout(a, "state", "float32", context_length),
+        max_prefill=max_prefill,
+        logits="last",
+    )

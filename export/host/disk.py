@@ -1,0 +1,183 @@
+"""The disk: one writer per path, room before the work, one clear line when it is full, a cache within its limit."""
+
+import errno
+import fcntl
+import os
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.architecture import PositiveNumber, Strict
+from export.errors import ExportError
+from export.plan import CONFIGS, load_record
+
+from .console import console
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+_ALMOST_FULL_BYTES = 2**20
+_IN_USE_S = 6 * 3600.0
+"""Longer than any build or validation goes on without touching what it needs from the cache."""
+
+
+class FullError(ExportError):
+    """A disk had no room left in the middle of the work."""
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """An advisory lock on `.NAME.lock` beside `path`; the kernel frees it when the process ends, however it ends."""
+    with path.with_name(f".{path.name}.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            busy = f"{path}: process {file.read().strip()} is writing it"
+            if not wait:
+                raise ExportError(f"{busy}; wait for it to end") from None
+            console.print(f"  waiting: {busy}", soft_wrap=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn whatever a writer raises because the disk of `folder` is full into one line that says so.
+
+    Native writers raise all kinds of errors then, so the free space is checked too.
+    """
+    try:
+        yield
+    except ExportError:
+        raise
+    except Exception as error:
+        if not is_full(error) and free_bytes(folder) >= _ALMOST_FULL_BYTES:
+            raise
+        reason = " ".join(str(error).split())
+        raise FullError(f"{folder}: the disk is full ({reason}); free some space and run again") from None
+
+
+def is_full(error: Exception) -> bool:
+    """Whether an error says that a disk has no room left."""
+    return isinstance(error, FullError) or (isinstance(error, OSError) and error.errno in FULL)
+
+
+def require_file(folder: Path, needed_bytes: int) -> None:
+    """Refuse to begin when the result is one file larger than the shell allows."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY and limit < needed_bytes:
+        raise ExportError(
+            f"{folder}: needs a file of {megabytes(needed_bytes)} MB, files are limited to {megabytes(limit)} MB here "
+            "(ulimit -f); raise the limit"
+        )
+
+
+def require_room(folder: Path, needed_bytes: int) -> None:
+    """Refuse to begin when the disk of `folder` has less room than will be written."""
+    if (free := free_bytes(folder)) < needed_bytes:
+        missing = megabytes(needed_bytes - free)
+        raise ExportError(
+            f"{folder}: needs {megabytes(needed_bytes)} MB on the disk, has {megabytes(free)} MB; free {missing} MB"
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space where the folder is, or will be."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def device(folder: Path) -> int:
+    """Number of the disk that the folder is, or will be, on."""
+    return _existing(folder).stat().st_dev
+
+
+def _existing(folder: Path) -> Path:
+    """The folder or its nearest parent that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def size(size_bytes: int) -> str:
+    """For people: `3.4 GB`, `2.1 MB`; a GB is a thousand million bytes."""
+    return f"{size_bytes / 1e9:,.1f} GB" if size_bytes >= 1e8 else f"{megabytes(size_bytes)} MB"
+
+
+def megabytes(size_bytes: int) -> str:
+    """For people: 1 MB is a million bytes."""
+    return f"{size_bytes / 1e6:,.1f}"
+
+
+@contextmanager
+def scratch(folder: Path) -> Iterator[None]:
+    """Have libraries put their temporary files into `folder`, which is removed at the end.
+
+    The system's temporary folder may be small or in memory, and there the files of a killed process would stay.
+    """
+    before = tempfile.tempdir
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    tempfile.tempdir = str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# ── the cache's limit ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Limit(Strict):
+    """`configs/cache.yaml`."""
+
+    name: str
+    limit_gb: PositiveNumber
+    """GB (10⁹ bytes) of build/cache."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One file or folder directly in the cache; it is removed as a whole."""
+
+    path: Path
+    bytes: int
+    used: float
+    """Seconds since the epoch."""
+
+
+def used(path: Path) -> None:
+    """Mark a file of the cache as used now."""
+    os.utime(path)
+
+
+def trim(cache: Path) -> None:
+    """Remove the least recently used entries until the folder is within its limit."""
+    limit = load_record(Limit, CONFIGS / "cache.yaml").limit_gb * 1e9
+    oldest_first = sorted(_entries(cache), key=lambda entry: entry.used)
+    total, removed = sum(entry.bytes for entry in oldest_first), 0
+    for entry in oldest_first:
+        if total - removed <= limit or entry.used > time.time() - _IN_USE_S:
+            break
+        shutil.rmtree(entry.path, ignore_errors=True) if entry.path.is_dir() else entry.path.unlink(missing_ok=True)
+        removed += entry.bytes
+    if removed:
+        console.print(
+            f"  {cache}: {size(removed)} not used for longest removed (configs/cache.yaml: {size(int(limit))})"
+        )
+
+
+def _entries(cache: Path) -> Iterator[_Entry]:
+    for path in cache.iterdir() if cache.is_dir() else ():
+        if path.suffix == ".lock":  # a lock that is removed could be held twice
+            continue
+        with suppress(FileNotFoundError):  # another process replaced it, or trims too
+            files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+            states = [file.stat() for file in files]
+            if total := sum(state.st_size for state in states):
+                yield _Entry(path, total, max(state.st_mtime for state in states))

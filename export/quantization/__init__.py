@@ -1,0 +1,59 @@
+"""Weights → integers: one quantized model for all targets, cached under its content. Formats only encode it."""
+
+from pathlib import Path
+
+from export.checkpoints import Checkpoint
+from export.host import disk, memory
+from export.host.console import console
+from export.manifest import from_checkpoint
+from export.plan import QuantRecipe
+
+from . import calibration, rotation, schemes, store, tensorwise
+from .keys import content_key, is_stored, origin_key
+from .needs import memory_bytes
+from .store import QuantizedModel, Result, Unfinished
+
+__all__ = ["QuantizedModel", "content_key", "is_stored", "memory_bytes", "quantize"]
+
+
+def quantize(checkpoint: Checkpoint, recipe: QuantRecipe, cache: Path) -> QuantizedModel:
+    """Quantize every tensor of the recipe; a stored result of the same inputs is reused."""
+    weights = rotation.rotated(checkpoint, recipe)
+    schemes.check(recipe, weights.architecture)
+    key = content_key(checkpoint, recipe)
+    if recipe.method == "none":
+        return QuantizedModel(checkpoint, weights, recipe, key, None, (), None)
+    path = cache / f"quantized-{key[:16]}.safetensors"
+    with disk.writing(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        with disk.locked(path, wait=True):  # builds of one recipe at the same time quantize once
+            if not path.is_file():
+                write_store(path, key, weights, recipe)
+                memory.give_back()  # or the integers' memory is still ours while they are read back
+    disk.used(path)
+    layers, calibrated = store.read_notes(path, key)
+    if line := from_checkpoint(layers):
+        console.print(f"  {line}", soft_wrap=True)
+    return QuantizedModel(checkpoint, weights, recipe, key, path, layers, calibrated)
+
+
+def write_store(path: Path, key: str, weights: Checkpoint, recipe: QuantRecipe) -> None:
+    """Quantize into the store at `path`. The caller holds its lock."""
+    base = schemes.of_recipe(recipe, weights.architecture)
+    disk.require_room(path.parent, base.counts().store_bytes)
+    unfinished = Unfinished(path.with_suffix(".unfinished"))
+    notes = {"key": key, "origin_key": origin_key(weights.origin, recipe, weights.architecture)}
+    store.write(path, _integers(weights, recipe, unfinished), notes)
+    unfinished.remove()
+
+
+def _integers(weights: Checkpoint, recipe: QuantRecipe, unfinished: Unfinished) -> Result:
+    base = schemes.of_recipe(recipe, weights.architecture)
+    match recipe.method:
+        case "kept":
+            return tensorwise.keep_all(weights, base, recipe.name)
+        case "rtn":
+            return tensorwise.round_all(weights, base)
+        case "scales" | "gptq":
+            return calibration.calibrate(weights, recipe, unfinished)
+    raise AssertionError(recipe.method)

@@ -1,0 +1,125 @@
+"""One float weight → torchao integers and scales, rounded to nearest, a block of rows at a time.
+
+The common scheme every runtime holds exactly: symmetric integers, one scale per group or channel, the scale rounded
+to bf16 *before* the integers are chosen (bf16 scales of at least 2⁻¹⁷ are exact in fp16 and fp32 too).
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import log10
+
+import torch
+from torchao.quantization import IntxUnpackedToInt8Tensor, MappingType
+from torchao.quantization.quant_primitives import choose_qparams_affine
+
+from export.checkpoints.integers import values_of
+from export.plan import Levels, WeightScheme
+
+SMALLEST_SCALE = 2.0**-17
+BLOCK_ELEMENTS = 2**21  # a few MB per temporary, so that a 1 GB embedding costs no more than its integers
+INT_TYPES: dict[int, torch.dtype] = {4: torch.int4, 8: torch.int8}  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Integers, scales, and what rounding cost."""
+
+    qdata: torch.Tensor
+    """int8 [N, K]"""
+    scale: torch.Tensor
+    """float32 [N, K/group], each exact in bf16 and fp16 unless they are a checkpoint's own"""
+    signal: float
+    """Σ weight²."""
+    noise: float
+    """Σ (dequantized − weight)²."""
+    max_abs_error: float
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal-to-quantization-noise ratio of the weight itself."""
+        return 10 * log10(max(self.signal, 1e-30) / max(self.noise, 1e-30))
+
+    def cpu(self) -> "Rounded":
+        """A copy in the memory of the CPU."""
+        return replace(self, qdata=self.qdata.cpu(), scale=self.scale.cpu())
+
+    def dequantized(self) -> torch.Tensor:
+        """float32 [N, K]."""
+        return self.qdata * self.scale.repeat_interleave(self.qdata.shape[1] // self.scale.shape[1], 1)
+
+
+def integer_range(scheme: WeightScheme) -> tuple[int, int]:
+    """Smallest and largest integer."""
+    return -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
+
+
+def compared(weight: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, levels: Levels = "even") -> Rounded:
+    """Codes int8 [N, K] and scales float32 [N, K/group], however they were chosen, with their error."""
+    error = values_of(qdata, levels) * scale.repeat_interleave(qdata.shape[1] // scale.shape[1], 1) - weight
+    signal, noise = (float(torch.linalg.vector_norm(x)) ** 2 for x in (weight, error))
+    return Rounded(qdata, scale, signal, noise, float(error.abs().max()))
+
+
+def round_to_nearest(weight: torch.Tensor, scheme: WeightScheme) -> Rounded:
+    """weight float32 [N, K]. Rows are independent, so blocks of them run on all cores."""
+    with one_torch_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        blocks = list(pool.map(lambda rows: _round_block(rows, scheme), torch.split(weight, rows_at_once(weight))))
+    qdata, scale = torch.cat([block.qdata for block in blocks]), torch.cat([block.scale for block in blocks])
+    return joined(qdata, scale, blocks)
+
+
+def rows_at_once(weight: torch.Tensor) -> int:
+    """How many rows of a weight [N, K] make a block."""
+    return max(1, BLOCK_ELEMENTS // weight.shape[1])
+
+
+def joined(qdata: torch.Tensor, scale: torch.Tensor, blocks: Sequence[Rounded]) -> Rounded:
+    """Codes and scales of a whole weight, with the errors of its blocks of rows."""
+    return Rounded(
+        qdata,
+        scale,
+        signal=sum(block.signal for block in blocks),
+        noise=sum(block.noise for block in blocks),
+        max_abs_error=max(block.max_abs_error for block in blocks),
+    )
+
+
+def _round_block(weight: torch.Tensor, scheme: WeightScheme) -> Rounded:
+    block = (1, scheme.group_size or weight.shape[-1])
+    low, high = integer_range(scheme)
+    scale, zero = choose_qparams_affine(
+        weight,
+        MappingType.SYMMETRIC_NO_CLIPPING_ERR,  # the whole range −8…7: a quarter less KL than SYMMETRIC's ±7.5
+        block,
+        target_dtype=torch.int8,
+        quant_min=low,
+        quant_max=high,
+        eps=SMALLEST_SCALE,
+        zero_point_dtype=torch.int8,
+        keepdim=True,
+    )
+    rounded = IntxUnpackedToInt8Tensor.from_hp(
+        weight,
+        block,
+        INT_TYPES[scheme.bits],
+        intx_choose_qparams_algorithm=None,
+        custom_scale=scale.to(torch.bfloat16).to(torch.float32),
+        custom_zero_point=zero,
+    )
+    error = rounded.dequantize().sub_(weight)
+    signal, noise = (float(torch.linalg.vector_norm(x)) ** 2 for x in (weight, error))
+    return Rounded(rounded.qdata, rounded.scale, signal, noise, float(error.abs_().max()))
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Threads of our own instead of torch's: theirs wait for each other in every small operation."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,118 @@
+"""How each weight is stored: the scheme of every tensor, and the bits and bytes that takes, from shapes alone."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+from export.architecture import EMBEDDING, HEAD, ROTATE_IN, ROTATE_OUT, Architecture
+from export.errors import ExportError
+from export.plan import QuantRecipe, WeightScheme
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """How many numbers a quantized model has, by the way they are stored; a tied head is the embedding."""
+
+    integers: int
+    scales: int
+    floats: int
+    largest: int
+    """Elements of the largest tensor: the embedding of a small model."""
+
+    @property
+    def store_bytes(self) -> int:
+        """The cached file: an integer takes a byte there, whatever its bits, and a scale four."""
+        return self.integers + 4 * self.scales
+
+
+@dataclass(frozen=True)
+class Schemes:
+    """The scheme of each quantized tensor of a model, in execution order; every other tensor stays float."""
+
+    architecture: Architecture
+    by_name: Mapping[str, WeightScheme]
+
+    @property
+    def names(self) -> list[str]:
+        """Every quantized tensor."""
+        return list(self.by_name)
+
+    def of(self, name: str) -> WeightScheme | None:
+        """None: float."""
+        return self.by_name.get(name)
+
+    def stored_bits(self, *, float_bits: int) -> float:
+        """Bits of all weights: integers and 16-bit scales, tied weights once."""
+        bits = 0.0
+        for name, shape in self.architecture.tensor_shapes().items():
+            scheme = self.of(name)
+            bits += prod(shape) * (float_bits if scheme is None else bits_each(scheme, shape[-1]))
+        return bits
+
+    def counts(self) -> _Counts:
+        """From the shapes alone."""
+        integers = scales = floats = largest = 0
+        for name, shape in self.architecture.tensor_shapes().items():
+            scheme, elements = self.of(name), prod(shape)
+            largest = max(largest, elements)
+            if scheme is None:
+                floats += elements
+            else:
+                integers += elements
+                scales += elements // (scheme.group_size or shape[-1])
+        return _Counts(integers, scales, floats, largest)
+
+    def promoted(self, names: Iterable[str], scheme: WeightScheme) -> "Schemes":
+        """The same with another scheme for some tensors."""
+        return Schemes(self.architecture, {**self.by_name, **dict.fromkeys(names, scheme)})
+
+
+def bits_each(scheme: WeightScheme, columns: int) -> float:
+    """Bits of one number of a weight with that many columns, its share of a 16-bit scale included."""
+    return scheme.bits + 16 / (scheme.group_size or columns)
+
+
+def of_recipe(recipe: QuantRecipe, architecture: Architecture) -> Schemes:
+    """What the recipe gives every tensor before any is promoted."""
+    architecture = recipe.reshaped(architecture)
+    schemes = {name: scheme_of(recipe, name) for name in architecture.tensor_shapes()}
+    return Schemes(architecture, {name: scheme for name, scheme in schemes.items() if scheme})
+
+
+def largest(recipe: QuantRecipe, architecture: Architecture) -> Schemes:
+    """The most a recipe may choose: every linear promoted."""
+    base = of_recipe(recipe, architecture)
+    if recipe.promotion is None:
+        return base
+    return base.promoted(architecture.linear_shapes(), recipe.promotion.scheme)
+
+
+def possible(recipe: QuantRecipe, architecture: Architecture) -> Iterator[tuple[str, WeightScheme]]:
+    """Every scheme that a tensor may get, for rules that hold whatever is chosen."""
+    yield from of_recipe(recipe, architecture).by_name.items()
+    if recipe.promotion is not None:
+        yield from dict.fromkeys(architecture.linear_shapes(), recipe.promotion.scheme).items()
+
+
+def scheme_of(recipe: QuantRecipe, name: str) -> WeightScheme | None:
+    """The scheme a recipe gives to a tensor; norms are never quantized."""
+    if name == EMBEDDING:
+        return recipe.embedding
+    if name == HEAD:
+        return recipe.head
+    if name in (ROTATE_IN, ROTATE_OUT):
+        return recipe.rotation.scheme if recipe.rotation else None
+    return None if "norm" in name else recipe.linear
+
+
+def check(recipe: QuantRecipe, architecture: Architecture) -> None:
+    """Refuse a group that does not divide, naming the layer, before any work."""
+    if architecture.tie_word_embeddings and recipe.embedding != recipe.head:
+        raise ExportError(f"recipe {recipe.name!r}: embedding and head are tied, so their schemes must be equal")
+    for name, scheme in possible(recipe, architecture):
+        columns = architecture.tensor_shapes()[name][-1]
+        if scheme.group_size and columns % scheme.group_size:
+            raise ExportError(
+                f"recipe {recipe.name!r}: {name} has {columns} input features, which groups of {scheme.group_size} "
+                "do not divide; use a recipe with a group size that does (int4-g32)"
+            )

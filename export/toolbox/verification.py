@@ -1,0 +1,128 @@
+"""Whether an artifact folder is what its manifest says: one line for each finding.
+
+Not detected here: a manifest that was rewritten together with the files, unless the folder is signed and the key given,
+and integers that another quantizer chose (validation compares them with ours).
+"""
+
+import json
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from export import manifest
+from export.build.command import describe
+from export.errors import ExportError
+from export.formats import outside
+from export.host import processes
+from export.manifest import Manifest
+from export.quantization import schemes
+
+from . import signature
+
+WORKER = (sys.executable, "-m", "export.toolbox.model_checks")
+
+
+def verify(folder: Path, limit_s: float, public_key: Path | None = None) -> list[str]:
+    """Everything that is wrong. Files outside the folder are never opened; the model is read in a child process.
+
+    With a key the signature is checked first, and a folder that fails is not read further.
+    """
+    if strays := list(_strays(folder)):
+        return strays
+    if public_key and (differences := list(signature.differences(folder, public_key))):
+        return differences
+    try:
+        described = manifest.read(folder)
+    except (ExportError, OSError) as error:
+        return [describe(error)]
+    escapes = [f"{manifest.FILE}: file {name!r} {why}" for name in described.files if (why := outside(folder, name))]
+    if escapes:
+        return escapes
+    try:
+        findings = [*manifest.differing_files(folder, described), *_contradictions(described)]
+    except OSError as error:
+        return [describe(error)]
+    return findings + in_child(folder, limit_s)
+
+
+def require_whole(folder: Path) -> None:
+    """Refuse a folder whose files are not those of its manifest; the model itself is not read."""
+    if stray := next(_strays(folder), None):
+        raise ExportError(stray)
+    manifest.verify_files(folder, manifest.read(folder))
+
+
+def about_signature(folder: Path, public_key: Path | None) -> str:
+    """The end of the line that reports a whole artifact: whether its signature was checked."""
+    if public_key:
+        return f", and as signed with {public_key}"
+    return f"; {manifest.SIGNATURE} was not checked (give --key)" if (folder / manifest.SIGNATURE).exists() else ""
+
+
+def _strays(folder: Path) -> Iterator[str]:
+    """Links, pipes and devices: an artifact holds files and folders only."""
+    for parent, folders, files in os.walk(folder):
+        for name in sorted(folders + files):
+            path = Path(parent, name)
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                yield f"{path}: a link; an artifact holds files only"
+            elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                yield f"{path}: neither a file nor a folder"
+
+
+def _contradictions(described: Manifest) -> Iterator[str]:
+    """Parts of a manifest that cannot be true together."""
+    a, kv, plan = described.architecture, described.contract.kv, described.plan
+    pairs = (
+        ("id", described.id, plan.id),
+        ("contract.kv.layers", kv.layers, a.num_hidden_layers),
+        ("contract.kv.kv_heads", kv.kv_heads, a.num_key_value_heads),
+        ("contract.kv.head_dim", kv.head_dim, a.head_dim),
+        ("contract.kv.context_length", kv.context_length, plan.model.context_length),
+        ("contract.logits", described.contract.logits, plan.target.logits),
+    )
+    yield from (f"{manifest.FILE}: {name} is {a!r}, expected {b!r}" for name, a, b in pairs if a != b)
+    artifact = plan.target.artifact
+    if not any(name == artifact or name.startswith(f"{artifact}/") for name in described.files):
+        yield f"{manifest.FILE}: files do not hold {artifact!r}, the artifact of the target"
+    yield from _wrong_layers(described)
+
+
+def _wrong_layers(described: Manifest) -> Iterator[str]:
+    """Quantized layers that the recipe does not quantize, or not in that scheme."""
+    a, recipe = described.architecture, described.plan.quant
+    expected = schemes.of_recipe(recipe, a)
+    layers = {layer.name: layer for layer in described.quantization.layers}
+    for name in sorted(layers.keys() ^ set(expected.names)):
+        reason = "missing" if name in expected.names else "not quantized by the recipe"
+        yield f"{manifest.FILE}: quantization.layers: {name}: {reason}"
+    for name, layer in layers.items():
+        options = [expected.of(name)]
+        if recipe.promotion and name in a.linear_shapes():
+            options.append(recipe.promotion.scheme)
+        columns = a.tensor_shapes().get(name, (0,))[-1]
+        allowed = [(scheme.bits, scheme.group_size or columns) for scheme in options if scheme]
+        if allowed and (layer.bits, layer.group_size) not in allowed:
+            stored = f"int{layer.bits} in groups of {layer.group_size}"
+            yield f"{manifest.FILE}: {name}: {stored} is not a scheme of the recipe"
+
+
+def in_child(folder: Path, limit_s: float) -> list[str]:
+    """Findings of `model_checks`, a JSON list in its last line; a crash of a library or a timeout is a finding too."""
+    try:
+        child = processes.run([*WORKER, str(folder.resolve())], cwd=manifest.ROOT, limit_s=limit_s)
+    except TimeoutError:
+        return [f"{folder}: the model could not be read within {limit_s:g} s"]
+    code = child.returncode
+    if code < 0:
+        return [f"{folder}: reading the model ended by {processes.signal_name(-code)}"]
+    try:
+        findings = json.loads(processes.last_line(child.out))
+    except json.JSONDecodeError:
+        findings = None
+    if code or not isinstance(findings, list):
+        return [f"{folder}: the model could not be read: exit {code}: {child.last_words or 'no message'}"]
+    return [str(finding) for finding in findings]

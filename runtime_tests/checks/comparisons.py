@@ -1,0 +1,161 @@
+"""Three comparisons, one suspect each: rewriting, quantization, lowering.
+
+Hugging Face fp32 → our fp32 → our quantized model → the artifact. The total, from the first to the last, is what the
+artifact loses as shipped; no gate judges it. References are computed by eager PyTorch in a child process.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.checkpoints import tokenizer
+from export.errors import ExportError
+from export.host import disk
+from export.host.console import stage
+from runtime_tests import evaluation, jobs, reference
+from runtime_tests.evaluation import Windows
+from runtime_tests.evidence.record import Comparison, Outcome
+
+from . import accuracy, gates
+from .subject import Finding, StoppedError, Subject, require
+
+_PROBES = 64
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Windows, and the file in which child processes read them."""
+
+    windows: Windows
+    file: Path
+
+    def task(self, out: Path) -> dict[str, Any]:
+        """The fields of a job's task that feeds these windows."""
+        return {"tokens": str(self.file), "prefill": self.windows.prefill, "out": str(out)}
+
+
+@dataclass(frozen=True)
+class References:
+    """Files of the logits that an artifact is compared with, float32 [W, decode + 1, V]."""
+
+    huggingface: Path
+    fp32: Path
+    quantized: Path
+    noise: Path | None = None
+    """Our quantized model with float noise, where the runtime quantizes activations."""
+    probes: Path | None = None
+    """Of the quantized model for single tokens, where the target has a limit for them."""
+
+
+def cut_tokens(subject: Subject) -> tuple[_Tokens, _Tokens]:
+    """The evaluation's windows, and prompts of one token each. Raises StoppedError: the tokenizer is unreadable."""
+    try:
+        loaded = tokenizer.load(subject.folder)
+    except ExportError as error:
+        raise StoppedError(Outcome.TOKENIZER_DIFFERS, str(error)) from None
+    windows = evaluation.cut_windows(subject.setting.evaluation, loaded, subject.manifest)
+    distinct = np.unique(windows.tokens)
+    singles = distinct[:: max(1, len(distinct) // _PROBES)][:_PROBES]
+    probes = Windows(np.stack([singles, singles], axis=1), ("probe",) * len(singles), prefill=1)
+    scratch = subject.setting.scratch
+    return _save(windows, scratch / "windows.npy"), _save(probes, scratch / "probes.npy")
+
+
+def _save(windows: Windows, file: Path) -> _Tokens:
+    np.save(file, windows.tokens)
+    return _Tokens(windows, file)
+
+
+def compute_references(subject: Subject, windows: _Tokens, probes: _Tokens) -> References:
+    """Every reference of this artifact; those that are not cached are computed in one child process."""
+    plan, cached = subject.manifest.plan, subject.setting.cache
+    kinds: dict[str, tuple[reference.Kind, _Tokens]] = {
+        "huggingface": ("huggingface", windows),
+        "fp32": ("fp32", windows),
+        "quantized": ("quantized", windows),
+    }
+    if plan.target.activations != "none" and plan.quant.method != "none":
+        kinds["noise"] = ("noise", windows)
+    if subject.limits.min_probe_sqnr_db is not None:
+        kinds["probes"] = ("quantized", probes)
+    files = {
+        name: reference.locate(kind, subject.manifest, tokens.windows.tokens, cached)
+        for name, (kind, tokens) in kinds.items()
+    }
+    missing = [name for name, file in files.items() if not file.is_file()]
+    for name in files.keys() - set(missing):
+        disk.used(files[name])
+    if missing:
+        with stage("references", ", ".join(missing)):
+            _compute_missing(subject, [(*kinds[name], files[name]) for name in missing])
+    return References(**files)
+
+
+def _compute_missing(subject: Subject, missing: Sequence[tuple[reference.Kind, _Tokens, Path]]) -> None:
+    """Compute references in a child process and move them into the cache once they are complete."""
+    partial = [subject.setting.scratch / file.name for _, _, file in missing]
+    tasks = [
+        jobs.ReferenceTask(kind=kind, **tokens.task(out))
+        for (kind, tokens, _), out in zip(missing, partial, strict=True)
+    ]
+    job = jobs.ReferenceJob(
+        folder=subject.folder_text,
+        source=subject.setting.source,
+        cache=subject.cache_text,
+        threads=subject.setting.threads,
+        tasks=tuple(tasks),
+    )
+    subject.run_here(job, "references")
+    subject.setting.cache.mkdir(parents=True, exist_ok=True)
+    for out, (_, _, file) in zip(partial, missing, strict=True):
+        out.replace(file)
+
+
+def compare_references(subject: Subject, windows: Windows, references: References) -> Finding:
+    """Hugging Face fp32 → our fp32 → our quantized model, → itself with float noise if activations are quantized."""
+    with stage("compare", "rewriting and quantization"):
+        rewriting = _compare(windows, references.huggingface, references.fp32)
+        quantization = _compare(windows, references.fp32, references.quantized)
+        noise = {"noise": _compare(windows, references.quantized, references.noise)} if references.noise else {}
+    return Finding(
+        gates=(
+            *gates.rewriting(rewriting, subject.setting.evaluation.max_rewriting_error),
+            *gates.quantization(quantization, subject.manifest.plan.quant.limits),
+        ),
+        comparisons={"rewriting": rewriting, "quantization": quantization} | noise,
+    )
+
+
+def compare_artifact(
+    subject: Subject, windows: _Tokens, probes: _Tokens, references: References, noise: Comparison | None
+) -> Finding:
+    """The artifact in its runtime, with a filled cache, against our quantized model and against Hugging Face's.
+
+    Single tokens are compared too, where the target has a limit for them. Raises StoppedError: NaN or infinity.
+    """
+    out, probes_out = subject.setting.scratch / "artifact.npy", subject.setting.scratch / "artifact-probes.npy"
+    tasks = [jobs.Task(**windows.task(out))] + ([jobs.Task(**probes.task(probes_out))] if references.probes else [])
+    with stage("artifact", f"{len(windows.windows.tokens)} windows"):
+        job = jobs.LogitsJob(folder=subject.folder_text, threads=subject.setting.place.threads, tasks=tuple(tasks))
+        subject.run_on_device(job, "artifact")
+    problem = accuracy.not_finite(np.load(out, mmap_mode="r"))
+    finite = require(gates.count("logits finite: problems", [problem] if problem else [], Outcome.MISMATCH), problem)
+    with stage("compare", "lowering and total"):
+        lowering = _compare(windows.windows, references.quantized, out)
+        total = _compare(windows.windows, references.huggingface, out)
+    limits = subject.limits
+    finding = finite + Finding(
+        tuple(gates.lowering(lowering, limits, noise)), comparisons={"lowering": lowering, "total": total}
+    )
+    if references.probes is None or limits.min_probe_sqnr_db is None:
+        return finding
+    sqnr_db = accuracy.sqnr_by_window(np.load(references.probes), np.load(probes_out))
+    return finding + Finding((gates.probes(sqnr_db, limits.min_probe_sqnr_db),), probe_sqnr_db=tuple(sqnr_db))
+
+
+def _compare(windows: Windows, reference_file: Path, candidate_file: Path) -> Comparison:
+    reference_logits, logits = np.load(reference_file, mmap_mode="r"), np.load(candidate_file, mmap_mode="r")
+    return accuracy.compare(reference_logits, logits, windows.targets, windows.labels)

@@ -1,0 +1,127 @@
+"""One artifact in the setting of its run, and the findings of its checks: values only."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from devices import Device
+from export.host.console import counted
+from export.manifest import Manifest
+from export.plan import TargetLimits
+from runtime_tests import jobs
+from runtime_tests.evaluation import Evaluation
+from runtime_tests.evidence.record import Comparison, DeviceState, Environment, Gate, Latency, Outcome
+from runtime_tests.jobs import isolation
+from runtime_tests.jobs.isolation import Ended
+from runtime_tests.places import ArtifactJob, Place
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the validations of one run share."""
+
+    run_id: str
+    device: Device
+    place: Place
+    """Where artifacts run; references are always computed on this machine."""
+    threads: int
+    """For the references."""
+    evaluation: Evaluation
+    source: str | None
+    """The origin of checkpoints, when it is not the manifests'."""
+    cache: Path
+    scratch: Path
+    read_bandwidth_bytes_per_s: float | None
+    """Of the device; None: not measured."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One artifact under examination."""
+
+    folder: Path
+    manifest: Manifest
+    setting: Setting
+
+    @property
+    def limits(self) -> TargetLimits:
+        """What the lowering may lose on the device's processor."""
+        target = self.manifest.plan.target
+        return target.limits_on.get(self.setting.place.abi, target.limits)
+
+    @property
+    def origin(self) -> str:
+        """The origin of the checkpoint."""
+        return self.setting.source or self.manifest.checkpoint.origin
+
+    @property
+    def folder_text(self) -> str:
+        """The absolute path, for a child process, whose working folder is a different one."""
+        return str(self.folder.resolve())
+
+    @property
+    def cache_text(self) -> str:
+        """The absolute path of the cache folder."""
+        return str(self.setting.cache.resolve())
+
+    def run_here(self, job: jobs.Job, label: str) -> dict[str, Any]:
+        """The result of a job in a child process on this machine. Raises StoppedError."""
+        return self._run(isolation.run, job, label)
+
+    def run_on_device(self, job: ArtifactJob, label: str) -> dict[str, Any]:
+        """The result of a job at the place where artifacts run. Raises StoppedError."""
+        return self._run(self.setting.place.run, job, label)
+
+    def _run(self, run: Callable[..., Ended], job: jobs.Job, label: str) -> dict[str, Any]:
+        with counted(label) as progress:
+            ended = run(job, limit_s=self.setting.device.time_limit_s, on_progress=progress)
+        if ended.outcome is not Outcome.PASS:
+            raise StoppedError(ended.outcome, f"{label}: {ended.detail}")
+        return ended.result
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The speed of an artifact on a device, and the device's state before and after."""
+
+    environment: Environment
+    before: DeviceState
+    after: DeviceState
+    latency: Latency | None
+    """None: not timed."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The results of one check, or of several in a row."""
+
+    gates: tuple[Gate, ...] = ()
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
+    """By their names in `record.Accuracy`."""
+    probe_sqnr_db: tuple[float, ...] = ()
+    timing: Timing | None = None
+
+    def __add__(self, later: "Finding") -> "Finding":
+        return Finding(
+            gates=self.gates + later.gates,
+            comparisons=self.comparisons | later.comparisons,
+            probe_sqnr_db=self.probe_sqnr_db + later.probe_sqnr_db,
+            timing=later.timing or self.timing,
+        )
+
+
+class StoppedError(Exception):
+    """Later checks would mean nothing; `finding` holds the results up to here."""
+
+    def __init__(self, outcome: Outcome, detail: str, finding: Finding = Finding()) -> None:
+        super().__init__(detail)
+        self.outcome = outcome
+        self.finding = finding
+
+
+def require(gate: Gate, detail: str) -> Finding:
+    """The finding of a gate that all later checks depend on. Raises StoppedError where it failed."""
+    if gate.verdict == "fail":
+        raise StoppedError(gate.fails_as, detail, Finding((gate,)))
+    return Finding((gate,))

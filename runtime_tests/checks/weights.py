@@ -1,0 +1,86 @@
+"""Reads the integers and scales of an artifact back and compares them, bit for bit, with those quantized once."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export import checkpoints, formats, manifest
+from export.checkpoints import Checkpoint
+from export.checkpoints.origin import parse_origin
+from export.errors import ExportError
+from export.host.console import stage
+from export.manifest import Manifest
+from export.quantization import quantize
+from export.quantization.store import QuantizedModel
+from runtime_tests.evidence.record import Outcome
+from runtime_tests.jobs import SourceDiffersError, WeightsJob
+
+from . import gates
+from .subject import Finding, Subject
+
+
+def check(subject: Subject) -> Finding:
+    """Integers and scales of the finished file are those that were quantized once."""
+    job = WeightsJob(folder=subject.folder_text, source=subject.setting.source, cache=subject.cache_text)
+    with stage("weights"):
+        result = subject.run_here(job, "weights")
+    detail = f"{result['values']:,} integers and scales compared" if result["values"] else "nothing is quantized"
+    detail += f", first: {result['first']}" if result["first"] else ""
+    detail += f", missing: {result['missing'][0]}" if result["missing"] else ""
+    problems = result["differing"] + len(result["missing"])
+    name = "weights: differing numbers"
+    return Finding((gates.judge(name, problems, "at most", 0, Outcome.WEIGHTS_DIFFER, detail),))
+
+
+def rebuild(described: Manifest, source: str | None, cache: Path) -> QuantizedModel:
+    """The quantized model of an artifact, from its checkpoint and the cached integers. Raises SourceDiffersError."""
+    try:
+        weights = checkpoint_of(described, source)
+        model = quantize(weights, described.plan.quant, cache)
+    except ExportError as error:
+        raise SourceDiffersError(str(error)) from None
+    if model.key != described.quantization.key:
+        raise SourceDiffersError(
+            f"{described.id}: quantized from another checkpoint ({weights.origin} now), or by another version of the "
+            "recipe, export/quantization/__init__.py or torchao; build the artifact again"
+        )
+    return model
+
+
+def checkpoint_of(described: Manifest, source: str | None) -> Checkpoint:
+    """The checkpoint that an artifact was built from. Raises ExportError where the one at `source` is different."""
+    weights = checkpoints.load(described.plan.model, parse_origin(source or described.checkpoint.origin))
+    if weights.sha256 != described.checkpoint.sha256:
+        raise ExportError(
+            f"{weights.origin}: not the checkpoint of {described.id} (sha256); give the one with --source"
+        )
+    return weights
+
+
+def compare(job: WeightsJob) -> dict[str, Any]:
+    """Counts of compared and of differing numbers, the first weight with one, and the names of missing weights."""
+    folder = Path(job.folder)
+    described = manifest.read(folder)
+    model = rebuild(described, job.source, Path(job.cache))
+    reader = formats.reader(described.plan.target.backend)
+    missing = set(model.schemes.names)
+    values, differing, first = 0, 0, ""
+    for stored in reader.read_weights(folder / described.plan.target.artifact, model.architecture):
+        missing.discard(stored.name)
+        count, wrong = differences(model, stored)
+        values, differing = values + count, differing + wrong
+        first = first or (stored.name if wrong else "")
+    return {"values": values, "differing": differing, "missing": sorted(missing), "first": first}
+
+
+def differences(model: QuantizedModel, stored: formats.StoredWeight) -> tuple[int, int]:
+    """How many integers and scales a stored weight has, and how many of them differ from the quantized model's."""
+    expected = model.codes(stored.name)
+    count = stored.qdata.size + stored.scale.size
+    if expected is None:
+        return count, count
+    pairs = ((stored.qdata, expected.qdata.numpy()), (stored.scale, expected.scale.numpy()))
+    if any(actual.shape != quantized.shape for actual, quantized in pairs):
+        return count, count
+    return count, sum(int(np.count_nonzero(actual != quantized)) for actual, quantized in pairs)

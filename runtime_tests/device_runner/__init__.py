@@ -1,0 +1,190 @@
+"""The runner protocol of docs/runner.md, as the host speaks it: commands → script, a process's output → answer.
+
+A module named like a session brings that session's runner to a device. `cpp/` is the runner for `.pte`, `build` makes
+it; the others are the Python sessions themselves.
+"""
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from devices import Device, Transport
+from export.errors import ExportError
+from export.host.processes import signal_name
+from export.manifest import ROOT
+from runtime_tests.sessions import board
+
+_STAGES: dict[int, str] = {2: "usage", 3: "load", 4: "run"}
+_SIGNALLED = 128
+
+
+@dataclass(frozen=True)
+class Reset:
+    """Empty the KV cache."""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Continue the cache with these tokens."""
+
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Feed the most likely token `count` times."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Append the logits of the last fed token to the file."""
+
+
+@dataclass(frozen=True)
+class Top:
+    """Report the `count` largest logits of the last fed token."""
+
+    count: int
+
+
+Command = Reset | Feed | Generate | Logits | Top
+
+
+def script_text(commands: Iterable[Command]) -> str:
+    """The script of these commands; ValueError for what a runner would refuse."""
+    text = "".join(f"{_line(command)}\n" for command in commands)
+    try:
+        board.parse(text, with_logits=True)
+    except board.Failure as failure:
+        raise ValueError(str(failure)) from None
+    return text
+
+
+def write_script(commands: Iterable[Command], path: Path) -> None:
+    """Write the script of these commands to a file."""
+    path.write_text(script_text(commands), encoding="ascii", newline="\n")
+
+
+def _line(command: Command) -> str:
+    match command:
+        case Feed(tokens):
+            return f"feed {' '.join(map(str, tokens))}"
+        case Generate(count):
+            return f"generate {count}"
+        case Top(count):
+            return f"top {count}"
+        case Logits():
+            return "logits"
+        case Reset():
+            return "reset"
+
+
+class _Record(BaseModel):
+    """Exactly the documented keys with exactly the documented types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class _Fed(_Record):
+    """One `feed`."""
+
+    tokens: PositiveInt
+    ns: NonNegativeInt
+
+
+class _Generated(_Record):
+    """One `generate`: each token fed and its time."""
+
+    tokens: tuple[NonNegativeInt, ...]
+    ns: tuple[NonNegativeInt, ...]
+
+    @model_validator(mode="after")
+    def _one_time_each(self) -> Self:
+        if len(self.tokens) != len(self.ns):
+            raise ValueError(f"{len(self.tokens)} tokens with {len(self.ns)} times")
+        return self
+
+
+class Answer(_Record):
+    """The object that a runner prints after a run without errors."""
+
+    runner: str
+    runtime: str
+    threads: PositiveInt
+    vocab_size: PositiveInt
+    context_length: PositiveInt
+    load_ns: NonNegativeInt
+    feeds: tuple[_Fed, ...]
+    generated: tuple[_Generated, ...]
+    top: tuple[tuple[tuple[NonNegativeInt, float | None], ...], ...]
+    """Token and logit, largest first; None: not a finite number."""
+    logits_rows: NonNegativeInt
+    logits_crc32: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
+    rss_before_load_bytes: NonNegativeInt
+    peak_rss_bytes: NonNegativeInt
+
+
+class RunnerFailure(_Record):
+    """A run without an answer."""
+
+    stage: Literal["usage", "load", "run", "crash", "protocol"]
+    """`crash`: ended by a signal. `protocol`: its output does not fit its exit status."""
+    error: str
+
+
+class _ErrorLine(_Record):
+    """The object that a runner prints when it fails."""
+
+    error: str
+    stage: Literal["usage", "load", "run"]
+
+
+def parse_answer(stdout: bytes, returncode: int) -> Answer | RunnerFailure:
+    """Judge a finished process by its exit status, then by the last line it printed."""
+    if returncode < 0 or returncode > _SIGNALLED:
+        number = -returncode if returncode < 0 else returncode - _SIGNALLED
+        return RunnerFailure(stage="crash", error=f"ended by {signal_name(number)}")
+    line = (stdout.splitlines() or [b""])[-1]
+    try:
+        if returncode == 0:
+            return Answer.model_validate_json(line)
+        failed = _ErrorLine.model_validate_json(line)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"])) or "last line"
+        text = f"exit status {returncode}, {key}: {problem['msg']}: {line[:80]!r}"
+        return RunnerFailure(stage="protocol", error=text)
+    if _STAGES.get(returncode) != failed.stage:
+        text = f"exit status {returncode} with stage {failed.stage}: {failed.error}"
+        return RunnerFailure(stage="protocol", error=text)
+    return RunnerFailure(stage=failed.stage, error=failed.error)
+
+
+def read_logits(path: Path, answer: Answer) -> NDArray[np.float32]:
+    """The rows [R, V] that came with an answer; ValueError if they are not those that the runner wrote."""
+    data = path.read_bytes()
+    expected = answer.logits_rows * answer.vocab_size * 4
+    if len(data) != expected:
+        raise ValueError(f"{path}: {len(data)} bytes; the runner wrote {expected}")
+    if (crc32 := f"{zlib.crc32(data):08x}") != answer.logits_crc32:
+        raise ValueError(f"{path}: CRC-32 {crc32}; the runner wrote {answer.logits_crc32}")
+    return np.frombuffer(data, "<f4").reshape(answer.logits_rows, answer.vocab_size)
+
+
+def own_runner(transport: Transport, device: Device, timeout_s: float) -> tuple[str, ...]:
+    """Push the `runner` of the device's YAML; a relative path starts at the project's folder."""
+    assert device.runner is not None
+    path = ROOT / device.runner
+    if not path.is_file():
+        raise ExportError(f"devices/{device.name}.yaml: runner: no file {path}; build it first, or set it to null")
+    remote = f"runners/{path.name}"
+    transport.push(path, remote, timeout_s=timeout_s)
+    return (remote,)

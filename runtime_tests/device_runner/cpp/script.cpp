@@ -1,0 +1,86 @@
+#include "script.h"
+
+#include <charconv>
+#include <fstream>
+#include <sstream>
+
+#include "base/error.h"
+
+namespace runner {
+namespace {
+
+constexpr int64_t kMost = 1'000'000'000;
+
+[[noreturn]] void refuse(size_t line, const std::string& why) {
+  throw Failure(Stage::usage, "script line " + std::to_string(line) + ": " + why);
+}
+
+/// Words between single spaces; an empty one stands for a space too many.
+std::vector<std::string> split(const std::string& line) {
+  std::vector<std::string> words(1);
+  for (const char c : line) {
+    if (c == ' ')
+      words.emplace_back();
+    else
+      words.back() += c;
+  }
+  return words;
+}
+
+int64_t number(size_t line, const std::string& word, int64_t least) {
+  int64_t value = 0;
+  if (parse_number(word, least, &value)) return value;
+  refuse(line, "'" + word + "' is not a number from " + std::to_string(least) + " to " + std::to_string(kMost));
+}
+
+void expect_words(size_t line, const std::vector<std::string>& words, size_t count) {
+  if (words.size() != count) refuse(line, words[0] + " takes " + std::to_string(count - 1) + " number(s)");
+}
+
+Command parse(size_t line, const std::string& text) {
+  const std::vector<std::string> words = split(text);
+  const std::string& name = words[0];
+  Command command = {};
+  if (name == "reset" || name == "logits") {
+    expect_words(line, words, 1);
+    command.kind = name == "reset" ? Command::Kind::reset : Command::Kind::logits;
+  } else if (name == "generate" || name == "top") {
+    expect_words(line, words, 2);
+    command.kind = name == "generate" ? Command::Kind::generate : Command::Kind::top;
+    command.count = number(line, words[1], 1);
+  } else if (name == "feed") {
+    if (words.size() < 2) refuse(line, "feed takes at least one token");
+    command.kind = Command::Kind::feed;
+    for (size_t i = 1; i < words.size(); ++i) command.tokens.push_back(number(line, words[i], 0));
+  } else {
+    refuse(line, "'" + name + "' is no command; known: reset, feed, generate, logits, top");
+  }
+  return command;
+}
+
+}  // namespace
+
+bool parse_number(const std::string& word, int64_t least, int64_t* value) {
+  const char* end = word.data() + word.size();
+  const auto [stopped, error] = std::from_chars(word.data(), end, *value);
+  return error == std::errc() && stopped == end && *value >= least && *value <= kMost;
+}
+
+std::vector<Command> read_script(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::vector<Command> commands;
+  std::string text;
+  bool answer = false;  // whether there are logits at this point
+  for (size_t line = 1; std::getline(file, text); ++line) {
+    Command command = parse(line, text);
+    const bool feeds = command.kind == Command::Kind::feed, resets = command.kind == Command::Kind::reset;
+    if (!feeds && !resets && !answer) refuse(line, "there are no logits before a feed");
+    answer = feeds || (answer && !resets);
+    commands.push_back(std::move(command));
+  }
+  if (!file.is_open() || file.bad()) throw Failure(Stage::usage, "cannot read the script " + path);
+  if (commands.empty()) throw Failure(Stage::usage, "the script " + path + " is empty");
+  return commands;
+}
+
+}  // namespace runner

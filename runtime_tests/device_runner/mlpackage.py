@@ -1,0 +1,35 @@
+"""Brings coremltools and a Python runner to a Mac.
+
+The Mac needs Python 3 and a way to the package index: a virtual environment is made in the working folder, once.
+"""
+
+from importlib.metadata import version
+
+from devices import Device, Transport
+from export.errors import ExportError
+
+from . import own_runner
+from .onnx_kv import CACHE, push_session
+
+_ENVIRONMENT = "runners/coremltools"
+_PYTHON = f"{_ENVIRONMENT}/bin/python"
+
+
+def install(transport: Transport, device: Device, *, timeout_s: float) -> tuple[str, ...]:
+    """Push the runner of the device's YAML, or install ours. Raises ExportError for a phone, whose states are lost."""
+    if device.runner:
+        return own_runner(transport, device, timeout_s)
+    if device.transport.bridged:
+        raise ExportError(
+            f"{device.name}: coremltools' remote tools run a phone's predictions without their state, so a filled KV "
+            "cache can be neither checked nor timed on it; validate on the Mac, or name a bridge to an app as `runner`"
+        )
+    number = version("coremltools")
+    check = ["sh", "-c", f"{_PYTHON} -c 'import coremltools as c; assert c.__version__ == \"{number}\"'"]
+    if transport.run(check, timeout_s=timeout_s).returncode:
+        script = f"python3 -m venv {_ENVIRONMENT} && {_PYTHON} -m pip install --quiet coremltools=={number} numpy"
+        installed = transport.run(["sh", "-c", script], timeout_s=timeout_s)
+        if installed.returncode:
+            raise ExportError(f"{device.name}: coremltools=={number} cannot be installed there: {installed.reason}")
+    push_session(transport, "mlpackage", timeout_s)
+    return ("env", "PYTHONPATH=runners", f"PYTHONPYCACHEPREFIX={CACHE}", _PYTHON, "-m", "sessions.mlpackage")

@@ -1,0 +1,98 @@
+"""ExecuTorch's C++ SDK: headers and libraries of the installed wheel, or of the same wheel for another processor."""
+
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Literal
+
+from devices import last_line
+from export.errors import ExportError
+from export.host.digests import sha256
+
+Abi = Literal["x86-64", "aarch64"]
+ABIS: tuple[Abi, ...] = ("x86-64", "aarch64")
+MACHINES: dict[str, Abi] = {"x86_64": "x86-64", "AMD64": "x86-64", "aarch64": "aarch64", "arm64": "aarch64"}
+_PYTHON = "3.11"
+"""Of the wheel that is fetched: the C++ libraries in a wheel do not depend on its Python version."""
+_PARTS = ("executorch/lib/", "executorch/include/", "executorch/share/")
+
+
+class UnavailableError(ExportError):
+    """A tool or a download that a build needs is missing here; nothing is wrong with the sources."""
+
+
+@dataclass(frozen=True)
+class Sdk:
+    """Headers and libraries."""
+
+    root: Path
+    """The folder `executorch` of a wheel."""
+    version: str
+    origin: str
+    """Identifies its bytes."""
+
+
+def find(abi: Abi, cache: Path) -> Sdk:
+    """The SDK for an ABI; downloaded once into `cache` where the installed wheel is for another ABI."""
+    version, installed = _installed_wheel()
+    if MACHINES.get(platform.machine()) == abi and platform.system() == "Linux":
+        return Sdk(installed, version, "installed")
+    cached = sorted(cache.glob(f"executorch-{version}-{abi}-*"))
+    folder = cached[0] if cached else _fetch(abi, version, cache)
+    return Sdk(folder / "executorch", version, folder.name)
+
+
+def _installed_wheel() -> tuple[str, Path]:
+    """Version and folder of the environment's executorch, which is not imported because that loads torch."""
+    try:
+        wheel = distribution("executorch")
+    except PackageNotFoundError:
+        raise ExportError(
+            "executorch is not installed: the runner is built from its libraries; run make setup"
+        ) from None
+    return wheel.version, Path(str(wheel.locate_file("executorch"))).resolve()
+
+
+def _fetch(abi: Abi, version: str, cache: Path) -> Path:
+    """Download the wheel of that version and unpack what a build needs; whole or not at all."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".part-") as scratch:
+        platforms = [f"manylinux_2_{glibc}_{abi.replace('-', '_')}" for glibc in (28, 27)]
+        try:
+            (wheel,) = download([f"executorch=={version}"], _PYTHON, platforms, Path(scratch))
+        except UnavailableError as error:
+            raise UnavailableError(f"executorch {version} for {abi}: {error}") from None
+        unpacked = Path(scratch) / "unpacked"
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(unpacked, [name for name in archive.namelist() if name.startswith(_PARTS)])
+        return settle(unpacked, cache / f"executorch-{version}-{abi}-{sha256(wheel)[:12]}")
+
+
+def download(packages: Sequence[str], python: str, platforms: Sequence[str], into: Path) -> list[Path]:
+    """The wheels of `name==version` for that Python and the first platform that has one. Raises UnavailableError."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary=:all:", "--python-version", python, "--implementation", "cp"]
+    command += ["--abi", f"cp{python.replace('.', '')}", *(f"--platform={platform}" for platform in platforms)]
+    done = subprocess.run([*command, "--dest", str(into), *packages], capture_output=True, text=True, check=False)
+    wheels = sorted(into.glob("*.whl"))
+    if done.returncode or len(wheels) != len(packages):
+        raise UnavailableError(f"pip download failed: {last_line(done.stderr)}")
+    return wheels
+
+
+def settle(finished: Path, place: Path) -> Path:
+    """Rename a finished folder into its place; if another process was faster, its folder is equal."""
+    try:
+        finished.rename(place)
+    except OSError:
+        if not place.is_dir():
+            raise
+        shutil.rmtree(finished)
+    return place

@@ -1,0 +1,206 @@
+"""Baselines: size, loss and speed of artifacts on one kind of device, stored in the repository for comparison.
+
+    python -m runtime_tests.evidence.baseline DEVICE [--records FILE] [--no-speed]    stores the results of the last run
+
+There is one file per device fingerprint (name, processor, cores, memory), so that no machine is judged by the speed of
+another. Size and loss are stored for every artifact that holds, speed only where it was steady enough to be judged and
+not emulated. The speeds of several runs are stored, since the difference between runs is noise too.
+"""
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+from export import manifest
+from export.architecture import Strict
+from export.build.command import run as run_app
+from export.errors import ExportError
+from export.plan import explain
+
+from . import record, regression
+from .record import Environment, Outcome, PlanKey, Record
+from .regression import Change, Reached, Speed
+
+FOLDER = Path(__file__).parent / "baselines"
+RECORDS = Path("build/records/records.jsonl")
+KEPT_RUNS = 12
+"""Newest runs of which an artifact's speeds are stored."""
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class Baseline(Strict):
+    """All artifacts of one device."""
+
+    device: str
+    cpu: str
+    cores: int
+    memory_gb: int
+    artifacts: dict[str, Reached]
+
+
+def place(device: str, machine: Environment) -> Path:
+    """The file of a device of this kind."""
+    text = f"{device}|{machine.cpu}|{machine.cores}|{memory_gb(machine)}"
+    return FOLDER / f"{device}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
+
+
+def memory_gb(machine: Environment) -> int:
+    """GiB, rounded: the part that the system reserves changes with its version."""
+    return round(machine.memory_bytes / 2**30)
+
+
+def find(device: str, machine: Environment, artifact: str) -> Reached | None:
+    """The baseline of an artifact on this machine, if there is one. Raises ExportError."""
+    path = place(device, machine)
+    return read(path).artifacts.get(artifact) if path.is_file() else None
+
+
+def read(path: Path) -> Baseline:
+    """A baseline file. Raises ExportError: it is of another version."""
+    try:
+        return Baseline.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ExportError(
+            f"{path}: not a baseline of this version: {explain(error)[:300]}; remove it, then `make baseline`"
+        ) from None
+
+
+def not_compared(before: Reached, key: PlanKey) -> str:
+    """Why a run cannot be compared with the baseline, in one line; empty: it can."""
+    differing = before.plan_key.differs_in(key)
+    return f"baseline of run {before.run_id} is of another {', '.join(differing)}: not compared" if differing else ""
+
+
+def keep(records: list[Record], device: str) -> list[tuple[Path, Record]]:
+    """Store the results of records in the baselines of a device; the files written, each with its record.
+
+    Artifacts that hold are stored, and those that fail against the old baseline only: to store them is to accept them.
+    """
+    written = []
+    for run in records:
+        if run.device != device or not _holds_otherwise(run) or run.accuracy.total is None:
+            continue
+        path, machine = place(device, run.environment), run.environment
+        baseline = (
+            read(path)
+            if path.is_file()
+            else Baseline(
+                device=device, cpu=machine.cpu, cores=machine.cores, memory_gb=memory_gb(machine), artifacts={}
+            )
+        )
+        now = reached(run, baseline.artifacts.get(run.artifact))
+        baseline = baseline.model_copy(update={"artifacts": {**baseline.artifacts, run.artifact: now}})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(baseline.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        written.append((path, run))
+    return written
+
+
+def _holds_otherwise(run: Record) -> bool:
+    """Whether an artifact holds, apart from its comparison with the old baseline."""
+    failed = [gate for gate in run.gates if gate.verdict == "fail"]
+    only_against_baseline = all(regression.AGAINST in gate.name for gate in failed)
+    return run.holds or (only_against_baseline and run.outcome in {gate.fails_as for gate in failed})
+
+
+def reached(run: Record, before: Reached | None = None) -> Reached:
+    """The baseline's entry for a record, with the speeds of the entry before."""
+    assert run.accuracy.total is not None
+    return Reached(
+        run_id=run.run_id,
+        commit=run.commit,
+        plan_key=run.plan_key,
+        size_bytes=run.size_bytes,
+        mean_kl=run.accuracy.total.mean_kl,
+        kl_by_window=run.accuracy.total.kl_by_window,
+        speeds=_speeds(run, before),
+    )
+
+
+def _speeds(run: Record, before: Reached | None) -> tuple[Speed, ...]:
+    """The earlier speeds and this run's, if steady; without the earlier ones if it is slower than noise explains."""
+    slower = any(gate.verdict == "fail" and gate.fails_as is Outcome.TOO_SLOW for gate in run.gates)
+    same = before is not None and not before.plan_key.differs_in(run.plan_key) and not slower
+    others = [speed for speed in before.speeds if speed.run_id != run.run_id] if before and same else []
+    new = [regression.speed_of(run.latency, run.run_id)] if run.latency and not _unsteady(run) else []
+    return tuple([*others, *new][-KEPT_RUNS:])
+
+
+def _unsteady(run: Record) -> str:
+    """Why a run's speed is not stored; empty: it is."""
+    if run.emulated or run.latency is None:
+        return "not timed"
+    # a run that is inconclusive only because the baseline is noisy is steady itself, and shows how large that noise is
+    left_open = [gate.detail for gate in run.gates if gate.verdict == "inconclusive"]
+    return next((detail for detail in left_open if not detail.endswith(regression.HIDDEN)), "")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One artifact folder against its newest record and the baseline."""
+
+    name: str
+    """The artifact's id; the folder where it has none."""
+    record: Record | None
+    problem: str
+    """Why there is no record of it; empty: there is one."""
+    changes: tuple[Change, ...]
+    """Against the baseline; empty where nothing is compared, for the reason in `note`."""
+    note: str
+
+    @property
+    def holds(self) -> bool:
+        """It was validated, and no gate failed."""
+        return self.record is not None and self.record.holds
+
+
+def judge(folder: Path, records: Path, device: str) -> Judged:
+    """The newest record of exactly this build on a device; an unreadable folder is a problem, not an error."""
+    try:
+        described = manifest.read(folder)
+        manifest.verify_files(folder, described)  # the record names the manifest only, and the manifest the files
+    except ExportError as error:
+        return Judged(folder.name, None, str(error), (), "")
+    newest = record.newest_of(records, manifest_sha256=manifest.digest(folder), device=device)
+    if newest is None:
+        problem = f"no record of this build on {device} in {records}; run `python -m runtime_tests --device {device}`"
+        return Judged(described.id, None, problem, (), "")
+    changes, note = _against_baseline(newest)
+    return Judged(described.id, newest, "", changes, note)
+
+
+def _against_baseline(run: Record) -> tuple[tuple[Change, ...], str]:
+    """The changes, or why there are none."""
+    before = find(run.device, run.environment, run.artifact)
+    if before is None:
+        return (), "no baseline of this machine"
+    if reason := not_compared(before, run.plan_key):
+        return (), reason
+    if run.accuracy.total is None:
+        return (), "nothing was measured"
+    changes = regression.shipped(run.size_bytes, run.accuracy.total, before)
+    return (*changes, *(regression.timed(run.timings, before) if run.timings else ())), ""
+
+
+@app.command()
+def main(
+    device: Annotated[str, typer.Argument(help="a name in devices/")],
+    records: Annotated[Path, typer.Option(help="of the run to store; may be another machine's")] = RECORDS,
+    speed: Annotated[bool, typer.Option(help="store speeds too; not if others use the machine as well")] = True,
+) -> None:
+    """Store the results of the last run on DEVICE as its baseline."""
+    newest = record.newest_run(records, device)
+    written = keep(newest if speed else [run.model_copy(update={"latency": None}) for run in newest], device)
+    if not written:
+        raise ExportError(f"{records}: no record of {device} that holds; run `make {device}` first")
+    for path, stored in written:
+        print(f"{path.name}: {stored.artifact}{', without speed: ' + why if (why := _unsteady(stored)) else ''}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_app(app))

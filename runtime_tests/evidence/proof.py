@@ -1,0 +1,74 @@
+"""Keys of proofs: an artifact that the same code proved on the same machine need not be proven again."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from devices import Device
+from export import manifest
+from export.host import digests
+from export.host.console import console
+from export.manifest import ROOT, Manifest
+from runtime_tests.evaluation import TEXT, Evaluation, read_text
+from runtime_tests.places import environment
+
+from . import baseline, record
+from .record import Environment, PlanKey
+
+CODE = (ROOT / "runtime_tests", ROOT / "devices")
+_WORDS = {"description", "limits", "limits_on"}
+"""Fields of a YAML that change neither an artifact nor a number."""
+
+
+def key(folder: Path, device: Device, evaluation: Evaluation, machine: Environment) -> str:
+    """sha256 over everything that decides a verdict, except the machine's load."""
+    path = baseline.place(device.name, machine)
+    inputs = {
+        "manifest": manifest.digest(folder),
+        "device": device.model_dump(mode="json"),
+        "evaluation": evaluation.model_dump(mode="json"),
+        "texts": [digests.sha256(TEXT / text.file) for text in evaluation.texts],
+        "baseline": digests.sha256(path) if path.is_file() else None,
+        "machine": [machine.cpu, machine.cores, machine.memory_bytes, machine.os, machine.python, machine.tools],
+        "code": [digests.artifact_digest(), digests.code_digest(*CODE)],
+    }
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def without(
+    cases: Sequence[tuple[Path, Manifest]], device: Device, evaluation: Evaluation, records: Path
+) -> list[tuple[Path, Manifest]]:
+    """The artifacts that must be proven; for each of the others its last verdict is printed."""
+    machine, unproven = environment.current(), []
+    for folder, described in cases:
+        newest = record.newest_of(records, manifest_sha256=manifest.digest(folder))
+        if newest is None or not newest.holds or newest.proof != key(folder, device, evaluation, machine):
+            unproven.append((folder, described))
+            continue
+        manifest.verify_files(folder, described)
+        console.print(f"{folder}: {newest.outcome.value} on {newest.started_at}, nothing changed since", soft_wrap=True)
+    return unproven
+
+
+def plan_key(described: Manifest, evaluation: Evaluation) -> PlanKey:
+    """The key of one artifact under one evaluation.
+
+    It leaves out code and tool versions: a comparison over time is to show what those do to an artifact.
+    """
+    plan = described.plan
+    model = plan.model.model_dump(mode="json", exclude={"context_length"})
+    texts = [read_text(text.file) for text in evaluation.texts]
+    return PlanKey(
+        model=_short_hash([model, described.checkpoint.sha256]),
+        recipe=_short_hash(plan.quant.model_dump(mode="json", exclude=_WORDS)),
+        target=_short_hash(plan.target.model_dump(mode="json", exclude=_WORDS)),
+        context=str(described.contract.kv.context_length),
+        evaluation=_short_hash([evaluation.model_dump(mode="json", exclude=_WORDS), texts]),
+    )
+
+
+def _short_hash(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

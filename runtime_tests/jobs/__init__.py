@@ -1,0 +1,203 @@
+"""Jobs of child processes, as JSON: `isolation` starts a child for one, `worker` is the child."""
+
+import json
+from typing import Annotated, Literal
+
+from pydantic import Field, RootModel
+
+from export.architecture import Strict
+
+
+class SourceDiffersError(Exception):
+    """The checkpoint is missing or not the one that the artifact was built from."""
+
+
+class Task(Strict):
+    """Windows of tokens and the file of their logits."""
+
+    tokens: str
+    """.npy, int64 [W, prefill + decode + 1]; the last token is not fed."""
+    prefill: int
+    out: str
+    """.npy to write, float32 [W, decode + 1, V]."""
+
+
+class LogitsJob(Strict):
+    """Run windows of tokens through the artifact's session: prefill, then one token at a time."""
+
+    action: Literal["logits"] = "logits"
+    folder: str
+    threads: int
+    tasks: tuple[Task, ...]
+
+
+class ConformanceJob(Strict):
+    """Feed up to the context limit and past it; reset and repeat."""
+
+    action: Literal["conformance"] = "conformance"
+    folder: str
+    threads: int
+    fill: bool
+    """Whether to fill the cache to its last position."""
+
+
+class GenerateJob(Strict):
+    """Greedy tokens after a prompt."""
+
+    action: Literal["generate"] = "generate"
+    folder: str
+    threads: int
+    prompt: tuple[int, ...]
+    count: int
+
+
+class SpeedJob(Strict):
+    """Time loading, prompts and generation."""
+
+    action: Literal["speed"] = "speed"
+    folder: str
+    threads: int
+    tokens: tuple[int, ...]
+    """At least as many as the longest prompt."""
+    prompts: tuple[int, ...]
+    generate: int
+    repeats: int
+    warmups: int
+
+
+class BandwidthJob(Strict):
+    """Measure how fast this machine reads memory."""
+
+    action: Literal["bandwidth"] = "bandwidth"
+    threads: int
+
+
+class WeightsJob(Strict):
+    """Read the artifact's weights back and compare them with the quantized model's."""
+
+    action: Literal["weights"] = "weights"
+    folder: str
+    source: str | None
+    cache: str
+
+
+class ReferenceTask(Task):
+    """Logits of one reference model in eager PyTorch."""
+
+    kind: Literal["huggingface", "fp32", "quantized", "noise"]
+
+
+class ReferenceJob(Strict):
+    """Every reference that is not cached, from one reading of the checkpoint."""
+
+    action: Literal["reference"] = "reference"
+    folder: str
+    source: str | None
+    cache: str
+    threads: int
+    tasks: tuple[ReferenceTask, ...]
+
+
+class Opening(Strict):
+    """A model of the benchmark and how it is opened."""
+
+    runner: str
+    """Module in bench/runners."""
+    path: str
+    tokenizer: str
+    """tokenizer.json, for a runner that takes text."""
+    context: int
+    """Slots of the KV cache, tokens."""
+    threads: int
+
+
+class BenchJob(Strict):
+    """Time one contender of the benchmark once, in a process of its own."""
+
+    action: Literal["bench"] = "bench"
+    opening: Opening
+    tokens: tuple[int, ...]
+    """At least as many as the longest prompt."""
+    prompts: tuple[int, ...]
+    """Lengths; generation follows the first."""
+    generate: int
+    passes: int
+    """Timed passes of each kind, after one that is dropped."""
+    far_prompt: int
+    """Tokens before the one generation that shows the cost of a long context. 0: none."""
+    far_generate: int
+
+
+class OverheadJob(Strict):
+    """Time the steps of one of our sessions, and the runtime's own calls inside them."""
+
+    action: Literal["bench-overhead"] = "bench-overhead"
+    folder: str
+    threads: int
+    prompt: tuple[int, ...]
+    generate: int
+
+
+class BenchLogitsJob(Task):
+    """Logits of windows of tokens through a contender's runner."""
+
+    action: Literal["bench-logits"] = "bench-logits"
+    opening: Opening
+    vocab_size: int
+
+
+class TaskDataJob(Strict):
+    """Load the data of lm-evaluation-harness tasks, to list single tasks and count their questions."""
+
+    action: Literal["task-data"] = "task-data"
+    tasks: tuple[str, ...]
+    folders: tuple[str, ...]
+    """Artifacts that will be evaluated; their recipes must not have calibrated on the questions."""
+
+
+class TasksJob(Strict):
+    """Evaluate lm-evaluation-harness tasks and write its results file."""
+
+    action: Literal["tasks"] = "tasks"
+    folder: str
+    """The artifact; with `eager`, the one whose checkpoint is evaluated."""
+    eager: bool
+    """The fp32 model of the checkpoint instead of the artifact."""
+    source: str | None
+    threads: int
+    tasks: tuple[str, ...]
+    limit: int | None
+    """Questions of each task; null: all."""
+    chat: bool
+    """Whether prompts are written as conversations, by the tokenizer's template."""
+    name: str
+    """Of the model, in the results."""
+    facts: dict[str, str | int | None]
+    """More facts about the model for the results."""
+    out: str
+    """Folder that gets results_DATE.json and samples_TASK_DATE.jsonl."""
+
+
+Job = (
+    LogitsJob
+    | ConformanceJob
+    | GenerateJob
+    | SpeedJob
+    | BandwidthJob
+    | WeightsJob
+    | ReferenceJob
+    | BenchJob
+    | OverheadJob
+    | BenchLogitsJob
+    | TaskDataJob
+    | TasksJob
+)
+
+
+class AnyJob(RootModel[Annotated[Job, Field(discriminator="action")]]):
+    """Parses a job of any kind."""
+
+
+def report_progress(done: int, total: int) -> None:
+    """Print a line of JSON that the parent process shows as a progress bar."""
+    print(json.dumps({"done": done, "total": total}), flush=True)

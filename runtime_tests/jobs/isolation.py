@@ -1,0 +1,82 @@
+"""Runs a job in a child process: whatever happens there, even a crash, comes back as an outcome."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from export.host import disk, processes
+from export.host.processes import last_line
+from export.manifest import ROOT
+from runtime_tests.evidence.record import Outcome
+
+from . import Job
+
+WORKER: tuple[str, ...] = (sys.executable, "-m", "runtime_tests.jobs.worker")
+DISK_FULL = "disk-full"
+"""A child's failure that is no outcome, since it tells nothing about the artifact: this machine's disk is full."""
+Progress = Callable[[int, int], None]
+_FAILURES = {outcome.value: outcome for outcome in (Outcome.LOAD_FAIL, Outcome.RUN_FAIL, Outcome.SOURCE_DIFFERS)}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a child process ended."""
+
+    outcome: Outcome
+    detail: str
+    """One line; empty for a pass."""
+    result: dict[str, Any] = field(default_factory=dict)
+
+
+def run(job: Job, *, limit_s: float, on_progress: Progress | None = None, renewed: bool = False) -> Ended:
+    """Run a job; end its whole process group after `limit_s` seconds. Raises disk.FullError.
+
+    `renewed`: every report of progress restarts the limit, for work of hours that must not hang either.
+    """
+    last_seen = None
+
+    def watch(line: str) -> bool:
+        nonlocal last_seen
+        if not on_progress or not (progress := _parse(line)) or "done" not in progress:
+            return False
+        on_progress(int(progress["done"]), int(progress["total"]))
+        before, last_seen = last_seen, progress
+        return renewed and progress != before
+
+    try:
+        child = processes.run(WORKER, cwd=ROOT, given=job.model_dump_json().encode(), limit_s=limit_s, watch=watch)
+    except TimeoutError:
+        return Ended(Outcome.TIMEOUT, f"no {'progress' if renewed else 'answer'} within {limit_s:g} s")
+    return interpret(child.returncode, child.out, child.err)
+
+
+def interpret(returncode: int, out: str, err: str) -> Ended:
+    """The outcome by exit status and outputs; the last line of stdout is the answer. Raises disk.FullError."""
+    if returncode < 0:
+        return Ended(Outcome.CRASH, _died_by(-returncode, last_line(err)))
+    answer = _parse(last_line(out))
+    if returncode != 0:
+        if answer and answer.get("failed") == DISK_FULL:
+            raise disk.FullError(str(answer.get("error", "")))
+        if answer and answer.get("failed") in _FAILURES:
+            return Ended(_FAILURES[answer["failed"]], str(answer.get("error", "")))
+        return Ended(Outcome.RUN_FAIL, f"exit {returncode}: {last_line(err) or 'no message'}")
+    if not answer or not isinstance(answer.get("result"), dict):
+        return Ended(Outcome.RUN_FAIL, f"no JSON result in the last line of its output: {last_line(out)[:120]!r}")
+    return Ended(Outcome.PASS, "", answer["result"])
+
+
+def _died_by(number: int, last_words: str) -> str:
+    name = processes.signal_name(number)
+    hint = " (out of memory?)" if name == "SIGKILL" else ""
+    return f"died by {name}{hint}" + (f": {last_words}" if last_words else "")
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return value if isinstance(value, dict) else None

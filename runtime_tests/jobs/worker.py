@@ -1,0 +1,143 @@
+"""The child process of `isolation`: reads one job as JSON from stdin, prints one JSON object as its last line.
+
+    echo '{"action": "bandwidth", "threads": 2}' | python -m runtime_tests.jobs.worker
+
+A native runtime may end this process at any point; the parent makes that an outcome.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export import manifest
+from export.build.command import quiet_libraries
+from export.errors import ExportError
+from export.host import disk, processes
+from runtime_tests import jobs
+from runtime_tests.evidence.record import Outcome
+from runtime_tests.sessions import Session, greedy, open_session
+
+from . import logits_file
+from .isolation import DISK_FULL
+
+
+class LoadError(Exception):
+    """The artifact does not load."""
+
+
+def _run(job: jobs.Job) -> dict[str, Any]:  # noqa: C901, PLR0911 – one line per kind of job
+    """Run a job; the modules that need torch are imported by the jobs that need them."""
+    match job:
+        case jobs.LogitsJob():
+            return _write_logits(job)
+        case jobs.GenerateJob():
+            return {"tokens": greedy(opened(job.folder, job.threads), job.prompt, job.count)}
+        case jobs.ConformanceJob():
+            from runtime_tests.checks.conformance import check
+
+            contract = manifest.read(Path(job.folder)).contract
+            return {"failures": check(opened(job.folder, job.threads), contract.kv.context_length, fill=job.fill)}
+        case jobs.SpeedJob():
+            from runtime_tests.checks.latency import measure
+
+            return measure(job)
+        case jobs.BandwidthJob():
+            from runtime_tests.checks.latency import read_bandwidth
+
+            return {"bytes_per_s": read_bandwidth(job.threads)}
+        case jobs.WeightsJob():
+            from runtime_tests.checks.weights import compare
+
+            return compare(job)
+        case jobs.ReferenceJob():
+            from runtime_tests.reference import compute
+
+            return compute(job)
+        case jobs.BenchJob():
+            from runtime_tests.bench.runners import measure as measure_contender
+
+            return measure_contender(job)
+        case jobs.OverheadJob():
+            from runtime_tests.bench.runners.overhead import measure as measure_overhead
+
+            return measure_overhead(job)
+        case jobs.BenchLogitsJob():
+            from runtime_tests.bench.runners import write_logits as write_contender_logits
+
+            return write_contender_logits(job)
+        case jobs.TaskDataJob():
+            from runtime_tests.tasks.run import count_questions
+
+            return count_questions(job)
+        case jobs.TasksJob():
+            from runtime_tests.tasks.run import evaluate_here
+
+            return evaluate_here(job)
+
+
+def opened(folder: str, threads: int) -> Session:
+    """The artifact's session. Raises LoadError for any error of its runtime."""
+    path = Path(folder)
+    described = manifest.read(path)
+    try:
+        return open_session(path, described, threads=threads)
+    except Exception as error:
+        raise LoadError(_one_line(error)) from error
+
+
+def _write_logits(job: jobs.LogitsJob) -> dict[str, Any]:
+    """Prefill each window, then feed its other tokens one by one; every row of logits is written at once."""
+    vocab = manifest.read(Path(job.folder)).architecture.vocab_size
+    session = opened(job.folder, job.threads)
+    for task in job.tasks:
+        tokens = np.load(task.tokens)
+        steps = tokens.shape[1] - task.prefill
+        with logits_file.writing(task.out, (len(tokens), steps, vocab)) as write:
+            for i, window in enumerate(tokens.tolist()):
+                session.reset()
+                write(session.feed(window[: task.prefill]))
+                for step in range(1, steps):
+                    write(session.feed([window[task.prefill + step - 1]]))
+                jobs.report_progress(i + 1, len(tokens))
+    session.close()
+    return {"tasks": len(job.tasks)}
+
+
+def _one_line(error: BaseException) -> str:
+    """An exception as one line, with its type where the message may not explain itself."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ExportError) else f"{type(error).__name__}: {text}"[:500]
+
+
+def answer(job: jobs.Job) -> dict[str, Any]:
+    """Run a job. This is the one place that catches every exception: an error is an answer here."""
+    try:
+        return {"result": _run(job)}
+    except LoadError as error:
+        return {"failed": Outcome.LOAD_FAIL.value, "error": str(error)}
+    except jobs.SourceDiffersError as error:
+        return {"failed": Outcome.SOURCE_DIFFERS.value, "error": str(error)}
+    except Exception as error:
+        if disk.is_full(error):
+            return {"failed": DISK_FULL, "error": _one_line(error)}
+        return {"failed": Outcome.RUN_FAIL.value, "error": _one_line(error)}
+
+
+def main() -> int:
+    """Read the job, run it, print the answer."""
+    processes.end_with_parent()
+    job = jobs.AnyJob.model_validate_json(sys.stdin.buffer.read()).root
+    if not isinstance(job, jobs.TaskDataJob | jobs.TasksJob):  # these may read data sets of the hub
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    quiet_libraries()
+    reply = answer(job)
+    print("\n" + json.dumps(reply), flush=True)
+    return 0 if "result" in reply else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""Pages from `.j2` files, for reports, task scores and benchmarks."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+from export.toolbox.tables import markdown
+
+
+def render(template: Path, **values: object) -> str:
+    """A page of `NAME.html.j2` or `NAME.md.j2`; in HTML values are escaped, Markdown keeps its last line end."""
+    environment = Environment(
+        loader=FileSystemLoader(template.parent),
+        undefined=StrictUndefined,
+        autoescape=select_autoescape(["html.j2"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=template.name.endswith(".md.j2"),
+    )
+    environment.filters |= {"markdown": markdown, "versions": _versions}
+    return environment.get_template(template.name).render(values)
+
+
+def _versions(tools: Mapping[str, str]) -> str:
+    return ", ".join(f"{tool} {version}" for tool, version in tools.items())

@@ -1,0 +1,320 @@
+"""An artifact folder is whole or not there, whatever ends the build: a signal, a full disk, a second build."""
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from export import manifest, pipeline
+from export.build import folder as artifact
+from export.errors import ExportError
+from export.plan import load_plan
+from tests.support.processes import arguments, one_error, results
+
+TARGETS = ("onnx-cpu", "executorch-xnnpack", "coreml")
+MIDDLE = {
+    "onnx-cpu": "export.formats.onnx_kv.weights:DataFile.add_codes",
+    "executorch-xnnpack": "export.formats.pte.program:trace",
+    "coreml": "export.formats.mlpackage:convert",
+}
+"""A function of each lowering, after which part of the work is done."""
+SAVED = "export.quantization.store:save_file"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory):
+    """A finished artifact, to be rebuilt in vain."""
+    out = tmp_path_factory.mktemp("old") / "out"
+    described = pipeline.export(load_plan("tiny", "int4-g32", "onnx-cpu"), None, out)
+    other_code = described.source.model_copy(update={"sha256": "0" * 64})  # or it would be up to date
+    manifest.write(out, described.model_copy(update={"source": other_code}))
+    return out
+
+
+def order(out, cache, target="onnx-cpu", **accident):
+    """One build for `fakes/command.py`."""
+    accident = accident if {"at", "after"} & accident.keys() else {"at": "nowhere", **accident}
+    return {"target": target, "out": str(out), "cache": str(cache), "look": [], **accident}
+
+
+def without_locks(found):
+    """Locks stay: a lock that is removed can be held twice."""
+    return [name for name in found if not name.endswith(".lock")]
+
+
+def names(folder):
+    return without_locks(sorted(path.name for path in folder.iterdir()))
+
+
+def bytes_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ── signals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.reliability("Ctrl-C and SIGTERM at every stage of a build", "one line, nothing left")
+def test_a_signal_at_any_moment_is_one_line_and_leaves_nothing(old, tmp_path, record_property):
+    """Every stage, the middle of every lowering, and the moment the integers are on disk but not yet in their place."""
+    cache, place = tmp_path / "cache", tmp_path / "place"
+    cache.mkdir()
+    place.mkdir()
+    look = {"look": [str(cache), str(place), str(old.parent)]}
+    first = [
+        order(old, cache, at=stage, accident=name, **look)
+        for stage in ("checkpoint", "quantize")
+        for name in ("SIGINT", "SIGTERM")
+    ]
+    first.append(order(old, cache, after=SAVED, accident="SIGINT", **look))
+    then = [order(old, cache, at="describe", accident=name, **look) for name in ("SIGINT", "SIGTERM")]
+    then += [order(place / "out", cache, t, after=MIDDLE[t], accident="SIGINT", **look) for t in TARGETS]
+    before = bytes_of(old)
+    ended = results(*first, *then)
+    for i, result in enumerate(ended):
+        assert result["code"] == 130, result
+        assert "interrupted" in one_error(result["stderr"])
+        in_cache, in_place, beside_old = map(without_locks, result["left"].values())
+        assert (in_place, beside_old) == ([], ["out"])
+        assert len(in_cache) == (0 if i < len(first) else 1)
+        assert not any("part" in name for name in in_cache)
+    assert bytes_of(old) == before
+    record_property("cases", len(ended))
+
+
+@pytest.mark.reliability("a signal that a library swallows", "one line, nothing left")
+def test_a_signal_that_a_library_swallows_still_ends_the_build(cache, tmp_path):
+    """coremltools does, now and then."""
+    given = {"accident": "swallowed", "look": [str(tmp_path)]}
+    for result in results(*(order(tmp_path / "out", cache, at=stage, **given) for stage in ("lower", "describe"))):
+        assert "interrupted" in one_error(result["stderr"])
+        assert (result["code"], without_locks(result["left"][str(tmp_path)])) == (130, [])
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_from_outside_ends_the_real_command(tmp_path, name):
+    with subprocess.Popen(
+        [sys.executable, "-m", "export", "tiny", "int4-g32", "executorch-xnnpack", "--out", tmp_path / "out"],
+        cwd=manifest.ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    ) as child:  # fmt: skip
+        for line in child.stderr:
+            if line.strip().startswith("quantize"):  # now it lowers, for seconds
+                break
+        time.sleep(0.3)
+        child.send_signal(signal.Signals[name])
+        rest = child.communicate(timeout=120)[1]
+    assert child.returncode == 130
+    assert "interrupted" in one_error(rest)
+    assert names(tmp_path) == []
+
+
+# ── killed, and at the same time ────────────────────────────────────────────────────────────────────────────────────
+
+
+def started(order):
+    """A build that says when it is there, and stays."""
+    child = subprocess.Popen(arguments(order), cwd=manifest.ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert child.stdout.readline() == b"there\n"
+    return child
+
+
+@pytest.mark.reliability(
+    "SIGKILL at every stage of a build, then the same build again", "whole, as if nothing had been"
+)
+def test_a_killed_build_is_made_again(old, tmp_path, record_property):
+    """Every stage and the middle of every lowering, each into a folder of its own: what is whole is not built again."""
+    look, expected = {"look": [str(tmp_path)], "alone": True}, manifest.read(old).files
+    steps = [{"at": stage} for stage in ("checkpoint", "quantize", "lower", "describe")]
+    steps.append({"after": "export.card:write"})
+    killed = [(tmp_path / f"cache{i}", "onnx-cpu", step) for i, step in enumerate(steps)]
+    killed += [(tmp_path / "cache", target, {"after": MIDDLE[target]}) for target in TARGETS]
+    orders = []
+    outs = [tmp_path / f"out{i}" for i in range(len(killed))]
+    for out, (cache, target, step) in zip(outs, killed, strict=True):
+        cache.mkdir(exist_ok=True)
+        orders += [order(out, cache, target, accident="SIGKILL", **step, **look), order(out, cache, target, **look)]
+    ended = results(*orders)
+    for first, (_, target, step), then in zip(ended[::2], killed, ended[1::2], strict=True):
+        assert first["code"] == -signal.SIGKILL, (target, step)
+        assert then["code"] == 0, (target, step, then["stderr"])
+        hidden = [name for name in then["left"][str(tmp_path)] if name.startswith(".") and not name.endswith(".lock")]
+        assert hidden == [], (target, step)
+    for out in outs:
+        described = manifest.read(out)
+        manifest.verify_files(out, described)
+        assert described.plan.target.name != "onnx-cpu" or described.files == expected
+    record_property("cases", len(killed))
+
+
+@pytest.mark.reliability("two builds of one folder at once", "the second refused in one line")
+def test_what_a_killed_build_left_is_removed_and_a_running_one_is_respected(cache, old, tmp_path):
+    out = tmp_path / "out"
+    with started(order(out, cache, after=MIDDLE["onnx-cpu"], accident="say and wait")) as first:
+        try:
+            with pytest.raises(ExportError, match=f"process {first.pid} is writing it; wait for it to end"):
+                pipeline.export(load_plan("tiny", "int4-g32", "onnx-cpu"), None, out)
+        finally:
+            first.kill()
+    assert names(tmp_path) == [".out.part", ".out.tmp"]
+    pipeline.export(load_plan("tiny", "int4-g32", "onnx-cpu"), None, out)
+    assert names(tmp_path) == ["out"]
+    assert manifest.read(out).files == manifest.read(old).files
+
+
+def until_it_waits(child, patience_s=100.0):
+    """For a lock that another process holds: the kernel lists it with an arrow."""
+    deadline = time.monotonic() + patience_s
+    while not any("->" in line and f" {child.pid} " in line for line in Path("/proc/locks").read_text().splitlines()):
+        assert child.poll() is None, "it did not wait"
+        assert time.monotonic() < deadline, "it never came to wait"
+        time.sleep(0.1)
+
+
+@pytest.mark.reliability("two builds of one recipe at once, the first killed", "the second waits and finishes")
+def test_two_builds_of_one_recipe_quantize_once(tmp_path):
+    cache = tmp_path / "cache"
+    with started(order(tmp_path / "a", cache, after=SAVED, accident="say and wait")) as first:
+        try:
+            command = arguments(order(tmp_path / "b", cache))
+            with subprocess.Popen(command, cwd=manifest.ROOT, stdout=subprocess.PIPE, text=True) as second:
+                until_it_waits(second)
+                first.kill()  # the lock goes with it, and what it wrote does not count
+                ended = json.loads(second.communicate(timeout=120)[0].splitlines()[-1])[0]
+        finally:
+            first.kill()
+    assert ended["code"] == 0
+    assert f"process {first.pid} is writing it" in ended["stderr"]
+    assert names(tmp_path) == [".a.part", ".a.tmp", "b", "cache"]
+    assert [name for name in names(cache) if name.endswith(".part")] == []
+
+
+def test_a_build_killed_between_the_two_renames_gives_the_old_one_back(old, tmp_path):
+    plan_id = manifest.read(old).id
+    (tmp_path / ".out.old").mkdir()
+    (tmp_path / ".out.old" / manifest.FILE).write_bytes((old / manifest.FILE).read_bytes())
+    with pytest.raises(RuntimeError), artifact.building(tmp_path / "out", plan_id):
+        raise RuntimeError
+    assert names(tmp_path) == ["out"]
+
+
+# ── --out ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def refused(out, words):
+    with pytest.raises(ExportError, match=words) as caught:
+        pipeline.export(load_plan("tiny", "int4-g32", "onnx-cpu"), None, out)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_place_that_must_not_be_overwritten(tmp_path, old, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / manifest.FILE).write_text("{")
+    before = names(tmp_path)
+    refused(tmp_path / "mine", "is not an artifact folder; give another --out")
+    refused(tmp_path / "file", "is not an artifact folder; give another --out")
+    refused(tmp_path / "damaged", "holds a damaged artifact; give another --out or remove it")
+    refused(tmp_path / "file" / "out", "cannot be made")
+    refused(Path("/"), "is not an artifact folder")
+    monkeypatch.chdir(tmp_path)
+    refused(Path(), "is not an artifact folder")
+    assert names(tmp_path) == before
+    with pytest.raises(ExportError, match=r"holds another artifact \(tiny_int4-g32_onnx-cpu\)"):
+        pipeline.export(load_plan("tiny", "fp32", "onnx-cpu"), None, old)
+
+
+def test_an_artifact_of_another_schema_can_be_built_again(old, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / manifest.FILE).write_text(json.dumps({"schema_version": 99, "id": manifest.read(old).id}))
+    pipeline.export(load_plan("tiny", "int4-g32", "onnx-cpu"), None, tmp_path / "out")
+    assert manifest.read(tmp_path / "out").files == manifest.read(old).files
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    pipeline.export(load_plan("tiny", "int4-g32", "onnx-cpu"), None, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / manifest.FILE).is_file()
+    assert names(tmp_path) == ["link", "real"]
+
+
+def test_libraries_keep_their_temporary_files_beside_the_artifact(tmp_path):
+    import tempfile
+
+    before = tempfile.gettempdir()
+    with artifact.building(tmp_path / "out", "id"):
+        assert Path(tempfile.mkdtemp()).parent == tmp_path / ".out.tmp"
+    assert tempfile.gettempdir() == before
+    assert names(tmp_path) == ["out"]
+
+
+# ── full disk ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+FULL = [
+    # where, what of it is named, bytes that are left
+    ({"after": "export.host.disk:require_room"}, "onnx-cpu", 4096),
+    ({"after": "export.checkpoints.tokenizer:write"}, "onnx-cpu", 4096),
+    *(({"at": "lower"}, target, 200_000) for target in TARGETS),
+    ({"at": "describe"}, "onnx-cpu", 0),
+]
+
+
+@pytest.mark.reliability("a disk that fills up during a build", "one line, nothing left")
+def test_a_disk_that_fills_up_at_any_moment_is_named_and_nothing_is_left(small_disk, cache, tmp_path, record_property):
+    place = tmp_path / "disk"
+    common = {"accident": "fill", "disk": str(place), "look": [str(place)]}
+    orders = [order(place / "out", cache, target, **when, **common, leave=leave) for when, target, leave in FULL]
+    orders.append(order(tmp_path / "out", place, after="export.quantization.store:layer_info", leave=200_000, **common))
+    for wanted, result in zip(orders, small_disk(place, orders), strict=True):
+        assert f"error: {place}: the disk is full (" in one_error(result["stderr"]), wanted
+        assert (result["code"], without_locks(result["left"][str(place)])) == (1, []), wanted
+    assert names(tmp_path) == ["disk"]
+    record_property("cases", len(orders))
+
+
+@pytest.mark.reliability("a disk too small for a build", "refused before the work")
+def test_too_little_room_is_refused_before_the_work(small_disk, cache, tmp_path):
+    place = tmp_path / "disk"
+    common = {"accident": "fill", "disk": str(place), "look": [str(place)], "leave": 400_000}
+    orders = [
+        order(place / "out", cache, after="export.formats:load", **common),
+        order(tmp_path / "out", place, at="quantize", **common),
+    ]
+    for result in small_disk(place, orders):
+        error = one_error(result["stderr"])
+        assert f"error: {place}: needs " in error
+        assert "MB on the disk, has 0.4 MB; free " in error
+        assert (result["code"], without_locks(result["left"][str(place)])) == (1, [])
+
+
+@pytest.mark.reliability("a disk that takes no writing", "one line")
+def test_a_disk_that_takes_no_writing(small_disk, cache, tmp_path):
+    place = tmp_path / "disk"
+    (result,) = small_disk(place, [order(place / "out", cache)], "ro")
+    assert result["code"] == 1
+    assert "Read-only file system" in one_error(result["stderr"])
+
+
+@pytest.mark.reliability("a limit on file sizes", "one line, nothing left")
+def test_a_limit_on_file_sizes_is_one_line(tmp_path):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+
+    look = {"at": "nowhere", "look": [str(tmp_path)]}
+    orders = [order(tmp_path / "out", tmp_path, quant=quant, **look) for quant in ("int4-g32", "fp32")]
+    for result in results(*orders, preexec_fn=limit):
+        assert "files are limited to 0.4 MB here (ulimit -f)" in one_error(result["stderr"])
+        assert (result["code"], without_locks(result["left"][str(tmp_path)])) == (1, [])

@@ -1,0 +1,249 @@
+"""Files made at random from good ones: whatever they hold, reading them ends soon, and in no error but our own."""
+
+import json
+import shutil
+import time
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+import devices
+from devices import Device, DeviceError
+from export import formats, manifest, plan
+from export.checkpoints import open_source, safetensors
+from export.checkpoints.gguf import header as gguf_header
+from export.checkpoints.origin import parse_origin
+from export.errors import ExportError
+from export.plan import ModelSpec, QuantRecipe, Target
+from export.toolbox import verification
+from runtime_tests.coreml import package as mil_package
+from tests.support.checkpoints import write_folder, write_gguf
+from tests.support.processes import within
+
+EXAMPLES = 60
+NUMBERS = st.integers() | st.sampled_from([0, -1, 1, 2**31, 2**63, 10**30, 1e308, float("nan"), float("inf")])
+LEAVES = st.none() | st.booleans() | NUMBERS | st.text(max_size=20) | st.sampled_from(["../x", "/etc/passwd", "a\0b"])
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+)
+CHANGES = st.lists(st.tuples(st.integers(0, 2**20), st.sampled_from(["set", "remove", "add"]), VALUES), max_size=4)
+EDITS = st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=12), st.integers(0, 12)), min_size=1, max_size=4)
+"""Position as a share of the file, the bytes written there, and how many bytes they replace."""
+
+
+def fuzzed(test):
+    """The same examples in every run, no deadline: a hang is caught by `within`."""
+    quick = {"phases": [Phase.generate], "suppress_health_check": list(HealthCheck), "database": None}
+    return settings(max_examples=EXAMPLES, derandomize=True, deadline=None, **quick)(test)
+
+
+def changed(value, changes):
+    """A copy with some of its values, wherever they stand, set, removed, or given a neighbour."""
+    value = json.loads(json.dumps(value))
+    for at, how, new in changes:
+        slots = list(slots_in(value))
+        if not slots:
+            break
+        place, key = slots[at % len(slots)]
+        if how == "remove":
+            del place[key]
+        elif how == "add" and isinstance(place, dict):
+            place[f"{key}x"] = new
+        else:
+            place[key] = new
+    return value
+
+
+def slots_in(value):
+    """Every container with every key or index in it."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in list(pairs):
+        yield value, key
+        yield from slots_in(inner)
+
+
+def spliced(data, edits):
+    """The data with other bytes inserted or written over it."""
+    for place, new, over in edits:
+        at = int(place * len(data))
+        data = data[:at] + new + data[at + over :]
+    return data
+
+
+def only(kinds, work, *arguments):
+    """Whether it was refused; an exception of another kind fails the test."""
+    try:
+        work(*arguments)
+    except kinds as error:
+        lines = str(error).split("\n")
+    else:
+        return False
+    assert len(lines) == 1, lines
+    return True
+
+
+# ── YAML ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+YAML_FILES = {
+    "recipe": (QuantRecipe, "quant/int4-mixed"),
+    "model": (ModelSpec, "models/llama32-1b-instruct"),
+    "target": (Target, "targets/coreml"),
+}
+TEXTS = st.text(max_size=60) | st.sampled_from([
+    "[" * 5000, "a: 2001-99-99", "a: &a [*a]", "? [1]\n: 2", "1: 2", "a: !!binary x", "a: 0x", "\x00",
+    "a: 1:99:99:99:9",
+])  # fmt: skip
+
+
+@pytest.mark.reliability("YAML of a {kind} made by chance", "read, or one line")
+@pytest.mark.parametrize("kind", YAML_FILES)
+def test_yaml(tmp_path, kind, record_property):
+    cls, name = YAML_FILES[kind]
+    good = yaml.safe_load((plan.CONFIGS / f"{name}.yaml").read_text())
+    path = tmp_path / "made.yaml"
+    refused = []
+
+    @fuzzed
+    @given(CHANGES.map(lambda changes: yaml.safe_dump(changed(good, changes))) | TEXTS)
+    def read(text):
+        path.write_text(text, encoding="utf-8")
+        refused.append(only(ExportError, plan.load_record, cls, path))
+
+    with within(60):
+        read()
+    count(refused, record_property)
+
+
+@pytest.mark.reliability("YAML of a {kind} made by chance", "read, or one line")
+@pytest.mark.parametrize("kind", ["device"])  # fills in the mark's text
+def test_device_yaml(tmp_path, monkeypatch, kind, record_property):
+    good = yaml.safe_load((devices.FOLDER / "pixel-8.yaml").read_text())
+    monkeypatch.setattr(devices, "FOLDER", tmp_path)
+    refused = []
+
+    @fuzzed
+    @given(CHANGES.map(lambda changes: yaml.safe_dump(changed(good, changes))) | TEXTS)
+    def read(text):
+        (tmp_path / "made.yaml").write_text(text, encoding="utf-8")
+        refused.append(only(DeviceError, devices.load, "made"))
+
+    with within(60):
+        read()
+    count(refused, record_property)
+    assert "name" in Device.model_fields
+
+
+def count(refused, record_property):
+    """Record how many were refused; chance must have made bad ones, or nothing was tested."""
+    assert len(refused) >= EXAMPLES / 2
+    assert any(refused)
+    record_property("cases", len(refused))
+    record_property("note", f"{sum(refused)} refused")
+
+
+# ── JSON ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.reliability("manifest.json made by chance", "verified, or named in lines")
+def test_manifest_json(artifact, monkeypatch, record_property):
+    monkeypatch.setattr(verification, "in_child", lambda folder, limit_s: [])
+    good = json.loads((artifact / manifest.FILE).read_text())
+    refused = []
+
+    @fuzzed
+    @given(CHANGES.map(lambda changes: json.dumps(changed(good, changes)).encode()) | st.binary(max_size=60))
+    def check(data):
+        (artifact / manifest.FILE).write_bytes(data)
+        problems = verification.verify(artifact, 100)
+        assert not any("\n" in line for line in problems)
+        refused.append(bool(problems))
+
+    with within(60):
+        check()
+    count(refused, record_property)
+
+
+# ── binary headers, by our own readers ──────────────────────────────────────────────────────────────────────────────
+
+
+def gguf(path):
+    gguf_header.check(path)
+    open_source(parse_origin(str(path)), None)
+
+
+@pytest.mark.reliability("{kind} header made by chance", "read, or one line")
+@pytest.mark.parametrize("kind", ["safetensors", "GGUF"])
+def test_headers(tmp_path, kind, record_property):
+    if kind == "GGUF":
+        path, read, header = write_gguf(tmp_path / "model.gguf", kind="Q8_0"), gguf, 6000
+    else:
+        path, read, header = write_folder(tmp_path / "model") / "model.safetensors", safetensors.read, 1500
+    good = path.read_bytes()
+    refused = []
+
+    @fuzzed
+    @given(EDITS)
+    def check(edits):
+        path.write_bytes(spliced(good[:header], edits) + good[header:])
+        refused.append(only(ExportError, read, path))
+
+    with within(60):
+        check()
+    count(refused, record_property)
+
+
+@pytest.mark.reliability("{target} graph made by chance", "read, or one line")
+@pytest.mark.parametrize("target", ["onnx-cpu", "executorch-xnnpack", "coreml"])
+def test_graphs(tiny, tmp_path, target, record_property):
+    """`inspect` of a bare file; where native code reads, see tests/build/test_damage.py."""
+    folder = shutil.copytree(tiny(target), tmp_path / "artifact")
+    described = manifest.read(folder)
+    file, reader = folder / described.plan.target.artifact, formats.reader(described.plan.target.backend)
+    path = file / "Data/com.apple.CoreML/model.mlmodel" if file.is_dir() else file
+    good, head = path.read_bytes(), min(path.stat().st_size, 8000)
+    refused = []
+
+    @fuzzed
+    @given(EDITS)
+    def check(edits):
+        path.write_bytes(spliced(good[:head], edits) + good[head:])
+        refused.append(only(ExportError, formats.contents, reader, file, None))
+
+    with within(60):
+        check()
+    count(refused, record_property)
+
+
+@pytest.mark.reliability("weight.bin and program read by the Core ML evaluator, made by chance", "read, or one line")
+def test_the_evaluators_package_reader(tiny, tmp_path, record_property):
+    package = shutil.copytree(tiny("coreml") / "model.mlpackage", tmp_path / "model.mlpackage")
+    files = [package / "Data/com.apple.CoreML" / name for name in ("model.mlmodel", "weights/weight.bin")]
+    good = [path.read_bytes() for path in files]
+    refused = []
+
+    @fuzzed
+    @given(st.integers(0, 1), EDITS)
+    def check(which, edits):
+        for path, data in zip(files, good, strict=True):
+            path.write_bytes(spliced(data[:8000], edits) + data[8000:] if path is files[which] else data)
+        refused.append(only(mil_package.PackageError, mil_package.load, package))
+
+    with within(100):
+        check()
+    count(refused, record_property)
+
+
+def refuse(words):
+    raise ExportError(words)
+
+
+def test_a_foreign_exception_or_a_hang_is_seen():
+    """The twin: what this file asserts can fail."""
+    with pytest.raises(KeyError):
+        only(ExportError, {}.__getitem__, "x")
+    with pytest.raises(pytest.fail.Exception, match="still at it"), within(1):
+        time.sleep(60)
+    with pytest.raises(AssertionError):
+        only(ExportError, refuse, "one line\nand another")

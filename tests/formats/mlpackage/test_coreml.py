@@ -1,0 +1,294 @@
+"""The Core ML package: its integers and scales, its convention, its logits."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from export import checkpoints, formats, manifest, pipeline
+from export.errors import ExportError
+from export.manifest import Manifest
+from export.plan import Plan, QuantRecipe, WeightScheme, load_plan
+from export.quantization import quantize
+from export.quantization.store import QuantizedModel
+from runtime_tests.sessions import open_session
+from tests.support.metrics import eager_logits, forced_logits, mean_kl, random_tokens, sqnr_db
+
+ct = pytest.importorskip("coremltools")
+# coremltools leaves a temporary folder to the garbage collector
+pytestmark = pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning")
+
+PREFILL, DECODE = 64, 64
+SPEC = Path("Data/com.apple.CoreML/model.mlmodel")
+WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return load_plan("tiny", "int4-g32", "coreml")
+
+
+@pytest.fixture(scope="module")
+def built(tiny) -> tuple[Path, Manifest]:
+    return tiny("coreml"), manifest.read(tiny("coreml"))
+
+
+@pytest.fixture(scope="module")
+def package(built) -> Path:
+    return built[0] / "model.mlpackage"
+
+
+def quantized(plan: Plan) -> QuantizedModel:
+    return quantize(checkpoints.load(plan.model, None), plan.quant, pipeline.CACHE)
+
+
+@pytest.fixture(scope="module")
+def model(plan) -> QuantizedModel:
+    return quantized(plan)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> list[int]:
+    return random_tokens(PREFILL + DECODE, seed=1)
+
+
+@pytest.fixture(scope="module")
+def reference(model, tokens) -> torch.Tensor:
+    """Eager logits of every decode step."""
+    return eager_logits(model, tokens)[PREFILL - 1 :]
+
+
+@pytest.fixture
+def session(built):
+    opened = open_session(*built, threads=1)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def damaged(built, tmp_path) -> tuple[Path, Manifest]:
+    """A copy of the artifact to be damaged."""
+    shutil.copytree(built[0], tmp_path / "copy")
+    return tmp_path / "copy", built[1]
+
+
+def read_spec(package: Path) -> Any:
+    from coremltools.proto import Model_pb2
+
+    spec = Model_pb2.Model()
+    spec.ParseFromString((package / SPEC).read_bytes())
+    return spec
+
+
+def blob_of(package: Path, name: str, parameter: str) -> int:
+    """Position in weight.bin of a quantized weight's integers or scales."""
+    (block,) = read_spec(package).mlProgram.functions["main"].block_specializations.values()
+    (op,) = [op for op in block.operations if op.outputs and op.outputs[0].name == name]
+    offset = op.inputs[parameter].arguments[0].value.blobFileValue.offset
+    header = (package / WEIGHTS).read_bytes()[offset : offset + 64]
+    return int.from_bytes(header[16:24], "little")
+
+
+def flip(package: Path, position: int, mask: int) -> None:
+    data = bytearray((package / WEIGHTS).read_bytes())
+    data[position] ^= mask
+    (package / WEIGHTS).write_bytes(data)
+
+
+def differing(package: Path, model: QuantizedModel) -> list[str]:
+    stored = list(formats.reader("mlpackage").read_weights(package, model.architecture))
+    assert sorted(weight.name for weight in stored) == sorted(model.schemes.names)
+    pairs = [(weight, model.read(weight.name)) for weight in stored]
+    return [
+        weight.name
+        for weight, expected in pairs
+        if not np.array_equal(weight.qdata, expected.qdata.numpy())
+        or not np.array_equal(weight.scale, expected.scale.numpy())
+    ]
+
+
+# --- stored weights and interface -----------------------------------------------------------------------------------
+
+
+def test_integers_and_scales_are_those_quantized_once(package, model):
+    assert differing(package, model) == []
+
+
+@pytest.mark.parametrize(("parameter", "mask"), [("scale", 0x01), ("data", 0x10)])
+def test_one_flipped_bit_is_found_by_reading_back(damaged, model, parameter, mask):
+    package = damaged[0] / "model.mlpackage"
+    flip(package, blob_of(package, "model_layers_1_self_attn_q_proj_k_proj_v_proj_stored", parameter), mask)
+    assert differing(package, model) == ["model.layers.1.self_attn.q_proj.weight"]
+
+
+def test_weights_that_are_not_fused_are_read_one_by_one(model):
+    from export.formats.mlpackage.file import linear_groups
+
+    groups = list(linear_groups(model.architecture, present=set()))
+    assert [names for names, _ in groups] == [(name,) for name in model.architecture.linear_shapes()]
+
+
+def test_tied_table_is_stored_once_and_int4_is_packed(built, package, model):
+    a = model.architecture
+    linears = sum(n * k for n, k in a.linear_shapes().values())
+    once = a.vocab_size * (a.hidden_size + 2) + linears // 2 + linears // 32 * 2
+    tables = 2 * model.checkpoint.architecture.head_dim * 2 * 256 + 2 * 4 * 256  # cos and sin fp16, slots int32
+    excess = (package / WEIGHTS).stat().st_size - once - tables
+    assert 0 <= excess < a.vocab_size * a.hidden_size // 4
+    assert built[1].lowering["embedding_and_head"] == "one table"
+    assert (built[1].lowering["int4_weights"], built[1].lowering["int8_weights"]) == (4 * a.num_hidden_layers, 1)
+
+
+def test_two_builds_are_byte_identical(built, plan, tmp_path):
+    again = pipeline.export(plan, None, tmp_path / "again")
+    assert {k: v for k, v in again.files.items() if "mlpackage" in k} == {
+        k: v for k, v in built[1].files.items() if "mlpackage" in k
+    }
+
+
+def test_follows_apples_stateful_convention(built, package, model):
+    spec, a, kv = read_spec(package), model.architecture, built[1].contract.kv
+    assert spec.specificationVersion == 9  # iOS 18, macOS 15
+    inputs = {value.name: value.type.multiArrayType for value in spec.description.input}
+    ranges = {
+        name: [(size.lowerBound, size.upperBound) for size in array.shapeRange.sizeRanges]
+        for name, array in inputs.items()
+    }
+    long = (1, kv.context_length)
+    assert ranges == {"inputIds": [(1, 1), long], "causalMask": [(1, 1), (1, 1), long, long]}
+    int32, fp16 = 131072 | 32, 65552
+    assert {name: array.dataType for name, array in inputs.items()} == {"inputIds": int32, "causalMask": fp16}
+    states = {value.name: value.type.stateType.arrayType for value in spec.description.state}
+    shape = [a.num_hidden_layers, 1, a.num_key_value_heads, kv.context_length, a.head_dim]
+    assert {name: list(array.shape) for name, array in states.items()} == {"keyCache": shape, "valueCache": shape}
+    assert {array.dataType for array in states.values()} == {fp16}
+    (output,) = spec.description.output
+    assert (output.name, output.type.multiArrayType.dataType) == ("logits", fp16)
+    assert spec.description.metadata.userDefined["plan"] == built[1].id
+    assert [tensor.name for tensor in built[1].contract.inputs] == list(ranges)
+
+
+# --- logits ---------------------------------------------------------------------------------------------------------
+
+
+def test_computes_the_quantized_model_with_a_filled_cache(session, tokens, reference):
+    logits = forced_logits(session, tokens, PREFILL)
+    assert mean_kl(reference, logits) <= 1e-3
+    assert float((reference.argmax(-1) == logits.argmax(-1)).float().mean()) >= 0.98
+    assert sqnr_db(reference, logits) >= 50  # the tiny model's distributions are too narrow for KL to show much
+
+
+def test_pieces_equal_the_whole(session, tokens):
+    whole = session.feed(tokens)
+    session.reset()
+    for first in range(0, len(tokens), 48):
+        pieces = session.feed(tokens[first : first + 48])
+    assert sqnr_db(whole, pieces) >= 55
+
+
+@pytest.mark.parametrize("state", ["keyCache", "valueCache"])
+def test_a_corrupted_cache_changes_the_logits(session, tokens, reference, state):
+    session.feed(tokens[:PREFILL])
+    session.model.evaluator.states[state][1, 0, :, 10:20] *= -1
+    logits = np.stack([session.feed([token]) for token in tokens[PREFILL:]])
+    assert sqnr_db(reference[1:], logits) < 40
+
+
+def test_a_cache_that_is_not_reset_changes_the_logits(session, tokens, reference):
+    session.feed(tokens[:PREFILL][::-1])
+    session.position = 0
+    session.feed(tokens[:1])
+    session.position = PREFILL - 1  # as if all had been fed
+    assert sqnr_db(reference[0], session.feed(tokens[PREFILL - 1 : PREFILL])) < 40
+
+
+@pytest.mark.parametrize("parameter", ["scale", "data"])
+def test_a_flipped_byte_changes_the_logits(damaged, session, tokens, parameter):
+    package = damaged[0] / "model.mlpackage"
+    position = blob_of(package, "model_layers_1_self_attn_q_proj_k_proj_v_proj_stored", parameter)
+    flip(package, position + 1, 0x7F)
+    broken = open_session(*damaged, threads=1)
+    assert not np.array_equal(session.feed(tokens), broken.feed(tokens))
+
+
+def test_swift_transformers_calls_give_the_same_logits(session, tokens, reference):
+    """It passes zeros of shape [1, 1, 1, tokens + 1] as mask, also for a prompt, and so never writes slot 0."""
+    logits = []
+    for first, end in [(0, PREFILL), *((i, i + 1) for i in range(PREFILL, len(tokens)))]:
+        mask = np.zeros((1, 1, 1, end + 1), np.float16)
+        inputs = {"inputIds": np.array([tokens[first:end]], np.int32), "causalMask": mask}
+        logits.append(session.model.predict(inputs, session.state)["logits"][0, -1])
+    assert sqnr_db(reference, np.stack(logits).astype(np.float32)) >= 50
+
+
+def test_context_length_is_a_limit(session):
+    session.feed([1] * 256)
+    with pytest.raises(ValueError, match="1 tokens at position 256: the context holds 256"):
+        session.feed([1])
+
+
+def test_fp32_recipe_differs_by_fp16_rounding_only(tmp_path, tokens):
+    plan = load_plan("tiny", "fp32", "coreml")
+    described = pipeline.export(plan, None, tmp_path / "fp32")
+    model = quantized(plan)
+    reference = eager_logits(model, tokens)[PREFILL - 1 :]
+    logits = forced_logits(open_session(tmp_path / "fp32", described, threads=1), tokens, PREFILL)
+    assert mean_kl(reference, logits) <= 1e-4
+    assert sqnr_db(reference, logits) >= 50
+    assert "rounded from float32" in str(described.lowering["float_values"])
+    assert list(formats.reader("mlpackage").read_weights(tmp_path / "fp32/model.mlpackage", model.architecture)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")  # GGUF weights are memory-mapped
+def test_smollm2_lowers_and_matches(tmp_path):
+    plan = load_plan("smollm2-135m", "int4-g32", "coreml")
+    described = pipeline.export(plan, None, tmp_path / "smol")
+    model = quantized(plan)
+    assert differing(tmp_path / "smol/model.mlpackage", model) == []
+    tokens = random_tokens(PREFILL + DECODE, seed=1, vocab=40000)
+    reference = eager_logits(model, tokens)[PREFILL - 1 :]
+    logits = forced_logits(open_session(tmp_path / "smol", described, threads=1), tokens, PREFILL)
+    assert mean_kl(reference, logits) <= 1e-3
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def refused(plan: Plan, **changes: Any) -> str:
+    changed = plan.model_copy(update=changes)
+    with pytest.raises(ExportError) as error:
+        formats.load("mlpackage").check(changed, plan.model.architecture)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_refuses_activation_quantization(plan):
+    target = plan.target.model_copy(update={"activations": "int8-per-token"})
+    assert "q_proj.weight: activations 'int8-per-token'" in refused(plan, target=target)
+    target = plan.target.model_copy(update={"logits": "last"})
+    assert "set `logits: all`" in refused(plan, target=target)
+
+
+def test_refuses_bits_core_ml_cannot_store(plan):
+    six = WeightScheme.model_construct(bits=6, group_size=32)
+    recipe = QuantRecipe.model_construct(**{**dict(plan.quant), "linear": six})
+    assert "model.layers.0.self_attn.q_proj.weight: int6" in refused(plan, quant=recipe)
+
+
+def test_refuses_an_artifact_that_is_no_package(plan):
+    target = plan.target.model_copy(update={"artifact": "model.mlmodel"})
+    assert ".mlpackage" in refused(plan, target=target)
+
+
+def test_refuses_scales_that_fp16_would_round():
+    from export.formats.mlpackage.graph import half
+
+    assert half(torch.tensor([2.0**-17]), ["w"], exact=True) == np.float16(2.0**-17)
+    with pytest.raises(ExportError, match="scale is not exact"):
+        half(torch.tensor([1 + 2.0**-20]), ["w"], exact=True)
+    with pytest.raises(ExportError, match="65504"):
+        half(torch.tensor([1e5]), ["w"], exact=False)

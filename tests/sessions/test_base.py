@@ -1,0 +1,90 @@
+"""Position, limit, pieces and rewind, which every format's session inherits from the base."""
+
+import numpy as np
+import pytest
+
+from runtime_tests.checks import conformance
+from runtime_tests.sessions.base import ContextError, Session
+
+CONTEXT, VOCAB = 40, 64
+
+
+class Remembering(Session):
+    """Logits that depend on the tokens in the slots; `calls`: position and tokens of every step."""
+
+    def __init__(self, largest_call=8, logits="last"):
+        super().__init__(CONTEXT, largest_call, logits)
+        self.slots, self.calls = np.zeros(CONTEXT), []
+        self.rows = np.empty((largest_call, VOCAB), np.float16)
+
+    def step(self, tokens, position):
+        self.calls.append((position, list(tokens)))
+        self.slots[position : position + len(tokens)] = tokens
+        for row in range(len(tokens)):
+            self.rows[row] = self.slots[: position + row + 1] @ np.arange(1, position + row + 2) / 100
+        return self.rows[len(tokens) - 1 : len(tokens)] if self.logits == "last" else self.rows[: len(tokens)]
+
+
+class Shifted(Remembering):
+    """Writes one slot too far after a rewind."""
+
+    def rewind(self, length):
+        self.position = length + 1
+
+
+class Bottomless(Remembering):
+    """Accepts more tokens than the contract's context."""
+
+    def __init__(self):
+        super().__init__()
+        self.context_length, self.slots = 2 * CONTEXT, np.zeros(2 * CONTEXT)
+
+
+def test_tokens_are_cut_into_calls_at_their_positions():
+    session = Remembering()
+    session.feed([1, 2, 3])
+    session.feed(range(10, 30))
+    calls = [(0, 3), (3, 8), (11, 8), (19, 4)]
+    assert [(position, len(tokens)) for position, tokens in session.calls] == calls
+    assert session.position == 23
+
+
+def test_logits_are_the_callers_own():
+    session = Remembering()
+    first = session.feed([1, 2])
+    before = first.copy()
+    session.feed([60])
+    np.testing.assert_array_equal(first, before)
+    assert first.dtype == np.float32
+    assert first.shape == (VOCAB,)
+
+
+@pytest.mark.parametrize("logits", ["last", "all"])
+def test_logits_of_each_token_are_those_of_feeding_one_by_one(logits):
+    session, one_by_one = Remembering(logits=logits), Remembering()
+    each = session.feed_each(range(1, 20))
+    np.testing.assert_array_equal(each, [one_by_one.feed([token]) for token in range(1, 20)])
+    assert len(session.calls) == {"last": 19, "all": 3}[logits]
+
+
+def test_the_last_slot_can_be_fed_and_nothing_of_more():
+    session = Remembering()
+    session.feed(range(CONTEXT - 1))
+    with pytest.raises(ContextError, match=f"2 tokens at position {CONTEXT - 1}: the context holds {CONTEXT}"):
+        session.feed([1, 2])
+    assert session.position == CONTEXT - 1
+    session.feed([1])
+    with pytest.raises(ContextError):
+        session.feed([1])
+    session.rewind(5)
+    session.feed([1])
+    with pytest.raises(ValueError, match="no tokens"):
+        session.feed([])
+
+
+def test_conformance_holds_for_the_base_and_finds_what_breaks_it():
+    assert conformance.check(Remembering(logits="all"), CONTEXT, fill=True) == []
+    (rewound,) = conformance.check(Shifted(), CONTEXT, fill=True)
+    assert rewound.startswith("after a rewind the logits differ")
+    past = [f"a token past the context of {CONTEXT} was accepted"]
+    assert conformance.check(Bottomless(), CONTEXT, fill=False) == past

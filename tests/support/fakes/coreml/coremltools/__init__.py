@@ -1,0 +1,60 @@
+"""Core ML for the runner of a Mac: packages are executed by our evaluator, and every call is written down.
+
+`FAKE_COREML_CALLS` names the file. What is not here comes from the real coremltools.
+"""
+
+import json
+import os
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).parents[1]
+__path__ += PathFinder.find_spec(
+    __name__, [entry for entry in sys.path if Path(entry) != HERE]
+).submodule_search_locations
+__version__ = "9.0 (fake)"
+
+from runtime_tests.coreml.evaluator import Evaluator  # noqa: E402 – needs the rest of coremltools
+
+ComputeUnit = SimpleNamespace(CPU_AND_GPU="CPU and GPU")
+
+
+class MLModel:
+    def __init__(self, path, compute_units):
+        if compute_units is not ComputeUnit.CPU_AND_GPU:
+            raise ValueError(compute_units)
+        self.evaluator = Evaluator(Path(path))
+        self.made = 0
+
+    def make_state(self):
+        self.made += 1
+        self.evaluator.reset()
+        return self.made, self.evaluator.states
+
+    def predict(self, inputs, state):
+        number, self.evaluator.states = state
+        write_down(inputs, number)
+        result = self.evaluator.predict({name: torch.from_numpy(value) for name, value in inputs.items()})
+        return {name: value.numpy() for name, value in result.items()}
+
+
+def write_down(inputs, state):
+    ids, mask = inputs["inputIds"], inputs["causalMask"]
+    call = {
+        "inputs": sorted(inputs),
+        "ids": [str(ids.dtype), list(ids.shape)],
+        "mask": [str(mask.dtype), list(mask.shape)],
+        "values": sorted(set(np.unique(mask).tolist())),
+        "visible": (mask == 0).sum(axis=-1).ravel().tolist(),
+        "state": state,
+    }
+    with Path(os.environ["FAKE_COREML_CALLS"]).open("a") as file:
+        file.write(json.dumps(call) + "\n")
+
+
+models = SimpleNamespace(MLModel=MLModel)
