@@ -12,7 +12,6 @@ from export.architecture import Positive, Strict
 from export.errors import ExportError
 from export.manifest import Manifest
 from export.plan import CONFIGS, load_named
-from export.quantization.texts import cut
 
 from .checks.accuracy import Labels
 
@@ -82,6 +81,8 @@ def cut_windows(evaluation: Evaluation, tokenizer: Any, manifest: Manifest) -> W
 
     Raises ExportError: a window does not fit the context, or a token the vocabulary.
     """
+    from export.quantization.texts import cut  # its room loads torch
+
     length = evaluation.prefill + evaluation.decode + 1
     context = manifest.contract.kv.context_length
     if length > context:

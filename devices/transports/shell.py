@@ -12,7 +12,7 @@ from .processes import Deadline
 
 ANSWER_S = 20
 """How long a device may take for a small question."""
-_PING_S = 5
+PING_S = 5
 PROOF = 42
 """An exit status nobody gives by chance."""
 _FAILED = 3
@@ -144,6 +144,6 @@ class Shell:
 
     def _answers(self) -> bool:
         try:
-            return processes.call(self.link.client(f"exit {PROOF}"), Deadline.after(_PING_S)).returncode == PROOF
+            return processes.call(self.link.client(f"exit {PROOF}"), Deadline.after(PING_S)).returncode == PROOF
         except TimeoutError:
             return False

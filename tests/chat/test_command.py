@@ -101,8 +101,14 @@ BOMB = "{{ messages[0].content * (10 ** 10 if messages[0].content == 'hello' els
 @pytest.mark.parametrize(
     ("damage", "line"),
     [
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "model.safetensors: 1 bytes, manifest.json says"),
-        (lambda folder: (folder / "chat_template.jinja").write_text("x"), "chat_template.jinja: 1 bytes, manifest.json says"),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(b"x"),
+            "model.safetensors: 1 bytes, manifest.json says",
+        ),
+        (
+            lambda folder: (folder / "chat_template.jinja").write_text("x"),
+            "chat_template.jinja: 1 bytes, manifest.json says",
+        ),
         (lambda folder: (folder / "new").write_text("x"), "new: not listed in manifest.json"),
         (lambda folder: (folder / "manifest.json").unlink(), "manifest.json: missing"),
         (lambda folder: set_fault(folder, "does not load"), "does not load: RuntimeError: the file is of a newer"),

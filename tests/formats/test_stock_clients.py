@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from export import manifest
 from export.checkpoints.tokenizer import load
@@ -47,12 +48,21 @@ def our_answer(folder) -> str:
     return tokenizer.decode(answer[: ends[0]] if ends else answer, skip_special_tokens=True)
 
 
+def one_size_of_thread_pools():
+    """The runner takes torch's pool as earlier tests left it, and another number of threads sums in another order."""
+    from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+
+    torch.set_num_threads(2)
+    _unsafe_reset_threadpool(2)
+
+
 def test_executorchs_own_runner_gives_our_text(built):
     import executorch.extension.llm.custom_ops.custom_ops
     import executorch.kernels.quantized  # noqa: F401
     from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 
     folder = built("executorch-xnnpack")
+    one_size_of_thread_pools()
     runner = TextLLMRunner(str(folder / "model.pte"), str(folder / "tokenizer.json"))
     pieces: list[str] = []
     config = GenerationConfig(max_new_tokens=LENGTH, temperature=0.0, echo=False)
