@@ -9,7 +9,7 @@ from .build import needs
 from .checkpoints import tokenizer
 from .checkpoints.origin import Origin
 from .formats import Build
-from .host import memory, mkl
+from .host import disk, memory, mkl
 from .host.console import stage
 from .manifest import Manifest
 from .plan import Plan
@@ -24,7 +24,8 @@ def export(plan: Plan, source: Origin | None, out: Path) -> Manifest:
     backend = formats.load(plan.target.backend)
     architecture = plan.quant.reshaped(checkpoints.architecture_of(plan.model, source))
     check(plan, architecture, backend)
-    needs.require(needs.estimate(plan, source, architecture, CACHE), out, CACHE)
+    cache = disk.cache_folder(CACHE)
+    needs.require(needs.estimate(plan, source, architecture, cache), out, cache)
     mkl.settle()
     with artifact.building(out, plan.id) as folder:
         with stage("checkpoint"):
@@ -32,7 +33,7 @@ def export(plan: Plan, source: Origin | None, out: Path) -> Manifest:
             build = Build(plan, tokenizer.write(weights.source, folder, architecture.vocab_size), folder)
             memory.give_back()
         with stage("quantize", plan.quant.description):
-            model = quantization.quantize(weights, plan.quant, CACHE)
+            model = quantization.quantize(weights, plan.quant, cache)
             memory.give_back()
         with stage("lower", plan.target.description):
             lowered = backend.lower(model, build)

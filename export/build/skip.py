@@ -72,7 +72,7 @@ def _changed_inputs(built: Manifest, plan: Plan, source: Origin | None) -> Itera
         if (was := built.tools.get(tool)) != version:
             yield f"{tool}: {version}, was {was}"
     if digests.artifact_digest() != built.source.sha256:
-        yield f"export/: changed since commit {built.source.commit[:12]}{' with local changes' * built.source.dirty}"
+        yield f"export/: changed since commit {built.source.revision}"
 
 
 def changed_files(recorded: dict[str, str], origin: Origin) -> Iterator[str]:

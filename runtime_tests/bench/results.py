@@ -208,7 +208,7 @@ class Benchmark(Strict):
     """UTC, ISO 8601."""
     seconds: float
     commit: str
-    dirty: bool
+    dirty: bool | None
     environment: Environment
     load_average_after: float
     evaluation: str
