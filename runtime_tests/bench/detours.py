@@ -22,24 +22,25 @@ from export.architecture import Strict
 from export.build.command import run as run_app
 from export.checkpoints.origin import File, Package, origin_of, parse_origin
 from export.errors import ExportError
-from export.formats import tool_versions
 from export.host.console import console, stage
-from export.manifest import ROOT, source_info
+from export.manifest import ROOT
 from export.plan import ModelSpec, load_named, load_plan
 from export.toolbox.tables import NONE, Row, plain
 from runtime_tests import evaluation
 from runtime_tests.checks.accuracy import compare
 from runtime_tests.evaluation import Windows
-from runtime_tests.evidence.record import Comparison, Environment, Outcome
-from runtime_tests.places import environment
+from runtime_tests.evidence.record import Comparison, Outcome
 from runtime_tests.reports import templates
 
 from . import contenders, exports, fidelity, publish
 from .contenders import ONE_TARGET, SESSION
+from .exports import BENCH
 from .forms import DETOUR_FORMS, home, weight_bytes
-from .stock import BENCH
+from .results import StudyRun
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+_RECIPE, _EVALUATION = "int4-g32", "default"
+"""What quantizes every form, and the text that it is judged on."""
 
 
 class Detour(Strict):
@@ -55,53 +56,39 @@ class Detour(Strict):
     top1: float
 
 
-class Detours(Strict):
-    """One run."""
+class Detours(StudyRun):
+    """Of one checkpoint."""
 
-    model: str
-    evaluation: str
     positions: int
     rows: tuple[Detour, ...]
-    environment: Environment
-    commit: str
-    tools: dict[str, str]
 
 
 @app.command()
 def main(
     model: Annotated[str, typer.Argument(help="a name in configs/models")],
     source: Annotated[str, typer.Option(help="float weights")],
-    recipe: Annotated[str, typer.Option(help="quantizes every form")] = "int4-g32",
-    eval_name: Annotated[str, typer.Option("--eval", help="a name in configs/evals")] = "default",
     write: Annotated[bool, typer.Option("--write", help="write docs/detours.md and its record")] = False,
 ) -> None:
     """Judge every form; forms are made once and cached in build/detours."""
     with tempfile.TemporaryDirectory(prefix=".detours-", dir=ROOT / BENCH) as scratch:
-        rows = tuple(_judge(model, source, recipe, eval_name, Path(scratch)))
-    cut = evaluation.load(eval_name)
-    detours = Detours(
-        model=model,
-        evaluation=eval_name,
-        positions=sum(text.windows for text in cut.texts) * (cut.decode + 1),
-        rows=rows,
-        environment=environment.current(),
-        commit=source_info().commit,
-        tools=tool_versions(),
-    )
+        rows = tuple(_judge(model, source, Path(scratch)))
+    cut = evaluation.load(_EVALUATION)
+    positions = sum(text.windows for text in cut.texts) * (cut.decode + 1)
+    detours = Detours(positions=positions, rows=rows, **publish.conditions(model, _EVALUATION))
     print("\n" + plain(table(detours)))
     if write:
         command = f"python -m runtime_tests.bench.detours {model} --source DIR --write"
         publish.publish_study("detours", detours, render(detours, command))
 
 
-def _judge(model: str, source: str, recipe: str, eval_name: str, room: Path) -> Iterator[Detour]:
-    direct = exports.built(load_plan(model, recipe, ONE_TARGET), source)
-    cut = fidelity.windows(ROOT / direct, eval_name)
+def _judge(model: str, source: str, room: Path) -> Iterator[Detour]:
+    direct = exports.built(load_plan(model, _RECIPE, ONE_TARGET), source)
+    cut = fidelity.windows(ROOT / direct, _EVALUATION)
     float_logits = _reference(direct, source, cut, room / "float")
     for key, (label, _, keeps) in DETOUR_FORMS.items():
         place = cached_form(key, model, source)
         first, exact = None, room / key
-        for name in (recipe, keeps) if keeps else (recipe,):
+        for name in filter(None, (_RECIPE, keeps)):
             folder = exports.built(load_plan(model, name, ONE_TARGET), str(place))
             if first is None:
                 own = _load(_reference(folder, str(place), cut, exact))

@@ -23,8 +23,8 @@ from runtime_tests.evidence.record import Outcome
 from runtime_tests.jobs import BenchLogitsJob, Opening, ReferenceJob, ReferenceTask, isolation
 from runtime_tests.jobs.isolation import Ended
 
+from .exports import BENCH
 from .results import Fidelity
-from .stock import BENCH
 
 _LIMIT_S = 1800.0
 _NO_LOGITS = "llm_runner"

@@ -146,8 +146,8 @@ def _line(sample: Sample) -> str:
     if sample.timing is None:
         return f"{sample.contender:<18} {sample.outcome.value}: {sample.detail}"
     prefill = ", ".join(f"{sample.timing.prefill_tps(n):.0f}" for n in sorted(sample.timing.prompts))
-    far = f", at a long context {sample.timing.far_decode_tps:.1f}" if sample.timing.far else ""
-    return f"{sample.contender:<18} decode {sample.timing.decode_tps:6.1f}{far} tok/s, prefill {prefill} tok/s"
+    far = f", at a long context {sample.timing.far_decode_tps():.1f}" if sample.timing.far else ""
+    return f"{sample.contender:<18} decode {sample.timing.decode_tps():6.1f}{far} tok/s, prefill {prefill} tok/s"
 
 
 def rotated(items: Sequence[Item], repetition: int) -> list[Item]:
