@@ -101,9 +101,11 @@ def measure(
     contenders: Sequence[Contender], settings: Settings, tokens: Sequence[int], repetition: int
 ) -> Iterator[Sample]:
     """One repetition: each sample is printed and yielded when it is there; a contender that crashes gives one too."""
+    lengths = settings.model_dump(include=set(BenchJob.model_fields))
     for position, contender in enumerate(rotated(contenders, repetition)):
         load = os.getloadavg()[0]
-        ended = isolation.run(_job(contender, settings, tokens), limit_s=_LIMIT_S)
+        job = BenchJob(opening=contender.opening, tokens=tuple(tokens), **lengths)
+        ended = isolation.run(job, limit_s=_LIMIT_S)
         sample = Sample(
             contender=contender.entry.name,
             repetition=repetition,
@@ -128,18 +130,6 @@ def _required(ended: Ended, subject: str) -> dict[str, Any]:
     if ended.outcome is not Outcome.PASS:
         raise ExportError(f"{subject}: {ended.outcome.value}: {ended.detail}")
     return ended.result
-
-
-def _job(contender: Contender, settings: Settings, tokens: Sequence[int]) -> BenchJob:
-    return BenchJob(
-        opening=contender.opening,
-        tokens=tuple(tokens),
-        prompts=settings.prompts,
-        generate=settings.generate,
-        passes=settings.passes,
-        far_prompt=settings.far_prompt,
-        far_generate=settings.far_generate,
-    )
 
 
 def _line(sample: Sample) -> str:

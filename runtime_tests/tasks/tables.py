@@ -93,19 +93,10 @@ def _section(artifact: Compared) -> dict[str, object]:
     base = str(artifact.newest.facts["base"])
     known = results.published(base)
     return {
-        "model": artifact.model,
-        "how": [
-            f"lm-evaluation-harness {artifact.newest.harness}",
-            "chat template applied" if artifact.newest.chat else "no chat template",
-            f"commit {artifact.newest.facts['commit']}",
-            f"{artifact.newest.truncated} prompts cut on the left" if artifact.newest.truncated else "no prompt cut",
-        ],
-        "header": HEADER,
-        "rows": rows(artifact),
-        "published_header": _PUBLISHED_HEADER,
-        "published": published_rows(known, base, artifact) if known else [],
+        "artifact": artifact,
+        "rows": [HEADER, *rows(artifact)],
+        "published": [_PUBLISHED_HEADER, *published_rows(known, base, artifact)] if known else [],
         "source": known.source if known else "",
-        "file": artifact.newest.path,
     }
 
 
