@@ -144,7 +144,7 @@ def _perform(
     The facts are recorded with the results: scores are compared where base, checkpoint and context length are equal.
     """
     code = manifest.source_info()
-    shared = {
+    shared: dict[str, str | int | None] = {
         "base": described.plan.model.name,
         "checkpoint": _checkpoint_key(described),
         "context_length": described.contract.kv.context_length,
@@ -159,7 +159,7 @@ def _perform(
         limit=options.limit,
         chat=options.chat and described.tokenizer.has_chat_template,
         name=name,
-        facts=shared | facts,
+        facts={**shared, **facts},
         out=str((build / "tasks" / name).resolve()),
     )
     label = "fp32" if job.eager else "artifact"
