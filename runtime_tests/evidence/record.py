@@ -229,7 +229,7 @@ class Record(Strict, evidence.Validation):
         return self.latency if self.timed else None
 
 
-def append(record: Record, path: Path) -> None:
+def append(record: Strict, path: Path) -> None:
     """Add one line of JSON to a records file, whole or not at all. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b", buffering=0) as file:  # unbuffered: closing must not write the rest again
