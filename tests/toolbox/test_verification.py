@@ -167,7 +167,7 @@ def test_companions_are_left_aside_and_everything_a_runtime_reads_is_not(copy, n
     manifest.verify_files(folder, manifest.read(folder))
     for name in (
         "special_tokens_map.json",
-        "chat_template.jinja",
+        "vocab.bpe",
         "libcustom.so",
         "__init__.py",
         f"{PACKAGE}/more.bin",
