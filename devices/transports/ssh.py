@@ -31,7 +31,7 @@ _SSH_FAILED = 255
 """Exit status of ssh's own errors."""
 _SUFFIX = 16
 """ssh makes its socket under a name that is so much and a dot longer, then renames it."""
-_PLAIN = frozenset(string.ascii_letters + string.digits + " /._-=:,+@")
+_PLAIN = frozenset(string.ascii_letters + string.digits + string.punctuation + " ") - frozenset("'\"\\!$`")
 # Words of ssh's message → what to do. They choose the wording of our message, nothing else.
 _ADVICE = {
     "IDENTIFICATION HAS CHANGED": "its host key changed; if you know why, forget the old one: ssh-keygen -R {host}",
@@ -189,8 +189,8 @@ def _place_of_socket() -> Path | None:
 def one_line(script: str) -> str:
     """A command that runs a POSIX shell script from any login shell.
 
-    csh, fish and POSIX shells agree on what is one word in single quotes only without newlines, quotes and `!`: these
-    go as octal numbers.
+    csh, fish and POSIX shells agree on what is one word in single quotes only without newlines, quotes, `!` and the
+    like: these go as octal numbers.
     """
     text = "".join(chr(byte) if chr(byte) in _PLAIN else f"\\0{byte:03o}" for byte in os.fsencode(script))
     return f'exec sh -c \'eval "$(printf %b "{text}")"\''

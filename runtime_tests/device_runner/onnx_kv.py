@@ -34,7 +34,7 @@ def install(transport: Transport, device: Device, *, timeout_s: float) -> tuple[
     if device.runner:
         return own_runner(transport, device, timeout_s)
     python = transport.run(["python3", "-c", _VERSION], timeout_s=60)
-    found = re.fullmatch(rb"\s*(\d+\.\d+)\s*", python.stdout)
+    found = re.search(rb"^(\d+\.\d+)\s*\Z", python.stdout, re.MULTILINE)
     if python.returncode or not found:
         reason = complaints.of(python.stderr.decode(errors="replace"), python.returncode)
         raise ExportError(

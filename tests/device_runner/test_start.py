@@ -101,7 +101,7 @@ def test_a_python_that_does_not_run_is_named_before_anything_is_sent(board, tmp_
 
 
 def test_a_runner_that_answers_is_started_as_it_was_tried(board):
-    device, transport = board(USAGE)
+    device, transport = board(USAGE, version="echo Welcome; echo 3.11")
     with closing(transport):
         start = onnx_kv.install(transport, device, timeout_s=QUICK_S)
     assert start[-3:] == ("python3", "-m", "sessions.onnx_kv")

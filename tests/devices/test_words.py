@@ -74,7 +74,7 @@ def test_any_login_shell_runs_our_scripts(board, tmp_path, shell):
 def test_a_command_for_a_login_shell_is_one_line_of_one_quoted_word():
     command = ssh.one_line("printf '%s\n' \"it's\" !$`")
     assert command == (
-        r"""exec sh -c 'eval "$(printf %b "printf \0047\0045s\0012\0047 \0042it\0047s\0042 \0041\0044\0140")"'"""
+        r"""exec sh -c 'eval "$(printf %b "printf \0047%s\0012\0047 \0042it\0047s\0042 \0041\0044\0140")"'"""
     )
 
 
