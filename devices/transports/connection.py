@@ -55,7 +55,7 @@ def _attach(link: Link, device: "Device", deadline: Deadline) -> Attached:
             f"{device.name}: a terminal lies between and would change files (adbd before Android 7; ssh's RequestTTY)"
         )
     if (answer := marks.answer(ended, mark)) is None:
-        raise DeviceError(f"{device.name}: {link.explain(ended)}")
+        raise DeviceError(f"{device.name}: {link.explain(marks.erased(ended, mark))}")
     if answer.returncode:
         elsewhere = f"set workdir in devices/{device.name}.yaml to a folder that this user may write"
         raise DeviceError(f"{device.name}: {device.workdir}: {answer.reason}; {elsewhere}")

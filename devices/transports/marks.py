@@ -37,6 +37,12 @@ def answer(ended: Completed, mark: str) -> Completed | None:
     return None if status is None else Completed(status, out, _between(ended.stderr, mark.encode())[0])
 
 
+def erased(ended: Completed, mark: str) -> Completed:
+    """The outputs of a client whose script did not come to its end, for messages."""
+    out, err = (data.replace(mark.encode(), b"") for data in (ended.stdout, ended.stderr))
+    return Completed(ended.returncode, out, err)
+
+
 def through_terminal(ended: Completed, mark: str) -> bool:
     """Whether a terminal on the way changed the ends of lines, and so would change bytes of files."""
     return f"{mark}\r\n".encode() in ended.stdout

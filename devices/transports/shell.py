@@ -104,7 +104,9 @@ class Shell:
 
     def _answer(self, ended: Completed, mark: str, step: str) -> Completed:
         if (answer := marks.answer(ended, mark)) is None:
-            raise DeviceLostError(f"{self.link.name}: lost during {step}: {self.link.explain(ended)}")
+            raise DeviceLostError(
+                f"{self.link.name}: lost during {step}: {self.link.explain(marks.erased(ended, mark))}"
+            )
         return answer
 
     @contextmanager

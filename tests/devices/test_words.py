@@ -171,7 +171,7 @@ def test_a_lock_that_cannot_be_signed_is_not_left_behind(board, tmp_path):
 
 def test_a_shell_that_ends_in_the_middle_is_a_lost_device(board, tmp_path):
     transport, _ = board()
-    put(tmp_path / "bin", "ssh", "exit 137")
+    put(tmp_path / "bin", "ssh", 'for last; do :; done; sh -c "$last" | head -n 1; exit 137')
     with pytest.raises(DeviceLostError, match="its login shell ended with 137 before our script did"):
         transport.run(["true"], timeout_s=QUICK_S)
 
