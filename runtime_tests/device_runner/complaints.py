@@ -33,5 +33,5 @@ def of(stderr: str, returncode: int) -> str:
         for line in lines:
             if re.search(pattern, line):
                 return f"{last_line(line)}; {remedy}"
-    remedy = _BY_STATUS.get(returncode)
-    return last_line(stderr) + (f"; {remedy}" if remedy else "")
+    known = _BY_STATUS.get(returncode)
+    return last_line(stderr) + (f"; {known}" if known else "")

@@ -25,7 +25,7 @@ def install(transport: Transport, device: Device, *, timeout_s: float) -> tuple[
     bundle = build.build(abi)
     remote = f"runners/{bundle.path.name}"
     transport.push(bundle.path, remote, timeout_s=timeout_s)
-    start = (f"{remote}/bin/runner",)
+    start: tuple[str, ...] = (f"{remote}/bin/runner",)
     alone: tuple[str, ...] = ()
     if bundle.start_alone:
         alone = (f"{remote}/{bundle.start_alone[0]}", "--library-path", f"{remote}/loader:{remote}/lib", *start)
