@@ -66,7 +66,8 @@ def describe(error: Exception) -> str:
 
 
 def quiet_libraries() -> None:
-    """Keep libraries' notices about optional parts out of our output."""
+    """Keep libraries' notices about optional parts out of our output, and their telemetry off, in children too."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     warnings.filterwarnings("ignore")

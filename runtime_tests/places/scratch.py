@@ -24,7 +24,7 @@ def folder(build: Path) -> Iterator[Path]:
 
 
 def sweep(build: Path) -> None:
-    """Remove the folders of runs that ended: the kernel has released their locks."""
+    """Remove the folders of runs that ended: the kernel has released their locks. Without locks nothing is removed."""
     for path in build.glob(f"{PREFIX}*"):
         if path.is_dir() and time.time() - path.stat().st_mtime > _YOUNG_S and not disk.is_locked(path / _LOCK):
             shutil.rmtree(path, ignore_errors=True)
