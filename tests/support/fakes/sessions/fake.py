@@ -31,7 +31,7 @@ class FakeSession(Session):
     def __init__(self, folder, manifest, fault):
         contract = manifest.contract
         limit = 10**9 if fault == "accepts too much" else contract.kv.context_length
-        super().__init__(limit, contract.max_prefill, contract.logits)
+        super().__init__(limit, contract.max_prefill, contract.logits, manifest.architecture.vocab_size)
         self.fault, self.manifest = fault, manifest
         self.measures_speed = fault != "reference evaluator"
         self.model = eager(self._reader(folder), manifest.architecture, manifest.plan.target.activations)
