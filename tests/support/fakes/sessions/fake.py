@@ -73,6 +73,9 @@ class FakeSession(Session):
             logits, self.cache = self.model(torch.tensor([tokens]), past)
         if self.fault == "stale cache slot" and len(tokens) == 1:
             self.cache = tuple((torch.cat([k[:, :, :-1], k[:, :, :1]], 2), v) for k, v in self.cache)
+        if self.fault == "end token overflows" and self.manifest.tokenizer.eos_ids[0] in tokens:
+            self.cache = tuple((k * np.nan, v) for k, v in self.cache)
+            logits = logits * np.nan
         return self._answer(logits[0, -1].numpy().copy(), position + len(tokens))[None]
 
     def _misbehave(self, count, position):
