@@ -1,11 +1,14 @@
 """docs/benchmarks: the page and figures of each run, and the index: `python -m runtime_tests.bench.publish`."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import typer
 from pydantic import ValidationError
 
+from export.build.command import run as run_app
 from export.errors import ExportError
 from export.formats import tool_versions
 from export.manifest import ROOT, source_info
@@ -153,5 +156,8 @@ def _name(benchmark: Benchmark) -> str:
     return f"{benchmark.model}_{benchmark.quant}"  # as in the names of artifact folders
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(main)
+
 if __name__ == "__main__":
-    main()
+    sys.exit(run_app(app))

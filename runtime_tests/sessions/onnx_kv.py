@@ -32,7 +32,8 @@ class OnnxSession(Session):
 
     def __init__(self, model: Path, contract: IOContract, threads: int) -> None:
         kv = contract.kv
-        super().__init__(kv.context_length, min(contract.max_prefill, PIECE), contract.logits)
+        vocab_size = int(contract.outputs[0].shape[-1])
+        super().__init__(kv.context_length, min(contract.max_prefill, PIECE), contract.logits, vocab_size)
         self.runtime = ort.InferenceSession(str(model), _options_of(model, threads), providers=["CPUExecutionProvider"])
         self.binding = self.runtime.io_binding()
         self.ids, self.mask, *pasts = (spec.name for spec in contract.inputs)
@@ -42,7 +43,7 @@ class OnnxSession(Session):
             buffer = ort.OrtValue.ortvalue_from_numpy(slots)
             self.binding.bind_ortvalue_input(past, buffer)
             self.binding.bind_ortvalue_output(present, buffer)
-        self.row = np.empty((1, 1, int(contract.outputs[0].shape[-1])), np.float32)
+        self.row = np.empty((1, 1, vocab_size), np.float32)
         self.visible = np.ones((1, kv.context_length), np.int64)
 
     def step(self, tokens: Sequence[int], position: int) -> NDArray[np.float32]:

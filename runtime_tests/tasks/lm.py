@@ -221,7 +221,7 @@ class EagerSession(Session):
     measures_speed = False
 
     def __init__(self, described: Manifest, source: str | None, threads: int) -> None:
-        super().__init__(described.contract.kv.context_length, _PIECE, "all")
+        super().__init__(described.contract.kv.context_length, _PIECE, "all", described.architecture.vocab_size)
         mkl.settle()
         torch.set_num_threads(threads)
         checkpoint = checkpoint_of(described, source)

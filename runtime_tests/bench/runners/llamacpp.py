@@ -38,8 +38,8 @@ class LlamaSession(Session):
         if not self._context:
             raise ValueError(f"{path}: llama.cpp cannot make a context of {context} tokens for it")
         batch = int(llama_cpp.llama_n_batch(self._context))  # a longer one aborts the process
-        super().__init__(context, batch, "last")
-        self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        super().__init__(context, batch, "last", vocab_size)
 
     def reset(self) -> None:
         super().reset()
@@ -51,7 +51,7 @@ class LlamaSession(Session):
         status = llama_cpp.llama_decode(self._context, llama_cpp.llama_batch_get_one(ids, len(tokens)))
         if status != 0:
             raise ValueError(f"llama_decode: status {status} for {len(tokens)} tokens")
-        return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._context, -1), (1, self._vocab_size))
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._context, -1), (1, self.vocab_size))
 
 
 def _model_parameters() -> llama_cpp.llama_model_params:
