@@ -17,6 +17,7 @@ from export.errors import ExportError
 from export.host import digests
 from export.plan import ModelSpec
 
+from .files import require_contents
 from .origin import TOKENIZER_NAMES, Adapter, File, Folder, Hub, Origin, Package, Seed, is_meta, origin_of
 
 if TYPE_CHECKING:  # whether a build may be skipped is decided without torch
@@ -163,6 +164,8 @@ def load(model: ModelSpec, source: Origin | None) -> Checkpoint:
     """Open `source` (or the model's own) and check it against the model's architecture."""
     origin = origin_of(model, source)
     opened = open_source(origin, model.architecture)
+    for path in opened.files:
+        require_contents(path)
     architecture = opened.architecture
     if model.architecture is not None:
         _refuse_other_architecture(model.name, model.architecture, architecture, origin)

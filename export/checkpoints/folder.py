@@ -14,6 +14,7 @@ from export.errors import ExportError
 from export.host.digests import remembered_sha256
 from export.plan import explain
 
+from .files import missing
 from .integers import Integers, Unfit
 from .origin import TOKENIZER_FILES, Hub, tokenizer_files
 from .safetensors import SafetensorsFiles, read_json
@@ -60,7 +61,7 @@ class FolderSource:
         self.folder = folder
         config_path = folder / "config.json"
         if not config_path.is_file():
-            raise ExportError(f"{config_path}: missing; --source must be a Hugging Face model folder")
+            raise missing(config_path, "; --source must be a Hugging Face model folder")
         config = read_json(config_path)
         self.architecture = _architecture_of(config, config_path)
         self._weights = _open_weights(folder, config, config_path)
@@ -94,7 +95,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 def _open_weights(folder: Path, config: dict[str, Any], path: Path) -> "Weights":
     """By what `config` (at `path`) and the tensors' names say of the form."""
-    from . import bitsandbytes, gptq, jlama, torchao
+    from .quantized import bitsandbytes, gptq, jlama, torchao
 
     quantization = config.get("quantization_config")
     if quantization is None and (folder / _QUANTIZE_CONFIG).is_file():

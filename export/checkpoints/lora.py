@@ -19,6 +19,7 @@ from export.architecture import Architecture
 from export.errors import ExportError
 from export.plan import explain
 
+from .files import missing
 from .folder import copy_tokenizer
 from .integers import Integers, Unfit
 from .origin import TOKENIZER_NAMES, adapted_tokenizer_files
@@ -153,9 +154,7 @@ class LoraSource:
     def __init__(self, base: "Source", folder: Path) -> None:
         self._base, self._folder = base, folder
         if not (folder / _CONFIG).is_file():
-            raise ExportError(
-                f"{folder / _CONFIG}: missing; --adapter must be a folder that peft's save_pretrained wrote"
-            )
+            raise missing(folder / _CONFIG, "; --adapter must be a folder that peft's save_pretrained wrote")
         self._config = _read_config(folder / _CONFIG)
         self._stored = SafetensorsFiles(folder, _STEM)
         self._changes = _changes_of(self._stored, self._config, base)

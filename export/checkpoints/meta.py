@@ -22,6 +22,7 @@ from export.errors import ExportError
 from export.plan import explain
 
 from . import tokenizer
+from .files import missing, require_contents
 from .integers import in_hugging_face_order
 from .origin import tokenizer_files
 from .safetensors import FLOATS, read_json
@@ -164,7 +165,7 @@ def _the_only_part(folder: Path) -> Path:
     """consolidated.00.pth. Raises ExportError: it is missing, or one of several."""
     parts = sorted(path for path in folder.glob("consolidated.*.pth") if path.is_file())
     if not parts:
-        raise ExportError(f"{folder / 'consolidated.00.pth'}: missing, but params.json is there; download it too")
+        raise missing(folder / "consolidated.00.pth", ", but params.json is there; download it too")
     if len(parts) > 1:
         raise ExportError(
             f"{folder}: {len(parts)} consolidated.*.pth, the parts of a model split for several GPUs, are not joined; "
@@ -248,6 +249,7 @@ class _BrokenError(Exception):
 
 def check(path: Path) -> None:
     """Before torch opens it. Raises ExportError: not a plain dictionary of float tensors."""
+    require_contents(path)
     try:
         if _directory_bytes(path) > _MAX_DIRECTORY_BYTES:
             raise _BrokenError(f"its list of records is longer than {_MAX_DIRECTORY_BYTES} bytes")

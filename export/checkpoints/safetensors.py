@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from export.errors import ExportError
 from export.plan import explain
 
+from .files import missing, require_contents
+
 _MAX_JSON_BYTES = 2**24
 """Of a configuration or an index; the index of 405B takes 0.1 MB."""
 
@@ -42,6 +44,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ExportError: not one, or too large."""
+    require_contents(path)
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise ExportError(f"{path}: larger than {_MAX_JSON_BYTES} bytes, which no such file is")
@@ -108,7 +111,8 @@ class Tensor(Stored):
 
 
 def raw_header(path: Path) -> bytes:
-    """The header's text, unread. Raises BrokenError, OSError."""
+    """The header's text, unread. Raises BrokenError, OSError; ExportError: something else in the file's place."""
+    require_contents(path)
     with path.open("rb") as file:
         first = file.read(8)
         if len(first) < 8:
@@ -198,13 +202,13 @@ class SafetensorsFiles:
             if not single.is_file():
                 pickles = any(path.suffix in _PICKLES for path in self.folder.iterdir())
                 hint = "pickled weights are never loaded; " if pickles else ""
-                raise ExportError(f"{single}: missing; {hint}save it as safetensors")
+                raise missing(single, f"; {hint}save it as safetensors")
             return dict.fromkeys(_names_of(single), single)
         owner = self._weight_map(index_path)
         paths = sorted(set(owner.values()))
         for path in paths:
             if not path.is_file():
-                raise ExportError(f"{path}: missing, but {index_path.name} names it; download the shard again")
+                raise missing(path, f", but {index_path.name} names it; download the shard again")
         for path in paths:
             present = set(_names_of(path))
             listed = {name for name, file in owner.items() if file == path}
@@ -294,6 +298,7 @@ def _names_of(path: Path) -> list[str]:
 
 def open_mapped(path: Path) -> Any:
     """A safetensors file, its header checked by the library."""
+    require_contents(path)
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

@@ -323,7 +323,7 @@ HOSTILE = {
     "a training checkpoint": (saved({"model": {"norm.weight": torch.ones(2)}, "step": 3}), "its entry 'model' is no"),
     "an OrderedDict in it": (saved({"x": OrderedDict(a=torch.ones(2))}), "its entry 'x' is no tensor"),
     "no zip": (pth(b"\x80\x02}q\x00."), "does not end as a zip archive"),
-    "empty": (pth(b""), "does not end as a zip archive"),
+    "empty": (pth(b""), "is empty; download it again"),
     "an endless directory": (pth(bytes(100) + end_of(2**32 - 2)), "list of records is longer"),
     "a directory elsewhere": (pth(bytes(100) + end_of(50)), "not a checkpoint that is loaded"),
     "a zip64 end nowhere": (

@@ -130,7 +130,6 @@ def test_a_tensor_that_does_not_fit(folder, change, words):
 
 
 ATTACKS = {
-    "empty": put(FILE, b""),
     "seven bytes": put(FILE, bytes(7)),
     "header beyond the file": raw({}, length=1000),
     "header of 2^63": raw({}, length=2**63),

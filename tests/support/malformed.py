@@ -85,7 +85,7 @@ LORA_A, LORA_B = lora("mlp.up_proj", "A"), lora("mlp.up_proj", "B")
 DAMAGED = r"model\.safetensors: damaged safetensors"
 
 SAFETENSORS = {
-    "empty file": (put(FILE, b""), DAMAGED),
+    "empty file": (put(FILE, b""), r"model\.safetensors: is empty"),
     "seven bytes": (put(FILE, bytes(7)), DAMAGED),
     "header of 2^63 bytes": (raw({}, length=2**63), DAMAGED),
     "header of -1 bytes": (raw({}, length=2**64 - 1), DAMAGED),
@@ -258,7 +258,7 @@ META = {
         "data.pkl of at most",
     ),
     "a record lost": (archive(lambda name, data: None if name.endswith("/data/3") else data), "not a checkpoint"),
-    "empty file": (put(PTH, b""), r"consolidated\.00\.pth: not a checkpoint"),
+    "empty file": (put(PTH, b""), r"consolidated\.00\.pth: is empty"),
     "no weights": (remove(PTH), r"consolidated\.00\.pth: missing"),
     "params.json missing": (remove("params.json"), r"config\.json: missing"),
     "params.json lies about width": (fields("params.json", dim=128), "the architecture needs|tensors"),

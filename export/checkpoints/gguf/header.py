@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 from typing import Any, TypeVar
 
+from export.checkpoints.files import require_contents
 from export.errors import ExportError
 
 Value = TypeVar("Value", int, float, str, bool)
@@ -62,6 +63,7 @@ class BrokenError(Exception):
 
 def check(path: Path) -> None:
     """Refuse a header whose counts the file cannot hold."""
+    require_contents(path)
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             _Header(data).walk()
