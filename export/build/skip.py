@@ -25,7 +25,7 @@ from export.errors import ExportError
 from export.host import digests
 from export.host.console import console
 from export.manifest import Manifest, flat
-from export.plan import CONFIGS, Plan
+from export.plan import CONFIGS, Plan, shortened
 
 
 def is_stale(plan: Plan, source: Origin | None, folder: Path, explain: bool = False) -> bool:
@@ -44,7 +44,8 @@ def reasons(plan: Plan, source: Origin | None, folder: Path) -> list[str]:
         return ["not built yet"]
     try:
         built = manifest.read(folder)
-        changes = [*_changed_plan(built.plan, plan), *_changed_inputs(built, plan, source)]
+        fitting = shortened(plan, built.architecture.max_position_embeddings)
+        changes = [*_changed_plan(built.plan, fitting), *_changed_inputs(built, plan, source)]
         if not changes:
             manifest.verify_files(folder, built)
     except ExportError as error:

@@ -19,6 +19,8 @@ _ANSWERS = (b"entry not found", b"repository not found", b"invalid username", b"
 """How web pages and a hub's refusals begin, which download programs save under the file's name."""
 _UNFINISHED = (".incomplete", ".part", ".crdownload", ".download", ".aria2", ".tmp")
 """What download programs put behind a name until they are done."""
+GATHER = "it is empty: saved under DeepSpeed ZeRO-3 without gathering; save again with `zero_to_fp32.py`"
+"""What to do about a tensor without numbers."""
 
 
 def first_bytes(path: Path) -> bytes:

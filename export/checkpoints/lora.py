@@ -161,6 +161,7 @@ class LoraSource:
         weights = [path for path in base.files if path.name not in TOKENIZER_NAMES]
         tokenizer = adapted_tokenizer_files(folder, (path for path in base.files if path.name in TOKENIZER_NAMES))
         self.files = (*weights, folder / _CONFIG, *self._stored.files, *tokenizer)
+        self.notes = (*base.notes, *self._stored.notes)
 
     @property
     def description(self) -> str:

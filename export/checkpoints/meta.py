@@ -94,6 +94,7 @@ class MetaSource:
         check(self._path)
         self._stored = self._names()
         self.files = (folder / "params.json", self._path, *tokenizer_files(folder))
+        self.notes = ()
 
     @property
     def description(self) -> str:

@@ -78,6 +78,7 @@ class GgufSource:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files = (path,)
+        self.notes = ()
         header.check(path)
         try:
             self._reader = GGUFReader(path)

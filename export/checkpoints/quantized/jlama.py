@@ -42,6 +42,7 @@ class _JlamaWeights:
 
     path: Path
     tensors: Mapping[str, Tensor]
+    notes = ()
 
     @property
     def files(self) -> tuple[Path, ...]:
