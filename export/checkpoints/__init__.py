@@ -18,7 +18,7 @@ from export.errors import ExportError
 from export.host import digests
 from export.plan import SHORTEST_CONTEXT, ModelSpec
 
-from .files import GATHER, require_contents
+from .files import GATHER, first_bytes, require_contents
 from .origin import TOKENIZER_NAMES, Adapter, File, Folder, Hub, Origin, Package, Seed, is_meta, origin_of
 
 if TYPE_CHECKING:  # whether a build may be skipped is decided without torch
@@ -92,13 +92,26 @@ def open_source(origin: Origin, expected: Architecture | None) -> Source:
         case Folder():
             return _open_folder(origin.path)
         case File() | Package():
-            if (path := origin.path).suffix.lower() == ".gguf" and path.is_file():
-                from .gguf import GgufSource
+            if not (path := origin.path).is_file() or not _is_gguf(path):
+                raise ExportError(f"{path}: not a checkpoint we read; give {_instead_of(path)}")
+            from .gguf import GgufSource
 
-                return GgufSource(path)
-            raise ExportError(
-                f"{path}: not a checkpoint we read; give a Hugging Face folder, Meta's folder or a .gguf file"
-            )
+            return GgufSource(path)
+
+
+def _is_gguf(path: Path) -> bool:
+    """By its first bytes, whatever its name: Ollama's blobs have no suffix. A damaged one is told by its suffix."""
+    return first_bytes(path).startswith(b"GGUF") or path.suffix.lower() == ".gguf"
+
+
+def _instead_of(path: Path) -> str:
+    """What to give in place of a file that is no whole checkpoint."""
+    folder = path.parent
+    if path.name.startswith("adapter_"):
+        return f"its folder {folder} with --adapter"
+    if (folder / "config.json").is_file() or (folder / "params.json").is_file():
+        return f"the folder that it is in, {folder}"
+    return "a Hugging Face folder, Meta's folder or a .gguf file"
 
 
 def _open_folder(folder: Path) -> Source:
@@ -108,6 +121,8 @@ def _open_folder(folder: Path) -> Source:
         return MetaSource(folder)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ExportError(f"{folder}: a LoRA adapter, not a model; give it with --adapter, and its base with --source")
+    if not (folder / "config.json").exists() and (files := sorted(folder.glob("*.gguf"))):
+        raise ExportError(f"{folder}: no config.json, but {_first([path.name for path in files])}; give that file")
     from .folder import FolderSource
 
     return FolderSource(folder)
