@@ -236,6 +236,9 @@ def _check_tensors(source: Source, architecture: Architecture, origin: Origin) -
         reasons = [f"{len(missing)} tensors are missing: {_first(missing)}", *source.notes]
         if missing == [HEAD]:
             reasons.append('set "tie_word_embeddings": true in config.json where the embedding is the head too')
+            reasons.append(
+                "a head of its own is saved only if it shares no memory (docs/checkpoints.md, LoRA adapters)"
+            )
         elif others := sorted(have.keys() - want.keys()):
             reasons.append(f"there are instead: {_first(others)}")
         raise ExportError(f"{origin}: {'; '.join(reasons)}")
