@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field, ValidationError
@@ -61,7 +61,7 @@ class Params(Strict):
     n_layers: _Count
     n_heads: _Count
     n_kv_heads: _Count | None = None
-    vocab_size: _Count | Literal[-1]
+    vocab_size: Annotated[int, Field(ge=-1, le=2**24)]
     """−1: as many as the embedding has rows, as Meta's own code fills it in."""
     multiple_of: _Count = 256
     ffn_dim_multiplier: Annotated[float, Field(gt=0, le=64)] | None = None
@@ -104,9 +104,9 @@ class MetaSource:
 
     @cached_property
     def architecture(self) -> Architecture:
-        params = self._params
-        if params.vocab_size < 0 and EMBEDDING in self._stored:
-            params = params.model_copy(update={"vocab_size": len(self._tensor(EMBEDDING))})
+        params, embedding = self._params, self._tensor(EMBEDDING).shape if EMBEDDING in self._stored else ()
+        if params.vocab_size < 0 and embedding:
+            params = params.model_copy(update={"vocab_size": embedding[0]})
         return architecture_of(params, self.folder / "params.json", tied=self._tied())
 
     @cached_property
