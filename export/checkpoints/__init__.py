@@ -92,7 +92,10 @@ def open_source(origin: Origin, expected: Architecture | None) -> Source:
         case Folder():
             return _open_folder(origin.path)
         case File() | Package():
-            if not (path := origin.path).is_file() or not _is_gguf(path):
+            if not (path := origin.path).is_file():
+                raise ExportError(f"{path}: not a checkpoint we read; it is no file")
+            require_contents(path)
+            if not _is_gguf(path):
                 raise ExportError(f"{path}: not a checkpoint we read; give {_instead_of(path)}")
             from .gguf import GgufSource
 

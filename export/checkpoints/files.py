@@ -19,6 +19,8 @@ _ANSWERS = (b"entry not found", b"repository not found", b"invalid username", b"
 """How web pages and a hub's refusals begin, which download programs save under the file's name."""
 _UNFINISHED = (".incomplete", ".part", ".crdownload", ".download", ".aria2", ".tmp")
 """What download programs put behind a name until they are done."""
+_HUB_DOWNLOADS = ".cache/huggingface/download"
+"""Where `hf download --local-dir` keeps what has not arrived, under names of its own."""
 GATHER = "it is empty: saved under DeepSpeed ZeRO-3 without gathering; save again with `zero_to_fp32.py`"
 """What to do about a tensor without numbers."""
 
@@ -61,4 +63,6 @@ def missing(path: Path, remedy: str) -> ExportError:
     for suffix in _UNFINISHED:
         if path.with_name(path.name + suffix).is_file():
             return ExportError(f"{path}: missing, only {path.name}{suffix} is there; finish the download")
+    if any((path.parent / _HUB_DOWNLOADS).glob("*.incomplete")):
+        return ExportError(f"{path}: missing, and a download into {path.parent} has not ended; run `hf download` again")
     return ExportError(f"{path}: missing{remedy}")

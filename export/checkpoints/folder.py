@@ -100,8 +100,10 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 def _other_models(folder: Path) -> tuple[str, ...]:
     """What else this folder could be taken for."""
-    others = ("params.json", "adapter_config.json")
-    return tuple(f"config.json is read, {name} beside it is not" for name in others if (folder / name).is_file())
+    others = {"params.json": "not", "adapter_config.json": "only with --adapter"}
+    return tuple(
+        f"config.json is read, {name} beside it {how}" for name, how in others.items() if (folder / name).is_file()
+    )
 
 
 def _open_weights(folder: Path, config: dict[str, Any], path: Path) -> "tuple[Weights, tuple[str, ...]]":

@@ -89,8 +89,8 @@ def test_the_same_of_an_adapters_files(tmp_path):
     ("beside", "note"),
     [
         ("pytorch_model.bin", "model.safetensors is read, pytorch_model.bin beside it is not"),
-        ("params.json", "config.json is read, params.json beside it is not"),
-        ("adapter_config.json", "config.json is read, adapter_config.json beside it is not"),
+        ("params.json", "config.json is read, params.json beside it not"),
+        ("adapter_config.json", "config.json is read, adapter_config.json beside it only with --adapter"),
     ],
 )
 def test_another_model_beside_it_is_named(tmp_path, beside, note):

@@ -68,6 +68,20 @@ def test_a_download_that_has_not_ended_is_named(tmp_path, suffix):
     assert line in refusal(LLAMA, tmp_path / "c")
 
 
+def test_a_hub_download_into_the_folder_that_has_not_ended_is_named(tmp_path):
+    folder = write_folder(tmp_path / "c")
+    (folder / "model.safetensors").unlink()
+    (folder / ".cache/huggingface/download").mkdir(parents=True)
+    (folder / ".cache/huggingface/download/x.0f3a.incomplete").touch()
+    line = f"missing, and a download into {folder} has not ended; run `hf download` again"
+    assert line in refusal(LLAMA, folder)
+
+
+def test_a_pointer_without_a_suffix_is_named(tmp_path):
+    (tmp_path / "sha256-0f3a").write_bytes(LFS)
+    assert refusal(LLAMA, tmp_path / "sha256-0f3a") == f"{tmp_path / 'sha256-0f3a'}: {POINTER}"
+
+
 def test_a_file_that_is_still_being_downloaded_is_not_read(tmp_path):
     """aria2 gives a file its whole size at once."""
     (write_folder(tmp_path / "c") / "model.safetensors.aria2").write_bytes(b"x")

@@ -67,6 +67,12 @@ def test_a_missing_tokenizer_key_is_named(tmp_path, key):
         ({"llama.block_count": 2}, "tensors are missing"),
         ({"llama.block_count": 2**31}, "num_hidden_layers"),
         ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type is 'yarn'"),
+        (
+            {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0},
+            "llama.rope.scaling.type is 'linear' with factor 2.0; only 'none' is supported",
+        ),
+        ({"llama.rope.scaling.factor": 4.0}, "'linear' with factor 4.0"),
+        ({"llama.rope.scale_linear": 4.0}, "'linear' with factor 4.0"),
         ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count is 8, but heads have 16"),
         ({"llama.rope.freq_base": float("nan")}, "rope_theta"),
         ({"llama.context_length": 100}, "context_length 2048 is more than"),
@@ -154,6 +160,15 @@ def test_a_type_that_cannot_be_read_is_named_before_any_work(tmp_path, kind):
     path.write_bytes(data)
     with pytest.raises(ExportError, match=rf"tensor {name.decode()} is of type {kind}, .* use a file in F32, F16"):
         open_source(parse_origin(str(path)), None)
+
+
+@pytest.mark.parametrize("keys", [
+    {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 1.0}, {"llama.rope.scale_linear": 1.0},
+    {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0},
+])  # fmt: skip
+def test_rope_that_is_scaled_by_nothing_is_read(tmp_path, keys):
+    path = write_gguf(tmp_path / "model.gguf", extra=keys)
+    assert checkpoints.load(LLAMA, parse_origin(str(path))).architecture == SMALL
 
 
 def set_type(path, name, kind):
