@@ -117,9 +117,11 @@ def _open_weights(folder: Path, config: dict[str, Any], path: Path) -> "tuple[We
     if quantization is None and (folder / _QUANTIZE_CONFIG).is_file():
         path = folder / _QUANTIZE_CONFIG
         quantization = {"quant_method": "gptq", **read_json(path)}
+    if jlama.is_jlama(folder):
+        if quantization is not None:
+            raise ExportError(f"{path}: says that the weights are quantized, but the tensors are Jlama's; remove that")
+        return jlama.open_weights(folder), ()
     if quantization is None:
-        if jlama.is_jlama(folder):
-            return jlama.open_weights(folder), ()
         stored = SafetensorsFiles(folder)
         quantized = any(bitsandbytes.STATE in name for name in stored.shapes)
         return bitsandbytes.open_weights(stored, {}, path) if quantized else stored, ()

@@ -341,4 +341,4 @@ def _of_no_type(path: Path, error: str) -> str | None:
         return None
     entries = loads(raw_header(path))
     names = [name for name, entry in entries.items() if isinstance(entry, dict) and entry.get("dtype") == match[1]]
-    return f"tensor {', '.join(names)} is of unknown type {match[1]!r}"
+    return f"tensor {', '.join(names[:3])} is of unknown type {match[1]!r}"
