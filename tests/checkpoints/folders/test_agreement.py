@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from export import checkpoints
 from export.architecture import EMBEDDING, HEAD
+from export.build import skip
 from export.checkpoints.origin import adapted, parse_origin
 from export.quantization.eager import eager
 from tests.support.checkpoints import (
@@ -72,6 +73,14 @@ def test_a_new_single_file_goes_before_an_old_index(tmp_path, shards_stay):
     assert torch.equal(opened.read(EMBEDDING), TENSORS[EMBEDDING].float() * 0.5)
     assert opened.notes == ("model.safetensors is read, model.safetensors.index.json beside it is not",)
     assert "model.safetensors.index.json" not in opened.sha256
+
+
+def test_a_single_file_that_is_new_beside_shards_is_a_change(tmp_path):
+    origin = parse_origin(str(write_folder(tmp_path / "c", shards=2)))
+    recorded = checkpoints.load(LLAMA, origin).sha256
+    assert list(skip.changed_files(recorded, origin)) == []
+    save_file(TENSORS, tmp_path / "c" / FILE, {"format": "pt"})
+    assert list(skip.changed_files(recorded, origin)) == [f"{tmp_path / 'c' / FILE}: new"]
 
 
 def test_the_same_of_an_adapters_files(tmp_path):
