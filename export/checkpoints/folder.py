@@ -211,7 +211,7 @@ def _scaling_of(rope: dict[str, Any], path: Path) -> dict[str, Any] | None:
     return {key: rope[key] for key in RopeScaling.model_fields}
 
 
-def _require_numbers(fields: Mapping[str, Any], path: Path) -> None:
+def _require_numbers(fields: dict[str, Any], path: Path) -> None:
     """A text or a truth value is no number, as in transformers; pydantic would convert it."""
     for key, value in (fields | (fields["rope_scaling"] or {})).items():
         truth = key in ("tie_word_embeddings", "rotated")

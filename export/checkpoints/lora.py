@@ -262,8 +262,8 @@ def _refuse_other_vocabulary(stored: SafetensorsFiles, names: Mapping[str, str],
 
 
 def _of_one_table(
-    stored: SafetensorsFiles, parts: Mapping[str, Mapping[str, str]], base: "Source"
-) -> dict[str, Mapping[str, str]]:
+    stored: SafetensorsFiles, parts: dict[str, dict[str, str]], base: "Source"
+) -> dict[str, dict[str, str]]:
     """The parts without a tied head's: copies of the base's table change nothing, two equal ones are its new one.
 
     Raises ExportError: embedding and head change apart, which a tied model cannot.

@@ -170,7 +170,7 @@ def _the_only_part(folder: Path) -> Path:
     """consolidated.00.pth. Raises ExportError: it is missing, or one of several."""
     parts = sorted(path for path in folder.glob("consolidated.*.pth") if path.is_file())
     if not parts:
-        others = [path.name for path in sorted(folder.glob("*.pth")) + sorted(folder.glob("*.safetensors"))]
+        others = [path.name for path in sorted(folder.glob("*.pth"))]
         hint = f"rename {others[0]} if it is the model's only file" if others else "download it too"
         raise missing(folder / "consolidated.00.pth", f", but params.json is there; {hint}")
     if len(parts) > 1:

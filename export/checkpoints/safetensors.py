@@ -223,11 +223,7 @@ class SafetensorsFiles:
         if self._single.is_file():
             return dict.fromkeys(_names_of(self._single), self._single)
         if not self._index.is_file():
-            pickles = any(path.suffix in _PICKLES for path in self.folder.iterdir())
-            hint = "pickled weights are never loaded; " if pickles else ""
-            if (meta := self.folder / "consolidated.00.pth").is_file():
-                hint += f"remove config.json to read {meta.name} with its params.json, or "
-            raise missing(self._single, f"; {hint}save it as safetensors")
+            raise self._missing()
         promised = self._weight_map(self._index)
         paths = sorted(set(promised.values()))
         for path in paths:
@@ -241,6 +237,19 @@ class SafetensorsFiles:
                 owners[name] = path
         self._absent = {name: path for name, path in promised.items() if name not in owners}
         return owners
+
+    def _missing(self) -> ExportError:
+        """Neither a single file nor an index; what is there instead."""
+        others = [path.name for path in sorted(self.folder.glob(f"{self._stem}*.safetensors"))]
+        if any("-of-" in name for name in others):
+            return missing(self._index, f", but shards are there ({others[0]}); download it too")
+        if others:
+            return missing(self._single, f", but {others[0]} is there; rename it if it is the whole model")
+        pickles = any(path.suffix in _PICKLES for path in self.folder.iterdir())
+        hint = "pickled weights are never loaded; " if pickles else ""
+        if (meta := self.folder / "consolidated.00.pth").is_file():
+            hint += f"remove config.json to read {meta.name} with its params.json, or "
+        return missing(self._single, f"; {hint}save it as safetensors")
 
     def _weight_map(self, index_path: Path) -> dict[str, Path]:
         """Tensor name → file, as the index says."""

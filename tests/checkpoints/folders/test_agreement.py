@@ -157,6 +157,19 @@ def test_shards_say_what_they_hold(tmp_path, kind):
     assert assert_as_transformers(folder).notes == notes
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model-00001-of-00002.safetensors", f"{INDEX}: missing, but shards are there ({{}}); download it too"),
+        ("model.fp16.safetensors", f"{FILE}: missing, but {{}} is there; rename it if it is the whole model"),
+    ],
+)
+def test_weights_under_another_name_are_named(tmp_path, name, words):
+    folder = write_folder(tmp_path / "c")
+    (folder / FILE).rename(folder / name)
+    assert refusal(LLAMA, folder) == f"{folder}/{words.format(name)}"
+
+
 def test_a_weight_that_only_the_index_holds_is_named_with_its_shard(tmp_path):
     folder = write_folder(tmp_path / "c", shards=2)
     lost = next(name for name in load_file(folder / "model-1.safetensors") if "norm" in name)
