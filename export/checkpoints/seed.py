@@ -24,6 +24,7 @@ class SeededSource:
         self.architecture = architecture
         self.description = f"random weights, seed {seed}"
         self.files = ()
+        self.notes = ()
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

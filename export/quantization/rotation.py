@@ -122,6 +122,10 @@ class _RotatedSource:
     def files(self) -> tuple[Path, ...]:
         return self.base.source.files
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.base.source.notes
+
     def write_tokenizer(self, folder: Path) -> None:
         self.base.source.write_tokenizer(folder)
 
