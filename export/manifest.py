@@ -41,8 +41,13 @@ class TokenizerIds(Strict):
 
     bos_id: int | None
     eos_ids: tuple[int, ...]
-    """Every id that ends an answer (Llama 3.2 Instruct has three)."""
+    """Every id that ends an answer (Llama 3.2 Instruct has three), sorted."""
+    pad_id: int | None
+    adds_bos: bool
+    """Whether a text that is encoded begins with BOS; chat templates write their own."""
     has_chat_template: bool
+    notes: tuple[str, ...]
+    """What those who run the artifact must know of its tokenizer, a line each."""
 
 
 class IOContract(Strict):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from export.architecture import EMBEDDING, HEAD, Architecture
 from export.errors import ExportError
@@ -58,6 +58,10 @@ class Source(Weights, Protocol):
     @property
     def architecture(self) -> Architecture:
         """Shapes as the checkpoint states them."""
+
+    @property
+    def stated_ids(self) -> Mapping[str, Mapping[str, Any]]:
+        """File → its fields, of those that state `eos_token_id` and so on besides what `write_tokenizer` writes."""
 
     def write_tokenizer(self, folder: Path) -> None:
         """Write tokenizer files (and generation defaults, when the checkpoint has them) into a folder."""

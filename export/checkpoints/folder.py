@@ -64,6 +64,7 @@ class FolderSource:
         config = read_json(config_path)
         self.architecture = _architecture_of(config, config_path)
         self._weights = _open_weights(folder, config, config_path)
+        self.stated_ids = {str(config_path): config}
         self.files = (config_path, *self._weights.files, *tokenizer_files(folder))
         self.description = f"Hugging Face folder, {self._weights.description}"
 

@@ -177,6 +177,10 @@ class LoraSource:
         return self._base.architecture
 
     @property
+    def stated_ids(self) -> Mapping[str, Mapping[str, Any]]:
+        return self._base.stated_ids
+
+    @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._base.shapes
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from export.checkpoints import chat_template
+from export.checkpoints.tokenizer import adds_bos
 from export.errors import ExportError
 from export.host.console import track
 from export.model import Llama
@@ -24,17 +25,12 @@ def cut(text: str, label: str, count: int, length: int, tokenizer: Any) -> list[
 
     Raises ExportError with the text's `label` where it is too short.
     """
-    start = [tokenizer.bos_token_id] if _adds_bos(tokenizer) else []
+    start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     body, stride = length - len(start), len(ids) // count
     if stride < body:
         raise ExportError(f"{label} of {len(ids)} tokens is too short for {count} windows of {length}")
     return [start + ids[i * stride : i * stride + body] for i in range(count)]
-
-
-def _adds_bos(tokenizer: Any) -> bool:
-    ids = tokenizer.encode("a")
-    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
 
 
 def windows(mixture: Mixture, tokenizer: Any) -> torch.Tensor:

@@ -78,6 +78,7 @@ class GgufSource:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files = (path,)
+        self.stated_ids: Mapping[str, Mapping[str, Any]] = {}
         header.check(path)
         try:
             self._reader = GGUFReader(path)

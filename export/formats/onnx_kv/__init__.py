@@ -136,7 +136,7 @@ def _genai_config(architecture: Architecture, contract: IOContract, tokenizer: T
             "type": "llama",
             "bos_token_id": tokenizer.bos_id,
             "eos_token_id": list(tokenizer.eos_ids),
-            "pad_token_id": tokenizer.eos_ids[0],
+            "pad_token_id": tokenizer.eos_ids[0] if tokenizer.pad_id is None else tokenizer.pad_id,
             "vocab_size": architecture.vocab_size,
             "context_length": context,
             "decoder": _decoder(architecture, filename),
