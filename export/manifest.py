@@ -127,6 +127,8 @@ class CalibrationInfo(Strict):
 
     texts: dict[str, str]
     """File → sha256."""
+    day: str | None
+    """The date that chat templates were given; null: no text passed one."""
     tokens: int
     held_out_kl: float | None
     """Mean KL to the float model on held-out windows of the same texts, nats."""

@@ -10,8 +10,8 @@ from .checkpoints import tokenizer
 from .checkpoints.origin import Origin
 from .formats import Build
 from .host import memory, mkl
-from .host.console import stage
-from .manifest import Manifest
+from .host.console import console, stage
+from .manifest import Manifest, TokenizerIds
 from .plan import Plan
 from .quantization import schemes
 from .quantization.store import QuantizedModel
@@ -29,7 +29,7 @@ def export(plan: Plan, source: Origin | None, out: Path) -> Manifest:
     with artifact.building(out, plan.id) as folder:
         with stage("checkpoint"):
             weights = checkpoints.load(plan.model, source)
-            build = Build(plan, tokenizer.write(weights.source, folder, architecture.vocab_size), folder)
+            build = Build(plan, _tokenizer(weights, backend, folder), folder)
             memory.give_back()
         with stage("quantize", plan.quant.description):
             model = quantization.quantize(weights, plan.quant, CACHE)
@@ -41,6 +41,15 @@ def export(plan: Plan, source: Origin | None, out: Path) -> Manifest:
             manifest.write(folder, described)
             card.write(folder, described, [])
     return described
+
+
+def _tokenizer(weights: checkpoints.Checkpoint, backend: formats.Format, folder: Path) -> TokenizerIds:
+    """Written, compared with the format's stock client, and what is remarkable about it said."""
+    ids = tokenizer.write(weights.source, folder, weights.architecture.vocab_size)
+    ids = ids.model_copy(update={"notes": (*ids.notes, *backend.tokenizer_notes(folder))})
+    for note in ids.notes:
+        console.print(f"  note: {note}", soft_wrap=True)
+    return ids
 
 
 def check(plan: Plan, architecture: Architecture, backend: formats.Format) -> None:

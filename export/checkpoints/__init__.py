@@ -17,7 +17,7 @@ from export.errors import ExportError
 from export.host import digests
 from export.plan import ModelSpec
 
-from .origin import TOKENIZER_NAMES, Adapter, File, Folder, Hub, Origin, Package, Seed, is_meta, origin_of
+from .origin import Adapter, File, Folder, Hub, Origin, Package, Seed, is_meta, is_of_tokenizer, name_of, origin_of
 
 if TYPE_CHECKING:  # whether a build may be skipped is decided without torch
     import torch
@@ -136,12 +136,12 @@ class Checkpoint:
     @cached_property
     def sha256(self) -> dict[str, str]:
         """File name → digest, of weights, configuration and tokenizer."""
-        return {path.name: digests.remembered_sha256(path) for path in self.source.files}
+        return {name_of(path): digests.remembered_sha256(path) for path in self.source.files}
 
     @property
     def bits_per_weight(self) -> float | None:
         """Size of the files without the tokenizer's over the model's parameters; None: there are no files."""
-        files = [path for path in self.source.files if path.name not in TOKENIZER_NAMES]
+        files = [path for path in self.source.files if not is_of_tokenizer(name_of(path))]
         if not files:
             return None
         parameters = sum(prod(shape) for shape in self.architecture.tensor_shapes().values())

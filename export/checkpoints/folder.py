@@ -15,7 +15,7 @@ from export.host.digests import remembered_sha256
 from export.plan import explain
 
 from .integers import Integers, Unfit
-from .origin import TOKENIZER_FILES, Hub, tokenizer_files
+from .origin import TOKENIZER_PATTERNS, Hub, name_of, tokenizer_files
 from .safetensors import SafetensorsFiles, read_json
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _QUANTIZE_CONFIG = "quantize_config.json"
 _CHUNK_BYTES = 2**20
 _NO_ANSWER = (ValueError, TypeError, LookupError, AttributeError)
 """What the library raises where a hub does not answer as its protocol says."""
-_DOWNLOADED = ("config.json", _QUANTIZE_CONFIG, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
+_DOWNLOADED = ("config.json", _QUANTIZE_CONFIG, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_PATTERNS)
 
 
 def download(origin: Hub) -> Path:
@@ -89,8 +89,10 @@ class FolderSource:
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy those of the tokenizer's files that are there."""
     for path in tokenizer_files(source):
-        shutil.copyfile(path, folder / path.name)
-        (folder / path.name).chmod(0o644)
+        copy = folder / name_of(path)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+        copy.chmod(0o644)
 
 
 def _open_weights(folder: Path, config: dict[str, Any], path: Path) -> "Weights":

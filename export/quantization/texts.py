@@ -62,6 +62,11 @@ def sha256(mixture: Mixture | None) -> dict[str, str]:
     return {name: hashlib.sha256(read(name).encode()).hexdigest() for name in names}
 
 
+def day(mixture: Mixture | None) -> str | None:
+    """The date in text that passes a chat template; None: no text does."""
+    return chat_template.FIXED_DAY if mixture and mixture.generated else None
+
+
 def prompt_ids(prompts: Sequence[str], tokenizer: Any, origin: str) -> list[list[int]]:
     """Each prompt as the user's turn of a conversation, up to where the answer begins."""
     if not tokenizer.chat_template:
@@ -69,7 +74,7 @@ def prompt_ids(prompts: Sequence[str], tokenizer: Any, origin: str) -> list[list
             f"{origin}: no chat template, through which the mixture's text is generated; use another mixture"
         )
     turns = ([{"role": "user", "content": prompt}] for prompt in prompts)
-    return [chat_template.token_ids(tokenizer, turn, origin) for turn in turns]
+    return [chat_template.token_ids(tokenizer, turn, origin, chat_template.FIXED_DAY) for turn in turns]
 
 
 def conversations(model: Llama, prompts: Sequence[list[int]], ends: frozenset[int], rows: int, length: int) -> Tensor:

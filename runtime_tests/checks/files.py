@@ -91,7 +91,7 @@ def _same(shipped: Any, expected: Any, text: str) -> bool:
 
 
 def _render_chat(loaded: Any) -> str:
-    return chat_template.render(loaded, _CHAT, "the artifact's tokenizer")
+    return chat_template.render(loaded, _CHAT, "the artifact's tokenizer", chat_template.FIXED_DAY)
 
 
 def contamination(judged: Evaluation, recipe: QuantRecipe) -> list[str]:

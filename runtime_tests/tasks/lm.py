@@ -29,7 +29,7 @@ from . import scoring
 from .scoring import CERTAIN, score
 
 _DATE = "26 Jul 2024"
-"""The default of Llama 3.2's chat template for today's date."""
+"""The same day for templates that are given a text."""
 _Request = tuple[Any, list[int], list[int]]
 
 
@@ -74,6 +74,7 @@ class SessionLM(TemplateLM):  # type: ignore[misc]
             self.tokenizer,
             chat_history,
             "the artifact's tokenizer",
+            chat_template.FIXED_DAY,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
             date_string=_DATE,

@@ -154,7 +154,7 @@ def test_a_damaged_artifact_is_built_again(copy, source):
 
 
 def test_a_changed_calibration_text_is_seen(copy, source):
-    text = manifest.CalibrationInfo(texts={"prose.txt": "0" * 64}, tokens=1, held_out_kl=None, candidates=())
+    text = manifest.CalibrationInfo(texts={"prose.txt": "0" * 64}, day=None, tokens=1, held_out_kl=None, candidates=())
     altered(copy, quantization__calibration=json.loads(text.model_dump_json()))
     assert reasons(source, copy) == ["configs/calibration/prose.txt: changed"]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from export.checkpoints import Source, chat_template
+from export.checkpoints.origin import name_of
 from export.errors import ExportError
 from export.manifest import TokenizerIds
 
@@ -17,8 +18,8 @@ from . import ids
 from .tiktoken import CHAT_TEMPLATE, END_OF_ANSWER, begin_with, save, write_generation_ids, write_tiktoken
 
 __all__ = [
-    "CHAT_TEMPLATE", "END_OF_ANSWER", "NEUTRAL_CLASS", "SAMPLES", "adds_bos", "begin_with", "load", "sample_ids",
-    "save", "set_class", "write", "write_generation_ids", "write_tiktoken",
+    "CHAT_TEMPLATE", "END_OF_ANSWER", "NEUTRAL_CLASS", "SAMPLES", "adds_bos", "begin_with", "load",
+    "sample_ids", "save", "write", "write_generation_ids", "write_tiktoken",
 ]  # fmt: skip
 NEUTRAL_CLASS = "PreTrainedTokenizerFast"
 """Known to transformers 4 and 5, swift-transformers and onnxruntime-genai."""
@@ -49,7 +50,7 @@ def write(source: Source, folder: Path, vocab_size: int) -> TokenizerIds:
     source.write_tokenizer(folder)
     places = _Places(source)
     file = _of_file(folder, places)
-    set_class(folder, NEUTRAL_CLASS)
+    _set_class(folder)
     try:
         loaded = load(folder)
     except ExportError as error:
@@ -98,12 +99,12 @@ def sample_ids(folder: Path) -> dict[str, list[int]]:
     return {text: file.encode(text, add_special_tokens=False).ids for text in SAMPLES}
 
 
-def set_class(folder: Path, name: str) -> None:
-    """The class that tokenizer_config.json names; what would lead away from tokenizer.json is taken out."""
+def _set_class(folder: Path) -> None:
+    """The neutral class in tokenizer_config.json; what would lead away from tokenizer.json is taken out."""
     path = folder / "tokenizer_config.json"
     fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     changed = {key: value for key, value in fields.items() if key not in ("auto_map", "fast_tokenizer_files")}
-    changed["tokenizer_class"] = name
+    changed["tokenizer_class"] = NEUTRAL_CLASS
     if changed != fields:
         path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -112,7 +113,7 @@ class _Places:
     """Where the checkpoint has what was written: messages name a file that its owner knows."""
 
     def __init__(self, source: Source) -> None:
-        self._files = {path.name: path for path in source.files}
+        self._files = {name_of(path): path for path in source.files}
 
     def of(self, name: str) -> str:
         """The file of that name, else the one that everything is in, else the name."""
@@ -123,9 +124,10 @@ class _Places:
 
 def _of_file(folder: Path, places: _Places) -> Any:
     """tokenizer.json, after every file beside it was found to be JSON."""
-    for path in sorted(folder.glob("*.json")):
-        _json(path, places)
     path = folder / "tokenizer.json"
+    for other in sorted(folder.glob("*.json")):
+        if other != path:
+            _json(other, places)
     try:
         return _file(path)
     except Exception as error:  # the library raises bare Exception
