@@ -191,9 +191,9 @@ def _same(file: Any, loaded: Any, text: str) -> bool:
     if file.encode(text).ids != loaded.encode(text):
         return False
     encoded = file.encode(text, add_special_tokens=False).ids
-    return encoded == loaded.encode(text, add_special_tokens=False) and file.decode(
-        encoded, skip_special_tokens=False
-    ) == loaded.decode(encoded)
+    if encoded != loaded.encode(text, add_special_tokens=False):
+        return False
+    return bool(file.decode(encoded, skip_special_tokens=False) == loaded.decode(encoded))
 
 
 def _beyond(loaded: Any, vocab_size: int, places: _Places) -> Iterator[str]:
