@@ -11,7 +11,7 @@ from .checkpoints.origin import Origin
 from .formats import Build
 from .host import disk, memory, mkl
 from .host.console import say, stage
-from .manifest import Manifest
+from .manifest import Manifest, TokenizerIds
 from .plan import Plan, shortened
 from .quantization import schemes
 from .quantization.store import QuantizedModel
@@ -33,7 +33,7 @@ def export(plan: Plan, source: Origin | None, out: Path) -> Manifest:
             weights = checkpoints.load(plan.model, source)
             for note in weights.notes:
                 say(note)
-            build = Build(plan, tokenizer.write(weights.source, folder, architecture.vocab_size), folder)
+            build = Build(plan, _tokenizer(weights, backend, folder), folder)
             memory.give_back()
         with stage("quantize", plan.quant.description):
             model = quantization.quantize(weights, plan.quant, cache)
@@ -54,6 +54,15 @@ def fitted(plan: Plan, architecture: Architecture) -> Plan:
         longest, was = short.model.context_length, plan.model.context_length
         say(f"context of {longest} tokens instead of {was}: the checkpoint's max_position_embeddings")
     return short
+
+
+def _tokenizer(weights: checkpoints.Checkpoint, backend: formats.Format, folder: Path) -> TokenizerIds:
+    """Written, compared with the format's stock client, and what is remarkable about it said."""
+    ids = tokenizer.write(weights.source, folder, weights.architecture.vocab_size)
+    ids = ids.model_copy(update={"notes": (*ids.notes, *backend.tokenizer_notes(folder))})
+    for note in ids.notes:
+        say(note)
+    return ids
 
 
 def check(plan: Plan, architecture: Architecture, backend: formats.Format) -> None:

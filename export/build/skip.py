@@ -9,7 +9,6 @@ from pathlib import Path
 
 from export import formats, manifest
 from export.checkpoints.origin import (
-    TOKENIZER_NAMES,
     Adapter,
     File,
     Folder,
@@ -18,6 +17,8 @@ from export.checkpoints.origin import (
     Package,
     Seed,
     adapted_tokenizer_files,
+    is_of_tokenizer,
+    name_of,
     origin_of,
     tokenizer_files,
 )
@@ -78,9 +79,9 @@ def _changed_inputs(built: Manifest, plan: Plan, source: Origin | None) -> Itera
 
 def changed_files(recorded: dict[str, str], origin: Origin) -> Iterator[str]:
     """Files of the checkpoint that are gone, changed or new; weights beside the recorded ones are not part of it."""
-    of_tokenizer = {path.name: path for path in tokenizer_of(origin)}
+    of_tokenizer = {name_of(path): path for path in tokenizer_of(origin)}
     for name, digest in recorded.items():
-        paths = [of_tokenizer.get(name)] if name in TOKENIZER_NAMES else _weight_files(origin, name)
+        paths = [of_tokenizer.get(name)] if is_of_tokenizer(name) else _weight_files(origin, name)
         files = [path for path in paths if path is not None and path.is_file()]
         if not files:
             yield f"{name}: not found in {origin}"

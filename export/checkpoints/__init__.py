@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from export.architecture import EMBEDDING, HEAD, Architecture, RopeScaling
 from export.errors import ExportError
@@ -19,7 +19,7 @@ from export.host import digests
 from export.plan import SHORTEST_CONTEXT, ModelSpec
 
 from .files import GATHER, first_bytes, require_contents
-from .origin import TOKENIZER_NAMES, Adapter, File, Folder, Hub, Origin, Package, Seed, is_meta, origin_of
+from .origin import Adapter, File, Folder, Hub, Origin, Package, Seed, is_meta, is_of_tokenizer, name_of, origin_of
 
 if TYPE_CHECKING:  # whether a build may be skipped is decided without torch
     import torch
@@ -64,6 +64,10 @@ class Source(Weights, Protocol):
     @property
     def architecture(self) -> Architecture:
         """Shapes as the checkpoint states them."""
+
+    @property
+    def stated_ids(self) -> Mapping[str, Mapping[str, Any]]:
+        """File → its fields, of those that state `eos_token_id` and so on besides what `write_tokenizer` writes."""
 
     def write_tokenizer(self, folder: Path) -> None:
         """Write tokenizer files (and generation defaults, when the checkpoint has them) into a folder."""
@@ -158,12 +162,12 @@ class Checkpoint:
     @cached_property
     def sha256(self) -> dict[str, str]:
         """File name → digest, of weights, configuration and tokenizer."""
-        return {path.name: digests.remembered_sha256(path) for path in self.source.files}
+        return {name_of(path): digests.remembered_sha256(path) for path in self.source.files}
 
     @property
     def bits_per_weight(self) -> float | None:
         """Size of the files without the tokenizer's over the model's parameters; None: there are no files."""
-        files = [path for path in self.source.files if path.name not in TOKENIZER_NAMES]
+        files = [path for path in self.source.files if not is_of_tokenizer(name_of(path))]
         if not files:
             return None
         parameters = sum(prod(shape) for shape in self.architecture.tensor_shapes().values())

@@ -18,7 +18,7 @@ from export.plan import explain
 from . import names
 from .files import missing
 from .integers import Integers, Unfit
-from .origin import TOKENIZER_FILES, Hub, tokenizer_files
+from .origin import TOKENIZER_PATTERNS, Hub, name_of, tokenizer_files
 from .safetensors import SafetensorsFiles, read_json
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _CHUNK_BYTES = 2**20
 _ORIGINAL_LENGTH = "original_max_position_embeddings"
 _NO_ANSWER = (ValueError, TypeError, LookupError, AttributeError)
 """What the library raises where a hub does not answer as its protocol says."""
-_DOWNLOADED = ("config.json", _QUANTIZE_CONFIG, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
+_DOWNLOADED = ("config.json", _QUANTIZE_CONFIG, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_PATTERNS)
 
 
 def download(origin: Hub) -> Path:
@@ -69,6 +69,7 @@ class FolderSource:
         self.architecture = _architecture_of(config, config_path)
         weights, notes = _open_weights(folder, config, config_path)
         self._weights = names.renamed(weights, folder, tied=self.architecture.tie_word_embeddings)
+        self.stated_ids = {str(config_path): config}
         self.files = (config_path, *self._weights.files, *tokenizer_files(folder))
         self.notes = (*_said_twice(config), *notes, *self._weights.notes, *_other_models(folder))
         self.description = f"Hugging Face folder, {self._weights.description}"
@@ -94,8 +95,10 @@ class FolderSource:
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy those of the tokenizer's files that are there."""
     for path in tokenizer_files(source):
-        shutil.copyfile(path, folder / path.name)
-        (folder / path.name).chmod(0o644)
+        copy = folder / name_of(path)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+        copy.chmod(0o644)
 
 
 def _other_models(folder: Path) -> tuple[str, ...]:

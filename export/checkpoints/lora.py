@@ -23,7 +23,7 @@ from export.plan import explain
 from .files import GATHER, missing
 from .folder import copy_tokenizer
 from .integers import Integers, Unfit
-from .origin import TOKENIZER_NAMES, adapted_tokenizer_files
+from .origin import adapted_tokenizer_files, is_of_tokenizer, name_of
 from .safetensors import SafetensorsFiles, read_json
 
 if TYPE_CHECKING:
@@ -164,8 +164,8 @@ class LoraSource:
         self._config = _read_config(folder / _CONFIG)
         self._stored = SafetensorsFiles(folder, _STEM)
         self._changes = _changes_of(self._stored, self._config, base)
-        weights = [path for path in base.files if path.name not in TOKENIZER_NAMES]
-        tokenizer = adapted_tokenizer_files(folder, (path for path in base.files if path.name in TOKENIZER_NAMES))
+        weights = [path for path in base.files if not is_of_tokenizer(name_of(path))]
+        tokenizer = adapted_tokenizer_files(folder, (path for path in base.files if is_of_tokenizer(name_of(path))))
         self.files = (*weights, folder / _CONFIG, *self._stored.files, *tokenizer)
         self.notes = (*base.notes, *self._stored.notes)
 
@@ -181,6 +181,10 @@ class LoraSource:
     @property
     def architecture(self) -> Architecture:
         return self._base.architecture
+
+    @property
+    def stated_ids(self) -> Mapping[str, Mapping[str, Any]]:
+        return self._base.stated_ids
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

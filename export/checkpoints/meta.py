@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, ValidationError
@@ -94,6 +94,7 @@ class MetaSource:
         self._path = _the_only_part(folder)
         check(self._path)
         self._stored = self._names()
+        self.stated_ids: Mapping[str, Mapping[str, Any]] = {}
         self.files = (folder / "params.json", self._path, *tokenizer_files(folder))
         self.notes = ()
 

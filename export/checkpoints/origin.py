@@ -19,11 +19,15 @@ TOKENIZER_FILES = (
     _TOKENIZER_JSON,
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
     _GENERATION,
 )
 """Of a Hugging Face folder: what the tokenizer and the generation defaults are read from."""
-TOKENIZER_NAMES = frozenset({*TOKENIZER_FILES, _META_TOKENIZER})
+_TEMPLATES = "additional_chat_templates"
+"""A folder there, of templates besides the default one."""
+TOKENIZER_PATTERNS = (*TOKENIZER_FILES, f"{_TEMPLATES}/*.jinja")
+_TOKENIZER_NAMES = frozenset({*TOKENIZER_FILES, _META_TOKENIZER})
 
 
 @dataclass(frozen=True)
@@ -193,8 +197,21 @@ def is_meta(folder: Path) -> bool:
 
 def tokenizer_files(folder: Path) -> tuple[Path, ...]:
     """The files in a checkpoint's folder that its tokenizer and its generation defaults are read from."""
-    names = (_META_TOKENIZER,) if is_meta(folder) else TOKENIZER_FILES
-    return tuple(folder / name for name in names if (folder / name).is_file())
+    if is_meta(folder):
+        paths = [folder / _META_TOKENIZER]
+    else:
+        paths = [*(folder / name for name in TOKENIZER_FILES), *sorted((folder / _TEMPLATES).glob("*.jinja"))]
+    return tuple(path for path in paths if path.is_file())
+
+
+def name_of(path: Path) -> str:
+    """A checkpoint's file as manifests and keys name it: without its folder, but for a further chat template's."""
+    return f"{_TEMPLATES}/{path.name}" if path.parent.name == _TEMPLATES else path.name
+
+
+def is_of_tokenizer(name: str) -> bool:
+    """Whether a file of that name is one of the tokenizer's, not of the weights."""
+    return name in _TOKENIZER_NAMES or name.startswith(f"{_TEMPLATES}/")
 
 
 def adapted_tokenizer_files(adapter: Path, base: Iterable[Path]) -> tuple[Path, ...]:

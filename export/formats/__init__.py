@@ -134,6 +134,9 @@ class Format(Protocol):
         Also called for plans that `check` refuses.
         """
 
+    def tokenizer_notes(self, folder: Path) -> tuple[str, ...]:
+        """Where the format's stock client, if it is installed, reads the tokenizer otherwise than tokenizer.json."""
+
     def lower(self, model: "QuantizedModel", build: Build) -> Lowered:
         """Write the artifact's files into `build.folder`."""
 

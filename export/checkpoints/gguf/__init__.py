@@ -79,6 +79,7 @@ class GgufSource:
         self.path = path
         self.files = (path,)
         self.notes = ()
+        self.stated_ids: Mapping[str, Mapping[str, Any]] = {}
         header.check(path)
         try:
             self._reader = GGUFReader(path)
