@@ -15,8 +15,7 @@ from export.plan import CalibrationText, Gptq, Mixture, QuantRecipe, WeightSchem
 from export.quantization import calibration, layerwise
 from export.quantization.eager import eager
 from export.quantization.gptq import Moments, choose_integers, inverse_factor, round_linears, target
-from export.quantization.nearest import SMALLEST_SCALE, round_to_nearest
-from export.quantization.scales import choose_scales
+from export.quantization.nearest import SMALLEST_SCALE, choose_scales, round_to_nearest
 from export.quantization.store import Unfinished
 from export.toolbox import synth
 
