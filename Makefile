@@ -149,12 +149,12 @@ tasks: setup                        ## lm-evaluation-harness TASKS on the built 
 	@$(PY) -m runtime_tests --tasks=$(call quote,TASKS) $(if $(value LIMIT),--limit=$(call quote,LIMIT)) $(WEIGHTS) $(FOLDERS)
 
 study: setup                        ## size against loss: our recipes and llama.cpp's on weights off their 4-bit grid
-	@$(PY) -m export.toolbox.dither smollm2-135m build/dithered
+	@$(PY) -m export.toolbox.synth dither smollm2-135m build/dithered
 	@$(PY) -m runtime_tests.bench.study smollm2-135m int4-mixed int4-g32-gptq --also $(STUDIED) \
 	  --source build/dithered --write accuracy
 
 detours: setup                      ## what it costs to quantize a 4-bit checkpoint again, form by form
-	@test -d build/dithered || $(PY) -m export.toolbox.dither smollm2-135m build/dithered
+	@test -d build/dithered || $(PY) -m export.toolbox.synth dither smollm2-135m build/dithered
 	@$(PY) -m runtime_tests.bench.detours smollm2-135m --source build/dithered --write
 
 golden: setup                       ## rewrite the exact answers of the tiny model

@@ -1,7 +1,7 @@
 """ExecuTorch `.pte` for XNNPACK, loadable by ExecuTorch's own LLM runners.
 
-`graph.py` is the model in the form that XNNPACK runs best, `functional_form.py` and `lowering.py` bring it through
-executorch in seconds, and `program.py` runs these steps and writes the file.
+`graph.py` is the model in the form that XNNPACK runs best, `program.py` brings it through executorch and writes the
+file, and `lowering.py` makes that take seconds.
 """
 
 from pathlib import Path
