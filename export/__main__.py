@@ -54,8 +54,9 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
         from .host import disk
 
         console.print(f"[bold]{model}_{quant}[/bold]")
-        parallel.build(stale, origin, Path("build"), pipeline.CACHE)
-        disk.trim(pipeline.CACHE)
+        cache = disk.cache_folder(pipeline.CACHE)
+        parallel.build(stale, origin, Path("build"), cache)
+        disk.trim(cache)
 
 
 if __name__ == "__main__":

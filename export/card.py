@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFo
 
 from . import formats
 from .errors import ExportError
+from .host import disk
 from .manifest import CARD, Manifest
 
 _LICENCES = {
@@ -32,7 +33,7 @@ class Measured(NamedTuple):
 
 def write(folder: Path, manifest: Manifest, measured: Sequence[Measured]) -> None:
     """Write `README.md`; without measured rows it says how to get them."""
-    (folder / CARD).write_text(render(manifest, measured), encoding="utf-8")
+    disk.write_text(folder / CARD, render(manifest, measured))
 
 
 def render(manifest: Manifest, measured: Sequence[Measured]) -> str:

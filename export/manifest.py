@@ -1,6 +1,8 @@
 """manifest.json: what an artifact is, and the contract of what goes into and out of it. Sessions read it; no torch."""
 
 import json
+import os
+import stat
 import subprocess
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -66,9 +68,12 @@ class IOContract(Strict):
 
 
 FILE = "manifest.json"
+UNKNOWN = "unknown"
 CARD = "README.md"
 SIGNATURE = "model.sig"
 ROOT = Path(__file__).parent.parent
+_VISIBLE_COMPANIONS = ("Thumbs.db", "desktop.ini", "__MACOSX", "Icon\r")
+_COPY = "copy it with `cp -rL`, or download with `hf download --local-dir`"
 _SMALLEST_FLOAT_BITS = 15.5
 """Per weight: bf16 has 16, or less where two tensors share their numbers in the file."""
 
@@ -155,8 +160,15 @@ class SourceInfo(Strict):
     """Our own code that made the artifact."""
 
     commit: str
-    dirty: bool
+    """`unknown` where this is no git checkout of its own, or git does not answer."""
+    dirty: bool | None
+    """Whether the checkout had local changes; null: unknown."""
     sha256: str
+
+    @property
+    def revision(self) -> str:
+        """For people: `0123456789ab with local changes`."""
+        return self.commit[:12] + (" with local changes" if self.dirty else "")
 
 
 class Manifest(Strict):
@@ -228,21 +240,37 @@ def digest(folder: Path) -> str:
 
 def read_id(folder: Path) -> str | None:
     """Id of the artifact in a folder, even when another version of this code wrote it; None: it has none."""
+    fields = _fields(folder)
+    return str(fields.get("id")) if fields else None
+
+
+def unlisted(folder: Path) -> Iterator[Path]:
+    """Files and links in an artifact folder that its manifest, of whatever version, does not list; no companions."""
+    listed = _fields(folder).get("files")
+    names = {FILE, CARD, SIGNATURE, *(listed if isinstance(listed, dict) else ())}
+    return (path for path in files(folder) if path.relative_to(folder).as_posix() not in names)
+
+
+def _fields(folder: Path) -> dict[str, Any]:
+    """A manifest without a look at its version; empty where there is none to read."""
     try:
         fields = json.loads((folder / FILE).read_bytes())
     except (OSError, ValueError, RecursionError):
-        return None
-    return str(fields.get("id")) if isinstance(fields, dict) else None
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def verify_files(folder: Path, manifest: Manifest) -> None:
-    """Refuse a folder whose files are not exactly those of its manifest."""
+    """Refuse a folder whose files are not exactly those of its manifest, companions aside."""
     if difference := next(differing_files(folder, manifest), None):
         raise ExportError(difference)
 
 
 def differing_files(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Files that are missing, changed, or not listed in the manifest, and what to do, one line each."""
+    """Links, and files that are missing, changed, or not listed in the manifest, with what to do, one line each."""
+    if links := list(strays(folder)):
+        yield from links
+        return
     present, again = hash_files(folder), "build the artifact again"
     for name, info in manifest.files.items():
         if name not in present:
@@ -256,9 +284,55 @@ def differing_files(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def hash_files(folder: Path) -> dict[str, FileInfo]:
-    """Name → digest and size of every file in a folder except manifest, card and signature."""
-    named = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Name → digest and size of every file in a folder except manifest, card, signature and companions.
+
+    Raises ExportError: something in it is a link, or neither a file nor a folder.
+    """
+    if stray := next(strays(folder), None):
+        raise ExportError(stray)
+    named = {path.relative_to(folder).as_posix(): path for path in files(folder)}
     return {name: file_info(path) for name, path in named.items() if name not in (FILE, CARD, SIGNATURE)}
+
+
+def files(folder: Path) -> list[Path]:
+    """Every file and link in an artifact folder, sorted; companions left out."""
+    return sorted(path for path in _walk(folder) if path.is_symlink() or not path.is_dir())
+
+
+def strays(folder: Path) -> Iterator[str]:
+    """Links, pipes and devices in an artifact folder, a line each: it holds files and folders only."""
+    for path in _walk(folder):
+        mode = path.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            yield f"{path}: a link; an artifact holds files only; {_COPY}"
+        elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            yield f"{path}: neither a file nor a folder; remove it"
+
+
+def is_companion(name: str) -> bool:
+    """Whether hubs, git, file managers or editors put files and folders of that name beside others.
+
+    No runtime reads them: hidden ones (`.git`, `.gitattributes`, `.cache/huggingface`, `.DS_Store`), backups (`x~`) and
+    what Windows and macOS leave in shared folders.
+    """
+    return name.startswith(".") or name.endswith("~") or name in _VISIBLE_COMPANIONS
+
+
+def companions(folder: Path) -> list[Path]:
+    """What lies in a folder and its sub-folders without being part of an artifact; not what is inside of these."""
+    return [Path(parent, name) for parent, names in _levels(folder) for name in names if is_companion(name)]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Everything in a folder, companions left out."""
+    return (Path(parent, name) for parent, names in _levels(folder) for name in names if not is_companion(name))
+
+
+def _levels(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each folder with the sorted names in it; links are not followed, companions not entered."""
+    for parent, folders, files in os.walk(folder):
+        yield parent, sorted(folders + files)
+        folders[:] = [name for name in folders if not is_companion(name)]
 
 
 def file_info(path: Path) -> FileInfo:
@@ -268,19 +342,21 @@ def file_info(path: Path) -> FileInfo:
 
 def source_info() -> SourceInfo:
     """Git revision of this checkout, and the digest of the code on disk that decides an artifact."""
+    inside = _git("rev-parse", "--show-toplevel")
+    of_this_checkout = inside is not None and Path(inside).resolve() == ROOT.resolve()
+    changes = _git("status", "--porcelain") if of_this_checkout else None
     return SourceInfo(
-        commit=_git("rev-parse", "HEAD") or "unknown",
-        dirty=bool(_git("status", "--porcelain")),
+        commit=(_git("rev-parse", "--verify", "HEAD") if of_this_checkout else None) or UNKNOWN,
+        dirty=None if changes is None else bool(changes),
         sha256=digests.artifact_digest(),
     )
 
 
-def _git(*arguments: str) -> str:
-    """Output of a git command in this checkout; empty where it fails."""
+def _git(*arguments: str) -> str | None:
+    """Output of a git command in this checkout; None where it fails. These only read, so the owner may be another."""
+    command = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), *arguments]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], check=False, capture_output=True, text=True, timeout=20
-        )
-    except OSError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

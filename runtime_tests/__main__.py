@@ -154,7 +154,12 @@ def _built_for(device: Device) -> list[Path]:
 
 def _build_folder() -> Path:
     """build/, created if missing, on a disk with room for the logits of a run."""
-    BUILD.mkdir(exist_ok=True)
+    try:
+        BUILD.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ExportError(
+            f"{BUILD.resolve()}: cannot be made ({error.strerror}); records go there, so run this in a folder of yours"
+        ) from None
     if shutil.disk_usage(BUILD).free < 2**30:
         raise ExportError(f"{BUILD.resolve()}: less than 1 GiB free; a run needs room there for logits")
     return BUILD

@@ -94,10 +94,30 @@ def cut_windows(evaluation: Evaluation, tokenizer: Any, manifest: Manifest) -> W
     for spec in evaluation.texts:
         rows += cut(read_text(spec.file), f"evaluation text {spec.file}", spec.windows, length, tokenizer)
         domains += [spec.domain] * spec.windows
+    return Windows(_within(rows, manifest), tuple(domains), evaluation.prefill)
+
+
+def template_window(tokenizer: Any, manifest: Manifest) -> Windows:
+    """What text does not hold and conversations do: BOS, a message as the chat template writes it, every end token.
+
+    One window whose tokens are all scored, as many as the context has room for. Raises ExportError: the template fails,
+    or a token is beyond the vocabulary.
+    """
+    from export.checkpoints import chat_template
+
+    ids, described = [], manifest.tokenizer
+    if described.has_chat_template:
+        ids = chat_template.token_ids(tokenizer, chat_template.HELLO, manifest.id)
+    start = [described.bos_id] if described.bos_id is not None and ids[:1] != [described.bos_id] else []
+    fed = [*start, *ids, *described.eos_ids][-manifest.contract.kv.context_length :]
+    return Windows(_within([[*fed, fed[-1]]], manifest), ("template",), prefill=1)
+
+
+def _within(rows: list[list[int]], manifest: Manifest) -> NDArray[np.int64]:
     tokens = np.array(rows, dtype=np.int64)
     if tokens.max() >= manifest.architecture.vocab_size:
         raise ExportError(f"{manifest.id}: its tokenizer gives id {tokens.max()}, beyond the vocabulary")
-    return Windows(tokens, tuple(domains), evaluation.prefill)
+    return tokens
 
 
 def position_ranges(prefill: int, decode: int) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -153,4 +154,4 @@ def test_the_tests_of_a_room_run_alone(words, programs):
     around = {"ROOM", "MAKEFLAGS", "MFLAGS", "MAKELEVEL"}  # `make test` may be what runs this test
     environment = {name: value for name, value in os.environ.items() if name not in around}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    assert [line.partition(" ")[2].rstrip() for line in ended.stdout.splitlines()] == programs
+    assert [" ".join(shlex.split(line)[1:]) for line in ended.stdout.splitlines()] == programs

@@ -10,7 +10,8 @@ import subprocess
 import sys
 from contextlib import suppress
 
-from devices import DeviceError, load
+from devices import load
+from devices.command import run
 
 from . import MACHINES, PACKAGES, TOOLS, LabError, missing, roots, start
 
@@ -18,16 +19,12 @@ _USAGE = 2
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status: the command's own, 1 for one line of error, 2 for wrong usage."""
-    try:
-        match arguments:
-            case ["build"]:
-                return _build()
-            case ["run", name, "--", *command] if command:
-                return _run(name, command)
-    except DeviceError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    """Exit status: the command's own, 2 for wrong usage. Raises DeviceError."""
+    match arguments:
+        case ["build"]:
+            return _build()
+        case ["run", name, "--", *command] if command:
+            return _run(name, command)
     print(__doc__, file=sys.stderr)
     return _USAGE
 
@@ -78,4 +75,4 @@ def _shell_status(returncode: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(main))

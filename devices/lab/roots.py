@@ -6,6 +6,7 @@ Nothing is installed on this machine: packages are extracted into folders under 
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from .machines import LabError, Machine
 
+_LOG = logging.getLogger(__name__)
 CACHE = Path(__file__).parents[2] / "build/lab"
 _RELEASE = "bookworm"
 _FORMAT = 1
@@ -64,16 +66,23 @@ def made(name: str, make: Callable[[Path], None]) -> Path:
             folder = Path(scratch) / "root"
             make(folder)
             folder.chmod(0o755)
-            folder.rename(final)
+            try:
+                folder.rename(final)
+            except OSError:  # without a lock another builder may have been faster
+                if not final.exists():
+                    raise
     return final
 
 
 @contextmanager
 def _locked() -> Iterator[None]:
-    """One builder at a time; the kernel frees the lock when its process ends."""
+    """One builder at a time; the kernel frees the lock when its process ends. It saves work, no more."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            _LOG.warning("%s: this file system has no locks (%s): go on without", file.name, error.strerror)
         yield
 
 

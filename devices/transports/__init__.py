@@ -3,11 +3,16 @@
 A kind of transport is one module with an `Address` and a `Link` (`address.py`) and its name in `connection.py`.
 """
 
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+_UNPRINTABLE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x1f\x7f-\x9f]")
+_LONGEST = 300
+"""Characters of another program's words in a message of ours."""
 
 
 class DeviceError(Exception):
@@ -49,8 +54,8 @@ class Completed:
 
 
 def last_line(text: str, otherwise: str = "no reason given") -> str:
-    """Where programs say why they failed."""
-    return (text.strip().splitlines() or [otherwise])[-1]
+    """Where programs say why they failed, without what a terminal would obey."""
+    return _UNPRINTABLE.sub(" ", (text.strip().splitlines() or [otherwise])[-1])[:_LONGEST].strip() or otherwise
 
 
 class Transport(Protocol):

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from . import DeviceError, DeviceLostError, processes
+from . import Completed, DeviceError, DeviceLostError, last_line, processes
 from .address import Address, lookup, variable
 from .processes import Deadline
 
@@ -49,9 +49,6 @@ class Adb(Address):
 
 
 class _AdbLink:
-    # 1: adb's own errors, 255: the connection ended
-    unsure = frozenset({1, 255})
-
     def __init__(self, name: str, program: str, serial: str) -> None:
         self.name = name
         self._program = program
@@ -61,12 +58,13 @@ class _AdbLink:
         _require_server()
         return [self._program, "-s", self._serial, "shell", script]
 
-    def explain(self, _stderr: bytes, /) -> str:
+    def explain(self, ended: Completed, /) -> str:
         try:
-            state = _states(self._program, Deadline.after(5)).get(self._serial)
+            trouble = _trouble(self._serial, _listed(self._program, Deadline.after(5)))
         except DeviceError as error:
             return str(error)
-        return _advice(self._serial, state) if state != _READY else "the connection was interrupted; run again"
+        words = last_line((ended.stdout + b"\n" + ended.stderr).decode(errors="replace"), "")
+        return trouble or f"the connection was interrupted{f' ({words})' if words else ''}; run again"
 
     def close(self) -> None:
         pass
@@ -91,32 +89,40 @@ def find() -> str:
 def _connect(name: str, serial: str | None, choice: str, deadline: Deadline) -> _AdbLink:
     """The device of that serial; without one, the only one attached. `choice`: what to set where there are several."""
     program = find()
-    attached = _states(program, deadline)
+    listed = _listed(program, deadline)
     if serial is None:
-        if not attached:
+        serials = {serial for serial, _ in listed}
+        if not listed:
             raise DeviceError(f"{name}: no Android device is attached")
-        if len(attached) > 1:
-            raise DeviceError(f"{name}: {len(attached)} devices are attached ({', '.join(attached)}): set {choice}")
-        (serial,) = attached
+        if len(serials) > 1:
+            all_of_them = ", ".join(serial for serial, _ in listed)
+            raise DeviceError(f"{name}: {len(listed)} devices are attached ({all_of_them}): set {choice}")
+        (serial,) = serials
     passing = _PASSING
-    if attached.get(serial) != _READY and ":" in serial:
+    if _states(serial, listed) != [_READY] and ":" in serial:
         # A network device. Its state afterwards counts, not what these commands print: a lost one stays listed as
         # connected, and a new one is offline until it answers.
         _call(program, ["disconnect", serial], deadline)
         _call(program, ["connect", serial], deadline)
         passing = _PASSING | {"offline"}
-    while (state := _states(program, deadline).get(serial)) in passing and deadline.left_s():
+        listed = _listed(program, deadline)
+    while len(states := _states(serial, listed)) == 1 and states[0] in passing and deadline.left_s():
         time.sleep(0.1)
-    if state != _READY:
-        raise DeviceError(f"{name}: {_advice(serial, state)}")
+        listed = _listed(program, deadline)
+    if trouble := _trouble(serial, listed):
+        raise DeviceError(f"{name}: {trouble}")
     return _AdbLink(name, program, serial)
 
 
-def _states(program: str, deadline: Deadline) -> dict[str, str]:
-    """Serial → state of every device adb knows."""
+def _listed(program: str, deadline: Deadline) -> list[tuple[str, str]]:
+    """Serial and state of every device adb knows. Cheap devices share one serial."""
     with _starting:
         lines = _call(program, ["devices"], deadline).splitlines()
-    return dict(line.split("\t", 1) for line in lines if "\t" in line)
+    return [(serial, state.strip()) for serial, tab, state in (line.partition("\t") for line in lines) if tab]
+
+
+def _states(serial: str, listed: list[tuple[str, str]]) -> list[str]:
+    return [state for name, state in listed if name == serial]
 
 
 def _require_server() -> None:
@@ -137,8 +143,20 @@ def _call(program: str, arguments: list[str], deadline: Deadline) -> str:
     return ended.stdout.decode(errors="replace")
 
 
-def _advice(serial: str, state: str | None) -> str:
-    if state is None:
-        return f"{serial} is not attached: connect it, or name another (adb devices lists them)"
+def _trouble(serial: str, listed: list[tuple[str, str]]) -> str | None:
+    """Why the device of that serial cannot be used and what to do; None: it can."""
+    match _states(serial, listed):
+        case []:
+            return f"{serial} is not attached: connect it, or name another (adb devices lists them)"
+        case ["device"]:
+            return None
+        case [state]:
+            return _advice(serial, state)
+        case states:
+            others = "one" if len(states) == 2 else "all but one"
+            return f"{len(states)} devices have the serial {serial}; unplug {others}"
+
+
+def _advice(serial: str, state: str) -> str:
     known = next((text for start, text in _ADVICE.items() if state.startswith(start)), "restart it")
     return f"{serial} is {state}: {known}"

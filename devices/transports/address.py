@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from . import Completed
 from .processes import Deadline
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
@@ -20,14 +21,12 @@ class Link(Protocol):
 
     name: str
     """The device's name in error messages."""
-    unsure: frozenset[int]
-    """Exit statuses of the client program that may be its own instead of the script's."""
 
     def client(self, script: str) -> list[str]:
-        """The command on this host that runs a POSIX shell script on the device, with its streams and exit status."""
+        """The command on this host that runs a POSIX shell script on the device, with its streams."""
 
-    def explain(self, stderr: bytes, /) -> str:
-        """Why the client failed and what to do, in one line; `stderr` may choose the words."""
+    def explain(self, ended: Completed, /) -> str:
+        """Why a client did not bring a script to its end and what to do, in one line; its outputs give the words."""
 
     def close(self) -> None:
         """End the connection."""

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from . import DeviceError, Transport, processes
+from . import DeviceError, Transport, marks, processes
 from .adb import Adb
 from .address import Link
 from .device import Attached
 from .local import Local
 from .processes import Deadline
-from .shell import PROOF, Shell
+from .shell import Shell
 from .ssh import Apple, Ssh
 
 if TYPE_CHECKING:
@@ -20,10 +20,14 @@ if TYPE_CHECKING:
 AnyAddress = Annotated[Local | Adb | Ssh | Apple, Field(discriminator="kind")]
 _OPEN_S = 30.0
 _PROBE = """\
-mkdir -p {folder} && cd {folder} && pwd && uname -m || exit 3
+mkdir -p {folder} && cd {folder} && pwd && uname -m || exit 1
+[ -w . ] || {{ echo "$PWD is read-only for this user" >&2; exit 1; }}
+getconf LONG_BIT 2>/dev/null || echo
 command -v getprop >/dev/null && getprop ro.product.cpu.abi && getprop ro.product.model
-exit {proof}
+exit 0
 """
+_WIDE = {"aarch64", "arm64", "x86_64", "riscv64"}
+"""64-bit kernels, as `uname -m` names them: programs may be 32-bit all the same."""
 
 
 def open_transport(device: "Device", *, timeout_s: float = _OPEN_S) -> Transport:
@@ -41,17 +45,27 @@ def open_transport(device: "Device", *, timeout_s: float = _OPEN_S) -> Transport
 
 def _attach(link: Link, device: "Device", deadline: Deadline) -> Attached:
     """Make the working folder, and check the device against its YAML before anything else runs there."""
-    script = _PROBE.format(folder=shlex.quote(device.workdir), proof=PROOF)
+    script = marks.enclosed(_PROBE.format(folder=shlex.quote(device.workdir)), mark := marks.new())
     try:
         ended = processes.call(link.client(script), deadline)
     except TimeoutError:
         raise DeviceError(f"{device.name}: no answer within {deadline.limit_s:g} s; check its power") from None
-    if ended.returncode == 0:
-        raise DeviceError(f"{device.name}: its adbd reports no exit status (Android 7 and later do)")
-    if ended.returncode != PROOF:
-        raise DeviceError(f"{device.name}: {link.explain(ended.stderr)}")
-    folder, architecture, *android = ended.stdout.decode().split("\n")
+    if marks.through_terminal(ended, mark):
+        raise DeviceError(
+            f"{device.name}: a terminal lies between and would change files (adbd before Android 7; ssh's RequestTTY)"
+        )
+    if (answer := marks.answer(ended, mark)) is None:
+        raise DeviceError(f"{device.name}: {link.explain(marks.erased(ended, mark))}")
+    if answer.returncode:
+        elsewhere = f"set workdir in devices/{device.name}.yaml to a folder that this user may write"
+        raise DeviceError(f"{device.name}: {device.workdir}: {answer.reason}; {elsewhere}")
+    folder, architecture, bits, *android = answer.stdout.decode(errors="replace").split("\n")
     abi, model = android[:2] if len(android) > 1 else (architecture, None)
+    if model is None and architecture in _WIDE and bits == "32" and device.runner is None:
+        raise DeviceError(
+            f"{device.name}: 64-bit kernel ({architecture}), 32-bit programs (getconf LONG_BIT is 32): install its "
+            "64-bit system"
+        )
     if device.abi not in (None, abi):
         raise DeviceError(f"{device.name}: the device is {abi}, devices/{device.name}.yaml says {device.abi}")
     if reason := device.transport.mismatch(model):

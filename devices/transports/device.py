@@ -51,6 +51,5 @@ class Attached:
     def close(self) -> None:
         self._shell.link.close()
 
-    def _ask(self, script: str, *, timeout_s: float = ANSWER_S) -> bytes | None:
-        ended = self._shell.ask(script, Deadline.after(timeout_s), step="locking")
-        return None if ended.returncode else ended.stdout
+    def _ask(self, script: str) -> Completed:
+        return self._shell.ask(script, Deadline.after(ANSWER_S), step="locking")

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from . import last_line
+from . import Completed
 from .address import Address
 from .processes import Deadline
 
@@ -17,16 +17,14 @@ class Local(Address):
 
 
 class _LocalLink:
-    unsure: frozenset[int] = frozenset()
-
     def __init__(self, name: str) -> None:
         self.name = name
 
     def client(self, script: str) -> list[str]:
         return ["sh", "-c", script]
 
-    def explain(self, stderr: bytes, /) -> str:
-        return last_line(stderr.decode(errors="replace"))
+    def explain(self, ended: Completed, /) -> str:
+        return ended.reason
 
     def close(self) -> None:
         pass

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import psutil
 
-from . import DeviceBusyError
+from . import Completed, DeviceBusyError, DeviceError
 
 _LOG = logging.getLogger(__name__)
 _FOLDER = ".lock"
 _OWNER = f"{_FOLDER}/owner"
-_Ask = Callable[[str], bytes | None]
-"""Runs a script in the device's working folder: its output, or None when it ended with a failure."""
+_HELD = 3
+"""Exit status: another run has the folder."""
+_Ask = Callable[[str], Completed]
+"""Runs a script in the device's working folder."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,24 @@ def _boot_id() -> str:
 
 
 def take(ask: _Ask, device: str, folder: str) -> str:
-    """Take the lock and return what frees it. Raises DeviceBusyError that names the holder and the way out."""
+    """Take the lock and return what frees it. Raises DeviceBusyError that names the holder and the way out.
+
+    Raises DeviceError where the folder cannot be written.
+    """
     mine = json.dumps(asdict(Owner.this_process()))
-    script = f"mkdir {_FOLDER} && printf %s {shlex.quote(mine)} >{_OWNER}"
-    if ask(script) is None:
-        text = (ask(f"cat {_OWNER}") or b"").decode(errors="replace")
+    script = (
+        f"mkdir {_FOLDER} || {{ [ -d {_FOLDER} ] && exit {_HELD}; exit 1; }}\n"
+        f"printf %s {shlex.quote(mine)} >{_OWNER} || {{ rm -r {_FOLDER}; exit 1; }}"
+    )
+
+    def taken() -> bool:
+        ended = ask(script)
+        if ended.returncode not in {0, _HELD}:
+            raise DeviceError(f"{device}: nothing can be written in {folder}: {ended.reason}; make it writable")
+        return ended.returncode == 0
+
+    if not taken():
+        text = ask(f"cat {_OWNER}").stdout.decode(errors="replace")
         owner = Owner.parse(text)
         if owner is None or not owner.is_dead():
             raise DeviceBusyError(_busy(owner, device, folder))
@@ -82,7 +97,7 @@ def take(ask: _Ask, device: str, folder: str) -> str:
         # Moved away only while it is still that dead run's: another run may be breaking it at the same time.
         aside = f"{_FOLDER}.{os.getpid()}"
         ask(f'[ "$(cat {_OWNER})" = {shlex.quote(text)} ] && mv {_FOLDER} {aside} && rm -r {aside}')
-        if ask(script) is None:
+        if not taken():
             raise DeviceBusyError(_busy(None, device, folder))
     return f'[ "$(cat {_OWNER})" = {shlex.quote(mine)} ] && rm -r {_FOLDER}'
 

@@ -32,14 +32,12 @@ class Deadline:
         return max(0.0, self.at - time.monotonic())
 
 
-def call(
-    argv: Sequence[str], deadline: Deadline, *, stdin: IO[bytes] | None = None, stdout: IO[bytes] | None = None
-) -> Completed:
+def call(argv: Sequence[str], deadline: Deadline, *, stdin: IO[bytes] | None = None) -> Completed:
     """Run to the end. Raises TimeoutError; then, as after Ctrl-C, the program has been killed."""
     child = subprocess.Popen(
         argv,
         stdin=stdin or subprocess.DEVNULL,
-        stdout=stdout or subprocess.PIPE,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,  # Ctrl-C is for us
     )
@@ -80,7 +78,7 @@ def _finish(child: subprocess.Popen[bytes], deadline: Deadline, held: list[int] 
     except BaseException:
         _hang_up(child, held)
         raise
-    return Completed(child.returncode, out or b"", err)
+    return Completed(child.returncode, out, err)
 
 
 def _hang_up(child: subprocess.Popen[bytes], held: list[int] | None) -> None:

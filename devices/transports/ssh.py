@@ -3,16 +3,18 @@
 import os
 import secrets
 import select
-import shlex
 import shutil
+import socket
+import string
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from pydantic import PositiveInt
 
-from . import DeviceError, last_line
+from . import Completed, DeviceError, last_line
 from .address import Address, lookup, variable
 from .processes import Deadline
 
@@ -25,6 +27,11 @@ _OPTIONS = {
     "ServerAliveCountMax": "3",
 }
 _CLOSE_S = 2
+_SSH_FAILED = 255
+"""Exit status of ssh's own errors."""
+_SUFFIX = 16
+"""ssh makes its socket under a name that is so much and a dot longer, then renames it."""
+_PLAIN = frozenset(string.ascii_letters + string.digits + string.punctuation + " ") - frozenset("'\"\\!$`")
 # Words of ssh's message → what to do. They choose the wording of our message, nothing else.
 _ADVICE = {
     "IDENTIFICATION HAS CHANGED": "its host key changed; if you know why, forget the old one: ssh-keygen -R {host}",
@@ -100,13 +107,11 @@ class Apple(_Host):
 class _SshLink:
     """The shell of one machine. Its clients share one connection, which ends when this process does."""
 
-    unsure = frozenset({255})
-
     def __init__(self, name: str, address: _Host) -> None:
         self.name = name
         self._address = address
-        # ssh makes it, for this user only, and removes it when the connection ends. At most 104 characters long.
-        self._socket = Path(tempfile.gettempdir()) / f"ssh-{secrets.token_hex(8)}"
+        # ssh makes it, for this user only, and removes it when the connection ends.
+        self._socket = _place_of_socket()
         self._master: subprocess.Popen[bytes] | None = None
 
     def open(self, deadline: Deadline) -> None:
@@ -125,19 +130,26 @@ class _SshLink:
             if not ready:
                 raise DeviceError(f"{self.name}: {self._address.host} does not answer within {deadline.limit_s:g} s")
             if not os.read(self._master.stdout.fileno(), 1):
-                self._master.wait()
+                status = self._master.wait()
                 errors.seek(0)
-                raise DeviceError(f"{self.name}: {self._address.host}: {self.explain(errors.read())}")
+                ended = Completed(status, b"", errors.read())
+                raise DeviceError(f"{self.name}: {self._address.host}: {self.explain(ended)}")
 
     def client(self, script: str) -> list[str]:
-        return self._ssh("no", f"exec sh -c {shlex.quote(script)}")
+        return self._ssh("no", one_line(script))
 
-    def explain(self, stderr: bytes, /) -> str:
-        text = stderr.decode(errors="replace")
-        for words, advice in _ADVICE.items():
-            if words in text:
-                return advice.format(host=self._address.host)
-        return last_line(text, "the connection ended")
+    def explain(self, ended: Completed, /) -> str:
+        text = ended.stderr.decode(errors="replace")
+        if ended.returncode == _SSH_FAILED:
+            for words, advice in _ADVICE.items():
+                if words in text:
+                    return advice.format(host=self._address.host)
+            return last_line(text, "the connection ended")
+        words = last_line(text, "") or last_line(ended.stdout.decode(errors="replace"), "")
+        return (
+            f"its login shell ended with {ended.returncode}{f' ({words})' if words else ''} before our script did: "
+            f"this must work: ssh {self._address.host} sh -c true"
+        )
 
     def close(self) -> None:
         if self._master:
@@ -148,8 +160,37 @@ class _SshLink:
             except subprocess.TimeoutExpired:  # the other side is gone and cannot agree
                 self._master.kill()
                 self._master.wait()
-        self._socket.unlink(missing_ok=True)
+        if self._socket:
+            self._socket.unlink(missing_ok=True)
 
     def _ssh(self, master: str, command: str) -> list[str]:
-        mux = ["-T", "-o", f"ControlMaster={master}", "-o", f"ControlPath={self._socket}", "-o", "ControlPersist=no"]
+        # ssh reads quotes and replaces %h and the like
+        path = '"{}"'.format(str(self._socket).replace("%", "%%")) if self._socket else "none"
+        mux = ["-T", "-o", f"ControlMaster={master}", "-o", f"ControlPath={path}", "-o", "ControlPersist=no"]
         return ["ssh", *mux, *self._address.options(), "--", self._address.host, command]
+
+
+def _place_of_socket() -> Path | None:
+    """Where clients of one connection can meet; None: nowhere, and each makes a connection of its own.
+
+    A path may be too long for a socket, or lie where none can be made; quotes and the like would need ssh's own rules.
+    """
+    for folder in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp")):  # noqa: S108 – the name is secret
+        path = Path(folder) / f"ssh-{secrets.token_hex(8)}"
+        trial = Path(f"{path}.{'x' * _SUFFIX}")
+        with suppress(OSError), socket.socket(socket.AF_UNIX) as end:
+            end.bind(str(trial))
+            trial.unlink()
+            if not set(folder) & set("\"'\\$\n"):
+                return path
+    return None
+
+
+def one_line(script: str) -> str:
+    """A command that runs a POSIX shell script from any login shell.
+
+    csh, fish and POSIX shells agree on what is one word in single quotes only without newlines, quotes, `!` and the
+    like: these go as octal numbers.
+    """
+    text = "".join(chr(byte) if chr(byte) in _PLAIN else f"\\0{byte:03o}" for byte in os.fsencode(script))
+    return f'exec sh -c \'eval "$(printf %b "{text}")"\''

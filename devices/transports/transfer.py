@@ -65,7 +65,7 @@ def _survey(shell: Shell, names: tuple[str, ...], deadline: Deadline) -> _Survey
     step = f"hashing {quoted(names)}" if names else "asking for its free space"
     ended = shell.ask(scripts.survey(names), deadline, step=step)
     lines = ended.stdout.decode(errors="replace").splitlines()
-    free = re.search(r"\s(\d+)\s+\d+%", lines[1]) if len(lines) > 1 else None
+    free = re.search(r"\s(\d+)\s+(\d+%|-)", lines[1]) if len(lines) > 1 else None
     if ended.returncode or not free:
         raise DeviceError(f"{shell.link.name}: {shell.folder} cannot be read: {ended.reason}")
     hashes = {path: digest for digest, _, path in (line.partition("  ") for line in lines[2:])}
@@ -194,7 +194,9 @@ def pull(shell: Shell, remote: str, local: Path, deadline: Deadline) -> None:
     with tempfile.NamedTemporaryFile(dir=local.parent, prefix=f".{local.name}.", delete=False) as file:
         part = Path(file.name)
         try:
-            ended = shell.ask(f"cat {quoted([remote])}", deadline, stdout=file, step=f"fetching {remote}")
+            ended = shell.ask(f"cat {quoted([remote])}", deadline, step=f"fetching {remote}")
+            file.write(ended.stdout)
+            file.flush()
             if ended.returncode or _sha256(part) != expected:
                 raise TransferError(f"{shell.link.name}: {remote} did not arrive as it is there; run again")
             part.replace(local)

@@ -1,9 +1,12 @@
 """How commands end: a user's mistake, a full disk and Ctrl-C are one line and an exit code, never a traceback."""
 
+import errno
 import logging
 import os
 import sys
 import warnings
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -17,6 +20,8 @@ from export.host.console import console
 _INTERRUPTED = 130
 _NOISY = ("torchao", "torch.utils._pytree", "transformers", "datasets")
 """Loggers of libraries that every command may import; a format adds its own."""
+_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors that only writing has."""
 
 
 def with_default(name: str) -> type[TyperGroup]:
@@ -32,9 +37,37 @@ def with_default(name: str) -> type[TyperGroup]:
 
 
 def run(app: typer.Typer) -> int:
-    """Run a typer app and give the exit code: 0 done, 1 error, 2 wrong usage, 130 interrupted."""
+    """Run a typer app and give the exit code: 0 done, 1 error, 2 wrong usage, 130 interrupted.
+
+    A closed standard input is an empty one; what goes to a closed output goes nowhere.
+    """
+    _open_closed_streams()
     quiet_libraries()
     interrupt.listen()
+    return _flushed(_end_of(app))
+
+
+def _open_closed_streams() -> None:
+    """Python has None for these, and the next file to be opened would get the number that libraries print to."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 – to the end
+
+
+def _flushed(code: int) -> int:
+    """The exit code once all output is written: Python itself would say so with a traceback, after the end."""
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except OSError as error:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 – drops the unwritten rest
+            if not (code or name == "stderr" or isinstance(error, BrokenPipeError)):  # said before, or nobody reads
+                fail(f"standard output: {error.strerror}", 1)
+            code = code or 1
+    return code
+
+
+def _end_of(app: typer.Typer) -> int:
     try:
         code = app(standalone_mode=False)
     except typer.Exit as done:
@@ -53,20 +86,27 @@ def run(app: typer.Typer) -> int:
 
 
 def fail(message: str, code: int) -> int:
-    """Print one line on stderr and give the exit code."""
-    console.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+    """Print one line on stderr, if it can be written, and give the exit code."""
+    with suppress(OSError):
+        console.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
     return code
 
 
 def describe(error: Exception) -> str:
-    """One line for an error; a system error names its file."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'writing'}: {error.strerror}"
-    return " ".join(str(error).split())
+    """One line for an error; a system error names its file, or says that something could not be written."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, OSError) or not error.strerror:
+        return text
+    if error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if error.errno in _WRITING:
+        return f"writing: {error.strerror}"
+    return f"{error.strerror} (the system names no file: {errno.errorcode.get(error.errno or 0, 'error')})"
 
 
 def quiet_libraries() -> None:
-    """Keep libraries' notices about optional parts out of our output."""
+    """Keep libraries' notices about optional parts out of our output, and their telemetry off, in children too."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     warnings.filterwarnings("ignore")

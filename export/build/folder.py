@@ -37,6 +37,7 @@ def building(out: Path, plan_id: str) -> Iterator[Path]:
             _bring_back(old, out)
             raise
         finally:
+            _carry_over(old, out)
             for leftover in (temporary, old):
                 shutil.rmtree(leftover, ignore_errors=True)
 
@@ -51,6 +52,13 @@ def _bring_back(old: Path, out: Path) -> None:
         old.rename(out)
 
 
+def _carry_over(old: Path, out: Path) -> None:
+    """Leave to the new artifact what git, hubs and file managers put beside the old one."""
+    for path in manifest.companions(old):
+        if path.parent == old and not (out / path.name).exists():
+            path.rename(out / path.name)
+
+
 def _make_parent(out: Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +67,7 @@ def _make_parent(out: Path) -> None:
 
 
 def _refuse_foreign(out: Path, plan_id: str) -> None:
-    """Never replace anything but an artifact of the same plan."""
+    """Never replace anything but an artifact of the same plan, nor what somebody put into its folder."""
     if not out.exists():
         return
     if not out.is_dir() or (any(out.iterdir()) and not (out / manifest.FILE).is_file()):
@@ -67,3 +75,7 @@ def _refuse_foreign(out: Path, plan_id: str) -> None:
     if (out / manifest.FILE).is_file() and (held_id := manifest.read_id(out)) != plan_id:
         content = f"another artifact ({held_id})" if held_id else "a damaged artifact"
         raise ExportError(f"{out}: holds {content}; give another --out or remove it")
+    if foreign := next(manifest.unlisted(out), None):
+        raise ExportError(
+            f"{foreign}: not part of the artifact that is built again; move it away, or give another --out"
+        )

@@ -4,7 +4,7 @@ The resolved plan, the bytes of the checkpoint and of the calibration texts, our
 artifact's own files are compared. What cannot be compared counts as changed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from export import formats, manifest
@@ -26,7 +26,7 @@ from export.errors import ExportError
 from export.host import digests
 from export.host.console import console
 from export.manifest import Manifest, flat
-from export.plan import CONFIGS, Plan
+from export.plan import CONFIGS, Plan, shortened
 
 
 def is_stale(plan: Plan, source: Origin | None, folder: Path, explain: bool = False) -> bool:
@@ -45,7 +45,8 @@ def reasons(plan: Plan, source: Origin | None, folder: Path) -> list[str]:
         return ["not built yet"]
     try:
         built = manifest.read(folder)
-        changes = [*_changed_plan(built.plan, plan), *_changed_inputs(built, plan, source)]
+        fitting = shortened(plan, built.architecture.max_position_embeddings)
+        changes = [*_changed_plan(built.plan, fitting), *_changed_inputs(built, plan, source)]
         if not changes:
             manifest.verify_files(folder, built)
     except ExportError as error:
@@ -73,7 +74,7 @@ def _changed_inputs(built: Manifest, plan: Plan, source: Origin | None) -> Itera
         if (was := built.tools.get(tool)) != version:
             yield f"{tool}: {version}, was {was}"
     if digests.artifact_digest() != built.source.sha256:
-        yield f"export/: changed since commit {built.source.commit[:12]}{' with local changes' * built.source.dirty}"
+        yield f"export/: changed since commit {built.source.revision}"
 
 
 def changed_files(recorded: dict[str, str], origin: Origin) -> Iterator[str]:
@@ -86,8 +87,20 @@ def changed_files(recorded: dict[str, str], origin: Origin) -> Iterator[str]:
             yield f"{name}: not found in {origin}"
         elif all(digests.remembered_sha256(path) != digest for path in files):
             yield f"{files[0]}: changed"
-    for name in sorted(of_tokenizer.keys() - recorded.keys()):
-        yield f"{of_tokenizer[name]}: new"
+    for path in (*(of_tokenizer[name] for name in sorted(of_tokenizer)), *_preferred(origin, recorded)):
+        if path.name not in recorded:
+            yield f"{path}: new"
+
+
+def _preferred(origin: Origin, recorded: Iterable[str]) -> Iterator[Path]:
+    """What goes before recorded files where it is there: `config.json` before params.json, one file before shards."""
+    names = {"params.json": "config.json", "config.json": "model.safetensors"}
+    match origin:
+        case Adapter():
+            yield from _preferred(origin.base, recorded)
+        case Folder() | Hub():
+            paths = (folder / names[name] for folder in folders(origin) for name in recorded if name in names)
+            yield from (path for path in paths if path.is_file())
 
 
 def _weight_files(origin: Origin, name: str) -> Iterator[Path]:

@@ -45,7 +45,7 @@ class Folder(_Local):
 
 
 class File(_Local):
-    """A GGUF file."""
+    """A GGUF file, by the name that was given: a link into a hub's cache leads to a blob named by a digest."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,8 @@ def parse_origin(text: str) -> Origin:
     if not text:
         raise ExportError("--source is empty; give a folder, a .gguf file or a hub id")
     path = Path(os.path.expanduser(text))  # noqa: PTH111  (Path's own raises for an unknown user)
-    if path.exists():
-        return (Folder if path.is_dir() else File)(path.resolve(), text)
+    if path.exists() or path.is_symlink():
+        return _local(path, text)
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
         return _hub(text, text)
     raise ExportError(f"{text}: no such file or folder (and not a hub id like owner/name)")
@@ -157,6 +157,15 @@ def chosen_origin(model: ModelSpec, source: str | Path | None, adapter: str | Pa
     """Where a build's weights come from, by its options; None: from where the model's YAML says."""
     origin = None if source is None else parse_origin(str(source))
     return origin if adapter is None else adapted(origin_of(model, origin), Path(adapter))
+
+
+def _local(path: Path, text: str) -> Folder | File:
+    """A folder where it really is; a file under its own name, where it is a link to a blob named by a digest."""
+    if path.is_dir():
+        return Folder(path.resolve(), text)
+    if not path.exists():
+        raise ExportError(f"{text}: a link to {os.readlink(path)}, which is not there")  # noqa: PTH115  (its text)
+    return File(path.parent.resolve() / path.name, text)
 
 
 def _parse_adapter(text: str) -> Adapter:

@@ -25,6 +25,7 @@ class SeededSource:
         self.architecture = architecture
         self.description = f"random weights, seed {seed}"
         self.files = ()
+        self.notes = ()
         self.stated_ids: Mapping[str, Mapping[str, Any]] = {}
 
     @property

@@ -37,6 +37,11 @@ def track(items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
             bar.advance(task)
 
 
+def say(note: str) -> None:
+    """One line that a build goes on after."""
+    console.print(f"  note: {note}", markup=False, soft_wrap=True)
+
+
 @contextmanager
 def stage(label: str, detail: str = "") -> Iterator[None]:
     """Run a stage with a spinner and end it with one line: label, detail, seconds."""

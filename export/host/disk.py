@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from export.architecture import PositiveNumber, Strict
 from export.errors import ExportError
@@ -19,6 +20,8 @@ from export.plan import CONFIGS, load_record
 from .console import console
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""Of flock on file systems without locks: NFS without lockd, Lustre with `noflock`, some of FUSE."""
 _ALMOST_FULL_BYTES = 2**20
 _IN_USE_S = 6 * 3600.0
 """Longer than any build or validation goes on without touching what it needs from the cache."""
@@ -29,22 +32,117 @@ class FullError(ExportError):
 
 
 @contextmanager
-def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """An advisory lock on `.NAME.lock` beside `path`; the kernel frees it when the process ends, however it ends."""
-    with path.with_name(f".{path.name}.lock").open("a+") as file:
+def locked(path: Path) -> Iterator[None]:
+    """The only writer of `path`: a lock on `.NAME.lock` beside it; the kernel frees it when the process ends.
+
+    Raises ExportError: another process has it, or the file system has no locks.
+    """
+    with _lock_file(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            busy = f"{path}: process {file.read().strip()} is writing it"
-            if not wait:
-                raise ExportError(f"{busy}; wait for it to end") from None
-            console.print(f"  waiting: {busy}", soft_wrap=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+            raise ExportError(f"{_busy(path, file)}; wait for it to end") from None
+        except OSError as error:
+            raise ExportError(
+                f"{_lock_of(path)}: cannot be locked ({error.strerror}), and two writers would damage {path}; "
+                "take a folder on another file system"
+            ) from None
+        _sign(file)
         yield
+
+
+@contextmanager
+def turn(path: Path) -> Iterator[None]:
+    """The same where a lock only saves work: wait for other processes, go on without where there are no locks."""
+    with _lock_file(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            console.print(f"  waiting: {_busy(path, file)}", soft_wrap=True, markup=False)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            console.print(f"  {_lock_of(path)}: not locked ({error.strerror})", soft_wrap=True, markup=False)
+        _sign(file)
+        yield
+
+
+def is_locked(lock: Path) -> bool:
+    """Whether some process holds the lock in this file; True too where the file system cannot tell."""
+    try:
+        with lock.open("a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError) or error.errno in _NO_LOCKS
+    return False
+
+
+def wait_for_lock(file: IO[bytes]) -> None:
+    """Lock an open file until it is closed; nothing is done where its file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
+def _lock_file(path: Path) -> IO[str]:
+    """Raises ExportError: it is a link, and what that names would be overwritten."""
+    lock = _lock_of(path)
+    try:
+        return os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644), "r+")
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ExportError(f"{lock}: a link, which no build of ours makes; remove it") from None
+        raise
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def _busy(path: Path, lock: IO[str]) -> str:
+    return f"{path}: process {lock.read().strip()} is writing it"
+
+
+def _sign(lock: IO[str]) -> None:
+    """Leave this process's number for those who find the lock held."""
+    lock.seek(0)
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all, through a new file beside it; a link of that name is replaced, not followed."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    new = Path(name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        new.chmod(0o644)
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+
+
+def cache_folder(preferred: Path) -> Path:
+    """Where results may be cached: the preferred folder, or the user's cache where that cannot be written.
+
+    Raises ExportError: neither can be.
+    """
+    if _is_writable(preferred):
+        return preferred
+    own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-on-device"
+    if _is_writable(own):
+        console.print(f"  {preferred}: cannot be written; the cache is {own}", soft_wrap=True, markup=False)
+        return own
+    raise ExportError(f"{preferred}: cannot be written, nor can {own}; name a folder for the cache in XDG_CACHE_HOME")
+
+
+def _is_writable(folder: Path) -> bool:
+    there = _existing(folder)
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 @contextmanager

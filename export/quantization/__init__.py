@@ -26,7 +26,7 @@ def quantize(checkpoint: Checkpoint, recipe: QuantRecipe, cache: Path) -> Quanti
     path = cache / f"quantized-{key[:16]}.safetensors"
     with disk.writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
-        with disk.locked(path, wait=True):  # builds of one recipe at the same time quantize once
+        with disk.turn(path):  # builds of one recipe at the same time quantize once
             if not path.is_file():
                 write_store(path, key, weights, recipe)
                 memory.give_back()  # or the integers' memory is still ours while they are read back

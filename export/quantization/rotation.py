@@ -124,6 +124,10 @@ class _RotatedSource:
         return self.base.source.files
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        return self.base.source.notes
+
+    @property
     def stated_ids(self) -> Mapping[str, Mapping[str, Any]]:
         return self.base.source.stated_ids
 

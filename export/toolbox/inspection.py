@@ -47,15 +47,14 @@ class Section:
 def inspect(path: Path) -> Inspection:
     """Read an artifact folder, or a bare file or package. Raises ExportError: it is neither, or damaged."""
     if (path / manifest.FILE).is_file():
-        described = manifest.read(path)
+        described, files, note = manifest.read(path), manifest.hash_files(path), ""
         reader, file = formats.reader(described.plan.target.backend), path / described.plan.target.artifact
         contents = formats.contents(reader, file, described.architecture)
         contents = contents.model_copy(update={"tensors": with_tied_head(contents.tensors, described.architecture)})
-        files, note = manifest.hash_files(path), ""
     else:
         described, note = None, NO_MANIFEST
-        contents = formats.contents(formats.recognize(path), path, None)
         files = manifest.hash_files(path) if path.is_dir() else {path.name: manifest.file_info(path)}
+        contents = formats.contents(formats.recognize(path), path, None)
     return Inspection(
         path=str(path),
         manifest=described,
@@ -125,7 +124,7 @@ def _about(described: Manifest) -> list[Row]:
         ("context", f"{kv.context_length} tokens, at most {described.contract.max_prefill} a call"),
         ("logits", f"of {'the last position' if described.contract.logits == 'last' else 'every position'}"),
         ("lowering", ", ".join(f"{key} {value}" for key, value in described.lowering.items())),
-        ("source", f"{described.source.commit[:12]}{' with local changes' if described.source.dirty else ''}"),
+        ("source", described.source.revision),
     ]
 
 

@@ -1,7 +1,8 @@
 """model.sig: who made an artifact folder. Elliptic-curve keys through OpenSSF's model-signing, offline.
 
-The signature is a Sigstore bundle over the sha256 of every file in the folder, manifest and card too, so the
-`model_signing` command verifies it as well (https://github.com/sigstore/model-transparency).
+The signature is a Sigstore bundle over the sha256 of every file of the artifact, manifest and card too, so the
+`model_signing` command verifies it as well (https://github.com/sigstore/model-transparency). Companions are not signed:
+a folder that went through a hub or a file manager stays as it was signed.
 """
 
 import base64
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from export import manifest
 from export.build import folder as artifact
 from export.errors import ExportError
 from export.host import digests
@@ -31,7 +33,7 @@ def sign(folder: Path, private_key: Path) -> Path:
     """
     signing = _library("signing")
     _require_key(private_key, "private")
-    signer = signing.Config().use_elliptic_key_signer(private_key=private_key).set_hashing_config(_everything())
+    signer = signing.Config().use_elliptic_key_signer(private_key=private_key).set_hashing_config(_everything(folder))
     finished, unfinished = folder / SIGNATURE, artifact.beside(folder.resolve(), "sig")
     try:
         signer.sign(folder, unfinished)
@@ -57,7 +59,9 @@ def differences(folder: Path, public_key: Path) -> Iterator[str]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         yield f"{signature}: not a signature ({type(error).__name__}); sign the folder again"
         return
-    verifier = verifying.Config().use_elliptic_key_verifier(public_key=public_key).set_hashing_config(_everything())
+    verifier = (
+        verifying.Config().use_elliptic_key_verifier(public_key=public_key).set_hashing_config(_everything(folder))
+    )
     try:
         verifier.verify(folder, signature)
         valid = True
@@ -74,7 +78,7 @@ def differences(folder: Path, public_key: Path) -> Iterator[str]:
 
 def _changes(folder: Path, signed: dict[str, str]) -> Iterator[str]:
     """Files that are missing, changed or not signed; a signature may leave files out, ours never do."""
-    present = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    present = {path.relative_to(folder).as_posix(): path for path in manifest.files(folder)}
     del present[SIGNATURE]
     for name, digest in signed.items():
         if name not in present:
@@ -94,11 +98,11 @@ def _signed_files(signature: Path) -> dict[str, str]:
     return {str(file["name"]): str(file["digest"]) for file in statement["predicate"]["resources"]}
 
 
-def _everything() -> "hashing.Config":
-    """sha256 of every file except the signature; by default the library leaves out git's files."""
+def _everything(folder: Path) -> "hashing.Config":
+    """sha256 of every file except the signature and companions."""
     config: hashing.Config = _library("hashing").Config()
     return config.use_file_serialization(hashing_algorithm="sha256").set_ignored_paths(
-        paths=[SIGNATURE], ignore_git_paths=False
+        paths=[SIGNATURE, *(path.relative_to(folder) for path in manifest.companions(folder))], ignore_git_paths=False
     )
 
 

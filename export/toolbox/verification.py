@@ -5,8 +5,6 @@ and integers that another quantizer chose (validation compares them with ours).
 """
 
 import json
-import os
-import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +27,7 @@ def verify(folder: Path, limit_s: float, public_key: Path | None = None) -> list
 
     With a key the signature is checked first, and a folder that fails is not read further.
     """
-    if strays := list(_strays(folder)):
+    if strays := list(manifest.strays(folder)):
         return strays
     if public_key and (differences := list(signature.differences(folder, public_key))):
         return differences
@@ -49,8 +47,6 @@ def verify(folder: Path, limit_s: float, public_key: Path | None = None) -> list
 
 def require_whole(folder: Path) -> None:
     """Refuse a folder whose files are not those of its manifest; the model itself is not read."""
-    if stray := next(_strays(folder), None):
-        raise ExportError(stray)
     manifest.verify_files(folder, manifest.read(folder))
 
 
@@ -59,18 +55,6 @@ def about_signature(folder: Path, public_key: Path | None) -> str:
     if public_key:
         return f", and as signed with {public_key}"
     return f"; {manifest.SIGNATURE} was not checked (give --key)" if (folder / manifest.SIGNATURE).exists() else ""
-
-
-def _strays(folder: Path) -> Iterator[str]:
-    """Links, pipes and devices: an artifact holds files and folders only."""
-    for parent, folders, files in os.walk(folder):
-        for name in sorted(folders + files):
-            path = Path(parent, name)
-            mode = path.lstat().st_mode
-            if stat.S_ISLNK(mode):
-                yield f"{path}: a link; an artifact holds files only"
-            elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                yield f"{path}: neither a file nor a folder"
 
 
 def _contradictions(described: Manifest) -> Iterator[str]:
@@ -92,12 +76,16 @@ def _contradictions(described: Manifest) -> Iterator[str]:
 
 
 def _wrong_layers(described: Manifest) -> Iterator[str]:
-    """Quantized layers that the recipe does not quantize, or not in that scheme."""
+    """Quantized layers that the recipe does not quantize, or not in that scheme.
+
+    With a recipe that keeps a checkpoint's integers, the checkpoint decides which weights stay float.
+    """
     a, recipe = described.architecture, described.plan.quant
     expected = schemes.of_recipe(recipe, a)
     layers = {layer.name: layer for layer in described.quantization.layers}
-    for name in sorted(layers.keys() ^ set(expected.names)):
-        reason = "missing" if name in expected.names else "not quantized by the recipe"
+    missing = set() if recipe.method == "kept" else set(expected.names) - layers.keys()
+    for name in sorted(missing | (layers.keys() - set(expected.names))):
+        reason = "missing" if name in missing else "not quantized by the recipe"
         yield f"{manifest.FILE}: quantization.layers: {name}: {reason}"
     for name, layer in layers.items():
         options = [expected.of(name)]

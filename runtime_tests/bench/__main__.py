@@ -13,12 +13,13 @@ from export.build.command import run as run_app
 from export.errors import ExportError
 from export.manifest import ROOT
 from export.toolbox.tables import plain
+from runtime_tests.evidence import record
 
-from . import contenders, fidelity, measurement, publish, results, tables
+from . import contenders, fidelity, measurement, publish, tables
 from .contenders import ROLES, Request
+from .exports import BENCH
 from .publish import DOCS
 from .results import Benchmark, Settings
-from .stock import BENCH
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _RESULTS = ROOT / BENCH / "results.jsonl"
@@ -62,7 +63,7 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
         far_generate=measurement.FAR_GENERATE if long_context else 0,
     )
     benchmark = measurement.perform(request, lineup, settings)
-    results.append(benchmark, _RESULTS)
+    record.append(benchmark, _RESULTS)
     _show(benchmark)
     if write:
         for path in publish.publish(benchmark, DOCS):
@@ -92,17 +93,7 @@ def lengths(prompts: str) -> tuple[int, ...]:
 
 def _show(benchmark: Benchmark) -> None:
     """The run in the terminal."""
-    shown = (
-        tables.measured,
-        tables.long_context,
-        tables.memory,
-        tables.bandwidth,
-        tables.overheads,
-        tables.exports,
-        tables.domains,
-        tables.compared,
-    )
-    for rows in filter(None, (table(benchmark) for table in shown)):
+    for rows in filter(None, (table(benchmark) for table in tables.SHOWN)):
         print("\n" + plain(rows))
     print(f"\nsamples: {_RESULTS.relative_to(ROOT)}, run {benchmark.run_id}")
     for name, reason in benchmark.missing.items():

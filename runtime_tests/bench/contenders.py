@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from export import formats, manifest
 from export.architecture import Architecture
 from export.errors import ExportError
@@ -14,10 +16,9 @@ from runtime_tests.checks.speed import bytes_per_token, stored_bytes
 from runtime_tests.jobs import Opening
 from runtime_tests.sessions import session_module
 
-from . import exports, forms, stock
+from . import exports, forms
 from .results import Entry
 
-_KV_BYTES = {"float32": 4, "float16": 2}
 SESSION = "session"
 """The runner of any artifact folder of ours."""
 ONE_TARGET = "onnx-cpu"
@@ -75,7 +76,7 @@ class Lineup:
     contenders: tuple[Contender, ...]
     missing: dict[str, str]
     """Name → reason."""
-    made: dict[str, stock.Made]
+    made: dict[str, exports.Made]
     """Recipe → the stock artifact with the cost of making it."""
     ours: dict[str, Path]
     """Target → our artifact folder, relative to the checkout."""
@@ -141,17 +142,16 @@ def gather(request: Request) -> Lineup:
     ours = {
         target: exports.built(load_plan(request.model, request.quant, target), request.source) for target in targets
     }
-    made: dict[str, stock.Made] = {}
+    made: dict[str, exports.Made] = {}
     missing: dict[str, str] = {}
     ready: list[Contender] = []
     for role in chosen:
         try:
             folder = _home(role, request, ours)
             if role.recipe and role.recipe not in made:
-                described = manifest.read(ROOT / folder)
-                made[role.recipe] = stock.make(role.recipe, described, folder / manifest.FILE, request.source)
+                made[role.recipe] = exports.make(role.recipe, folder, request.source)
             ready.append(_contender(role, folder, made, request.threads))
-        except (stock.NotMadeError, exports.NotBuiltError) as error:
+        except exports.NotMadeError as error:
             missing[role.name] = str(error)
     if not ready:
         raise ExportError(f"no contender left: {'; '.join(f'{name}: {why}' for name, why in missing.items())}")
@@ -190,7 +190,7 @@ def weight_bytes(model: Path, described: Manifest, *, ours: bool) -> int:
 
 def kv_bytes_per_position(a: Architecture, dtype: str) -> int:
     """Bytes of the keys and values of one position in all layers."""
-    return 2 * a.num_hidden_layers * a.num_key_value_heads * a.head_dim * _KV_BYTES[dtype]
+    return 2 * a.num_hidden_layers * a.num_key_value_heads * a.head_dim * np.dtype(dtype).itemsize
 
 
 def _home(role: _Role, request: Request, ours: dict[str, Path]) -> Path:
@@ -200,7 +200,7 @@ def _home(role: _Role, request: Request, ours: dict[str, Path]) -> Path:
     return ours[role.target] if role.target else next(iter(ours.values()))
 
 
-def _contender(role: _Role, folder: Path, made: dict[str, stock.Made], threads: int) -> Contender:
+def _contender(role: _Role, folder: Path, made: dict[str, exports.Made], threads: int) -> Contender:
     described = manifest.read(ROOT / folder)
     stock_made = made[role.recipe] if role.recipe else None
     place = Path(stock_made.folder) if stock_made else folder

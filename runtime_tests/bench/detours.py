@@ -9,12 +9,11 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import chain, groupby, repeat
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
-from numpy.typing import NDArray
 
 import devices
 from export import checkpoints, manifest
@@ -22,24 +21,25 @@ from export.architecture import Strict
 from export.build.command import run as run_app
 from export.checkpoints.origin import File, Package, origin_of, parse_origin
 from export.errors import ExportError
-from export.formats import tool_versions
 from export.host.console import console, stage
-from export.manifest import ROOT, source_info
+from export.manifest import ROOT
 from export.plan import ModelSpec, load_named, load_plan
 from export.toolbox.tables import NONE, Row, plain
 from runtime_tests import evaluation
 from runtime_tests.checks.accuracy import compare
 from runtime_tests.evaluation import Windows
-from runtime_tests.evidence.record import Comparison, Environment, Outcome
-from runtime_tests.places import environment
+from runtime_tests.evidence.record import Outcome
 from runtime_tests.reports import templates
 
 from . import contenders, exports, fidelity, publish
 from .contenders import ONE_TARGET, SESSION
+from .exports import BENCH
 from .forms import DETOUR_FORMS, home, weight_bytes
-from .stock import BENCH
+from .results import Fidelity, StudyRun
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+_RECIPE, _EVALUATION = "int4-g32", "default"
+"""What quantizes every form, and the text that it is judged on."""
 
 
 class Detour(Strict):
@@ -55,69 +55,60 @@ class Detour(Strict):
     top1: float
 
 
-class Detours(Strict):
-    """One run."""
+class Detours(StudyRun):
+    """Of one checkpoint."""
 
-    model: str
-    evaluation: str
     positions: int
     rows: tuple[Detour, ...]
-    environment: Environment
-    commit: str
-    tools: dict[str, str]
 
 
 @app.command()
 def main(
     model: Annotated[str, typer.Argument(help="a name in configs/models")],
     source: Annotated[str, typer.Option(help="float weights")],
-    recipe: Annotated[str, typer.Option(help="quantizes every form")] = "int4-g32",
-    eval_name: Annotated[str, typer.Option("--eval", help="a name in configs/evals")] = "default",
     write: Annotated[bool, typer.Option("--write", help="write docs/detours.md and its record")] = False,
 ) -> None:
     """Judge every form; forms are made once and cached in build/detours."""
     with tempfile.TemporaryDirectory(prefix=".detours-", dir=ROOT / BENCH) as scratch:
-        rows = tuple(_judge(model, source, recipe, eval_name, Path(scratch)))
-    cut = evaluation.load(eval_name)
-    detours = Detours(
-        model=model,
-        evaluation=eval_name,
-        positions=sum(text.windows for text in cut.texts) * (cut.decode + 1),
-        rows=rows,
-        environment=environment.current(),
-        commit=source_info().commit,
-        tools=tool_versions(),
-    )
+        rows = tuple(_judge(model, source, Path(scratch)))
+    cut = evaluation.load(_EVALUATION)
+    positions = sum(text.windows for text in cut.texts) * (cut.decode + 1)
+    detours = Detours(positions=positions, rows=rows, **publish.conditions(model, _EVALUATION))
     print("\n" + plain(table(detours)))
     if write:
         command = f"python -m runtime_tests.bench.detours {model} --source DIR --write"
         publish.publish_study("detours", detours, render(detours, command))
 
 
-def _judge(model: str, source: str, recipe: str, eval_name: str, room: Path) -> Iterator[Detour]:
-    direct = exports.built(load_plan(model, recipe, ONE_TARGET), source)
-    cut = fidelity.windows(ROOT / direct, eval_name)
-    float_logits = _reference(direct, source, cut, room / "float")
+def _judge(model: str, source: str, room: Path) -> Iterator[Detour]:
+    threads = devices.thread_count(devices.load("host"))
+    direct = _built(model, _RECIPE, source)
+    cut = fidelity.windows(ROOT / direct, _EVALUATION)
+    floats = fidelity.compute_reference(ROOT / direct, source, cut, room / "float", threads)
     for key, (label, _, keeps) in DETOUR_FORMS.items():
-        place = cached_form(key, model, source)
-        first, exact = None, room / key
-        for name in (recipe, keeps) if keeps else (recipe,):
-            folder = exports.built(load_plan(model, name, ONE_TARGET), str(place))
-            if first is None:
-                own = _load(_reference(folder, str(place), cut, exact))
-                first = compare(_load(float_logits), own, cut.targets, cut.labels)
-            second, whole = _compare_artifact(folder, cut, exact, float_logits)
+        place, logits = cached_form(key, model, source), room / key
+        folder = _built(model, _RECIPE, str(place))
+        exact = fidelity.compute_reference(ROOT / folder, str(place), cut, logits, threads)
+        first = compare(floats, exact, cut.targets, cut.labels)
+        for recipe in filter(None, (_RECIPE, keeps)):
+            folder = _built(model, recipe, str(place))
+            second = _judge_artifact(folder, cut, logits, threads)
+            whole = compare(floats, fidelity.load(logits / fidelity.CANDIDATE), cut.targets, cut.labels)
             yield Detour(
                 form=label,
                 source_bytes=weight_bytes(place),
-                recipe=name,
+                recipe=recipe,
                 artifact_bytes=manifest.read(ROOT / folder).artifact_bytes,
                 first_kl=first.mean_kl,
                 second_kl=second.mean_kl,
                 kl=whole.mean_kl,
                 top1=whole.top1,
             )
-        shutil.rmtree(exact)
+        shutil.rmtree(logits)
+
+
+def _built(model: str, recipe: str, source: str) -> Path:
+    return exports.built(load_plan(model, recipe, ONE_TARGET), source)
 
 
 def cached_form(key: str, model: str, source: str) -> Path:
@@ -139,49 +130,24 @@ def cached_form(key: str, model: str, source: str) -> Path:
     return place
 
 
-def _reference(folder: Path, source: str, cut: Windows, room: Path) -> Path:
-    """The file of a checkpoint's fp32 logits."""
-    room.mkdir()
-    np.save(room / "tokens.npy", cut.tokens)
-    with stage("reference", source):
-        fidelity.compute_reference(ROOT / folder, source, cut, room, threads=_threads())
-    return room / "reference.npy"
-
-
-def _compare_artifact(folder: Path, cut: Windows, room: Path, float_logits: Path) -> tuple[Comparison, Comparison]:
-    """An ONNX file against its own checkpoint, and against the float weights."""
+def _judge_artifact(folder: Path, cut: Windows, room: Path, threads: int) -> Fidelity:
+    """An ONNX file against its own checkpoint; its logits stay in the room."""
     described = manifest.read(ROOT / folder)
-    opening = contenders.opening(SESSION, folder, folder, _threads())
-    with stage("accuracy", described.id):
-        ended = fidelity.judge_one(described.id, opening, described, cut, room)
-    if ended.outcome is not Outcome.PASS:
-        raise ExportError(f"{folder}: {ended.outcome.value}: {ended.detail}")
-    logits = _load(room / "candidate.npy")
-    own, whole = (
-        compare(_load(path), logits, cut.targets, cut.labels) for path in (room / "reference.npy", float_logits)
-    )
-    return own, whole
-
-
-def _load(path: Path) -> NDArray[np.float32]:
-    logits: NDArray[np.float32] = np.load(path, mmap_mode="r")
-    return logits
-
-
-def _threads() -> int:
-    return devices.thread_count(devices.load("host"))
+    opening = contenders.opening(SESSION, folder, folder, threads)
+    judged = fidelity.judge_one(described.id, opening, described, cut, room)
+    if judged.outcome is not Outcome.PASS:
+        raise ExportError(f"{folder}: {judged.outcome.value}: {judged.detail}")
+    return judged
 
 
 def table(detours: Detours) -> list[Row]:
-    """Header and a row for each artifact."""
-    header: Row = ("checkpoint", "MB", "recipe", "artifact MB", "first", "second", "in all", "top-1")
-    rows: list[Row] = [header]
-    for row in detours.rows:
-        again = rows[-1][0] == row.form or (rows[-1][0] == NONE)
-        losses = (f"{kl:.4f}" for kl in (row.first_kl, row.second_kl, row.kl))
-        sizes = (f"{row.source_bytes / 1e6:.1f}", f"{row.artifact_bytes / 1e6:.1f}")
-        name = NONE if again and row.recipe.endswith("exact") else row.form
-        rows.append((name, sizes[0], row.recipe, sizes[1], *losses, f"{row.top1:.1%}"))
+    """Header and a row for each artifact; a form is named once."""
+    rows: list[Row] = [("checkpoint", "MB", "recipe", "artifact MB", "first", "second", "in all", "top-1")]
+    for form, of_form in groupby(detours.rows, key=lambda row: row.form):
+        for name, row in zip(chain([form], repeat(NONE)), of_form, strict=False):
+            losses = (f"{kl:.4f}" for kl in (row.first_kl, row.second_kl, row.kl))
+            sizes = (f"{row.source_bytes / 1e6:.1f}", f"{row.artifact_bytes / 1e6:.1f}")
+            rows.append((name, sizes[0], row.recipe, sizes[1], *losses, f"{row.top1:.1%}"))
     return rows
 
 

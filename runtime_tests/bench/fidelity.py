@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from export import manifest
 from export.checkpoints import tokenizer
@@ -23,10 +24,12 @@ from runtime_tests.evidence.record import Outcome
 from runtime_tests.jobs import BenchLogitsJob, Opening, ReferenceJob, ReferenceTask, isolation
 from runtime_tests.jobs.isolation import Ended
 
+from .exports import BENCH
 from .results import Fidelity
-from .stock import BENCH
 
 _LIMIT_S = 1800.0
+CANDIDATE = "candidate.npy"
+"""The logits of the artifact that was judged last."""
 _NO_LOGITS = "llm_runner"
 """The runner that gives text only; the runner `pte` gives the logits of the same file."""
 
@@ -46,52 +49,58 @@ def refuse_read_text(eval_name: str, recipes: Sequence[str]) -> None:
 
 def judge(openings: Mapping[str, Opening], folder: Path, source: str | None, cut: Windows) -> list[Fidelity]:
     """Every contender that gives logits, by name, against the fp32 model of the checkpoint behind `folder`."""
-    described = manifest.read(folder)
-    judged = []
+    described, threads = manifest.read(folder), next(iter(openings.values())).threads
     with tempfile.TemporaryDirectory(prefix=".logits-", dir=ROOT / BENCH) as scratch:
-        room = Path(scratch)
-        np.save(room / "tokens.npy", cut.tokens)
-        with stage("reference", "fp32 logits"):
-            compute_reference(folder, source, cut, room, threads=next(iter(openings.values())).threads)
-        for name, opening in openings.items():
-            if opening.runner != _NO_LOGITS:
-                with stage("accuracy", name):
-                    judged.append(judge_one(name, opening, described, cut, room))
-    return judged
+        compute_reference(folder, source, cut, Path(scratch), threads)
+        return [
+            judge_one(name, opening, described, cut, Path(scratch))
+            for name, opening in openings.items()
+            if opening.runner != _NO_LOGITS
+        ]
 
 
-def compute_reference(folder: Path, source: str | None, cut: Windows, room: Path, *, threads: int) -> None:
-    """Write the fp32 model's logits."""
+def compute_reference(folder: Path, source: str | None, cut: Windows, room: Path, threads: int) -> NDArray[np.float32]:
+    """The fp32 model's logits; they stay in `room`, where `judge_one` reads them. Raises ExportError."""
+    room.mkdir(exist_ok=True)
+    np.save(room / "tokens.npy", cut.tokens)
     task = ReferenceTask(
         kind="fp32", tokens=str(room / "tokens.npy"), prefill=cut.prefill, out=str(room / "reference.npy")
     )
     job = ReferenceJob(
         folder=str(folder), source=source, cache=str(ROOT / "build" / "cache"), threads=threads, tasks=(task,)
     )
-    ended = isolation.run(job, limit_s=_LIMIT_S)
+    with stage("reference", source or "fp32 logits"):
+        ended = isolation.run(job, limit_s=_LIMIT_S)
     if ended.outcome is not Outcome.PASS:
         raise ExportError(f"fp32 reference: {ended.outcome.value}: {ended.detail}")
+    return load(room / "reference.npy")
 
 
 def judge_one(name: str, opening: Opening, described: Manifest, cut: Windows, room: Path) -> Fidelity:
     """Logits of one artifact, compared with those of the reference in `room`; a crash is a result."""
-    out = room / "candidate.npy"
     job = BenchLogitsJob(
         opening=opening,
         vocab_size=described.architecture.vocab_size,
         tokens=str(room / "tokens.npy"),
         prefill=cut.prefill,
-        out=str(out),
+        out=str(room / CANDIDATE),
     )
-    ended = isolation.run(job, limit_s=_LIMIT_S)
+    with stage("accuracy", name):
+        ended = isolation.run(job, limit_s=_LIMIT_S)
     if ended.outcome is not Outcome.PASS:
         return _failed(name, ended)
-    reference, candidate = (np.load(path, mmap_mode="r") for path in (room / "reference.npy", out))
+    candidate = load(room / CANDIDATE)
     if problem := not_finite(candidate):
         return _failed(name, Ended(Outcome.MISMATCH, problem))
-    comparison = compare(reference, candidate, cut.targets, cut.labels)
+    comparison = compare(load(room / "reference.npy"), candidate, cut.targets, cut.labels)
     numbers = comparison.model_dump(include=set(Fidelity.model_fields))
     return Fidelity(contender=name, outcome=Outcome.PASS, detail="", **numbers)
+
+
+def load(path: Path) -> NDArray[np.float32]:
+    """Logits [W, decode + 1, V], read from the file as they are used."""
+    logits: NDArray[np.float32] = np.load(path, mmap_mode="r")
+    return logits
 
 
 def _failed(name: str, ended: Ended) -> Fidelity:

@@ -3,7 +3,7 @@
 Quantized forms are made from float weights by the original tool where it is at hand; Jlama is Java, so its blocks are
 written here. Files hold the tokenizer too.
 
-python -m runtime_tests.bench.forms huggingface|meta|gguf OUT MANIFEST [SOURCE]    into an existing folder
+python -m runtime_tests.bench.forms huggingface|meta|gguf OUT ARTIFACT [SOURCE]    into an existing folder
 """
 
 import sys
@@ -14,22 +14,26 @@ import gguf
 import torch
 from gguf import GGMLQuantizationType
 
-from export import checkpoints, manifest
+from export import manifest
 from export.checkpoints import Checkpoint
-from export.checkpoints.origin import parse_origin
-from export.errors import ExportError
-from export.manifest import ROOT, Manifest
+from export.manifest import ROOT
 from export.toolbox import writers
-from runtime_tests.jobs import SourceDiffersError
+from runtime_tests.checks.weights import checkpoint_of
 
-from . import processes
+from . import exports
+
+
+def write_hugging_face(source: Checkpoint, folder: Path, dtype: torch.dtype | None = None) -> Path:
+    """config.json, model.safetensors and the tokenizer; without a dtype weights are equal bit for bit."""
+    dtype = dtype or exact_dtype(source)
+    writers.write_safetensors(writers.read_all(source, dtype), folder)
+    writers.write_description(source, folder, dtype)
+    return folder
 
 
 def _bf16(source: Checkpoint, folder: Path, _vocabulary: Path) -> Path:
-    """Every weight in bfloat16, as Meta publishes them."""
-    writers.write_safetensors(writers.read_all(source, torch.bfloat16), folder)
-    writers.write_description(source, folder, torch.bfloat16)
-    return folder
+    """As Meta publishes the weights."""
+    return write_hugging_face(source, folder, torch.bfloat16)
 
 
 def _nf4(source: Checkpoint, folder: Path, _vocabulary: Path) -> Path:
@@ -50,13 +54,12 @@ def _jlama(source: Checkpoint, folder: Path, _vocabulary: Path) -> Path:
 
 def _gguf_of(kind: str) -> Callable[[Checkpoint, Path, Path], Path]:
     def write(source: Checkpoint, folder: Path, vocabulary: Path) -> Path:
+        exports.require_installed(["llama-cpp-python"])
         exact, out = folder / "float32.gguf", folder / f"{kind}.gguf"
         write_float_gguf(source, exact, vocabulary)
-        command = (sys.executable, "-m", "runtime_tests.bench.runners.llama_quantize", str(exact), str(out), kind)
-        done = processes.run(command, folder / "log", f"llama.cpp {kind}")
+        arguments = ("-m", "runtime_tests.bench.runners.llamacpp", str(exact), str(out), kind)
+        exports.run(arguments, folder / "log", f"llama.cpp {kind}")
         exact.unlink()
-        if done.returncode != 0:
-            raise ExportError(f"llama.cpp {kind}: {done.last_words}; is llama-cpp-python installed (extra `peers`)?")
         return out
 
     return write
@@ -94,13 +97,6 @@ def home(model: str) -> Path:
 GGUF = "model.gguf"
 
 
-def write_hugging_face(source: Checkpoint, folder: Path) -> None:
-    """config.json, model.safetensors and the tokenizer; weights are equal to the checkpoint's, bit for bit."""
-    dtype = exact_dtype(source)
-    writers.write_safetensors(writers.read_all(source, dtype), folder)
-    writers.write_description(source, folder, dtype)
-
-
 def write_meta(source: Checkpoint, folder: Path) -> None:
     """consolidated.00.pth and params.json, as `export_llm` reads them."""
     writers.write_meta(source, folder, exact_dtype(source))
@@ -118,20 +114,16 @@ def exact_dtype(source: Checkpoint) -> torch.dtype:
     return torch.bfloat16 if all(torch.equal(w.bfloat16().float(), w) for w in tensors) else torch.float32
 
 
-def _checkpoint_of(described: Manifest, source: str | None) -> Checkpoint:
-    """The checkpoint that an artifact was built from; raises SourceDiffersError where its files have changed."""
-    checkpoint = checkpoints.load(described.plan.model, parse_origin(source or described.checkpoint.origin))
-    if checkpoint.sha256 != described.checkpoint.sha256:
-        raise SourceDiffersError(f"{checkpoint.origin}: not the checkpoint that {described.id} was built from (sha256)")
-    return checkpoint
+_STOCK_FORMS: dict[str, Callable[[Checkpoint, Path], object]] = {
+    "huggingface": write_hugging_face,
+    "meta": write_meta,
+    "gguf": write_gguf,
+}
 
 
-_STOCK_FORMS = {"huggingface": write_hugging_face, "meta": write_meta, "gguf": write_gguf}
-
-
-def main(form: str, out: str, manifest_path: str, source: str | None = None) -> None:
+def main(form: str, out: str, artifact: str, source: str | None = None) -> None:
     """Write one form into an existing folder."""
-    _STOCK_FORMS[form](_checkpoint_of(manifest.read(Path(manifest_path).parent), source), Path(out))
+    _STOCK_FORMS[form](checkpoint_of(manifest.read(Path(artifact)), source), Path(out))
 
 
 if __name__ == "__main__":

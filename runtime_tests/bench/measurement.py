@@ -101,9 +101,11 @@ def measure(
     contenders: Sequence[Contender], settings: Settings, tokens: Sequence[int], repetition: int
 ) -> Iterator[Sample]:
     """One repetition: each sample is printed and yielded when it is there; a contender that crashes gives one too."""
+    lengths = settings.model_dump(include=set(BenchJob.model_fields))
     for position, contender in enumerate(rotated(contenders, repetition)):
         load = os.getloadavg()[0]
-        ended = isolation.run(_job(contender, settings, tokens), limit_s=_LIMIT_S)
+        job = BenchJob(opening=contender.opening, tokens=tuple(tokens), **lengths)
+        ended = isolation.run(job, limit_s=_LIMIT_S)
         sample = Sample(
             contender=contender.entry.name,
             repetition=repetition,
@@ -130,24 +132,12 @@ def _required(ended: Ended, subject: str) -> dict[str, Any]:
     return ended.result
 
 
-def _job(contender: Contender, settings: Settings, tokens: Sequence[int]) -> BenchJob:
-    return BenchJob(
-        opening=contender.opening,
-        tokens=tuple(tokens),
-        prompts=settings.prompts,
-        generate=settings.generate,
-        passes=settings.passes,
-        far_prompt=settings.far_prompt,
-        far_generate=settings.far_generate,
-    )
-
-
 def _line(sample: Sample) -> str:
     if sample.timing is None:
         return f"{sample.contender:<18} {sample.outcome.value}: {sample.detail}"
     prefill = ", ".join(f"{sample.timing.prefill_tps(n):.0f}" for n in sorted(sample.timing.prompts))
-    far = f", at a long context {sample.timing.far_decode_tps:.1f}" if sample.timing.far else ""
-    return f"{sample.contender:<18} decode {sample.timing.decode_tps:6.1f}{far} tok/s, prefill {prefill} tok/s"
+    far = f", at a long context {sample.timing.far_decode_tps():.1f}" if sample.timing.far else ""
+    return f"{sample.contender:<18} decode {sample.timing.decode_tps():6.1f}{far} tok/s, prefill {prefill} tok/s"
 
 
 def rotated(items: Sequence[Item], repetition: int) -> list[Item]:

@@ -1,19 +1,24 @@
 """docs/benchmarks: the page and figures of each run, and the index: `python -m runtime_tests.bench.publish`."""
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ValidationError
+import typer
+from pydantic import ValidationError
 
+from export.build.command import run as run_app
 from export.errors import ExportError
-from export.manifest import ROOT
+from export.formats import tool_versions
+from export.manifest import ROOT, source_info
 from export.plan import explain
 from export.toolbox.charts import MUTED, OURS, STOCK, STRONG, Point, document, rect, rule, scatter, text
+from runtime_tests.places import environment
 from runtime_tests.reports import templates
 
 from . import tables
-from .results import Benchmark, Timing
+from .results import Benchmark, Metric, StudyRun, Timing
 
 _WIDTH, _LABELS, _RIGHT = 780, 300, 640
 """Of a figure, in pixels; where names end, and where the longest bar ends."""
@@ -32,22 +37,27 @@ def draw(run: Benchmark) -> dict[str, _Figure]:
     """Kind → figure; what was not measured is not drawn."""
     longest, near = max(run.settings.prompts), run.settings.near_position
     figures = {
-        "decode": _bars(run, tables.decode, f"decoded tokens per second around position {near}"),
+        "decode": _bars(run, Timing.decode_tps, f"decoded tokens per second around position {near}"),
         "prefill": _bars(run, tables.prefill(longest), f"prefill of {longest} tokens, tokens per second"),
     }
     if run.settings.far_prompt:
         label = f"decoded tokens per second around position {run.settings.far_position}"
-        figures["decode-far"] = _bars(run, tables.far_decode, label)
-    if points := _accuracy_points(run):
+        figures["decode-far"] = _bars(run, Timing.far_decode_tps, label)
+    entries = {entry.name: entry for entry in run.entries}
+    compared = [(entries[f.contender], f.mean_kl) for f in run.fidelity if f.positions and f.mean_kl > 0]
+    points = [
+        Point(entry.size_bytes / 1e6, kl, f"{entry.label} · {entry.runtime}", entry.ours) for entry, kl in compared
+    ]
+    if points:
         label = "mean KL to the fp32 model over size"
         figures["accuracy"] = _Figure(scatter(points, label, "MB", "mean KL, nats"), label)
     return figures
 
 
-def _bars(run: Benchmark, metric: Callable[[Timing], float], label: str) -> _Figure:
+def _bars(run: Benchmark, metric: Metric, label: str) -> _Figure:
     """A bar per contender that ran: the median, with a line from p10 to p90."""
     shown = [(entry, spread) for entry in run.entries if (spread := run.spread(entry.name, metric))]
-    scale = (_RIGHT - _LABELS) / max([1e-9, *(spread.p90 for _, spread in shown)])
+    scale = (_RIGHT - _LABELS) / max([1e-9, *(spread.high for _, spread in shown)])
     parts = [text(16, 22, label, STRONG)]
     for i, (entry, spread) in enumerate(shown):
         y, width = _HEAD + i * _ROW, max(spread.median * scale, 1)
@@ -55,16 +65,10 @@ def _bars(run: Benchmark, metric: Callable[[Timing], float], label: str) -> _Fig
             text(_LABELS - 12, y + 17, entry.label, STRONG if entry.ours else "", "end"),
             text(_LABELS - 12, y + 32, entry.runtime, MUTED, "end"),
             rect(_LABELS, y + 10, width, 20, css=OURS if entry.ours else STOCK),
-            rule(_LABELS + spread.p10 * scale, _LABELS + spread.p90 * scale, y + 20),
-            text(_RIGHT + 10, y + 25, f"{spread.median:.0f} ({spread.p10:.0f}–{spread.p90:.0f})"),
+            rule(_LABELS + spread.low * scale, _LABELS + spread.high * scale, y + 20),
+            text(_RIGHT + 10, y + 25, spread.text(0)),
         ]
     return _Figure(document(_WIDTH, _HEAD + len(shown) * _ROW + 8, label, parts), label)
-
-
-def _accuracy_points(run: Benchmark) -> list[Point]:
-    entries = {entry.name: entry for entry in run.entries}
-    compared = [(entries[f.contender], f.mean_kl) for f in run.fidelity if f.positions and f.mean_kl > 0]
-    return [Point(entry.size_bytes / 1e6, kl, f"{entry.label} · {entry.runtime}", entry.ours) for entry, kl in compared]
 
 
 DOCS = ROOT / "docs"
@@ -80,7 +84,18 @@ def publish(benchmark: Benchmark, docs: Path) -> list[Path]:
     return [record, *render(benchmark, folder), _render_index(docs)]
 
 
-def publish_study(name: str, study: BaseModel, page: str, figure: str = "") -> None:
+def conditions(model: str, evaluation: str) -> dict[str, Any]:
+    """The fields of every study."""
+    return {
+        "model": model,
+        "evaluation": evaluation,
+        "environment": environment.current(),
+        "commit": source_info().commit,
+        "tools": tool_versions(),
+    }
+
+
+def publish_study(name: str, study: StudyRun, page: str, figure: str = "") -> None:
     """docs/NAME.json, docs/NAME.md and docs/NAME.svg where there is a figure."""
     parts = {"json": study.model_dump_json() + "\n", "svg": figure, "md": page}
     for suffix in filter(parts.get, parts):
@@ -98,21 +113,11 @@ def render(benchmark: Benchmark, folder: Path) -> list[Path]:
 
 def page(run: Benchmark, figures: Mapping[str, str]) -> str:
     """The page of one run as markdown; `figures` are files beside it and what they show."""
-    shown = (
-        tables.compared,
-        tables.measured,
-        tables.domains,
-        tables.long_context,
-        tables.memory,
-        tables.bandwidth,
-        tables.overheads,
-        tables.exports,
-    )
     return templates.render(
         TEMPLATES / "benchmark.md.j2",
         run=run,
         figures=figures,
-        tables={table.__name__: table(run) for table in shown},
+        tables={table.__name__: table(run) for table in tables.SHOWN},
         commands={entry.made_by: entry.tools for entry in run.entries if entry.made_by},
     )
 
@@ -151,5 +156,8 @@ def _name(benchmark: Benchmark) -> str:
     return f"{benchmark.model}_{benchmark.quant}"  # as in the names of artifact folders
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(main)
+
 if __name__ == "__main__":
-    main()
+    sys.exit(run_app(app))

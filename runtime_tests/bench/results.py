@@ -1,10 +1,8 @@
 """One benchmark run as strict JSON with its raw samples, and the statistics of its repetitions."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
 from statistics import median
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from pydantic import AliasChoices, Field
@@ -34,52 +32,46 @@ class Timing(Strict):
     far_peak_rss_bytes: int
     """After it."""
 
-    @property
     def ttft_s(self) -> float:
         """Seconds from the shortest prompt's tokens to its logits, warm."""
         return median(ns for _, ns in self.prompts[min(self.prompts)]) / 1e9
 
     def prefill_tps(self, length: int) -> float:
         """Prompt tokens per second."""
-        return rate(self.prompts[length])
+        return _rate(self.prompts[length])
 
-    @property
     def decode_tps(self) -> float:
         """Generated tokens per second."""
-        return rate(self.decode)
+        return _rate(self.decode)
 
-    @property
     def far_decode_tps(self) -> float:
         """Generated tokens per second after the long prompt."""
-        return rate(self.far)
+        return _rate(self.far)
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Repeated values: the median, and the range that holds eight of ten."""
-
-    median: float
-    p10: float
-    p90: float
+Metric = Callable[[Timing], float]
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """One thing over another, repetition by repetition: the median of the ratios and their quartiles."""
+class Spread(NamedTuple):
+    """Values of repetitions: their median, and two quantiles beside it."""
 
     median: float
-    q1: float
-    q3: float
-    pairs: int
+    low: float
+    high: float
+    repetitions: int
+
+    def text(self, digits: int) -> str:
+        """`12.3 (11.9–12.8)`."""
+        return f"{self.median:.{digits}f} ({self.low:.{digits}f}–{self.high:.{digits}f})"
 
     @property
     def verdict(self) -> str:
-        """Of rates, where more is better: a difference counts if three of four repetitions show it."""
-        if self.pairs < _ENOUGH:
+        """Of ratios of rates, with their quartiles: a difference counts if three of four repetitions show it."""
+        if self.repetitions < _ENOUGH:
             return "too few repetitions"
-        if self.q1 > 1:
+        if self.low > 1:
             return "faster"
-        return "slower" if self.q3 < 1 else "no clear difference"
+        return "slower" if self.high < 1 else "no clear difference"
 
 
 class Sample(Strict):
@@ -96,14 +88,19 @@ class Sample(Strict):
     timing: Timing | None
 
 
-class Entry(Strict):
+class File(Strict):
+    """An artifact, ours or another exporter's, in a runtime."""
+
+    label: str
+    runtime: str
+    size_bytes: int
+    ours: bool
+
+
+class Entry(File):
     """A contender as it took part."""
 
     name: str
-    label: str
-    ours: bool
-    runtime: str
-    size_bytes: int
     weight_bytes_per_token: int
     """Bytes of weights that every decoded token must read."""
     kv_bytes_per_position: int
@@ -115,18 +112,12 @@ class Entry(Strict):
     tools: dict[str, str]
 
 
-class Fidelity(Strict):
-    """Logits of an artifact against the fp32 model, prefill and teacher-forced decode. KL in nats."""
+class Fidelity(Slice):
+    """Logits of an artifact against the fp32 model, prefill and teacher-forced decode; zeros where it did not run."""
 
     contender: str
     outcome: Outcome
     detail: str
-    positions: int
-    mean_kl: float
-    p99_kl: float
-    top1: float
-    perplexity: float
-    reference_perplexity: float
     by_domain: dict[str, Slice] | dict[str, float] = Field(validation_alias=AliasChoices("by_domain", "kl_by_domain"))
     """Of each kind of text in the evaluation; in runs of version 2 the mean KL alone, under another name."""
 
@@ -161,15 +152,20 @@ class HostOverhead(Strict):
         return median(step - call for step, call in zip(self.step_ns, self.runtime_ns, strict=True)) / 1e9
 
 
-class ExportCost(Strict):
+class Cost(Strict):
     """One exporter as a whole process."""
 
-    label: str
     command: str
     seconds: float
     peak_rss_bytes: int
     load_average_1min: float | None
     """When it started; null where it was not recorded."""
+
+
+class ExportCost(Cost):
+    """With the exporter's name."""
+
+    label: str
 
 
 class Settings(Strict):
@@ -208,7 +204,7 @@ class Benchmark(Strict):
     """UTC, ISO 8601."""
     seconds: float
     commit: str
-    dirty: bool
+    dirty: bool | None
     environment: Environment
     load_average_after: float
     evaluation: str
@@ -226,29 +222,23 @@ class Benchmark(Strict):
     fidelity: tuple[Fidelity, ...]
     exports: tuple[ExportCost, ...]
 
-    def values(self, contender: str, metric: Callable[[Timing], float]) -> dict[int, float]:
+    def values(self, contender: str, metric: Metric) -> dict[int, float]:
         """Repetition → value, of the repetitions that ran."""
         return {s.repetition: metric(s.timing) for s in self.samples if s.contender == contender and s.timing}
 
-    def spread(self, contender: str, metric: Callable[[Timing], float]) -> Spread | None:
-        """Median and spread over repetitions; None when none ran."""
-        values = list(self.values(contender, metric).values())
-        return spread(values) if values else None
+    def spread(self, contender: str, metric: Metric) -> Spread | None:
+        """Over repetitions; None when none ran."""
+        return spread(self.values(contender, metric).values())
 
-    def ratio(self, ours: str, theirs: str, metric: Callable[[Timing], float]) -> Ratio | None:
+    def ratio(self, ours: str, theirs: str, metric: Metric) -> Spread | None:
         """Paired ratio of two contenders."""
         return ratio(self.values(ours, metric), self.values(theirs, metric))
 
-    def bound_share(self, entry: Entry, metric: Callable[[Timing], float], position: int) -> Spread | None:
+    def bound_share(self, entry: Entry, metric: Metric, position: int) -> Spread | None:
         """The rate as a share of the one that reading weights and cache allows, at the repetition's own bandwidth."""
         needed = entry.weight_bytes_per_token + position * entry.kv_bytes_per_position
-        shares = [
-            bound_share(
-                tokens_per_s=rate, bytes_per_token=needed, bandwidth_bytes_per_s=self.read_bandwidth_bytes_per_s[i]
-            )
-            for i, rate in self.values(entry.name, metric).items()
-        ]
-        return spread(shares) if shares else None
+        rates = self.values(entry.name, metric)
+        return spread([rate * needed / self.read_bandwidth_bytes_per_s[i] for i, rate in rates.items()])
 
     def fastest_decode_tps(self, contender: str) -> float | None:
         """Tokens per second of the single fastest pass, in the machine's quietest moment."""
@@ -270,33 +260,29 @@ class Benchmark(Strict):
         ]
 
 
-def spread(values: Sequence[float]) -> Spread:
-    """Median, p10 and p90, interpolated between values."""
-    p10, middle, p90 = np.quantile(values, (0.1, 0.5, 0.9))
-    return Spread(float(middle), float(p10), float(p90))
+class StudyRun(Strict):
+    """What every study records: of losses, without timings."""
+
+    model: str
+    evaluation: str
+    environment: Environment
+    commit: str
+    tools: dict[str, str]
 
 
-def ratio(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Ratio | None:
-    """Ratios of the repetitions that both have, so that a slow repetition cancels out; None where they share none."""
-    both = sorted(ours.keys() & theirs.keys())
-    if not both:
+def spread(values: Collection[float], low: float = 0.1, high: float = 0.9) -> Spread | None:
+    """The median, p10 and p90 or other quantiles, interpolated between values; None where there are none."""
+    if not values:
         return None
-    q1, middle, q3 = np.quantile([ours[i] / theirs[i] for i in both], (0.25, 0.5, 0.75))
-    return Ratio(float(middle), float(q1), float(q3), len(both))
+    middle, lower, upper = np.quantile(list(values), (0.5, low, high)).tolist()
+    return Spread(middle, lower, upper, len(values))
 
 
-def rate(passes: _Passes) -> float:
+def ratio(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Spread | None:
+    """Ratios of the repetitions that both have, so that a slow repetition cancels out, with their quartiles."""
+    return spread([ours[i] / theirs[i] for i in sorted(ours.keys() & theirs.keys())], 0.25, 0.75)
+
+
+def _rate(passes: _Passes) -> float:
     """Tokens per second, the median of the passes."""
     return median(tokens * 1e9 / ns for tokens, ns in passes)
-
-
-def bound_share(*, tokens_per_s: float, bytes_per_token: float, bandwidth_bytes_per_s: float) -> float:
-    """The rate as a share of the one that reading alone would allow."""
-    return tokens_per_s * bytes_per_token / bandwidth_bytes_per_s
-
-
-def append(benchmark: Benchmark, path: Path) -> None:
-    """Add one line of JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(benchmark.model_dump_json() + "\n")

@@ -7,66 +7,43 @@ ships through its runtime. Nothing is timed.
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import typer
 
 import devices
 from export import manifest
-from export.architecture import Strict
 from export.build.command import run as run_app
-from export.formats import tool_versions
 from export.host.console import console
-from export.manifest import ROOT, source_info
+from export.manifest import ROOT
 from export.plan import load_named, load_plan, names
 from export.toolbox.charts import Point, scatter
 from export.toolbox.tables import Row, plain
 from runtime_tests.evaluation import Evaluation
-from runtime_tests.evidence.record import Environment, Outcome
+from runtime_tests.evidence.record import Outcome
 from runtime_tests.jobs import Opening
-from runtime_tests.places import environment
 from runtime_tests.reports import templates
 from runtime_tests.sessions import session_module
 
 from . import contenders, exports, fidelity, forms, publish, tables
 from .contenders import ONE_TARGET, RUNTIMES, SESSION
-from .results import Fidelity
-from .stock import NotMadeError, make
+from .results import Fidelity, File, StudyRun
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _LLAMA_CPP_KINDS = ("q4_0", "q4_k_m", "q8_0")
 
 
-class Judged(Strict):
-    """An artifact, ours or llama.cpp's, and how far it is from the checkpoint."""
+class Judged(File):
+    """A file and how far it is from the checkpoint."""
 
-    label: str
-    runtime: str
-    size_bytes: int
-    ours: bool
     fidelity: Fidelity
 
 
-class _File(NamedTuple):
-    """An artifact before it is judged."""
+class Study(StudyRun):
+    """Of many files of one checkpoint."""
 
-    label: str
-    runtime: str
-    size_bytes: int
-    ours: bool
-    opening: Opening
-
-
-class Study(Strict):
-    """One run."""
-
-    model: str
-    evaluation: str
     checkpoint: str
     rows: tuple[Judged, ...]
-    environment: Environment
-    commit: str
-    tools: dict[str, str]
 
 
 @app.command()
@@ -87,19 +64,12 @@ def main(
     first = next(iter(folders.values()))
     files = [_ours(recipe, folder, threads) for (recipe, _), folder in folders.items()]
     files += _llama_cpps(first, source, threads)
-    openings = {file.label: file.opening for file in files}
+    openings = {file.label: opening for file, opening in files}
     judged = fidelity.judge(openings, ROOT / first, source, fidelity.windows(ROOT / first, eval_name))
     study = Study(
-        model=model,
-        evaluation=eval_name,
         checkpoint=manifest.read(ROOT / first).checkpoint.description,
-        rows=tuple(
-            Judged(label=file.label, runtime=file.runtime, size_bytes=file.size_bytes, ours=file.ours, fidelity=loss)
-            for file, loss in zip(files, judged, strict=True)
-        ),
-        environment=environment.current(),
-        commit=source_info().commit,
-        tools=tool_versions(),
+        rows=tuple(Judged(**dict(file), fidelity=loss) for (file, _), loss in zip(files, judged, strict=True)),
+        **publish.conditions(model, eval_name),
     )
     print("\n" + plain(_table(study)))
     if write:
@@ -113,7 +83,7 @@ def main(
 
 
 def _table(study: Study) -> list[Row]:
-    return tables.rated(tables.Rated(row.label, row.runtime, row.size_bytes, row.fidelity) for row in study.rows)
+    return tables.rated((row, row.fidelity) for row in study.rows)
 
 
 def page(study: Study, name: str, command: str) -> str:
@@ -139,33 +109,30 @@ def figure(study: Study) -> str:
     return scatter(points, "mean KL over size", "MB", "mean KL of all kinds, nats")
 
 
-def _ours(recipe: str, folder: Path, threads: int) -> _File:
+def _ours(recipe: str, folder: Path, threads: int) -> tuple[File, Opening]:
     described = manifest.read(ROOT / folder)
-    return _File(
+    file = File(
         label=f"our {Path(described.plan.target.artifact).suffix}, {recipe}",
         runtime=session_module(described).RUNTIME,
         size_bytes=described.artifact_bytes,
         ours=True,
-        opening=contenders.opening(SESSION, folder, folder, threads),
     )
+    return file, contenders.opening(SESSION, folder, folder, threads)
 
 
-def _llama_cpps(folder: Path, source: str | None, threads: int) -> Iterator[_File]:
+def _llama_cpps(folder: Path, source: str | None, threads: int) -> Iterator[tuple[File, Opening]]:
     """llama.cpp's mixtures of the same weights; those that cannot be made are left out with a warning."""
-    described = manifest.read(ROOT / folder)
     for kind in _LLAMA_CPP_KINDS:
         try:
-            made = Path(make(f"llamacpp-{kind}", described, folder / manifest.FILE, source).folder)
-        except NotMadeError as error:
+            made = Path(exports.make(f"llamacpp-{kind}", folder, source).folder)
+        except exports.NotMadeError as error:
             console.print(f"left out: llama.cpp {kind}: {error}", style="yellow", soft_wrap=True)
             continue
-        yield _File(
-            label=f"llama.cpp {kind.upper()}",
-            runtime=RUNTIMES["llamacpp"].label,
-            size_bytes=contenders.model_bytes(made),
-            ours=False,
-            opening=contenders.opening("llamacpp", made / forms.GGUF, folder, threads),
+        size_bytes = contenders.model_bytes(made)
+        file = File(
+            label=f"llama.cpp {kind.upper()}", runtime=RUNTIMES["llamacpp"].label, size_bytes=size_bytes, ours=False
         )
+        yield file, contenders.opening("llamacpp", made / forms.GGUF, folder, threads)
 
 
 if __name__ == "__main__":

@@ -2,27 +2,17 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from statistics import mean
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from export.toolbox.tables import NONE, Row
 
-from .results import Benchmark, Entry, Fidelity, Ratio, Spread, Timing
+from .results import Benchmark, Entry, Fidelity, File, Metric, Spread, Timing
 
 Item = TypeVar("Item")
-_Metric = Callable[[Timing], float]
 _Cell = Callable[[Entry], str]
 _CONTENDER: dict[str, _Cell] = {"artifact": lambda entry: entry.label, "runtime": lambda entry: entry.runtime}
 _ALLOWANCE_BYTES = 150_000_000
 """What a runtime may take beside the model and its cache: the bound that peak memory is shown beside."""
-
-
-class Rated(NamedTuple):
-    """A file whose logits were compared with the fp32 model's."""
-
-    label: str
-    runtime: str
-    size_bytes: int
-    fidelity: Fidelity
 
 
 def measured(run: Benchmark) -> list[Row]:
@@ -36,9 +26,9 @@ def measured(run: Benchmark) -> list[Row]:
     columns = _CONTENDER | {
         "MB": lambda entry: _megabytes(entry.size_bytes),
         "load s": _spread(run, lambda timing: timing.load_ns / 1e9, 2),
-        f"TTFT {min(run.settings.prompts)} ms": _spread(run, lambda timing: timing.ttft_s * 1e3, 0),
+        f"TTFT {min(run.settings.prompts)} ms": _spread(run, lambda timing: timing.ttft_s() * 1e3, 0),
         **{f"prefill {length} tok/s": _spread(run, prefill(length), 0) for length in run.settings.prompts},
-        f"decode {run.settings.generate} tok/s": _spread(run, decode, 1),
+        f"decode {run.settings.generate} tok/s": _spread(run, Timing.decode_tps, 1),
         "peak RSS MB": peak,
         "KL to fp32": lambda entry: f"{accuracy[entry.name].mean_kl:.3f}" if entry.name in accuracy else NONE,
         "top-1": lambda entry: f"{accuracy[entry.name].top1:.1%}" if entry.name in accuracy else NONE,
@@ -51,22 +41,22 @@ def compared(run: Benchmark) -> list[Row]:
     entries = {entry.name: entry for entry in run.entries}
     pairs = [(ours, entries[name]) for ours in run.entries for name in ours.against if name in entries]
 
-    def cell(metric: _Metric) -> Callable[[tuple[Entry, Entry]], str]:
-        return lambda pair: _with_quartiles(run.ratio(pair[0].name, pair[1].name, metric))
+    def cell(metric: Metric) -> Callable[[tuple[Entry, Entry]], str]:
+        return lambda pair: _text(run.ratio(pair[0].name, pair[1].name, metric))
 
     def verdict(pair: tuple[Entry, Entry]) -> str:
-        ratio = run.ratio(pair[0].name, pair[1].name, decode)
+        ratio = run.ratio(pair[0].name, pair[1].name, Timing.decode_tps)
         return ratio.verdict if ratio else NONE
 
     def fastest(pair: tuple[Entry, Entry]) -> str:
         ours, theirs = (run.fastest_decode_tps(entry.name) for entry in pair)
         return f"{ours / theirs:.2f}" if ours and theirs else NONE
 
-    far = {f"decode at {run.settings.far_position}": cell(far_decode)} if run.settings.far_prompt else {}
+    far = {f"decode at {run.settings.far_position}": cell(Timing.far_decode_tps)} if run.settings.far_prompt else {}
     columns: dict[str, Callable[[tuple[Entry, Entry]], str]] = {
         "ours": lambda pair: f"{pair[0].label}, {pair[0].runtime}",
         "stock": lambda pair: pair[1].label,
-        "decode": cell(decode),
+        "decode": cell(Timing.decode_tps),
         "so decode is": verdict,
         "decode, fastest pass": fastest,
         **far,
@@ -83,9 +73,9 @@ def long_context(run: Benchmark) -> list[Row]:
     if not run.settings.far_prompt:
         return []
     columns = _CONTENDER | {
-        f"decode at {run.settings.near_position} tok/s": _spread(run, decode, 1),
-        f"decode at {run.settings.far_position} tok/s": _spread(run, far_decode, 1),
-        "far over near": _spread(run, lambda timing: timing.far_decode_tps / timing.decode_tps, 2),
+        f"decode at {run.settings.near_position} tok/s": _spread(run, Timing.decode_tps, 1),
+        f"decode at {run.settings.far_position} tok/s": _spread(run, Timing.far_decode_tps, 1),
+        "far over near": _spread(run, lambda timing: timing.far_decode_tps() / timing.decode_tps(), 2),
     }
     return _rows(run.entries, columns)
 
@@ -96,7 +86,7 @@ def memory(run: Benchmark) -> list[Row]:
     def cache(entry: Entry) -> int:
         return entry.kv_bytes_per_position * run.settings.context
 
-    def most(metric: _Metric) -> _Cell:
+    def most(metric: Metric) -> _Cell:
         return lambda entry: f"{max(values) / 1e6:.0f}" if (values := run.values(entry.name, metric).values()) else NONE
 
     columns = _CONTENDER | {
@@ -116,13 +106,13 @@ def bandwidth(run: Benchmark) -> list[Row]:
     def cache(position: int) -> _Cell:
         return lambda entry: _megabytes(entry.kv_bytes_per_position * position)
 
-    def share(position: int, metric: _Metric) -> _Cell:
-        return lambda entry: _with_spread(run.bound_share(entry, metric, position), 2)
+    def share(position: int, metric: Metric) -> _Cell:
+        return lambda entry: _text(run.bound_share(entry, metric, position))
 
     columns = _CONTENDER | {"weights MB/token": lambda entry: _megabytes(entry.weight_bytes_per_token)}
-    places = {run.settings.near_position: decode}
+    places: dict[int, Metric] = {run.settings.near_position: Timing.decode_tps}
     if run.settings.far_prompt:
-        places[run.settings.far_position] = far_decode
+        places[run.settings.far_position] = Timing.far_decode_tps
     for position, metric in places.items():
         columns[f"cache at {position} MB"] = cache(position)
         columns[f"share of bandwidth at {position}"] = share(position, metric)
@@ -158,24 +148,23 @@ def exports(run: Benchmark) -> list[Row]:
 def domains(run: Benchmark) -> list[Row]:
     """What `rated` shows, of the contenders of a benchmark that were judged on several kinds of text."""
     entries = {entry.name: entry for entry in run.entries}
-    judged = [(entries[fidelity.contender], fidelity) for fidelity in run.fidelity if len(fidelity.kl_by_domain) > 1]
-    return rated([Rated(entry.label, entry.runtime, entry.size_bytes, fidelity) for entry, fidelity in judged])
+    return rated((entries[loss.contender], loss) for loss in run.fidelity if len(loss.kl_by_domain) > 1)
 
 
-def rated(files: Iterable[Rated]) -> list[Row]:
+def rated(files: Iterable[tuple[File, Fidelity]]) -> list[Row]:
     """A row per file: mean KL to the fp32 model on each kind of text, the least first."""
-    judged = sorted((file for file in files if file.fidelity.kl_by_domain), key=lambda file: overall(file.fidelity))
+    judged = sorted((file for file in files if file[1].kl_by_domain), key=lambda file: overall(file[1]))
 
-    def mean_kl(kind: str) -> Callable[[Rated], str]:
-        return lambda file: f"{file.fidelity.kl_by_domain[kind]:.4f}"
+    def mean_kl(kind: str) -> Callable[[tuple[File, Fidelity]], str]:
+        return lambda file: f"{file[1].kl_by_domain[kind]:.4f}"
 
-    columns: dict[str, Callable[[Rated], str]] = {
-        "artifact": lambda file: file.label,
-        "runtime": lambda file: file.runtime,
-        "MB": lambda file: _megabytes(file.size_bytes),
-        "KL, mean of all kinds": lambda file: f"{overall(file.fidelity):.4f}",
-        **{kind: mean_kl(kind) for file in judged[:1] for kind in file.fidelity.kl_by_domain},
-        "top-1": lambda file: f"{file.fidelity.top1:.1%}",
+    columns: dict[str, Callable[[tuple[File, Fidelity]], str]] = {
+        "artifact": lambda file: file[0].label,
+        "runtime": lambda file: file[0].runtime,
+        "MB": lambda file: _megabytes(file[0].size_bytes),
+        "KL, mean of all kinds": lambda file: f"{overall(file[1]):.4f}",
+        **{kind: mean_kl(kind) for _, loss in judged[:1] for kind in loss.kl_by_domain},
+        "top-1": lambda file: f"{file[1].top1:.1%}",
     }
     return _rows(judged, columns)
 
@@ -185,19 +174,13 @@ def overall(fidelity: Fidelity) -> float:
     return mean(fidelity.kl_by_domain.values())
 
 
-def prefill(length: int) -> _Metric:
+SHOWN = (measured, long_context, memory, bandwidth, overheads, exports, domains, compared)
+"""Every table, as the terminal shows them."""
+
+
+def prefill(length: int) -> Metric:
     """The rate of one prompt length."""
     return lambda timing: timing.prefill_tps(length)
-
-
-def decode(timing: Timing) -> float:
-    """The rate near the beginning of the cache."""
-    return timing.decode_tps
-
-
-def far_decode(timing: Timing) -> float:
-    """The rate far into the cache."""
-    return timing.far_decode_tps
 
 
 def _rows(items: Iterable[Item], columns: Mapping[str, Callable[[Item], str]]) -> list[Row]:
@@ -205,19 +188,13 @@ def _rows(items: Iterable[Item], columns: Mapping[str, Callable[[Item], str]]) -
     return [tuple(columns), *body] if body else []
 
 
-def _spread(run: Benchmark, metric: _Metric, digits: int) -> _Cell:
-    return lambda entry: _with_spread(run.spread(entry.name, metric), digits)
+def _spread(run: Benchmark, metric: Metric, digits: int) -> _Cell:
+    return lambda entry: _text(run.spread(entry.name, metric), digits)
+
+
+def _text(spread: Spread | None, digits: int = 2) -> str:
+    return spread.text(digits) if spread else NONE
 
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:.1f}"
-
-
-def _with_spread(spread: Spread | None, digits: int) -> str:
-    if spread is None:
-        return NONE
-    return f"{spread.median:.{digits}f} ({spread.p10:.{digits}f}–{spread.p90:.{digits}f})"
-
-
-def _with_quartiles(ratio: Ratio | None) -> str:
-    return NONE if ratio is None else f"{ratio.median:.2f} ({ratio.q1:.2f}–{ratio.q3:.2f})"

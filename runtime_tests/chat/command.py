@@ -49,7 +49,7 @@ def chat(
         choose=Sampler(temperature, 1.0 if top_p is None else top_p, seed),
         max_new_tokens=max_new_tokens,
     )
-    conversation.system = system
+    conversation.instruct(system)
     answered = Terminal(conversation, session.measures_speed).run()
     session.close()
     if not answered:

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers.decoders import DecodeStream
 
 from export.checkpoints import chat_template
 from export.errors import ExportError
 from export.manifest import TokenizerIds
 from runtime_tests.sessions import common_prefix
 from runtime_tests.sessions.base import Session
+
+from .stream import TextStream
 
 PIECE = 128
 """Tokens of a prompt that are fed between two checks for Ctrl-C."""
@@ -47,13 +48,20 @@ class PrefixCache:
         return shared
 
     def feed(self, tokens: Sequence[int], stopped: Callable[[], bool]) -> NDArray[np.float32] | None:
-        """Continue the cache; logits [V] after the last token, or None where it was stopped before that."""
+        """Continue the cache; logits [V] after the last token, or None where it was stopped before that.
+
+        Raises ExportError: the runtime cannot take the tokens.
+        """
         logits = None
         for start in range(0, len(tokens), PIECE):
             if stopped():
                 return None
             piece = tokens[start : start + PIECE]
-            logits = self.session.feed(piece)
+            try:
+                logits = self.session.feed(piece)
+            except Exception as error:
+                self.session.rewind(len(self.tokens))
+                raise ExportError(f"the artifact's runtime: {' '.join(str(error).split())}") from error
             self.tokens.extend(piece)
         return logits
 
@@ -69,10 +77,6 @@ class End(Enum):
     STOPPED = "stopped"
     LIMIT = "--max-new-tokens reached"
     CONTEXT = "the context is full: /reset begins anew"
-
-
-class NoRoomError(Exception):
-    """A message that does not fit the context; the conversation is as it was."""
 
 
 @dataclass(frozen=True)
@@ -115,16 +119,12 @@ class Conversation:
         """Answer a message, showing whole characters as they come.
 
         `stopped` is called between tokens. The text shown by then stays in the conversation; a message that was stopped
-        before its answer began does not. Raises NoRoomError; ExportError: the template cannot write the message.
+        before its answer began does not. Raises ExportError, the conversation being as it was: the template cannot
+        write the message, it does not fit the context, or the artifact computes no number for it.
         """
         started = time.perf_counter()
         turns = [*self.turns, {"role": "user", "content": message}]
         prompt = self.prompt(turns)
-        if len(prompt) > self.cache.context_length:
-            raise NoRoomError(
-                f"the context is full: this conversation has {len(prompt)} tokens, the artifact's context "
-                f"{self.cache.context_length}; the message is left out, /reset begins anew"
-            )
         new = prompt[self.cache.share(prompt) :]
         prefill_started = time.perf_counter()
         logits = self.cache.feed(new, stopped)
@@ -142,29 +142,52 @@ class Conversation:
         self, token: int, show: Callable[[str], None], stopped: Callable[[], bool]
     ) -> tuple[str, End, Sequence[float]]:
         """From the first token to the end: text, why it ended, seconds of each step."""
-        characters = DecodeStream(skip_special_tokens=True)  # holds back what is not a whole character yet
-        text = ""
+        stream = TextStream(self.tokenizer.backend_tokenizer, show)
         steps_s: list[float] = []
+        end = End.MODEL
         while token not in self.ends:
-            if piece := characters.step(self.tokenizer.backend_tokenizer, token):
-                text += piece
-                show(piece)
+            stream.add(token)
             if len(steps_s) + 1 == self.max_new_tokens:
-                return text, End.LIMIT, steps_s
+                end = End.LIMIT
+                break
             if len(self.cache.tokens) == self.cache.context_length:
-                return text, End.CONTEXT, steps_s
+                end = End.CONTEXT
+                break
             started = time.perf_counter()
             logits = self.cache.feed([token], stopped)
             if logits is None:
-                return text, End.STOPPED, steps_s
+                end = End.STOPPED
+                break
             steps_s.append(time.perf_counter() - started)
             token = self.choose(logits)
-        return text, End.MODEL, steps_s
+        stream.end()
+        return stream.text, end, steps_s
 
-    def prompt(self, turns: Sequence[_Message]) -> list[int]:
-        """Token ids of a conversation up to the assistant's answer; the BOS is the template's own."""
+    def prompt(self, turns: Sequence[_Message], subject: str = "this message") -> list[int]:
+        """Token ids of a conversation up to the assistant's answer; the BOS is the template's own.
+
+        Raises ExportError: the template cannot write it, or it does not fit the context.
+        """
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return chat_template.token_ids(self.tokenizer, [*system, *turns], "this message")
+        ids = chat_template.token_ids(self.tokenizer, [*system, *turns], subject)
+        if not ids:
+            raise ExportError(f"{subject}: the chat template writes nothing for it")
+        if len(ids) > self.cache.context_length:
+            raise ExportError(
+                f"the context is full: this conversation has {len(ids)} tokens, the artifact's context "
+                f"{self.cache.context_length}; {'/reset begins anew' if len(turns) > 1 else 'write a shorter one'}"
+            )
+        return ids
+
+    def instruct(self, system: str | None) -> None:
+        """Another system message; None: the template's own. Raises ExportError, it being as it was: as in `prompt`."""
+        before, self.system = self.system, system
+        try:
+            subject = "a message" if system is None else "this system message"
+            self.prompt([*self.turns, *chat_template.HELLO], subject)
+        except ExportError:
+            self.system = before
+            raise
 
     def reset(self) -> None:
         """Forget every turn; the system message stays."""

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from export.build.command import fail
 from export.errors import ExportError
 from export.host.console import console
 from runtime_tests.checks.latency import NOT_TIMED
 
-from .conversation import Answer, Conversation, NoRoomError
+from .conversation import Answer, Conversation
 
 
 class Interrupts:
@@ -70,58 +71,72 @@ class Terminal:
 
     def run(self) -> bool:
         """Answer until the end of the input; whether every message was answered."""
-        for stream in (sys.stdin, sys.stdout):  # whatever the locale says
-            stream.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-        try:
-            if sys.stdin.isatty() and sys.stdout.isatty():
-                with Interrupts() as interrupts:
-                    say("/help lists the commands, Ctrl-D ends")
-                    self.answer_all(typed(interrupts), _write_safely, interrupts.forget, interrupts.noted)
-                return True
-            return self.answer_all(_piped(), _write, forget=lambda: None, stopped=lambda: False)
-        except UnicodeDecodeError as error:
-            raise ExportError(f"standard input: not UTF-8 ({error.reason} at byte {error.start} of a line)") from None
+        # whatever the locale says; a line that is not UTF-8 is refused by itself
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
+        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            with Interrupts() as interrupts:
+                say("/help lists the commands, Ctrl-D ends")
+                self.answer_all(typed(interrupts), _write_safely, interrupts.forget, interrupts.noted)
+            return True
+        return self.answer_all(_piped(), _write, forget=lambda: None, stopped=lambda: False)
 
     def answer_all(
-        self, lines: Iterator[str], show: Callable[[str], None], forget: Callable[[], None], stopped: Callable[[], bool]
+        self,
+        lines: Iterator[str],
+        show: Callable[[str], None],
+        forget: Callable[[], None],
+        stopped: Callable[[], bool],
     ) -> bool:
-        """Answer line by line; whether every message was answered."""
+        """Answer line by line; whether every message was answered. One that is refused is a line on stderr."""
         answered = True
         for line in lines:
-            if line == "/exit":
-                break
-            if not line.strip():
-                continue
-            forget()
-            answered &= self.obey(line) if line.startswith("/") else self.answer(line, show, stopped)
+            try:
+                line.encode()
+                if line.strip() == "/exit":
+                    break
+                if not line.strip():
+                    continue
+                forget()
+                if line.startswith("/"):
+                    self.obey(line)
+                else:
+                    self.answer(line, show, stopped)
+            except UnicodeEncodeError as error:
+                answered = not fail(f"left out: a line that is not UTF-8 (after {line[: error.start][-40:]!r})", 1)
+            except ExportError as error:
+                answered = not fail(f"left out: {error}", 1)
         return answered
 
-    def answer(self, message: str, show: Callable[[str], None], stopped: Callable[[], bool]) -> bool:
-        """One message; False where it does not fit."""
+    def answer(self, message: str, show: Callable[[str], None], stopped: Callable[[], bool]) -> None:
+        """One message. Raises ExportError: it is refused."""
+        begun: list[str] = []
+
+        def begin(text: str) -> None:
+            begun.append(text)
+            show(text)
+
         try:
-            answer = self.conversation.ask(message, show, stopped)
-        except NoRoomError as error:
-            say(str(error))
-            return False
+            answer = self.conversation.ask(message, begin, stopped)
+        except ExportError:
+            show("\n" if begun else "")
+            raise
         show("\n")
         say(self.figures(answer))
-        return True
 
-    def obey(self, line: str) -> bool:
-        """Run one command; False where it is unknown."""
+    def obey(self, line: str) -> None:
+        """Run one command. Raises ExportError: it is unknown, or the chat template refuses the system message."""
         command, _, text = line.partition(" ")
         if command == "/reset":
             self.conversation.reset()
             say("the conversation begins anew")
         elif command == "/system":
-            self.conversation.system = text.strip() or None
+            self.conversation.instruct(text.strip() or None)
             say(f"system: {self.conversation.system or 'as the chat template has it'}")
         elif command == "/help":
             say(_HELP)
         else:
-            say(f"unknown command {command}; /help lists them, a message may begin with a space")
-            return False
-        return True
+            raise ExportError(f"unknown command {command}; /help lists them, a message may begin with a space")
 
     def figures(self, answer: Answer) -> str:
         """The line below an answer."""

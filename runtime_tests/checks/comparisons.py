@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from export.checkpoints import tokenizer
 from export.errors import ExportError
@@ -50,8 +51,11 @@ class References:
     """Of the quantized model for single tokens, where the target has a limit for them."""
 
 
-def cut_tokens(subject: Subject) -> tuple[_Tokens, _Tokens]:
-    """The evaluation's windows, and prompts of one token each. Raises StoppedError: the tokenizer is unreadable."""
+def cut_tokens(subject: Subject) -> tuple[_Tokens, _Tokens, _Tokens]:
+    """The evaluation's windows, prompts of one token each, and what the chat template writes.
+
+    Raises StoppedError: the tokenizer is unreadable.
+    """
     try:
         loaded = tokenizer.load(subject.folder)
     except ExportError as error:
@@ -61,7 +65,10 @@ def cut_tokens(subject: Subject) -> tuple[_Tokens, _Tokens]:
     singles = distinct[:: max(1, len(distinct) // _PROBES)][:_PROBES]
     probes = Windows(np.stack([singles, singles], axis=1), ("probe",) * len(singles), prefill=1)
     scratch = subject.setting.scratch
-    return _save(windows, scratch / "windows.npy"), _save(probes, scratch / "probes.npy")
+    template = evaluation.template_window(loaded, subject.manifest)
+    cut = (windows, "windows.npy"), (probes, "probes.npy"), (template, "template.npy")
+    first, second, third = (_save(tokens, scratch / name) for tokens, name in cut)
+    return first, second, third
 
 
 def _save(windows: Windows, file: Path) -> _Tokens:
@@ -130,19 +137,28 @@ def compare_references(subject: Subject, windows: Windows, references: Reference
 
 
 def compare_artifact(
-    subject: Subject, windows: _Tokens, probes: _Tokens, references: References, noise: Comparison | None
+    subject: Subject,
+    cut: tuple[_Tokens, _Tokens, _Tokens],
+    references: References,
+    noise: Comparison | None,
 ) -> Finding:
     """The artifact in its runtime, with a filled cache, against our quantized model and against Hugging Face's.
 
-    Single tokens are compared too, where the target has a limit for them. Raises StoppedError: NaN or infinity.
+    Single tokens are compared too, where the target has a limit for them. The template's tokens, which the evaluation's
+    text does not hold, must give numbers. Raises StoppedError: NaN or infinity.
     """
-    out, probes_out = subject.setting.scratch / "artifact.npy", subject.setting.scratch / "artifact-probes.npy"
-    tasks = [jobs.Task(**windows.task(out))] + ([jobs.Task(**probes.task(probes_out))] if references.probes else [])
+    windows, probes, template = cut
+    out, probes_out, template_out = (
+        subject.setting.scratch / f"artifact{name}.npy" for name in ("", "-probes", "-template")
+    )
+    tasks = [jobs.Task(**windows.task(out)), jobs.Task(**template.task(template_out))]
+    tasks += [jobs.Task(**probes.task(probes_out))] if references.probes else []
     with stage("artifact", f"{len(windows.windows.tokens)} windows"):
         job = jobs.LogitsJob(folder=subject.folder_text, threads=subject.setting.place.threads, tasks=tuple(tasks))
         subject.run_on_device(job, "artifact")
     problem = accuracy.not_finite(np.load(out, mmap_mode="r"))
     finite = require(gates.count("logits finite: problems", [problem] if problem else [], Outcome.MISMATCH), problem)
+    finite += _require_template(template.windows, np.load(template_out))
     with stage("compare", "lowering and total"):
         lowering = _compare(windows.windows, references.quantized, out)
         total = _compare(windows.windows, references.huggingface, out)
@@ -154,6 +170,18 @@ def compare_artifact(
         return finding
     sqnr_db = accuracy.sqnr_by_window(np.load(references.probes), np.load(probes_out))
     return finding + Finding((gates.probes(sqnr_db, limits.min_probe_sqnr_db),), probe_sqnr_db=tuple(sqnr_db))
+
+
+def _require_template(template: Windows, logits: NDArray[np.float32]) -> Finding:
+    """A residual beyond fp16 at a special token spoils each conversation and no text. Raises StoppedError."""
+    spoiled = np.flatnonzero(~np.isfinite(logits[0]).all(axis=-1))
+    problems = [
+        f"NaN or infinity after token {template.tokens[0, place]}, place {place} of a message as the chat template "
+        "writes it, which text does not hold: beyond the range of the runtime's numbers"
+        for place in spoiled[:1]
+    ]
+    gate = gates.count("template tokens finite: problems", problems, Outcome.MISMATCH)
+    return require(gate, "".join(problems))
 
 
 def _compare(windows: Windows, reference_file: Path, candidate_file: Path) -> Comparison:

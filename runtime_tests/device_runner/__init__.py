@@ -5,7 +5,7 @@ it; the others are the Python sessions themselves.
 """
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -19,6 +19,8 @@ from export.errors import ExportError
 from export.host.processes import signal_name
 from export.manifest import ROOT
 from runtime_tests.sessions import board
+
+from . import complaints
 
 _STAGES: dict[int, str] = {2: "usage", 3: "load", 4: "run"}
 _SIGNALLED = 128
@@ -147,8 +149,11 @@ class _ErrorLine(_Record):
     stage: Literal["usage", "load", "run"]
 
 
-def parse_answer(stdout: bytes, returncode: int) -> Answer | RunnerFailure:
-    """Judge a finished process by its exit status, then by the last line it printed."""
+def parse_answer(stdout: bytes, returncode: int, stderr: bytes = b"") -> Answer | RunnerFailure:
+    """Judge a finished process by its exit status, then by the last line it printed.
+
+    Where that is no object, what it wrote to stderr tells why.
+    """
     if returncode < 0 or returncode > _SIGNALLED:
         number = -returncode if returncode < 0 else returncode - _SIGNALLED
         return RunnerFailure(stage="crash", error=f"ended by {signal_name(number)}")
@@ -161,6 +166,8 @@ def parse_answer(stdout: bytes, returncode: int) -> Answer | RunnerFailure:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"])) or "last line"
         text = f"exit status {returncode}, {key}: {problem['msg']}: {line[:80]!r}"
+        if returncode and not line.startswith(b"{"):
+            text = f"exit status {returncode}: {complaints.of(stderr.decode(errors='replace'), returncode)}"
         return RunnerFailure(stage="protocol", error=text)
     if _STAGES.get(returncode) != failed.stage:
         text = f"exit status {returncode} with stage {failed.stage}: {failed.error}"
@@ -177,6 +184,20 @@ def read_logits(path: Path, answer: Answer) -> NDArray[np.float32]:
     if (crc32 := f"{zlib.crc32(data):08x}") != answer.logits_crc32:
         raise ValueError(f"{path}: CRC-32 {crc32}; the runner wrote {answer.logits_crc32}")
     return np.frombuffer(data, "<f4").reshape(answer.logits_rows, answer.vocab_size)
+
+
+def start_failure(transport: Transport, start: Sequence[str], *, timeout_s: float) -> str | None:
+    """Why a runner does not start there; None: it does, for without a model it answers with an error of usage."""
+    ended = transport.run(start, timeout_s=timeout_s)
+    answer = parse_answer(ended.stdout, ended.returncode, ended.stderr)
+    return answer.error if isinstance(answer, RunnerFailure) and answer.stage != "usage" else None
+
+
+def started(transport: Transport, device: Device, start: tuple[str, ...], *, timeout_s: float) -> tuple[str, ...]:
+    """The command `start`, tried once. Raises ExportError in the device's own words."""
+    if reason := start_failure(transport, start, timeout_s=timeout_s):
+        raise ExportError(f"{device.name}: the runner does not start there: {reason}")
+    return start
 
 
 def own_runner(transport: Transport, device: Device, timeout_s: float) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from devices import Device, Transport
 from export.errors import ExportError
 
-from . import own_runner
+from . import own_runner, started
 from .onnx_kv import CACHE, push_session
 
 _ENVIRONMENT = "runners/coremltools"
@@ -32,4 +32,5 @@ def install(transport: Transport, device: Device, *, timeout_s: float) -> tuple[
         if installed.returncode:
             raise ExportError(f"{device.name}: coremltools=={number} cannot be installed there: {installed.reason}")
     push_session(transport, "mlpackage", timeout_s)
-    return ("env", "PYTHONPATH=runners", f"PYTHONPYCACHEPREFIX={CACHE}", _PYTHON, "-m", "sessions.mlpackage")
+    paths = ("env", "PYTHONPATH=runners", f"PYTHONPYCACHEPREFIX={CACHE}")
+    return started(transport, device, (*paths, _PYTHON, "-m", "sessions.mlpackage"), timeout_s=timeout_s)

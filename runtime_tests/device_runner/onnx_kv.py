@@ -3,6 +3,7 @@
 The board needs only its own Python: the wheels of onnxruntime and numpy for its ABI and Python are fetched here.
 """
 
+import re
 import shutil
 import tempfile
 import zipfile
@@ -12,7 +13,7 @@ from pathlib import Path
 from devices import Device, Transport
 from export.errors import ExportError
 
-from . import own_runner
+from . import complaints, own_runner, started
 from .build import BUILD
 from .sdk import UnavailableError, download, settle
 
@@ -33,13 +34,19 @@ def install(transport: Transport, device: Device, *, timeout_s: float) -> tuple[
     if device.runner:
         return own_runner(transport, device, timeout_s)
     python = transport.run(["python3", "-c", _VERSION], timeout_s=60)
-    if python.returncode:
-        raise ExportError(f"{device.name}: no python3 there, which the ONNX runner needs; install Python 3.11 or later")
-    packages = _site_packages(transport.abi(), python.stdout.decode().strip())
+    found = re.search(rb"^(\d+\.\d+)\s*\Z", python.stdout, re.MULTILINE)
+    if python.returncode or not found:
+        reason = complaints.of(python.stderr.decode(errors="replace"), python.returncode)
+        raise ExportError(
+            f"{device.name}: no python3 there that runs, which the ONNX runner needs ({reason}); install Python 3.11 "
+            "or later"
+        )
+    packages = _site_packages(transport.abi(), found[1].decode())
     remote = f"runners/{packages.name}"
     transport.push(packages, remote, timeout_s=timeout_s)
     push_session(transport, "onnx_kv", timeout_s)
-    return ("env", f"PYTHONPATH={remote}:runners", f"PYTHONPYCACHEPREFIX={CACHE}", "python3", "-m", "sessions.onnx_kv")
+    paths = ("env", f"PYTHONPATH={remote}:runners", f"PYTHONPYCACHEPREFIX={CACHE}")
+    return started(transport, device, (*paths, "python3", "-m", "sessions.onnx_kv"), timeout_s=timeout_s)
 
 
 def push_session(transport: Transport, session: str, timeout_s: float) -> None:

@@ -1,15 +1,21 @@
 """Brings the C++ runner for `.pte` files to a device."""
 
+import logging
+
 from devices import Device, Transport
 
-from . import build, own_runner
+from . import build, own_runner, start_failure, started
 from .sdk import MACHINES, Abi, UnavailableError
 
+_LOG = logging.getLogger(__name__)
 _ANDROID: dict[str, Abi] = {"arm64-v8a": "aarch64", "x86_64": "x86-64"}
 
 
 def install(transport: Transport, device: Device, *, timeout_s: float) -> tuple[str, ...]:
-    """Push the runner of the device's YAML, or ours built for its ABI; for Android with a C library of its own."""
+    """Push the runner of the device's YAML, or ours built for its ABI.
+
+    For Android, and where the device's own C library does not start it, with a C library of its own.
+    """
     if device.runner:
         return own_runner(transport, device, timeout_s)
     reported = transport.abi()
@@ -19,9 +25,16 @@ def install(transport: Transport, device: Device, *, timeout_s: float) -> tuple[
     bundle = build.build(abi)
     remote = f"runners/{bundle.path.name}"
     transport.push(bundle.path, remote, timeout_s=timeout_s)
+    start: tuple[str, ...] = (f"{remote}/bin/runner",)
+    alone: tuple[str, ...] = ()
+    if bundle.start_alone:
+        alone = (f"{remote}/{bundle.start_alone[0]}", "--library-path", f"{remote}/loader:{remote}/lib", *start)
     if device.transport.bionic or reported not in MACHINES:
-        if not bundle.start_alone:
+        if not alone:
             raise UnavailableError(f"{device.name}: no runner with a C library of its own for {reported}")
-        libraries = f"{remote}/loader:{remote}/lib"
-        return (f"{remote}/{bundle.start_alone[0]}", "--library-path", libraries, f"{remote}/bin/runner")
-    return (f"{remote}/bin/runner",)
+        start = alone
+    elif alone and (reason := start_failure(transport, start, timeout_s=timeout_s)):
+        words = reason.partition("; ")[0]
+        _LOG.warning("%s: %s: the runner is started with the C library that it brings", device.name, words)
+        start = alone
+    return started(transport, device, start, timeout_s=timeout_s)

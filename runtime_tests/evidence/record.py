@@ -1,6 +1,5 @@
 """The record of one validation of one artifact, as strict JSON."""
 
-import fcntl
 import json
 import os
 from enum import StrEnum
@@ -11,6 +10,7 @@ from pydantic import ValidationError
 
 from export.architecture import Strict
 from export.errors import ExportError
+from export.host import disk
 from export.plan import explain
 from export.toolbox import evidence
 
@@ -215,7 +215,7 @@ class Record(Strict, evidence.Validation):
     state_after: DeviceState
     """Around the timings."""
     commit: str
-    dirty: bool
+    dirty: bool | None
     seconds: float
     gates: tuple[Gate, ...]
     accuracy: Accuracy
@@ -229,11 +229,11 @@ class Record(Strict, evidence.Validation):
         return self.latency if self.timed else None
 
 
-def append(record: Record, path: Path) -> None:
+def append(record: Strict, path: Path) -> None:
     """Add one line of JSON to a records file, whole or not at all. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b", buffering=0) as file:  # unbuffered: closing must not write the rest again
-        fcntl.flock(file, fcntl.LOCK_EX)
+        disk.wait_for_lock(file)
         before = file.seek(0, os.SEEK_END)
         line = record.model_dump_json().encode() + b"\n"
         try:

@@ -62,7 +62,7 @@ def _run(job: jobs.Job) -> dict[str, Any]:  # noqa: C901, PLR0911 – one line p
 
             return measure_contender(job)
         case jobs.OverheadJob():
-            from runtime_tests.bench.runners.overhead import measure as measure_overhead
+            from runtime_tests.bench.runners import measure_overhead
 
             return measure_overhead(job)
         case jobs.BenchLogitsJob():

@@ -72,5 +72,5 @@ class ThisMachine:
     def state(self) -> DeviceState:
         if not psutil.LINUX:
             return facts.UNKNOWN
-        ended = subprocess.run(["sh", "-c", facts.SCRIPT], capture_output=True, text=True, check=True)
-        return facts.state(ended.stdout)
+        ended = subprocess.run(["sh", "-c", facts.SCRIPT], capture_output=True, check=True)
+        return facts.state(ended.stdout.decode(errors="replace"))

@@ -139,7 +139,7 @@ class AttachedDevice:
             write_script(commands, script)
             self.transport.push(script, _SCRIPT, timeout_s=_ASK_S)
             ended = self.transport.run(argv, timeout_s=limit_s)
-            answer = parse_answer(ended.stdout, ended.returncode)
+            answer = parse_answer(ended.stdout, ended.returncode, ended.stderr)
             if isinstance(answer, RunnerFailure):
                 raise RunnerStoppedError(
                     _OUTCOMES.get(answer.stage, Outcome.RUN_FAIL), f"{answer.stage}: {answer.error}"

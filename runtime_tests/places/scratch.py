@@ -1,6 +1,5 @@
 """A folder for one run's logits, removed at the end of the run; the next run removes what a killed run left."""
 
-import fcntl
 import shutil
 import tempfile
 import time
@@ -20,23 +19,12 @@ _YOUNG_S = 60.0
 def folder(build: Path) -> Iterator[Path]:
     """A fresh folder inside `build`."""
     sweep(build)
-    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=build) as made, disk.locked(Path(made) / "run"):
+    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=build) as made, disk.turn(Path(made) / "run"):
         yield Path(made).resolve()
 
 
 def sweep(build: Path) -> None:
-    """Remove the folders of runs that ended: the kernel has released their locks."""
+    """Remove the folders of runs that ended: the kernel has released their locks. Without locks nothing is removed."""
     for path in build.glob(f"{PREFIX}*"):
-        if path.is_dir() and time.time() - path.stat().st_mtime > _YOUNG_S and not _is_held(path / _LOCK):
+        if path.is_dir() and time.time() - path.stat().st_mtime > _YOUNG_S and not disk.is_locked(path / _LOCK):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_held(lock: Path) -> bool:
-    try:
-        with lock.open("a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False

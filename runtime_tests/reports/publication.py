@@ -1,5 +1,6 @@
 """Writes records, reports and the measured rows of model cards."""
 
+import errno
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ def keep(record: Record, build: Path, folder: Path, described: Manifest) -> None
     """Write an artifact's record as soon as it exists, and its card."""
     records_file.append(record, build / "records" / "records.jsonl")
     records_file.append(record, build / "reports" / record.run_id / "records.jsonl")
-    card.write(folder, described, measured_rows(record) + task_rows(build, record.manifest_sha256))
+    _write_card(folder, described, measured_rows(record) + task_rows(build, record.manifest_sha256))
 
 
 def keep_tasks(build: Path, artifacts: Sequence[tuple[Path, Manifest]]) -> Path:
@@ -30,8 +31,18 @@ def keep_tasks(build: Path, artifacts: Sequence[tuple[Path, Manifest]]) -> Path:
         sha256 = manifest.digest(folder)
         record = records_file.newest_of(build / "records" / "records.jsonl", manifest_sha256=sha256)
         rows = measured_rows(record) if record else [Measured("verdict", "not validated", "tasks only")]
-        card.write(folder, described, rows + task_rows(build, sha256))
+        _write_card(folder, described, rows + task_rows(build, sha256))
     return tables.write(results.compare(results.read_all(build)), build)
+
+
+def _write_card(folder: Path, described: Manifest, rows: Sequence[Measured]) -> None:
+    """The card, but in a folder that belongs to somebody else."""
+    try:
+        card.write(folder, described, rows)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        console.print(f"{folder / manifest.CARD}: not written ({error.strerror})", style="yellow", markup=False)
 
 
 def task_rows(build: Path, manifest_sha256: str) -> list[Measured]:

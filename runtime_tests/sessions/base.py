@@ -16,6 +16,10 @@ class ContextError(ValueError):
     """More tokens than the cache has room for. None of them was fed."""
 
 
+class TokenError(ValueError):
+    """A token id that the model's vocabulary does not have. Nothing of its prompt was fed."""
+
+
 class Session(ABC):
     """One loaded artifact with one KV cache; it takes token ids, never text.
 
@@ -26,9 +30,10 @@ class Session(ABC):
     measures_speed = True
     """False where the session is a reference for correctness only (Core ML off a Mac)."""
 
-    def __init__(self, context_length: int, largest_call: int, logits: Literal["last", "all"]) -> None:
-        """Slots of the cache, most tokens of a `step`, positions that it gives logits of: from the I/O contract."""
+    def __init__(self, context_length: int, largest_call: int, logits: Literal["last", "all"], vocab_size: int) -> None:
+        """Slots of the cache, most tokens of a `step`, positions that it gives logits of, V: from the I/O contract."""
         self.context_length, self.largest_call, self.logits = context_length, largest_call, logits
+        self.vocab_size = vocab_size
         self.position = 0
         """Tokens in the cache."""
 
@@ -54,7 +59,8 @@ class Session(ABC):
     def feed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Append tokens to the cache (many: prefill, one: decode); float32 logits [V] after the last one.
 
-        Raises ContextError where they do not fit, ValueError where there are none.
+        Raises TokenError where the vocabulary lacks one, ContextError where they do not fit, ValueError where there are
+        none. Some runtimes would answer an unknown id with a row of zeros.
         """
         for logits in self._steps(tokens):
             last: NDArray[np.floating[Any]] = logits[-1]
@@ -72,6 +78,9 @@ class Session(ABC):
     def _steps(self, tokens: Sequence[int]) -> Iterator[NDArray[np.floating[Any]]]:
         if not tokens:
             raise ValueError("there are no tokens to feed")
+        for token in (min(tokens), max(tokens)):
+            if not 0 <= token < self.vocab_size:
+                raise TokenError(f"token {token}: the vocabulary has {self.vocab_size}")
         if self.position + len(tokens) > self.context_length:
             raise ContextError(
                 f"{len(tokens)} tokens at position {self.position}: the context holds {self.context_length}"

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import ContextError, Session
+from .base import ContextError, Session, TokenError
 
 _MOST = 10**9
 _DIGITS = 1000
@@ -67,8 +67,8 @@ class _LogitsFile:
 class Run:
     """One script on one session."""
 
-    def __init__(self, session: Session, vocab_size: int, logits_file: _LogitsFile) -> None:
-        self.session, self.vocab_size, self.logits_file = session, vocab_size, logits_file
+    def __init__(self, session: Session, logits_file: _LogitsFile) -> None:
+        self.session, self.logits_file = session, logits_file
         self.last: NDArray[np.float32] = np.empty(0, np.float32)
         self.feeds: list[dict[str, int]] = []
         self.generated: list[dict[str, list[int]]] = []
@@ -93,12 +93,10 @@ class Run:
 
     def feed(self, tokens: Sequence[int]) -> int:
         """Feed tokens; returns the nanoseconds from tokens to logits."""
-        if max(tokens) >= self.vocab_size:
-            raise Failure(_RUN, f"token {max(tokens)}: the vocabulary has {self.vocab_size}")
         started = time.perf_counter_ns()
         try:
             self.last = self.session.feed(tokens)
-        except ContextError as error:
+        except (ContextError, TokenError) as error:
             raise Failure(_RUN, error) from None
         return time.perf_counter_ns() - started
 
@@ -183,12 +181,11 @@ def answer(runner: str, runtime: str, open_session: _OpenSession) -> dict[str, A
     try:
         described = _manifest_beside(Path(options.model))
         session = open_session(Path(options.model), described.contract, thread_count)
-        vocab_size = int(described.architecture.vocab_size)
     except Exception as error:
         raise Failure(_LOAD, f"{options.model}: {error}") from None
     load_ns = time.perf_counter_ns() - started
     logits_file = _LogitsFile(options.logits)
-    run = Run(session, vocab_size, logits_file)
+    run = Run(session, logits_file)
     for command in commands:
         run.step(*command)
     logits_file.close()
@@ -196,7 +193,7 @@ def answer(runner: str, runtime: str, open_session: _OpenSession) -> dict[str, A
         "runner": runner,
         "runtime": runtime,
         "threads": thread_count,
-        "vocab_size": vocab_size,
+        "vocab_size": session.vocab_size,
         "context_length": session.context_length,
         "load_ns": load_ns,
         "feeds": run.feeds,

@@ -28,7 +28,8 @@ class PackageSession(Session):
     """One package and one state; `model` has Core ML's `make_state` and `predict`."""
 
     def __init__(self, model: Any, contract: IOContract, *, measures_speed: bool) -> None:
-        super().__init__(contract.kv.context_length, min(contract.max_prefill, PIECE), contract.logits)
+        vocab_size = int(contract.outputs[0].shape[-1])
+        super().__init__(contract.kv.context_length, min(contract.max_prefill, PIECE), contract.logits, vocab_size)
         self.measures_speed = measures_speed
         self.ids, self.mask = (spec.name for spec in contract.inputs)
         self.output = contract.outputs[0].name

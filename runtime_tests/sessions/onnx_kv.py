@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # its mere import would write an id of this device and call Microsoft
 import onnxruntime as ort
 
 from .base import Session
@@ -29,7 +32,8 @@ class OnnxSession(Session):
 
     def __init__(self, model: Path, contract: IOContract, threads: int) -> None:
         kv = contract.kv
-        super().__init__(kv.context_length, min(contract.max_prefill, PIECE), contract.logits)
+        vocab_size = int(contract.outputs[0].shape[-1])
+        super().__init__(kv.context_length, min(contract.max_prefill, PIECE), contract.logits, vocab_size)
         self.runtime = ort.InferenceSession(str(model), _options_of(model, threads), providers=["CPUExecutionProvider"])
         self.binding = self.runtime.io_binding()
         self.ids, self.mask, *pasts = (spec.name for spec in contract.inputs)
@@ -39,7 +43,7 @@ class OnnxSession(Session):
             buffer = ort.OrtValue.ortvalue_from_numpy(slots)
             self.binding.bind_ortvalue_input(past, buffer)
             self.binding.bind_ortvalue_output(present, buffer)
-        self.row = np.empty((1, 1, int(contract.outputs[0].shape[-1])), np.float32)
+        self.row = np.empty((1, 1, vocab_size), np.float32)
         self.visible = np.ones((1, kv.context_length), np.int64)
 
     def step(self, tokens: Sequence[int], position: int) -> NDArray[np.float32]:

@@ -24,8 +24,8 @@ class PteSession(Session):
     """One loaded program; a call takes up to as many tokens as it was exported for."""
 
     def __init__(self, program: Any, context_length: int, largest_call: int) -> None:
-        super().__init__(context_length, largest_call, "last")
         self.program, self.method = program, program.load_method("forward")
+        super().__init__(context_length, largest_call, "last", self.method.metadata.output_tensor_meta(0).sizes()[-1])
 
     def step(self, tokens: Sequence[int], position: int) -> NDArray[np.float32]:
         (logits,) = self.method.execute([torch.tensor([tokens]), torch.tensor([position])])

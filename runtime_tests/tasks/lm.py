@@ -6,30 +6,43 @@ fixed, so that a prompt is the same every day.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import has_bos_prefix, postprocess_generated_text
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    has_bos_prefix,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
 from numpy.typing import NDArray
 
 from export.checkpoints import chat_template
+from export.errors import ExportError
 from export.host import mkl
 from export.manifest import Manifest
 from export.model import Cache
 from export.quantization.eager import eager
+from runtime_tests.checks.accuracy import log_softmax
 from runtime_tests.checks.weights import checkpoint_of
-from runtime_tests.sessions import greedy
-from runtime_tests.sessions.base import Session
-
-from . import scoring
-from .scoring import CERTAIN, score
+from runtime_tests.sessions import Session, greedy
 
 _DATE = "26 Jul 2024"
 """The same day for templates that are given a text."""
+_MAX_GEN_TOKS = 256
+"""New tokens where a task sets no limit, as in lm-evaluation-harness's HFLM."""
+_GREEDY = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
+_ROWS = 256
+"""Most tokens whose logits are held at once: 256 × 128,256 of them are 131 MB."""
+_CERTAIN = (0.0, True)
+"""The score of an empty continuation."""
+_PIECE = 512
+"""Most tokens of one forward pass of the fp32 model, which computes the logits of each."""
 _Request = tuple[Any, list[int], list[int]]
 
 
@@ -83,18 +96,18 @@ class SessionLM(TemplateLM):  # type: ignore[misc]
     def loglikelihood(self, requests: Sequence[Any], **options: Any) -> list[tuple[float, bool]]:
         """log P(continuation | context), greedy or not, per request."""
         scores = iter(super().loglikelihood([request for request in requests if request.args[1]], **options))
-        return [next(scores) if request.args[1] else CERTAIN for request in requests]
+        return [next(scores) if request.args[1] else _CERTAIN for request in requests]
 
     def _loglikelihood_tokens(self, requests: Sequence[_Request], **_: Any) -> list[tuple[float, bool]]:
         """One prefill for all continuations of a context."""
-        scores = [CERTAIN] * len(requests)
+        scores = [_CERTAIN] * len(requests)
         same_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, (_text, context, continuation) in enumerate(requests):
             same_context[self.fitting(context, continuation)].append(i)
         done = 0
         for shared, members in same_context.items():
             continuations = [requests[i][2] for i in members]
-            for i, result in zip(members, score(self.session, shared, continuations), strict=True):
+            for i, result in zip(members, _scores(self.session, shared, continuations), strict=True):
                 scores[i], done = result, done + 1
                 self.report(done, len(requests))
         return scores
@@ -131,7 +144,7 @@ class SessionLM(TemplateLM):  # type: ignore[misc]
 
     def answer(self, context: str, generation_kwargs: dict[str, Any]) -> str:
         """One answer; a prompt that does not fit loses its beginning."""
-        limits = scoring.read(generation_kwargs, self.max_length)
+        limits = read_limits(generation_kwargs, self.max_length)
         prompt = self.tok_encode(context)
         self.truncated["generate_until"] += len(prompt) > limits.room
 
@@ -150,8 +163,57 @@ class SessionLM(TemplateLM):  # type: ignore[misc]
         return {"truncated_requests": dict(self.truncated)}
 
 
-PIECE = 512
-"""Most tokens of one forward pass, which computes the logits of each."""
+def _scores(
+    session: Session, context: Sequence[int], continuations: Sequence[Sequence[int]]
+) -> Iterator[tuple[float, bool]]:
+    """log P(continuation | context) in nats, and whether it is the greedy answer, for each continuation.
+
+    The context is fed once. Every continuation starts from the same cache, so its score does not depend on the
+    others'. The last token of a continuation is never fed.
+    """
+    session.reset()
+    after_context = session.feed(context)
+    for continuation in continuations:
+        if not continuation:
+            yield _CERTAIN
+            continue
+        session.rewind(len(context))
+        total, greedy = _step(after_context[None], continuation[:1])
+        for first in range(0, len(continuation) - 1, _ROWS):
+            fed = continuation[first : min(first + _ROWS, len(continuation) - 1)]
+            more, likeliest = _step(session.feed_each(fed), continuation[first + 1 : first + 1 + len(fed)])
+            total, greedy = total + more, greedy and likeliest
+        yield total, greedy
+
+
+def _step(logits: NDArray[np.float32], targets: Sequence[int]) -> tuple[float, bool]:
+    """Sum of the log-probabilities of the targets [S] under logits [S, V], and whether each is the likeliest token."""
+    ids = np.asarray(targets)
+    picked = log_softmax(logits)[np.arange(len(ids)), ids]
+    return float(picked.sum()), bool((logits.argmax(axis=-1) == ids).all())
+
+
+@dataclass(frozen=True)
+class _Generation:
+    until: tuple[str, ...]
+    """Stop strings, not part of the answer."""
+    most: int
+    """New tokens."""
+    room: int
+    """Tokens left for the prompt."""
+
+
+def read_limits(generation_kwargs: Mapping[str, Any], context_length: int) -> _Generation:
+    """A task's generation_kwargs. Raises ExportError: sampling, beams, or answers as long as the context."""
+    kwargs = normalize_gen_kwargs(dict(generation_kwargs), _MAX_GEN_TOKS)
+    if kwargs["do_sample"] or (unknown := sorted(kwargs.keys() - _GREEDY)):
+        refused = "sampling" if kwargs["do_sample"] else ", ".join(unknown)
+        raise ExportError(f"generation_kwargs ask for {refused}; artifacts decode greedily, choose another task")
+    most = int(kwargs["max_gen_toks"])
+    if most >= context_length:
+        raise ExportError(f"{most} new tokens leave no room for a prompt in a context of {context_length}")
+    until = tuple(stop for stop in handle_stop_sequences(kwargs["until"], eos=None) if stop)
+    return _Generation(until, most, context_length - most)
 
 
 class EagerSession(Session):
@@ -160,7 +222,7 @@ class EagerSession(Session):
     measures_speed = False
 
     def __init__(self, described: Manifest, source: str | None, threads: int) -> None:
-        super().__init__(described.contract.kv.context_length, PIECE, "all")
+        super().__init__(described.contract.kv.context_length, _PIECE, "all", described.architecture.vocab_size)
         mkl.settle()
         torch.set_num_threads(threads)
         checkpoint = checkpoint_of(described, source)

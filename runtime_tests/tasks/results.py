@@ -1,15 +1,23 @@
-"""Results files of lm-evaluation-harness, and the scores of artifacts beside those of their fp32 model.
+"""Results files of lm-evaluation-harness: scores of artifacts beside those of their fp32 model, and published ones.
 
-Scores are compared only where both models answered the same questions in the same form.
+Scores are compared only where both models answered the same questions in the same form. What a model's makers publish,
+and the tasks of the harness nearest to it, is in configs/published.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import sqrt
 from pathlib import Path
-from typing import Any
+from statistics import mean
+from typing import Annotated, Any
 
+from pydantic import Field, model_validator
+
+from export.architecture import Positive, Strict
 from export.errors import ExportError
+from export.plan import load_named, names
 
 Name = tuple[str, str, str]
 """Task or group, metric, filter; `none` where answers are not filtered."""
@@ -184,3 +192,86 @@ def _below(group: str, members: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
     for member in members.get(group, ()):
         yield member
         yield from _below(member, members)
+
+
+class Way(Strict):
+    """Tasks whose mean stands for a published score."""
+
+    run: str
+    """The argument of `--tasks`."""
+    tasks: tuple[str, ...]
+    """Patterns of the single tasks' names."""
+    count: Positive
+    """Of these tasks."""
+    metrics: tuple[Annotated[str, Field(pattern=r"^[^,]+,[^,]+$")], ...]
+    """`metric,filter`."""
+    note: str
+    """How it differs from the published measurement."""
+
+    def score(self, scores: Mapping[Name, Score], groups: Collection[str]) -> Score | None:
+        """The mean over all tasks; None where one is missing.
+
+        Metrics of one task score the same answers, so their standard errors are averaged; tasks are independent.
+        """
+        single = {name[0] for name in scores} - set(groups)
+        tasks = sorted(task for task in single if any(fnmatchcase(task, pattern) for pattern in self.tasks))
+        names = [[_name_of(task, metric) for metric in self.metrics] for task in tasks]
+        if len(tasks) != self.count or any(name not in scores for of_task in names for name in of_task):
+            return None
+        per_task = [[scores[name] for name in of_task] for of_task in names]
+        errors = [[score.stderr for score in of_task if score.stderr is not None] for of_task in per_task]
+        complete = all(len(of_task) == len(self.metrics) for of_task in errors)
+        return Score(
+            value=mean(score.value for of_task in per_task for score in of_task),
+            stderr=sqrt(sum(mean(of_task) ** 2 for of_task in errors)) / len(tasks) if complete else None,
+            higher_is_better=True,
+            questions=sum(of_task[0].questions for of_task in per_task),
+            of=sum(of_task[0].of for of_task in per_task),
+        )
+
+
+class PublishedScore(Strict):
+    """One published benchmark."""
+
+    benchmark: str
+    setting: str
+    published: tuple[float, ...]
+    """Percent, one for each model."""
+    ways: tuple[Way, ...]
+    """The first that was run counts."""
+    note: str = ""
+    """Why there is no way."""
+
+    @model_validator(mode="after")
+    def _a_way_or_a_reason(self) -> "PublishedScore":
+        if bool(self.ways) == bool(self.note):
+            raise ValueError(f"{self.benchmark}: give either ways or a note why there are none")
+        return self
+
+
+class Published(Strict):
+    """One YAML of configs/published."""
+
+    name: str
+    source: str
+    models: tuple[str, ...]
+    """Names in configs/models."""
+    rows: tuple[PublishedScore, ...]
+
+    @model_validator(mode="after")
+    def _a_score_for_each_model(self) -> "Published":
+        for row in self.rows:
+            if len(row.published) != len(self.models):
+                raise ValueError(f"{row.benchmark}: {len(row.published)} scores for {len(self.models)} models")
+        return self
+
+
+def published(model: str) -> Published | None:
+    """The published scores of a model of configs/models."""
+    loaded = (load_named(Published, "published", name) for name in names("published"))
+    return next((published for published in loaded if model in published.models), None)
+
+
+def _name_of(task: str, metric_and_filter: str) -> Name:
+    metric, _, filter_name = metric_and_filter.partition(",")
+    return task, metric, filter_name

@@ -98,12 +98,9 @@ def _announce(options: TaskOptions, folders: Sequence[Path]) -> None:
 
 
 def _evaluate_artifact(folder: Path, described: Manifest, options: TaskOptions, build: Path) -> Results | None:
-    facts = _facts_of(described) | {
-        "recipe": described.plan.quant.name,
-        "target": described.plan.target.name,
-        "manifest_sha256": manifest.digest(folder),
-    }
-    return _perform(_job_of(folder, described, options, described.id, facts, build), options.patience_s)
+    plan = described.plan
+    facts = {"recipe": plan.quant.name, "target": plan.target.name, "manifest_sha256": manifest.digest(folder)}
+    return _perform(folder, described, options, described.id, facts, build)
 
 
 def _evaluate_reference(folder: Path, described: Manifest, options: TaskOptions, build: Path) -> Results | None:
@@ -114,19 +111,7 @@ def _evaluate_reference(folder: Path, described: Manifest, options: TaskOptions,
         if earlier.model == name and earlier.facts.get("key") == key:
             console.print(f"  fp32: results of an earlier run, {earlier.path}", soft_wrap=True)
             return earlier
-    facts = _facts_of(described) | {"recipe": "fp32", "target": REFERENCE, "key": key}
-    return _perform(_job_of(folder, described, options, name, facts, build), options.patience_s)
-
-
-def _facts_of(described: Manifest) -> dict[str, str | int | None]:
-    """Recorded with the results: scores are compared where base, checkpoint and context length are equal."""
-    code = manifest.source_info()
-    return {
-        "base": described.plan.model.name,
-        "checkpoint": _checkpoint_key(described),
-        "context_length": described.contract.kv.context_length,
-        "commit": code.commit + (" with local changes" if code.dirty else ""),
-    }
+    return _perform(folder, described, options, name, {"recipe": "fp32", "target": REFERENCE, "key": key}, build)
 
 
 def _checkpoint_key(described: Manifest) -> str:
@@ -151,10 +136,21 @@ def reference_key(described: Manifest, options: TaskOptions) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
-def _job_of(
-    folder: Path, described: Manifest, options: TaskOptions, name: str, facts: dict[str, str | int | None], build: Path
-) -> jobs.TasksJob:
-    return jobs.TasksJob(
+def _perform(
+    folder: Path, described: Manifest, options: TaskOptions, name: str, facts: dict[str, str], build: Path
+) -> Results | None:
+    """Evaluate a model in a child process; a failure is printed and does not end the run.
+
+    The facts are recorded with the results: scores are compared where base, checkpoint and context length are equal.
+    """
+    code = manifest.source_info()
+    shared: dict[str, str | int | None] = {
+        "base": described.plan.model.name,
+        "checkpoint": _checkpoint_key(described),
+        "context_length": described.contract.kv.context_length,
+        "commit": code.commit + (" with local changes" if code.dirty else ""),
+    }
+    job = jobs.TasksJob(
         folder=str(folder.resolve()),
         eager=facts["target"] == REFERENCE,
         source=options.source,
@@ -163,18 +159,14 @@ def _job_of(
         limit=options.limit,
         chat=options.chat and described.tokenizer.has_chat_template,
         name=name,
-        facts=facts,
+        facts={**shared, **facts},
         out=str((build / "tasks" / name).resolve()),
     )
-
-
-def _perform(job: jobs.TasksJob, patience_s: float) -> Results | None:
-    """Evaluate in a child process; a failure is printed and does not end the run."""
     label = "fp32" if job.eager else "artifact"
-    with counted(label) as progress, stage(label, job.name):
-        ended = isolation.run(job, limit_s=patience_s, on_progress=progress, renewed=True)
+    with counted(label) as progress, stage(label, name):
+        ended = isolation.run(job, limit_s=options.patience_s, on_progress=progress, renewed=True)
     if ended.outcome is not Outcome.PASS:
-        console.print(f"{job.name}: {ended.outcome.value}: {ended.detail}", style="red", markup=False, soft_wrap=True)
+        console.print(f"{name}: {ended.outcome.value}: {ended.detail}", style="red", markup=False, soft_wrap=True)
         return None
     return results.read(Path(ended.result["results"]))
 
@@ -186,20 +178,19 @@ def count_questions(job: jobs.TaskDataJob) -> dict[str, Any]:
     questions = {name: task.eval_docs for name, task in loaded.items()}
     catalog.refuse_calibrated(questions, [artifact.plan.quant for artifact in artifacts])
     for name, task in loaded.items():
-        for context_length in {artifact.contract.kv.context_length for artifact in artifacts}:
-            _refuse_generation(name, task, context_length)
+        if task.OUTPUT_TYPE == "generate_until":
+            _refuse_generation(name, task, min(artifact.contract.kv.context_length for artifact in artifacts))
     return {"questions": {name: len(documents) for name, documents in questions.items()}}
 
 
 def _refuse_generation(name: str, task: Any, context_length: int) -> None:
     """Refuse answers that greedy decoding in this context cannot give, before hours of evaluation."""
-    from . import scoring
+    from .lm import read_limits
 
-    if task.OUTPUT_TYPE == "generate_until":
-        try:
-            scoring.read(task.config.generation_kwargs, context_length)
-        except ExportError as error:
-            raise ExportError(f"task {name}: {error}") from None
+    try:
+        read_limits(task.config.generation_kwargs, context_length)
+    except ExportError as error:
+        raise ExportError(f"task {name}: {error}") from None
 
 
 def evaluate_here(job: jobs.TasksJob) -> dict[str, Any]:

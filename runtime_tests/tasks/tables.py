@@ -7,9 +7,8 @@ from export.card import Measured
 from export.toolbox.tables import NONE, plain
 from runtime_tests.reports import templates
 
-from . import reference_scores
-from .reference_scores import Published
-from .results import Compared, Name, Score, retention
+from . import results
+from .results import Compared, Name, Published, PublishedScore, Score, retention
 
 _TEMPLATE = Path(__file__).parent / "page.html.j2"
 HEADER = ("task", "metric", "questions", "fp32", "this file", "retention")
@@ -59,17 +58,16 @@ def published_rows(published: Published, model: str, artifact: Compared | None) 
     ]
 
 
-def _measured_cells(row: reference_scores.Row, artifact: Compared | None) -> tuple[str, str, str, str]:
+def _measured_cells(row: PublishedScore, artifact: Compared | None) -> tuple[str, str, str, str]:
     """Reference, artifact, retention and tasks; a row that was not measured names the tasks that would measure it."""
-    measured = reference_scores.measure(row, artifact.scores, artifact.groups) if artifact else None
-    if artifact is None or measured is None:
-        how = f"--tasks {row.ways[0].run}. {row.ways[0].note}" if row.ways else row.note
-        return NONE, NONE, NONE, f"not measured: {how}"
-    score, way = measured.score, measured.way
-    measured_reference = reference_scores.measure(row, artifact.references, artifact.groups, way)
-    reference = measured_reference.score if measured_reference else None
-    by = f"{way.run}, questions: {_questions(score)}. {way.note}"
-    return _with_error(reference, 100, 1), _with_error(score, 100, 1), _kept_share(score, reference), by
+    if artifact:
+        for way in row.ways:
+            if score := way.score(artifact.scores, artifact.groups):
+                reference = way.score(artifact.references, artifact.groups)
+                by = f"{way.run}, questions: {_questions(score)}. {way.note}"
+                return _with_error(reference, 100, 1), _with_error(score, 100, 1), _kept_share(score, reference), by
+    how = f"--tasks {row.ways[0].run}. {row.ways[0].note}" if row.ways else row.note
+    return NONE, NONE, NONE, f"not measured: {how}"
 
 
 def card_rows(artifact: Compared) -> list[Measured]:
@@ -93,21 +91,12 @@ def show(artifact: Compared) -> None:
 
 def _section(artifact: Compared) -> dict[str, object]:
     base = str(artifact.newest.facts["base"])
-    known = reference_scores.find(base)
+    known = results.published(base)
     return {
-        "model": artifact.model,
-        "how": [
-            f"lm-evaluation-harness {artifact.newest.harness}",
-            "chat template applied" if artifact.newest.chat else "no chat template",
-            f"commit {artifact.newest.facts['commit']}",
-            f"{artifact.newest.truncated} prompts cut on the left" if artifact.newest.truncated else "no prompt cut",
-        ],
-        "header": HEADER,
-        "rows": rows(artifact),
-        "published_header": _PUBLISHED_HEADER,
-        "published": published_rows(known, base, artifact) if known else [],
+        "artifact": artifact,
+        "rows": [HEADER, *rows(artifact)],
+        "published": [_PUBLISHED_HEADER, *published_rows(known, base, artifact)] if known else [],
         "source": known.source if known else "",
-        "file": artifact.newest.path,
     }
 
 

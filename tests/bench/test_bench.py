@@ -11,8 +11,9 @@ from export.errors import ExportError
 from export.plan import load_plan
 from export.toolbox.tables import NONE, markdown, plain
 from runtime_tests.bench import __main__ as cli
-from runtime_tests.bench import contenders, fidelity, measurement, processes, publish, results, runners, stock, tables
+from runtime_tests.bench import contenders, exports, fidelity, measurement, publish, results, runners, tables
 from runtime_tests.bench.results import Benchmark
+from runtime_tests.evidence import record
 from runtime_tests.evidence.record import Outcome
 from runtime_tests.jobs import Opening, isolation
 from tests.support.benchmarks import SETTINGS, entry, stored_run, timing
@@ -22,17 +23,18 @@ from tests.support.benchmarks import SETTINGS, entry, stored_run, timing
 
 def test_a_spread_is_the_median_with_deciles():
     spread = results.spread([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11])
-    assert (spread.median, spread.p10, spread.p90) == (6, 2, 10)
+    assert spread == (6, 2, 10, 11)
+    assert spread.text(1) == "6.0 (2.0–10.0)"
 
 
 def test_a_ratio_pairs_repetitions_so_that_a_slow_one_cancels():
     theirs = {0: 100.0, 1: 50.0, 2: 10.0}
     ratio = results.ratio({i: 2 * value for i, value in theirs.items()}, theirs)
-    assert (ratio.median, ratio.q1, ratio.q3, ratio.pairs) == (2, 2, 2, 3)
+    assert ratio == (2, 2, 2, 3)
 
 
 def test_a_repetition_that_one_side_missed_is_no_pair():
-    assert results.ratio({0: 1.0, 1: 9.0}, {0: 2.0}).pairs == 1
+    assert results.ratio({0: 1.0, 1: 9.0}, {0: 2.0}).repetitions == 1
     assert results.ratio({0: 1.0}, {1: 1.0}) is None
 
 
@@ -82,7 +84,7 @@ def test_a_contender_that_crashes_is_a_row_and_the_run_goes_on(monkeypatch):
     ]
     assert [s.outcome for s in samples if s.contender == "broken"] == [Outcome.CRASH] * 3
     assert all("SIGABRT" in s.detail for s in samples if s.contender == "broken")
-    assert all(s.timing.decode_tps == pytest.approx(100) for s in samples if s.contender == "good")
+    assert all(s.timing.decode_tps() == pytest.approx(100) for s in samples if s.contender == "good")
 
 
 def contender(name):
@@ -94,7 +96,7 @@ def contender(name):
 def run(tmp_path):
     """A stored run: ours twice as fast as stock, a third contender that always dies. Read back from its file."""
     benchmark = stored_run()
-    results.append(benchmark, tmp_path / "results.jsonl")
+    record.append(benchmark, tmp_path / "results.jsonl")
     return Benchmark.model_validate_json((tmp_path / "results.jsonl").read_text())
 
 
@@ -176,26 +178,25 @@ def exported(target, folder):
 
 
 def test_a_stock_artifact_is_made_once_and_a_failure_says_why(artifact, tmp_path, monkeypatch):
-    folder, described = artifact
-    for module in (stock, processes):
-        monkeypatch.setattr(module, "ROOT", tmp_path)
+    folder, _ = artifact
+    monkeypatch.setattr(exports, "ROOT", tmp_path)
     (tmp_path / "input").write_text("content")
     known = {
-        "zip": stock.Recipe("zip", "zipfile", ("-c", "{out}/model.zip", "input"), (), ("torch",)),
-        "bad": stock.Recipe("bad", "zipfile", ("-t", "{out}/none.zip"), (), ("torch",)),
-        "absent": stock.Recipe("absent", "no_such_package.export", (), (), ("no-such-package",)),
+        "zip": exports.Recipe("zip", "zipfile", ("-c", "{out}/model.zip", "input"), (), ("torch",)),
+        "bad": exports.Recipe("bad", "zipfile", ("-t", "{out}/none.zip"), (), ("torch",)),
+        "absent": exports.Recipe("absent", "no_such_package.export", (), (), ("no-such-package",)),
     }
-    monkeypatch.setattr(stock, "RECIPES", known)
-    made = stock.make("zip", described, folder, None)
+    monkeypatch.setattr(exports, "RECIPES", known)
+    made = exports.make("zip", folder, None)
     assert (tmp_path / made.folder / "model.zip").is_file()
     assert made.seconds > 0
     assert made.peak_rss_bytes > 2**20
     assert made.command == f"python -m zipfile -c {made.folder}/model.zip input"
-    assert stock.make("zip", described, folder, None) == made
-    with pytest.raises(stock.NotMadeError, match=r"exit 1: .*none\.zip"):
-        stock.make("bad", described, folder, None)
-    with pytest.raises(stock.NotMadeError, match="not installed: pip install no-such-package"):
-        stock.make("absent", described, folder, None)
+    assert exports.make("zip", folder, None) == made
+    with pytest.raises(exports.NotMadeError, match=r"exit 1: .*none\.zip"):
+        exports.make("bad", folder, None)
+    with pytest.raises(exports.NotMadeError, match="not installed: pip install no-such-package"):
+        exports.make("absent", folder, None)
     assert [path.name for path in (tmp_path / "build/bench/stock").glob("tiny-*") if path.is_dir()] == [
         Path(made.folder).name
     ]
@@ -203,20 +204,20 @@ def test_a_stock_artifact_is_made_once_and_a_failure_says_why(artifact, tmp_path
 
 def test_every_option_of_a_stock_command_is_filled_in(artifact):
     _, described = artifact
-    values = stock.values_of(described) | {
+    values = exports.values_of(described) | {
         "meta": "M",
         "huggingface": "H",
         "gguf": "G",
-        "manifest": "m.json",
+        "ours": "o",
         "source": "",
     }
-    for recipe in stock.RECIPES.values():
-        command = stock.command(recipe, values, Path("out"))
+    for recipe in exports.RECIPES.values():
+        command = exports.command(recipe, values, Path("out"))
         assert not any("{o" in argument or argument == "" for argument in command)
-    assert "export.max_context_length=256" in stock.command(stock.RECIPES["export_llm"], values, Path("out"))
+    assert "export.max_context_length=256" in exports.command(exports.RECIPES["export_llm"], values, Path("out"))
     fp32 = described.plan.model_copy(update={"quant": load_plan("tiny", "fp32", "onnx-cpu").quant})
     with pytest.raises(ExportError, match="int4 groupwise"):
-        stock.values_of(described.model_copy(update={"plan": fp32}))
+        exports.values_of(described.model_copy(update={"plan": fp32}))
 
 
 # runtimes

@@ -13,9 +13,8 @@ from export.checkpoints.seed import SeededSource
 from export.formats.onnx_kv import graph, read
 from export.plan import ModelSpec, load_named
 from export.toolbox.tables import NONE
-from runtime_tests.bench import contenders, forms, results, tables
-from runtime_tests.bench.results import HostOverhead
-from runtime_tests.bench.runners import overhead
+from runtime_tests.bench import contenders, forms, runners, tables
+from runtime_tests.bench.results import HostOverhead, Timing
 from runtime_tests.jobs import OverheadJob
 from runtime_tests.sessions import session_module
 from tests.support.benchmarks import stored_run
@@ -90,9 +89,8 @@ def test_the_cache_of_a_position(random_tiny):
 
 def test_the_share_of_the_bound_pairs_a_rate_with_the_bandwidth_of_its_repetition():
     """120, 100 and 80 tok/s of 80 MB + 12 positions of 0.1 MB each, where 40, 20 and 10 GB/s were measured."""
-    assert results.bound_share(tokens_per_s=100, bytes_per_token=80e6, bandwidth_bytes_per_s=20e9) == 0.4
     run = stored_run()
-    near = run.bound_share(run.entries[0], tables.decode, run.settings.near_position)
+    near = run.bound_share(run.entries[0], Timing.decode_tps, run.settings.near_position)
     assert near.median == pytest.approx(100 * 81.2e6 / 20e9)
     header, ours, _, dead = tables.bandwidth(run)
     cells = dict(zip(header, ours, strict=True))
@@ -131,7 +129,7 @@ def test_a_sessions_runtime_calls_are_found_and_put_back(tiny, target, package):
     methods = session_module(manifest.read(folder)).runtime_calls()
     before = [getattr(owner, name) for owner, name in methods]
     job = OverheadJob(folder=str(folder), threads=1, prompt=(3, 4, 5), generate=4)
-    measured = HostOverhead(label=target, **{k: tuple(v) for k, v in overhead.measure(job).items()})
+    measured = HostOverhead(label=target, **{k: tuple(v) for k, v in runners.measure_overhead(job).items()})
     assert len(measured.step_ns) == 4
     assert 0 < measured.share < 1
     assert [getattr(owner, name) for owner, name in methods] == before
@@ -139,4 +137,4 @@ def test_a_sessions_runtime_calls_are_found_and_put_back(tiny, target, package):
 
 def test_a_session_whose_call_is_not_seen_has_no_overhead(built):
     with pytest.raises(ValueError, match="a step made none of the runtime's calls"):
-        overhead.measure(OverheadJob(folder=str(built), threads=1, prompt=(3,), generate=1))
+        runners.measure_overhead(OverheadJob(folder=str(built), threads=1, prompt=(3,), generate=1))

@@ -1,12 +1,10 @@
 """llama.cpp as a peer: the same weights give the same logits, quantized ones are near, and a bad file is refused."""
 
-import sys
-
 import pytest
 
 from export import checkpoints as checkpoint
 from export.plan import ModelSpec, load_named
-from runtime_tests.bench import forms, processes, runners, stock
+from runtime_tests.bench import exports, forms, runners
 from runtime_tests.jobs import Opening
 from tests.support.benchmarks import llama_cpp_logits
 from tests.support.metrics import eager_logits, sqnr_db
@@ -60,10 +58,9 @@ def test_a_long_prompt_is_fed_in_pieces(exact, our_logits, monkeypatch):
 
 @pytest.mark.parametrize(("kind", "least_db"), [("q4_0", 8), ("q4_k_m", 9), ("q8_0", 25)])
 def test_llama_cpps_own_mixtures_load_and_are_near(exact, our_logits, tmp_path, kind, least_db):
-    recipe = stock.RECIPES[f"llamacpp-{kind}"]
+    recipe = exports.RECIPES[f"llamacpp-{kind}"]
     arguments = [part.format(gguf=exact.parent, out=tmp_path) for part in recipe.arguments]
-    done = processes.run((sys.executable, "-m", recipe.module, *arguments), tmp_path / "log", kind)
-    assert done.returncode == 0, done.last_words
+    exports.run(("-m", recipe.module, *arguments), tmp_path / "log", kind)
     logits = llama_cpp_logits(tmp_path / "model.gguf", tmp_path, TOKENS, PREFILL)
     assert sqnr_db(our_logits, logits) > least_db
 

@@ -1,7 +1,11 @@
 """An artifact folder is whole or not there, whatever ends the build: a signal, a full disk, a second build."""
 
+import errno
+import fcntl
 import json
+import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +17,9 @@ import pytest
 from export import manifest, pipeline
 from export.build import folder as artifact
 from export.errors import ExportError
+from export.host import disk
 from export.plan import load_plan
+from tests.support.artifacts import COMPANIONS, add_companions
 from tests.support.processes import arguments, one_error, results
 
 TARGETS = ("onnx-cpu", "executorch-xnnpack", "coreml")
@@ -260,6 +266,79 @@ def test_libraries_keep_their_temporary_files_beside_the_artifact(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
+def test_what_others_put_into_the_folder_is_never_deleted(old, tmp_path):
+    out = shutil.copytree(old, tmp_path / "out")
+    add_companions(out)
+    for name in ("notes.txt", "results/r.csv", "model.onnx.bak", "tokenizer_config.json.orig"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+        refused(out, f"out/{name}: not part of the artifact that is built again; move it away, or give another --out")
+        (out / name).rename(tmp_path / "moved")
+    pipeline.export(load_plan("tiny", "int4-g32", "onnx-cpu"), None, out)
+    assert manifest.read(out).source.sha256 != "0" * 64
+    assert all((out / name).read_text() == "x" for name in COMPANIONS if "/" not in name or name.startswith("."))
+
+
+# ── locks ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(params=[errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def no_locks(request, monkeypatch):
+    """A file system without locks: NFS without its daemon, Lustre, some of FUSE."""
+
+    def flock(file, operation):
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    return os.strerror(request.param)
+
+
+def test_without_locks_a_folder_is_refused_by_its_file_and_the_cache_goes_on(no_locks, old, tmp_path, capsys):
+    refused(
+        tmp_path / "out", rf"/\.out\.lock: cannot be locked \({no_locks}\), and two writers would damage .*/out; take"
+    )
+    with disk.turn(tmp_path / "stored"):
+        pass
+    assert f"/.stored.lock: not locked ({no_locks})" in capsys.readouterr().err.replace("\n", "")
+    record = tmp_path / "records.jsonl"
+    with record.open("ab") as file:
+        disk.wait_for_lock(file)
+    assert disk.is_locked(record)  # what cannot be known is not removed
+
+
+def test_a_link_in_place_of_a_lock_is_refused_and_what_it_names_stays(old, tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / ".out.lock").symlink_to("precious")
+    refused(tmp_path / "out", r"/\.out\.lock: a link, which no build of ours makes; remove it")
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_text_is_written_beside_and_replaces_a_link(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "README.md").symlink_to("precious")
+    disk.write_text(tmp_path / "README.md", "card")
+    assert ((tmp_path / "README.md").read_text(), (tmp_path / "precious").read_text()) == ("card", "mine")
+    assert not (tmp_path / "README.md").is_symlink()
+    assert names(tmp_path) == ["README.md", "precious"]
+
+
+# ── a checkout that cannot be written ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_cache_moves_to_the_user_where_the_checkout_cannot_be_written(old, tmp_path, monkeypatch, capsys):
+    (tmp_path / "checkout").write_text("a file: nothing can be made below it, by root neither")
+    monkeypatch.setattr(pipeline, "CACHE", tmp_path / "checkout" / "build" / "cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
+    pipeline.export(load_plan("tiny", "int4-g32", "onnx-cpu"), None, tmp_path / "out")
+    assert manifest.read(tmp_path / "out").files == manifest.read(old).files
+    assert [path.suffix for path in (tmp_path / "mine/llama-on-device").glob("q*")] == [".safetensors"]
+    assert f"cannot be written; the cache is {tmp_path}/mine/llama-on-device" in capsys.readouterr().err.replace(
+        "\n", ""
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "checkout"))
+    refused(tmp_path / "again", "nor can .*; name a folder for the cache in XDG_CACHE_HOME")
+
+
 # ── full disk ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -277,7 +356,9 @@ def test_a_disk_that_fills_up_at_any_moment_is_named_and_nothing_is_left(small_d
     place = tmp_path / "disk"
     common = {"accident": "fill", "disk": str(place), "look": [str(place)]}
     orders = [order(place / "out", cache, target, **when, **common, leave=leave) for when, target, leave in FULL]
-    orders.append(order(tmp_path / "out", place, after="export.quantization.store:layer_info", leave=200_000, **common))
+    orders.append(
+        order(tmp_path / "out", place, after="export.quantization.store:_layer_info", leave=200_000, **common)
+    )
     for wanted, result in zip(orders, small_disk(place, orders), strict=True):
         assert f"error: {place}: the disk is full (" in one_error(result["stderr"]), wanted
         assert (result["code"], without_locks(result["left"][str(place)])) == (1, []), wanted

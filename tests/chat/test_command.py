@@ -82,7 +82,8 @@ def test_a_full_context_is_said_and_reset_goes_on(chat, short):
     assert code == 1  # one message has no answer
     assert len(out.splitlines()) == 2
     assert err.count("context 40/40 · the context is full: /reset begins anew") == 2
-    assert err.count("the message is left out, /reset begins anew") == 1
+    full = "error: left out: the context is full: this conversation has 49 tokens, the artifact's context 40"
+    assert [line for line in err.splitlines() if line.startswith("error")] == [f"{full}; /reset begins anew"]
 
 
 def test_the_evaluator_is_named_and_not_timed(chat, artifact):
@@ -92,6 +93,60 @@ def test_the_evaluator_is_named_and_not_timed(chat, artifact):
     assert "the reference evaluator computes the same" in err
     assert "speed not measured: reference evaluator · context" in err
     assert "tok/s" not in err
+
+
+END = "{{ m.role }}:{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+NO_SYSTEM = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + END
+ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}" + END
+)
+AT_MOST_20 = "{% for m in messages %}{% if m.content | length > 20 %}{{ raise_exception('too long') }}{% endif %}" + END
+NOTHING = "{% if messages[-1].content != 'nothing' %}{% for m in messages %}" + END + "{% endif %}"
+TOLD = "error: left out: this message: chat template: TemplateError: "
+TOLD_SYSTEM = "error: left out: this system message: chat template: TemplateError: "
+NOT_FINITE = "error: left out: the artifact computes NaN or infinity; validate it with `python -m runtime_tests`"
+
+
+@pytest.mark.parametrize(
+    ("template", "fault", "refused", "line"),
+    [
+        (NO_SYSTEM, "", "/system be brief", f"{TOLD_SYSTEM}no system role"),
+        (ALTERNATING, "", "/system be brief", f"{TOLD_SYSTEM}roles must alternate"),
+        (AT_MOST_20, "", "x" * 21, f"{TOLD}too long"),
+        (AT_MOST_20, "", f"/system {'x' * 21}", f"{TOLD_SYSTEM}too long"),
+        ("{{ (10 ** 10 if messages[-1].content == 'x' else 1) * '<|user|>a' }}", "", "x",
+         "error: left out: this message: chat template: took more than 256 MB"),
+        (NOTHING, "", "nothing", "error: left out: this message: the chat template writes nothing for it"),
+        (None, "", "x" * 300, "error: left out: the context is full: this conversation has"),
+        (None, "", f"/system {'x' * 300}", "error: left out: the context is full: this conversation has"),
+        (None, "", "/sytem x", "error: left out: unknown command /sytem"),
+        (None, "", "x" * 20 + "\udcff", f"error: left out: a line that is not UTF-8 (after '{'x' * 20}')"),
+        (None, "nan", "x" * 84, NOT_FINITE),
+        (None, "nan", "x" * 81, NOT_FINITE),  # in the middle of the answer
+        (None, "raises", "x" * 70, "error: left out: the artifact's runtime: kernel not implemented"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_is_one_line_and_the_rest_is_answered(chat, artifact, template, fault, refused, line):
+    set_fault(artifact, fault)
+    if template:
+        set_template(artifact, template)
+    options = ("--max-new-tokens", "4")
+    _, expected, _ = chat(artifact, *options, typed=b"hello\nand then?\n")
+    code, out, err = chat(artifact, *options, typed=f"hello\n{refused}\nand then?\n".encode("utf-8", "surrogateescape"))
+    answers = out.splitlines()
+    assert [answers[0], answers[-1]] == expected.splitlines()
+    assert code == 1
+    errors = [said for said in err.splitlines() if said.startswith("error")]
+    assert len(errors) == 1
+    assert errors[0].startswith(line)
+
+
+def test_a_system_message_that_the_template_refuses_is_refused_at_once(chat, artifact):
+    set_template(artifact, NO_SYSTEM)
+    code, out, err = chat(artifact, "--system", "be brief", typed=b"hello\n")
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1] == "error: this system message: chat template: TemplateError: no system role"
 
 
 BOMB = "{{ messages[0].content * (10 ** 10 if messages[0].content == 'hello' else 1) }}"
@@ -148,7 +203,7 @@ def test_options_that_contradict_and_input_that_is_no_text(chat, built):
     assert "give a --temperature above 0" in err
     code, out, err = chat(built, typed=b"hell\xff\n")
     assert (code, out) == (1, "")
-    assert "error: standard input: not UTF-8" in err
+    assert "error: left out: a line that is not UTF-8 (after 'hell')" in err
 
 
 @pytest.mark.parametrize(("target", "module"), [("onnx-cpu", "onnxruntime"), ("executorch-xnnpack", "executorch"),

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from export.errors import ExportError
 from runtime_tests.chat import conversation as module
-from runtime_tests.chat.conversation import End, NoRoomError
+from runtime_tests.chat.conversation import End
 from tests.support.artifacts import set_fault
 from tests.support.conversations import MESSAGES, SHORT, ask, opened
 
@@ -119,7 +120,7 @@ def test_an_answer_ends_where_the_context_does_and_reset_begins_anew(talk, short
     assert (answer.end, answer.context_used) == (End.CONTEXT, SHORT)
     assert len(answer.text) == SHORT - len("hello") - 3 + 1  # the last token is shown, and never fed
     turns = list(conversation.turns)
-    with pytest.raises(NoRoomError, match=r"this conversation has 49 tokens, the artifact's context 40"):
+    with pytest.raises(ExportError, match=r"this conversation has 49 tokens, the artifact's context 40"):
         ask(conversation, "more")
     assert conversation.turns == turns
     conversation.reset()
@@ -131,8 +132,19 @@ def test_a_prompt_that_fills_the_context_gets_one_token_and_one_more_is_refused(
     answer = ask(conversation, "a" * (SHORT - 3))
     assert (answer.end, answer.decoded, answer.context_used) == (End.CONTEXT, 0, SHORT)
     conversation.reset()
-    with pytest.raises(NoRoomError):
+    with pytest.raises(ExportError, match="write a shorter one"):
         ask(conversation, "a" * (SHORT - 2))
+
+
+def test_a_token_that_the_model_does_not_have_is_refused_and_the_cache_stays(talk):
+    conversation = talk()
+    first = ask(conversation, "hello")
+    held = list(conversation.cache.tokens)
+    with pytest.raises(ExportError, match="runtime: token 512: the vocabulary has 512"):
+        conversation.cache.feed([5, 512], lambda: False)
+    assert conversation.cache.tokens == held
+    conversation.reset()
+    assert ask(conversation, "hello").text == first.text
 
 
 # ── what is shown ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -162,11 +174,18 @@ def test_bytes_shown_one_by_one_would_not_be_characters(words):
     assert naive == ["\N{REPLACEMENT CHARACTER}"] * 2
 
 
-def test_half_a_character_at_the_end_is_neither_shown_nor_kept(talk, words):
-    conversation = talk(choose=spelled("aü", words), max_new_tokens=2)
-    answer = ask(conversation, "hello")
-    assert (answer.text, answer.end) == ("a", End.LIMIT)
-    assert conversation.turns[-1]["content"] == "a"
+@pytest.mark.parametrize("end", [End.LIMIT, End.STOPPED, End.CONTEXT, End.MODEL])
+def test_half_a_character_at_the_end_is_shown_and_kept_as_broken(talk, words, end, short, built):
+    limit = 2 if end is End.LIMIT else 100
+    half = iter([*words.encode("aü", add_special_tokens=False)[:2], words.eos_token_id])
+    conversation = talk(
+        choose=lambda _: next(half), max_new_tokens=limit, folder=short if end is End.CONTEXT else built
+    )
+    message = "b" * (SHORT - 4) if end is End.CONTEXT else "hello"
+    fed = conversation.cache.session.fed
+    answer = ask(conversation, message, stopped=lambda: end is End.STOPPED and len(fed) == 2)
+    assert (answer.text, answer.end) == ("a\N{REPLACEMENT CHARACTER}", end)
+    assert conversation.turns[-1]["content"] == answer.text
 
 
 def test_special_tokens_are_not_shown(talk, words):

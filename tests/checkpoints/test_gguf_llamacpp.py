@@ -1,7 +1,6 @@
 """What llama.cpp quantizes, our reader reads as llama.cpp does: the same numbers, and so the same logits."""
 
 import ctypes
-import sys
 from pathlib import Path
 
 import gguf
@@ -15,7 +14,7 @@ from export.checkpoints.integers import in_hugging_face_order
 from export.checkpoints.origin import parse_origin
 from export.plan import ModelSpec, load_named
 from export.quantization.eager import eager
-from runtime_tests.bench import forms, processes, runners
+from runtime_tests.bench import exports, forms, runners
 from runtime_tests.jobs import Opening
 from tests.support.benchmarks import llama_cpp_logits
 from tests.support.checkpoints import LLAMA
@@ -23,6 +22,7 @@ from tests.support.metrics import eager_logits, sqnr_db
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extra `peers`)")
 TINY = load_named(ModelSpec, "models", "tiny")
+QUANTIZE = ("-m", "runtime_tests.bench.runners.llamacpp")
 PREFILL = 30
 TOKENS = list(range(3, 43))
 # what llama.cpp makes of each of its recipes
@@ -59,11 +59,7 @@ def quantized(tmp_path_factory):
     def make(kind):
         path = folder / f"{kind}.gguf"
         if not path.exists():
-            arguments = (str(folder / forms.GGUF), str(path), kind)
-            done = processes.run(
-                (sys.executable, "-m", "runtime_tests.bench.runners.llama_quantize", *arguments), folder / "log", kind
-            )
-            assert done.returncode == 0, done.last_words
+            exports.run((*QUANTIZE, str(folder / forms.GGUF), str(path), kind), folder / "log", kind)
         return path
 
     return make
@@ -164,11 +160,7 @@ def test_rows_that_hold_no_whole_k_block_are_of_another_type(tmp_path, ggml):
     shapes = TINY.architecture.model_copy(update={"hidden_size": 288, "head_dim": 36})
     source = checkpoint.load(TINY.model_copy(update={"architecture": shapes}), None)
     forms.write_gguf(source, tmp_path)
-    arguments = (str(tmp_path / forms.GGUF), str(tmp_path / "q.gguf"), "q4_k_m")
-    done = processes.run(
-        (sys.executable, "-m", "runtime_tests.bench.runners.llama_quantize", *arguments), tmp_path / "log", "q"
-    )
-    assert done.returncode == 0, done.last_words
+    exports.run((*QUANTIZE, str(tmp_path / forms.GGUF), str(tmp_path / "q.gguf"), "q4_k_m"), tmp_path / "log", "q")
     types = {tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "q.gguf").tensors}
     assert types >= {"Q4_K", "Q5_0"}  # down_proj has rows of 512
     assert (

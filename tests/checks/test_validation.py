@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 import devices
 from devices import DeviceLostError
 from export import manifest
+from export.checkpoints import tokenizer
 from export.errors import ExportError
 from export.host import disk
-from runtime_tests import validate
+from runtime_tests import evaluation, validate
 from runtime_tests.checks import gates, golden, tokens
 from runtime_tests.checks.subject import Finding, StoppedError
 from runtime_tests.evidence.record import Outcome
@@ -84,6 +85,27 @@ def test_nan_is_named_by_window_and_step(artifact, setting, in_process):
     assert record.outcome is Outcome.MISMATCH
     assert failed(record) == {"logits finite: problems"}
     assert "window 0, step 50" in record.detail
+
+
+def test_nan_at_a_token_that_only_the_chat_template_writes_is_red(artifact, setting, in_process):
+    set_fault(artifact, "end token overflows")
+    record = check(artifact, setting)
+    assert (record.outcome, failed(record)) == (Outcome.MISMATCH, {"template tokens finite: problems"})
+    end = manifest.read(artifact).tokenizer.eos_ids[0]
+    assert f"NaN or infinity after token {end}, place " in record.detail
+
+
+def test_what_the_template_writes_is_fed_where_there_is_one(built, artifact):
+    loaded, described = tokenizer.load(built), manifest.read(built)
+    ids = described.tokenizer
+    written = loaded.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True)[
+        "input_ids"
+    ]
+    start = [ids.bos_id] if ids.bos_id is not None and written[0] != ids.bos_id else []
+    window = evaluation.template_window(loaded, described)
+    assert window.tokens[0, :-1].tolist() == [*start, *written, *ids.eos_ids]
+    bare = described.model_copy(update={"tokenizer": ids.model_copy(update={"has_chat_template": False, "bos_id": 1})})
+    assert evaluation.template_window(loaded, bare).tokens[0, :-1].tolist() == [1, *ids.eos_ids]
 
 
 def with_evaluation(setting, **changes):

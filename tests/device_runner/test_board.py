@@ -284,7 +284,7 @@ def test_a_runtime_that_fails_in_the_middle_is_an_error_in_one_line(monkeypatch,
     (tmp_path / "script").write_text("feed 1\n")
     (tmp_path / "manifest.json").write_text('{"contract": {}, "architecture": {"vocab_size": 8}}')
     monkeypatch.setattr(sys, "argv", ["runner", str(tmp_path / "model"), str(tmp_path / "script")])
-    status = board.main("fake", "fake 1", lambda model, contract, threads: Failing(8, 8, "last"))
+    status = board.main("fake", "fake 1", lambda model, contract, threads: Failing(8, 8, "last", 8))
     answer = parse_answer(capsys.readouterr().out.encode(), status)
     assert answer == RunnerFailure(stage="run", error="RuntimeError: kernel failed")
 

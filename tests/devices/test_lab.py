@@ -1,5 +1,6 @@
 """The lab leaves nothing behind on the machine it runs on, however it ends."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -104,3 +105,26 @@ def test_a_root_that_cannot_be_made_is_not_there(monkeypatch, tmp_path):
     with pytest.raises(LabError, match="no mirror"):
         roots.made("root", fail)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_without_locks_two_builders_make_one_root(monkeypatch, tmp_path, notes):
+    """The lock saves work only: the slower of two takes what the faster has made."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(roots, "CACHE", tmp_path)
+    monkeypatch.setattr(roots.fcntl, "flock", refuse)
+
+    def faster(folder):
+        folder.mkdir()
+        (folder / "whole").write_text("faster")
+
+    def slower(folder):
+        roots.made("root", faster)
+        folder.mkdir()
+        (folder / "whole").write_text("slower")
+
+    assert (roots.made("root", slower) / "whole").read_text() == "faster"
+    assert notes[0] == f"{tmp_path}/.lock: this file system has no locks (No locks available): go on without"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "root"]

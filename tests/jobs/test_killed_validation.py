@@ -1,5 +1,6 @@
 """A validation that is killed, and two at once: whole records, and neither processes nor logits left behind."""
 
+import errno
 import json
 import os
 import signal
@@ -128,6 +129,20 @@ def test_two_validations_of_one_artifact_at_once(tiny, tmp_path):
     assert len(outcomes(tmp_path)) == 2
     assert set(outcomes(tmp_path)) <= {"pass", "inconclusive"}
     manifest.verify_files(folder, manifest.read(folder))
+
+
+def test_without_locks_nothing_is_removed(monkeypatch, tmp_path):
+    """On such a file system nobody can tell whether the run that left a folder is alive."""
+
+    def refuse(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(disk.fcntl, "flock", refuse)
+    with scratch.folder(tmp_path) as running:
+        os.utime(running, (0, 0))
+        scratch.sweep(tmp_path)
+        assert running.is_dir()
+    assert rooms(tmp_path.parent) == []
 
 
 def test_a_running_ones_folder_stays_and_a_fresh_one_too(tmp_path):

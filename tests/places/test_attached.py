@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from runtime_tests import validate
 from runtime_tests.device_runner import build, sdk
 from runtime_tests.evidence.record import Outcome, newest_run
 from runtime_tests.places.remote import AttachedDevice
+from tests.support import boards
 from tests.support.processes import FAKES
 from tests.support.records import failed
 
@@ -87,6 +89,13 @@ def test_a_good_artifact_passes_every_gate(check, desk):
     assert not record.emulated
 
 
+def test_a_board_that_greets_passes_too(check, desk, monkeypatch, tmp_path):
+    board, _ = boards.ssh(tmp_path, monkeypatch, before=r"printf 'Welcome\r\n\377'", after="echo bye; code=0")
+    setting = desk(transport=board.transport)
+    with closing(setting.place.transport):
+        assert check(setting).outcome is Outcome.PASS
+
+
 def test_the_record_says_what_ran_where(check):
     record = check()
     assert record.environment.cores == os.cpu_count()
@@ -103,6 +112,12 @@ def test_the_record_says_what_ran_where(check):
     [
         ("crash", Outcome.CRASH, "artifact: crash: ended by SIGSEGV"),
         ("nonsense", Outcome.RUN_FAIL, "artifact: protocol: exit status 0"),
+        (
+            "old",
+            Outcome.RUN_FAIL,
+            "artifact: protocol: exit status 1: lib/libexecutorch.so: version `GLIBCXX_3.4.32' not found; its C "
+            "library is older than the runner needs: install a newer system there",
+        ),
         ("refuse", Outcome.LOAD_FAIL, "artifact: load: no such operator"),
         ("short", Outcome.RUN_FAIL, "bytes; the runner wrote"),
         ("garbled", Outcome.RUN_FAIL, "CRC-32"),

@@ -235,7 +235,7 @@ def test_a_killed_run_leaves_nothing_and_the_next_one_works(transport, name, not
 
 
 def test_ctrl_c_ends_the_program_and_frees_the_device(transport, name, machine):
-    before = files(machine)  # onnxruntime leaves its database in the home of a device that ran it
+    before = files(machine)
     with another_run(name, "7705.5") as first:
         first.send_signal(signal.SIGINT)
         _, err = first.communicate(timeout=QUICK_S)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from runtime_tests.checks import conformance
-from runtime_tests.sessions.base import ContextError, Session
+from runtime_tests.sessions.base import ContextError, Session, TokenError
 
 CONTEXT, VOCAB = 40, 64
 
@@ -13,7 +13,7 @@ class Remembering(Session):
     """Logits that depend on the tokens in the slots; `calls`: position and tokens of every step."""
 
     def __init__(self, largest_call=8, logits="last"):
-        super().__init__(CONTEXT, largest_call, logits)
+        super().__init__(CONTEXT, largest_call, logits, VOCAB)
         self.slots, self.calls = np.zeros(CONTEXT), []
         self.rows = np.empty((largest_call, VOCAB), np.float16)
 
@@ -80,6 +80,14 @@ def test_the_last_slot_can_be_fed_and_nothing_of_more():
     session.feed([1])
     with pytest.raises(ValueError, match="no tokens"):
         session.feed([])
+
+
+@pytest.mark.parametrize("token", [VOCAB, -1, 10**6])
+def test_a_token_that_the_vocabulary_lacks_is_refused_before_anything_is_fed(token):
+    session = Remembering()
+    with pytest.raises(TokenError, match=f"token {token}: the vocabulary has {VOCAB}"):
+        session.feed([*range(20), token])
+    assert (session.position, session.calls) == (0, [])
 
 
 def test_conformance_holds_for_the_base_and_finds_what_breaks_it():

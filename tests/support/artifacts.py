@@ -1,6 +1,7 @@
 """Finished artifacts: the fake format's target, opening one, and changing one that stays whole."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -41,3 +42,17 @@ def edit_manifest(folder, change):
     fields = json.loads(path.read_text())
     change(fields)
     path.write_text(json.dumps(fields))
+
+
+COMPANIONS = (
+    *(".gitattributes", ".git/config", ".cache/huggingface/download/model.metadata", ".huggingface/x", ".DS_Store"),
+    *("._model.onnx", "Thumbs.db", "desktop.ini", "README.md~", ".manifest.json.swp", "__MACOSX/._model.onnx"),
+)
+"""Files that hubs, git, file managers and editors put into a folder."""
+
+
+def add_companions(folder: Path) -> None:
+    """Put one of each into an artifact folder."""
+    for name in COMPANIONS:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")

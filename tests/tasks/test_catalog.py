@@ -11,7 +11,7 @@ from export import manifest
 from export.errors import ExportError
 from export.plan import CONFIGS, QuantRecipe, load_named
 from runtime_tests.checks import files
-from runtime_tests.tasks import catalog, reference_scores
+from runtime_tests.tasks import catalog, results
 
 pytest.importorskip("lm_eval")
 datasets = pytest.importorskip("datasets")
@@ -228,10 +228,8 @@ def test_a_task_given_twice_is_refused():
 def test_every_way_to_a_published_score_is_a_task_with_that_metric(index, loaded):
     from fnmatch import fnmatchcase
 
-    known = reference_scores.find("llama32-1b-instruct")
-    assert known is reference_scores.find("llama32-3b-instruct") or known == reference_scores.find(
-        "llama32-3b-instruct"
-    )
+    known = results.published("llama32-1b-instruct")
+    assert known == results.published("llama32-3b-instruct")
     single = {name: entry.cfg for name, entry in index.items() if entry.cfg and isinstance(entry.cfg.get("task"), str)}
     single |= {name: task.config.to_dict() for name, task in loaded.items()}
     for way in (way for row in known.rows for way in row.ways):

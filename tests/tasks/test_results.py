@@ -8,7 +8,7 @@ from export import card, manifest
 from export.errors import ExportError
 from export.plan import explain
 from runtime_tests.reports import publication
-from runtime_tests.tasks import reference_scores, results, tables
+from runtime_tests.tasks import results, tables
 from tests.reports.test_html import Balance
 
 MMLU = {f"mmlu_llama_subject{i}": 0.2 + 0.01 * i for i in range(57)}
@@ -129,7 +129,7 @@ def test_a_reference_alone_is_no_artifact(tmp_path):
 
 
 def llama_rows(build):
-    known = reference_scores.find("llama32-1b-instruct")
+    known = results.published("llama32-1b-instruct")
     artifacts = results.compare(results.read_all(build))
     return {
         row[0]: row[1:]
@@ -189,7 +189,7 @@ def test_published_scores_are_read_strictly(change, words):
         {"run": "r", "tasks": ["t"], "count": 1, "metrics": ["acc,none"], "note": ""}]}  # fmt: skip
     fields = {"name": "n", "source": "s", "models": ["a", "b"], "rows": [row | change]}
     with pytest.raises(ValueError, match=r".*") as caught:
-        reference_scores.Published.model_validate(fields)
+        results.Published.model_validate(fields)
     assert words in explain(caught.value)
 
 

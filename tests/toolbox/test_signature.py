@@ -14,7 +14,7 @@ from export import manifest
 from export.errors import ExportError
 from export.toolbox import signature as signing
 from export.toolbox import verification
-from tests.support.artifacts import reseal
+from tests.support.artifacts import add_companions, reseal
 
 CURVES = {"P-256": ec.SECP256R1, "P-384": ec.SECP384R1, "P-521": ec.SECP521R1}
 
@@ -89,7 +89,6 @@ def test_signing_again_replaces_the_signature_and_leaves_nothing_else(signed, ke
 DAMAGE = {
     "changed": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json: changed since it was"),
     "added": (lambda folder: (folder / "more.py").write_text("x"), "more.py: not signed"),
-    "added for git": (lambda folder: (folder / ".gitattributes").write_text("x"), ".gitattributes: not signed"),
     "removed": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: signed, but missing"),
     "manifest": (lambda folder: (folder / manifest.FILE).write_text("{}"), "manifest.json: changed since it was"),
     "card": (lambda folder: (folder / manifest.CARD).write_text("rm -rf"), "README.md: changed since it was signed"),
@@ -106,6 +105,14 @@ def test_each_difference_is_one_line(command, signed, keys, what):
     assert (code, len(out)) == (1, 1)
     assert out[0].startswith(f"{signed}/{words}")
     assert err == [f"error: {signed}: 1 found wrong"]
+
+
+@pytest.mark.parametrize("companions_first", [True, False])
+def test_a_folder_that_went_through_a_hub_is_still_as_signed(artifact, keys, companions_first):
+    steps = [lambda: add_companions(artifact), lambda: signing.sign(artifact, keys[0])]
+    for step in steps if companions_first else reversed(steps):
+        step()
+    assert verification.verify(artifact, 100, keys[1]) == []
 
 
 def test_a_folder_changed_and_sealed_again_is_only_caught_by_the_signature(signed, keys):

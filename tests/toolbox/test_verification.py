@@ -1,5 +1,6 @@
 """`python -m export verify`: every way an artifact can be wrong is one line; a whole one has none."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,10 +13,11 @@ import pytest
 from coremltools.proto import Model_pb2
 
 from export import formats, manifest
+from export.errors import ExportError
 from export.formats import StoredWeight
 from export.manifest import LayerInfo
 from export.toolbox import model_checks, verification
-from tests.support.artifacts import edit_manifest, reseal
+from tests.support.artifacts import COMPANIONS, add_companions, edit_manifest, reseal
 
 FORMATS = ("onnx-cpu", "executorch-xnnpack", "coreml")
 PACKAGE = "model.mlpackage"
@@ -154,6 +156,59 @@ def test_a_manifest_that_contradicts_itself_or_leads_outside(copy, no_child, cha
     folder = copy("onnx-cpu")
     edit_manifest(folder, change)
     assert [finding for finding in found(folder) if words in finding], found(folder)
+
+
+@pytest.mark.reliability("what hubs, git, file managers and editors put beside an artifact", "left aside")
+def test_companions_are_left_aside_and_everything_a_runtime_reads_is_not(copy, no_child, record_property):
+    folder = copy("coreml")
+    add_companions(folder)
+    (folder / PACKAGE / ".DS_Store").write_text("x")
+    assert found(folder) == []
+    manifest.verify_files(folder, manifest.read(folder))
+    for name in (
+        "special_tokens_map.json",
+        "vocab.bpe",
+        "libcustom.so",
+        "__init__.py",
+        f"{PACKAGE}/more.bin",
+    ):
+        (folder / name).write_text("{}")
+        only(found(folder), f"{name}: not listed in manifest.json; remove it or build again")
+        (folder / name).unlink()
+    record_property("cases", len(COMPANIONS) + 1)
+
+
+def snapshot(folder, place):
+    """The folder as a hub's cache holds it: links into blobs."""
+    blobs = place / "blobs"
+    blobs.mkdir()
+    for path in (path for path in sorted(folder.rglob("*")) if path.is_file()):
+        blob = blobs / hashlib.sha256(path.read_bytes()).hexdigest()
+        path.rename(blob)
+        path.symlink_to(blob)
+    return folder
+
+
+@pytest.mark.reliability("an artifact opened where all its files are links", "the same line from every command")
+def test_a_hub_snapshot_is_refused_alike_by_everything_that_opens_an_artifact(
+    folder, no_child, export_command, tmp_path
+):
+    first = min(path for path in folder.iterdir() if path.is_file())
+    line = (
+        f"{first}: a link; an artifact holds files only; copy it with `cp -rL`, or download with "
+        "`hf download --local-dir`"
+    )
+    snapshot(folder, tmp_path)
+    assert found(folder)[0] == line
+    for command in (["inspect", folder], ["diff", folder, folder]):
+        assert export_command(*command) == (1, "", f"error: {line}\n"), command
+    with pytest.raises(ExportError, match="a link; an artifact holds files only"):
+        manifest.verify_files(folder, manifest.read(folder))  # of chat, tasks and validation
+
+
+def test_a_folder_that_is_a_link_is_the_folder_it_names(folder, no_child, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    assert found(tmp_path / "link") == []
 
 
 @pytest.mark.reliability("links and pipes in an artifact folder", "refused before anything is read")

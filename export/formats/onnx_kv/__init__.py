@@ -117,17 +117,17 @@ def _contract_of(architecture: Architecture, plan: Plan) -> IOContract:
             TensorSpec(
                 name=f"{prefix}.{i}.{kind}",
                 dtype="float32",
-                shape=("batch_size", a.num_key_value_heads, length, a.head_dim),
+                shape=(1, a.num_key_value_heads, length, a.head_dim),
             )
             for i in range(a.num_hidden_layers)
             for kind in ("key", "value")
         )
         for prefix, length in (("past_key_values", "past_sequence_length"), ("present", "total_sequence_length"))
     )
-    ids = TensorSpec(name="input_ids", dtype="int64", shape=("batch_size", "sequence_length"))
-    mask = TensorSpec(name="attention_mask", dtype="int64", shape=("batch_size", "total_sequence_length"))
+    ids = TensorSpec(name="input_ids", dtype="int64", shape=(1, "sequence_length"))
+    mask = TensorSpec(name="attention_mask", dtype="int64", shape=(1, "total_sequence_length"))
     positions: str | int = "sequence_length" if plan.target.logits == "all" else 1
-    logits = TensorSpec(name="logits", dtype="float32", shape=("batch_size", positions, a.vocab_size))
+    logits = TensorSpec(name="logits", dtype="float32", shape=(1, positions, a.vocab_size))
     return IOContract(
         inputs=(ids, mask, *past),
         outputs=(logits, *present),

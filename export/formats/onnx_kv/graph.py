@@ -1,6 +1,7 @@
 """The decoder as an ONNX graph with its cache as past/present tensors.
 
-Shapes: B batch, S new tokens, P cache slots passed in, T tokens so far, H query heads, G key/value heads, D head_dim.
+Shapes: B batch, which is 1, S new tokens, P cache slots passed in, T tokens so far, H query heads, G key/value heads,
+D head_dim.
 """
 
 from collections import Counter
@@ -23,6 +24,8 @@ _CONTRIB |= {"SkipSimplifiedLayerNormalization"}
 """onnxruntime's own operators, domain com.microsoft."""
 MATMULS = {"FusedMatMul", "MatMulBnb4", "MatMulNBits"}
 """Operators that `_multiply` and `_multiply_float` write: every product with a stored weight."""
+_UNPADDED = "attention_mask_must_not_have_padding"
+"""The node that a padded batch fails in: runtimes name it in their error."""
 _OPSETS = (("", 21), ("com.microsoft", 1))
 _IR_VERSION = 10
 _FLOAT_ACTIVATIONS, _INT8_ACTIVATIONS = 1, 4
@@ -109,11 +112,14 @@ def _value_info(spec: TensorSpec) -> Any:
 def _sequence_lengths(graph: Graph) -> tuple[str, str]:
     """From the mask [B, T]: last position of each sequence, int32 [B], and T, int32 [1].
 
-    GroupQueryAttention derives its own mask from them: causal, and without the padding of shorter sequences.
+    GroupQueryAttention derives its own mask from them, a causal one from slot 0 on, and would answer a padded sequence
+    wrongly. So a gather out of one element by the number of padded slots fails where there are any.
     """
     count = graph.node("ReduceSum", ["attention_mask", graph.constant("axis_1", [1])], "tokens", {"keepdims": 0})
-    last = graph.node("Sub", [count, graph.constant("one", [1])], "last_position")
     total = graph.node("Shape", ["attention_mask"], "total", {"start": 1, "end": 2})
+    padding = graph.node("Sub", [total, count], "padding")
+    minus_one = graph.node("Gather", [graph.last_index, padding], _UNPADDED)
+    last = graph.node("Add", [count, minus_one], "last_position")
     return (
         graph.node("Cast", [last], "seqlens_k", {"to": TensorProto.INT32}),
         graph.node("Cast", [total], "total_sequence_length", {"to": TensorProto.INT32}),

@@ -5,13 +5,21 @@ Each module has `open_runner(opening)`. Sampling is greedy everywhere.
 
 import importlib
 import time
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime_tests.jobs import BenchJob, BenchLogitsJob, Opening, logits_file, report_progress
+from export import manifest
+from export.host.memory import peak_rss_bytes
+from runtime_tests.jobs import BenchJob, BenchLogitsJob, Opening, OverheadJob, logits_file, report_progress
+from runtime_tests.sessions import open_session, session_module
+from runtime_tests.sessions.timing import time_tokens
 
 
 class Pass(NamedTuple):
@@ -21,22 +29,28 @@ class Pass(NamedTuple):
     ns: int
 
 
-class _Runner(Protocol):
+class Runner(ABC):
+    """An artifact, loaded."""
+
+    @abstractmethod
     def prompt(self, tokens: Sequence[int]) -> Pass:
         """Time a prompt on an empty cache: tokens in, logits of the last one computed."""
 
+    @abstractmethod
     def generate(self, tokens: Sequence[int], count: int) -> Pass:
         """Time `count` generated tokens after a prompt, which is not timed."""
 
+    @abstractmethod
     def logits(self, tokens: Sequence[int], prefill: int) -> NDArray[np.float32]:
         """Teacher forced: the first `prefill` tokens at once, the others one by one; [tokens - prefill + 1, V]."""
 
     def peak_rss_bytes(self) -> int:
-        """Most memory the process that ran the artifact has held."""
+        """Most memory the process that ran the artifact has held: this one."""
+        return peak_rss_bytes()
 
 
 class _RunnerModule(Protocol):
-    def open_runner(self, opening: Opening) -> _Runner:
+    def open_runner(self, opening: Opening) -> Runner:
         """Load an artifact."""
 
 
@@ -83,3 +97,48 @@ def write_logits(job: BenchLogitsJob) -> dict[str, Any]:
             write(runner.logits(window, job.prefill))
             report_progress(i + 1, len(tokens))
     return {"windows": len(tokens)}
+
+
+def measure_overhead(job: OverheadJob) -> dict[str, Any]:
+    """Nanoseconds of each step of one of our sessions, and of the runtime's calls inside it: the rest is our code.
+
+    Methods of the runtime's classes are wrapped, so that a session needs no hook. Raises ValueError: a step calls none.
+    """
+    folder = Path(job.folder)
+    described = manifest.read(folder)
+    steps, inside = [], []
+    with _timed(session_module(described).runtime_calls()) as calls:
+        session = open_session(folder, described, threads=job.threads)
+        logits = session.feed(job.prompt)
+        calls.clear()
+        for ns in time_tokens(session.feed, logits, job.generate):
+            steps.append(ns)
+            inside.append(sum(calls))
+            calls.clear()
+    if 0 in inside:
+        raise ValueError(f"{folder}: a step made none of the runtime's calls that `runtime_calls` names")
+    return {"step_ns": steps, "runtime_ns": inside}
+
+
+@contextmanager
+def _timed(methods: list[tuple[type[Any], str]]) -> Iterator[list[int]]:
+    """While open, every call of these methods adds its nanoseconds to the list."""
+    from unittest.mock import patch  # not for contenders, whose memory is measured
+
+    calls: list[int] = []
+
+    def around(call: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(call)
+        def timed_call(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter_ns()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                calls.append(time.perf_counter_ns() - started)
+
+        return timed_call
+
+    with ExitStack() as stack:
+        for owner, name in methods:
+            stack.enter_context(patch.object(owner, name, around(getattr(owner, name))))
+        yield calls

@@ -26,12 +26,12 @@ from runtime_tests.device_runner import (
 from runtime_tests.device_runner.build import build, host_abi
 from runtime_tests.jobs import Opening
 
-from . import Pass
+from . import Pass, Runner
 
 _WARM_UP = 8
 
 
-class _DeviceRunner:
+class _DeviceRunner(Runner):
     """The runner that devices use, built for this machine."""
 
     def __init__(self, path: str, threads: int) -> None:

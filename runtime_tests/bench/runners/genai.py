@@ -8,14 +8,13 @@ import numpy as np
 import onnxruntime_genai as og
 from numpy.typing import NDArray
 
-from export.host.memory import peak_rss_bytes
 from runtime_tests.jobs import Opening
 from runtime_tests.sessions.timing import elapsed_ns
 
-from . import Pass
+from . import Pass, Runner
 
 
-class _GenaiRunner:
+class _GenaiRunner(Runner):
     """Each pass begins with a new generator, whose cache is allocated outside the clock."""
 
     def __init__(self, folder: str, context: int, threads: int) -> None:
@@ -48,9 +47,6 @@ class _GenaiRunner:
             generator.append_tokens(_row([token]))
             rows.append(_last_logits(generator))
         return np.stack(rows)
-
-    def peak_rss_bytes(self) -> int:
-        return peak_rss_bytes()
 
 
 def _row(tokens: Sequence[int]) -> NDArray[np.int32]:

@@ -1,9 +1,13 @@
 """A GGUF in llama.cpp by its C functions, through llama-cpp-python's bindings; none of its Python loops are used.
 
 Flash attention, cache type (float16) and weight repacking are at llama.cpp's defaults; the file is memory-mapped.
+
+Run as a command it is llama.cpp's own quantizer with its default settings:
+python -m runtime_tests.bench.runners.llamacpp IN.gguf OUT.gguf q4_k_m
 """
 
 import ctypes
+import sys
 from collections.abc import Sequence
 
 import llama_cpp
@@ -11,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime_tests.jobs import Opening
-from runtime_tests.sessions.base import Session
+from runtime_tests.sessions import Session
 
-from .stepping import SteppingRunner
+from .session import SessionRunner
 
 PIECE = 512
 """Most tokens per call, n_batch and n_ubatch: llama.cpp computes longer prompts in pieces of this many anyway."""
@@ -34,8 +38,8 @@ class LlamaSession(Session):
         if not self._context:
             raise ValueError(f"{path}: llama.cpp cannot make a context of {context} tokens for it")
         batch = int(llama_cpp.llama_n_batch(self._context))  # a longer one aborts the process
-        super().__init__(context, batch, "last")
-        self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        super().__init__(context, batch, "last", vocab_size)
 
     def reset(self) -> None:
         super().reset()
@@ -47,7 +51,7 @@ class LlamaSession(Session):
         status = llama_cpp.llama_decode(self._context, llama_cpp.llama_batch_get_one(ids, len(tokens)))
         if status != 0:
             raise ValueError(f"llama_decode: status {status} for {len(tokens)} tokens")
-        return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._context, -1), (1, self._vocab_size))
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._context, -1), (1, self.vocab_size))
 
 
 def _model_parameters() -> llama_cpp.llama_model_params:
@@ -66,6 +70,19 @@ def context_parameters(context: int, threads: int) -> llama_cpp.llama_context_pa
     return parameters
 
 
-def open_runner(opening: Opening) -> SteppingRunner:
+def open_runner(opening: Opening) -> SessionRunner:
     """Load a GGUF."""
-    return SteppingRunner(LlamaSession(opening.path, opening.context, opening.threads))
+    return SessionRunner(LlamaSession(opening.path, opening.context, opening.threads))
+
+
+def quantize(source: str, out: str, kind: str) -> None:
+    """Quantize one file; llama.cpp prints what becomes of each tensor."""
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
+    status = llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(parameters))
+    if status != 0:
+        sys.exit(f"llama_model_quantize: status {status}")
+
+
+if __name__ == "__main__":
+    quantize(*sys.argv[1:])

@@ -16,15 +16,14 @@ from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpoo
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from export.host.memory import peak_rss_bytes
 from runtime_tests.jobs import Opening
 
-from . import Pass
+from . import Pass, Runner
 
 _NS_PER_MS = 1_000_000
 
 
-class _TextRunner:
+class _TextRunner(Runner):
     """Token ids are decoded to text first; a pass counts the tokens that the runner made of that text."""
 
     def __init__(self, path: str, tokenizer: str) -> None:
@@ -50,11 +49,7 @@ class _TextRunner:
         return Pass(stats.num_generated_tokens, (stats.inference_end_ms - stats.prompt_eval_end_ms) * _NS_PER_MS)
 
     def logits(self, tokens: Sequence[int], prefill: int) -> NDArray[np.float32]:
-        steps = len(tokens) - prefill + 1
-        raise ValueError(f"TextLLMRunner gives text only, no logits for {steps} positions")
-
-    def peak_rss_bytes(self) -> int:
-        return peak_rss_bytes()
+        raise ValueError(f"TextLLMRunner gives text only, no logits for {len(tokens) - prefill + 1} positions")
 
 
 def open_runner(opening: Opening) -> _TextRunner:

@@ -5,10 +5,10 @@ from pathlib import Path
 from runtime_tests.jobs import Opening
 from runtime_tests.sessions.pte import PteSession, load_program
 
-from .stepping import SteppingRunner
+from .session import SessionRunner
 
 
-def open_runner(opening: Opening) -> SteppingRunner:
+def open_runner(opening: Opening) -> SessionRunner:
     """Load a .pte; the longest call is read from the file itself."""
     program = load_program(Path(opening.path), opening.threads)
     longest = int(program.load_method("get_max_seq_len").execute([])[0])
@@ -16,4 +16,4 @@ def open_runner(opening: Opening) -> SteppingRunner:
     inputs = session.method.metadata.num_inputs()
     if inputs != 2:
         raise ValueError(f"{opening.path}: forward takes {inputs} inputs; expected tokens and input_pos")
-    return SteppingRunner(session)
+    return SessionRunner(session)

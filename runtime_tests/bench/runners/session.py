@@ -1,15 +1,39 @@
-"""One of our artifact folders through its own session of `runtime_tests.sessions`."""
+"""Any session of `runtime_tests.sessions`, timed step by step; opened here for one of our artifact folders."""
 
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from export import manifest
 from runtime_tests.jobs import Opening
-from runtime_tests.sessions import open_session
+from runtime_tests.sessions import Session, open_session
+from runtime_tests.sessions.timing import time_prompt, time_tokens
 
-from .stepping import SteppingRunner
+from . import Pass, Runner
 
 
-def open_runner(opening: Opening) -> SteppingRunner:
+class SessionRunner(Runner):
+    """Clocks around `feed`; choosing the token is not timed."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def prompt(self, tokens: Sequence[int]) -> Pass:
+        return Pass(len(tokens), time_prompt(self.session, tokens))
+
+    def generate(self, tokens: Sequence[int], count: int) -> Pass:
+        self.session.reset()
+        return Pass(count, sum(time_tokens(self.session.feed, self.session.feed(tokens), count)))
+
+    def logits(self, tokens: Sequence[int], prefill: int) -> NDArray[np.float32]:
+        self.session.reset()
+        rows = [self.session.feed(tokens[:prefill])]
+        return np.stack(rows + [self.session.feed([token]) for token in tokens[prefill:]])
+
+
+def open_runner(opening: Opening) -> SessionRunner:
     """Open the folder's session."""
     folder = Path(opening.path)
-    return SteppingRunner(open_session(folder, manifest.read(folder), threads=opening.threads))
+    return SessionRunner(open_session(folder, manifest.read(folder), threads=opening.threads))

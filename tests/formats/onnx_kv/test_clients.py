@@ -43,6 +43,34 @@ def test_onnxruntime_genai_generates_what_our_session_does(untied, tmp_path):
     assert generator.get_sequence(0)[30:].tolist() == ours[: ours.index(ours[20])]
 
 
+@pytest.mark.parametrize("options", [{"batch_size": 2}, {"num_beams": 3}])
+def test_onnxruntime_genai_refuses_a_batch(untied, options):
+    """It marks no padding that stands before a shorter prompt, so the graph cannot tell it from tokens."""
+    import onnxruntime_genai as og
+
+    model = og.Model(str(untied))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=12, do_sample=False, **options)
+    generator = og.Generator(model, parameters)
+    prompts = np.array([[5, 6, 7]] * options.get("batch_size", 1), np.int32)
+    with pytest.raises(Exception, match=r"input_ids for the following indices\s+index: 0 Got: [23] Expected: 1"):
+        generator.append_tokens(prompts)
+
+
+@pytest.mark.parametrize("mask", [[0, 1, 1], [1, 1, 0], [1, 0, 1], [1, 1, 1]])
+def test_padding_in_the_mask_is_refused_by_name(untied, mask):
+    session = session_of(untied).runtime
+    empty = {
+        value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32) for value in session.get_inputs()[2:]
+    }
+    feeds = {"input_ids": np.array([[5, 6, 7]]), "attention_mask": np.array([mask]), **empty}
+    if all(mask):
+        assert np.isfinite(session.run(["logits"], feeds)[0]).all()
+        return
+    with pytest.raises(Exception, match="attention_mask_must_not_have_padding"):
+        session.run(["logits"], feeds)
+
+
 def test_stock_clients_get_threads_that_sleep(artifact):
     config = json.loads((artifact / "genai_config.json").read_text(encoding="utf-8"))
     options = config["model"]["decoder"]["session_options"]

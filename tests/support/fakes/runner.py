@@ -21,6 +21,8 @@ if FAULT == "hang":
 if FAULT == "nonsense":
     print("all is well")
     sys.exit(0)
+if FAULT == "old":
+    sys.exit("lib/libexecutorch.so: version `GLIBCXX_3.4.32' not found")
 if FAULT == "refuse":
     print(json.dumps({"error": "no such operator", "stage": "load"}))
     sys.exit(3)

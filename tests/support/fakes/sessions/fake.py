@@ -31,7 +31,7 @@ class FakeSession(Session):
     def __init__(self, folder, manifest, fault):
         contract = manifest.contract
         limit = 10**9 if fault == "accepts too much" else contract.kv.context_length
-        super().__init__(limit, contract.max_prefill, contract.logits)
+        super().__init__(limit, contract.max_prefill, contract.logits, manifest.architecture.vocab_size)
         self.fault, self.manifest = fault, manifest
         self.measures_speed = fault != "reference evaluator"
         self.model = eager(self._reader(folder), manifest.architecture, manifest.plan.target.activations)
@@ -73,6 +73,9 @@ class FakeSession(Session):
             logits, self.cache = self.model(torch.tensor([tokens]), past)
         if self.fault == "stale cache slot" and len(tokens) == 1:
             self.cache = tuple((torch.cat([k[:, :, :-1], k[:, :, :1]], 2), v) for k, v in self.cache)
+        if self.fault == "end token overflows" and self.manifest.tokenizer.eos_ids[0] in tokens:
+            self.cache = tuple((k * np.nan, v) for k, v in self.cache)
+            logits = logits * np.nan
         return self._answer(logits[0, -1].numpy().copy(), position + len(tokens))[None]
 
     def _misbehave(self, count, position):

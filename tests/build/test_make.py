@@ -1,0 +1,68 @@
+"""What users give to make reaches the programs as the text it is; nothing of it is run."""
+
+import shlex
+import subprocess
+
+import pytest
+
+from export import manifest
+
+PLAN = ["export", "llama", "int4-g32-scales", "coreml", "executorch-xnnpack", "onnx-cpu"]
+PATHS = (
+    *("my models/ck", "it's", "a $HOME b", "a;touch PWNED", "a & touch PWNED", "`touch PWNED`", "$(touch PWNED)"),
+    *("$(shell touch PWNED)", "a#b", "(x)", "größe", "50%", '"quoted"', "*", "-x", "~", "a|b>c", "$(info x)"),
+)
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Lists of arguments that the programs of a target get, by a Python that only prints them."""
+    for name in ("Makefile", "configs", "devices"):
+        (tmp_path / name).symlink_to(manifest.ROOT / name)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    built = tmp_path / "build/smollm2-135m_int4-g32-scales_coreml"
+    built.mkdir(parents=True)
+    (built / manifest.FILE).touch()
+    python = tmp_path / ".venv/bin/python"
+    python.write_text('#!/bin/sh\nshift\nprintf "%s\\0" "$@" >> calls; printf "\\0" >> calls\n')
+    python.chmod(0o755)
+
+    def run(*words):
+        (tmp_path / "calls").unlink(missing_ok=True)
+        command = ["make", "--no-print-directory", "-o", "setup", *words]
+        ended = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin"}
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert sorted(path.name for path in tmp_path.iterdir() if path.name not in ("calls", "build")) == [
+            *(".venv", "Makefile", "configs", "devices"),
+        ]
+        calls = (tmp_path / "calls").read_text().split("\0\0")
+        return [call.split("\0") for call in calls if call]
+
+    return run
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_source_is_one_argument_whatever_its_characters(make, path):
+    built, validated = make("build", "validate", "MODEL=llama", f"SOURCE={path}")
+    assert built == [*PLAN, f"--source={path}"]
+    assert validated[:2] == ["runtime_tests", f"--source={path}"]
+
+
+@pytest.mark.parametrize("name", ["MODEL", "QUANT", "DEVICE", "TASKS", "LIMIT", "RECIPES", "VALIDATION", "RECORDS"])
+def test_no_variable_is_run(make, name):
+    text = "x;touch${IFS}PWNED;$(shell touch PWNED)`touch PWNED`"
+    calls = make("build", "ci-artifacts", "tasks", "baseline", "compute-plan", f"{name}={text}")
+    assert any(word in argument for call in calls for argument in call for word in shlex.quote(text).split())
+
+
+def test_several_recipes_and_rooms_are_several_arguments(make):
+    first, second, *_ = make("ci-artifacts", "RECIPES=fp32 int4-g32")
+    assert [first[2], second[2]] == ["fp32", "int4-g32"]
+    assert make("unit", "ROOM=jobs places") == [["pytest", "tests/jobs", "tests/places"]]
+
+
+def test_the_recipes_of_ci_are_the_recipe_by_default(make):
+    assert make("ci-artifacts", "QUANT=fp32")[0][:3] == ["export", "smollm2-135m", "fp32"]
+    assert make("bench", "MODEL=tiny") == [["runtime_tests.bench", "tiny", "int4-g32"]]
