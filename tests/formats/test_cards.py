@@ -63,6 +63,9 @@ def test_onnxruntime_genai_feeds_what_transformers_would(family, tmp_path):
     assert ids[:fed] == expected
     assert ids.count(described.tokenizer.bos_id) == ADDS_BOS[kind]
     assert ids[fed:] == continued(out, expected)
+    config = json.loads((out / "genai_config.json").read_text())
+    assert config["model"]["eos_token_id"] == list(described.tokenizer.eos_ids)
+    assert config["search"]["chunk_size"] == 128
 
 
 @pytest.mark.parametrize("adds", [True, False])
