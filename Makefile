@@ -164,7 +164,7 @@ readme: setup                       ## rewrite the generated parts of README.md 
 	@$(PY) -m runtime_tests.reports.readme
 
 reliability: setup                  ## run the tests that docs/reliability.md counts, and write its table
-	@$(PY) -m pytest -q -p tests.support.reliability -m reliability
+	@$(PY) -m pytest -q -p tests.support.reliability -m 'reliability or kind'
 
 lock: setup                         ## write constraints.txt from what is installed
 	@(sed -n '/^#/p' constraints.txt; .venv/bin/pip list --format=freeze | sed 's/+cpu//' | \

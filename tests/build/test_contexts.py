@@ -10,6 +10,9 @@ from export.checkpoints.origin import parse_origin
 from export.errors import ExportError
 from export.plan import ModelSpec, load_plan, shortened
 from tests.support.checkpoints import LLAMA, SMALL, set_config, write_folder, write_gguf
+from tests.support.kinds import SMALL_DIFFERENCE
+
+pytestmark = SMALL_DIFFERENCE
 
 SHORT = SMALL.model_copy(update={"max_position_embeddings": 256})
 

@@ -18,6 +18,7 @@ from export.pipeline import export
 from export.plan import load_plan
 from export.quantization.keys import content_key
 from tests.support.checkpoints import write_folder, write_gguf
+from tests.support.kinds import IDENTITY
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,7 @@ def test_each_change_is_named(copy, source, tmp_path):
     assert reasons(source, copy)[0].startswith("export/: changed since commit ffffffffffff")
 
 
+@IDENTITY
 def test_a_changed_checkpoint_is_seen_whatever_its_size_and_time(copy, tmp_path):
     moved = write_folder(tmp_path / "model")
     altered(copy, checkpoint__origin=str(moved))
@@ -111,6 +113,7 @@ def test_a_hub_model_is_looked_up_in_the_hubs_cache(copy, source, tmp_path, monk
     assert all(reason.endswith("not found in hub:owner/other") for reason in missing)
 
 
+@IDENTITY
 def test_a_changed_tokenizer_is_built_again_and_the_file_named(copy, tmp_path, capsys):
     moved = write_folder(tmp_path / "model")
     altered(copy, checkpoint__origin=str(moved))
@@ -129,6 +132,7 @@ def test_a_changed_tokenizer_is_built_again_and_the_file_named(copy, tmp_path, c
     assert reasons(moved, copy) == [f"tokenizer.json: not found in {moved}"]
 
 
+@IDENTITY
 def test_every_file_that_the_tokenizer_is_made_of_decides_the_key(tmp_path):
     folder, keys, recipe = write_folder(tmp_path / "model"), set(), plan("int4-g32-gptq-chat").quant
     (folder / "additional_chat_templates").mkdir()
@@ -142,6 +146,7 @@ def test_every_file_that_the_tokenizer_is_made_of_decides_the_key(tmp_path):
     assert len(keys) == len(names)
 
 
+@IDENTITY
 def test_of_an_adapter_the_tokenizer_counts_that_is_read(tmp_path):
     base, adapter = write_folder(tmp_path / "base"), tmp_path / "adapter"
     adapter.mkdir()
@@ -172,6 +177,7 @@ def test_a_damaged_artifact_is_built_again(copy, source):
     assert reason == [f"{copy / 'model.onnx.data'}: differs from manifest.json (sha256)"]
 
 
+@IDENTITY
 def test_a_changed_calibration_text_is_seen(copy, source):
     text = manifest.CalibrationInfo(texts={"prose.txt": "0" * 64}, day=None, tokens=1, held_out_kl=None, candidates=())
     altered(copy, quantization__calibration=json.loads(text.model_dump_json()))

@@ -34,6 +34,7 @@ from tests.support.checkpoints import (
     write_meta,
 )
 from tests.support.harms import claim, key, put
+from tests.support.kinds import NOT_DAMAGED
 from tests.support.processes import within
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -182,6 +183,7 @@ def set_type(path, name, kind):
 TAKE = "; take the model's file in Q4_0, Q4_K_M, Q8_0 or F16"
 
 
+@NOT_DAMAGED
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
@@ -209,6 +211,7 @@ FORMS_OF_OTHERS = {
 }
 
 
+@NOT_DAMAGED
 @pytest.mark.parametrize("form", FORMS_OF_OTHERS)
 def test_forms_of_other_times_and_machines_are_not_damage(tmp_path, form):
     data, words = FORMS_OF_OTHERS[form]

@@ -31,6 +31,7 @@ from tests.support.checkpoints import (
     write_gguf,
 )
 from tests.support.harms import fields, put, remove
+from tests.support.kinds import NOT_DAMAGED
 
 peft = pytest.importorskip("peft", reason="peft (the judge of its own format) is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
@@ -356,6 +357,7 @@ def assert_side_by_side(base, adapter, place):
         assert (eager(opened.read, opened.architecture, "none")(tokens)[0] - expected).abs().max() < 1e-4
 
 
+@NOT_DAMAGED
 @pytest.mark.parametrize("kind", APART)
 def test_a_tied_table_is_not_changed_on_one_side_and_the_remedy_works(tied, with_a_head, tmp_path, kind):
     options, modules = APART[kind]
@@ -367,6 +369,7 @@ def test_a_tied_table_is_not_changed_on_one_side_and_the_remedy_works(tied, with
     assert_side_by_side(tied, tmp_path / "adapter", with_a_head)
 
 
+@NOT_DAMAGED
 @pytest.mark.parametrize("modules", [["embed_tokens"], ["embed_tokens", "lm_head"]])
 def test_one_new_table_for_embedding_and_head_is_used(tied, tmp_path, modules):
     options = {"target_modules": ["q_proj"], "modules_to_save": modules, "ensure_weight_tying": True}
@@ -374,6 +377,7 @@ def test_one_new_table_for_embedding_and_head_is_used(tied, tmp_path, modules):
     assert_side_by_side(tied, tmp_path / "adapter", tied)
 
 
+@NOT_DAMAGED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_copies_of_a_tied_table_change_nothing(tied, tmp_path, dtype):
     """As `save_embedding_layers` leaves them."""
@@ -389,6 +393,7 @@ RESIZED = (
 )
 
 
+@NOT_DAMAGED
 @pytest.mark.parametrize("module", ["model.embed_tokens", "lm_head"])
 def test_a_resized_vocabulary_says_what_to_do(tied, base, tmp_path, module):
     """Before a tied base is mentioned: the number of tokens is the reason."""
@@ -398,6 +403,7 @@ def test_a_resized_vocabulary_says_what_to_do(tied, base, tmp_path, module):
         assert RESIZED in refusal(LLAMA, adapted(parse_origin(str(place)), tmp_path / "adapter"))
 
 
+@NOT_DAMAGED
 def test_the_remedy_for_a_resized_vocabulary_works(tied, tmp_path):
     from transformers import LlamaForCausalLM
 
@@ -414,6 +420,7 @@ def test_the_remedy_for_a_resized_vocabulary_works(tied, tmp_path):
     assert torch.equal(opened.read("model.embed_tokens.weight"), merged.model.embed_tokens.weight.detach())
 
 
+@NOT_DAMAGED
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
 def test_tensors_that_zero_3_has_not_gathered_are_named(base, adapter, part):
     empty = {name: torch.empty(0) for name in PARTS if part in name}
@@ -438,6 +445,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
+@NOT_DAMAGED
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_settings_without_effect_are_merged_as_ever(base, trained, adapter, kind):
     configure(**SETTINGS[kind])(adapter)

@@ -24,6 +24,7 @@ from export.plan import ModelSpec, load_named, load_plan
 from export.quantization.eager import eager
 from tests.support.checkpoints import LLAMA, refusal
 from tests.support.harms import archive, put, saved
+from tests.support.kinds import NOT_DAMAGED
 
 PARAMS = {
     "dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 300, "multiple_of": 96,
@@ -266,12 +267,14 @@ def test_parameters_our_model_does_not_have(tmp_path, change, words):
     assert words in refusal(LLAMA, write(tmp_path / "original", params=PARAMS | change))
 
 
+@NOT_DAMAGED
 def test_a_vocabulary_that_is_left_open_is_the_embeddings(tmp_path):
     """As Meta's code fills in −1."""
     opened = checkpoints.load(LLAMA, parse_origin(str(write(tmp_path / "o", params=PARAMS | {"vocab_size": -1}))))
     assert opened.architecture.vocab_size == 300
 
 
+@NOT_DAMAGED
 def test_a_file_of_another_name_is_said_to_be_there(tmp_path):
     folder = write(tmp_path / "original")
     (folder / PTH).rename(folder / "consolidated.pth")

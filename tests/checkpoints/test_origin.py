@@ -14,6 +14,7 @@ from export.checkpoints.origin import Adapter, File, Folder, Hub, Package, Seed,
 from export.errors import ExportError
 from export.plan import ModelSpec, load_named
 from tests.support.checkpoints import LLAMA, refusal, weights, write_folder, write_gguf
+from tests.support.kinds import LOCATION
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,6 +103,7 @@ def hub(tmp_path):
     return tmp_path
 
 
+@LOCATION
 @pytest.mark.parametrize("name", ["snapshots/m.gguf", "snapshots/M.GGUF", "blobs/0f3a", "blobs/sha256-0f3a", "a.bin"])
 def test_a_gguf_is_known_by_its_first_bytes_under_the_name_that_is_given(hub, name):
     if not (hub / name).exists():
@@ -117,6 +119,7 @@ def test_a_gguf_is_known_by_its_first_bytes_under_the_name_that_is_given(hub, na
     assert list(skip.changed_files(opened.sha256, place)) == [f"{hub / name}: changed"]
 
 
+@LOCATION
 def test_a_folder_of_links_and_a_link_to_a_folder_are_the_folder(tmp_path):
     folder = write_folder(tmp_path / "c")
     (tmp_path / "blobs").mkdir()
@@ -129,6 +132,7 @@ def test_a_folder_of_links_and_a_link_to_a_folder_are_the_folder(tmp_path):
     assert list(skip.changed_files(opened.sha256, opened.origin)) == []
 
 
+@LOCATION
 @pytest.mark.parametrize("text", ["dangling.gguf", "./dangling.gguf", "owner/name"])
 def test_a_link_to_nothing_is_no_hub_id(place, text):
     (place / "owner").mkdir()
@@ -137,6 +141,7 @@ def test_a_link_to_nothing_is_no_hub_id(place, text):
         parse_origin(text)
 
 
+@LOCATION
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [
@@ -152,6 +157,7 @@ def test_a_file_of_a_folder_says_which_folder_to_give(tmp_path, name, remedy):
     assert refusal(LLAMA, folder / name) == line
 
 
+@LOCATION
 def test_a_folder_that_holds_a_gguf_alone_says_which_file_to_give(tmp_path):
     write_gguf(tmp_path / "m.gguf")
     assert refusal(LLAMA, tmp_path) == f"{tmp_path}: no config.json, but m.gguf; give that file"

@@ -9,6 +9,9 @@ import devices
 from export.errors import ExportError
 from runtime_tests.device_runner import build, onnx_kv, parse_answer, pte
 from tests.support import boards
+from tests.support.kinds import FOREIGN_WORDS
+
+pytestmark = FOREIGN_WORDS
 
 QUICK_S = 30
 OLD_GLIBC = "ImportError: libc.so.6: version `GLIBC_2.38' not found (required by onnxruntime_pybind11_state.so)"

@@ -29,6 +29,9 @@ from tests.support.checkpoints import (
     write_meta,
     write_raw,
 )
+from tests.support.kinds import DISAGREEMENT
+
+pytestmark = DISAGREEMENT
 
 BUFFER = "model.layers.0.self_attn.rotary_emb.inv_freq"
 UNTIED = SMALL.model_copy(update={"tie_word_embeddings": False})

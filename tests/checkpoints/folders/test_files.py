@@ -4,6 +4,9 @@ import pytest
 
 from export.checkpoints.origin import adapted, parse_origin
 from tests.support.checkpoints import ADAPTER, FORMS, LLAMA, refusal, write_folder
+from tests.support.kinds import NOT_DAMAGED
+
+pytestmark = NOT_DAMAGED
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 123456\n"
 POINTER = "is a Git LFS pointer, not the file; run `git lfs pull` in the clone that it is from"

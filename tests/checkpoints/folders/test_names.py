@@ -7,6 +7,9 @@ from export import checkpoints
 from export.architecture import EMBEDDING, HEAD
 from export.checkpoints.origin import parse_origin
 from tests.support.checkpoints import LLAMA, SMALL, refusal, weights, write_bnb, write_folder
+from tests.support.kinds import NOT_DAMAGED
+
+pytestmark = NOT_DAMAGED
 
 UNTIED = SMALL.model_copy(update={"tie_word_embeddings": False})
 WRAPPED = "names of tensors hold training wrappers (_orig_mod, _fsdp_wrapped_module …), which are left out"

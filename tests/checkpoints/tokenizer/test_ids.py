@@ -7,7 +7,10 @@ import pytest
 from export.checkpoints import open_source, tokenizer
 from export.checkpoints.origin import adapted, parse_origin
 from tests.support.checkpoints import set_config, tokenizer_refusal, write_folder, write_gguf, write_lora
+from tests.support.kinds import DISAGREEMENT
 from tests.support.tokenizers import set_tokenizer_config
+
+pytestmark = DISAGREEMENT
 
 TURNS = "{% for m in messages %}<|user|>{{ m.content }}{{ end }}{% endfor %}"
 """Of the byte tokenizer of tests: <|begin|> 256, <|end|> 257, <|system|> 258, <|user|> 259, <|assistant|> 260."""
