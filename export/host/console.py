@@ -38,8 +38,9 @@ def track(items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
 
 
 def say(note: str) -> None:
-    """One line that a build goes on after."""
-    console.print(f"  note: {note}", markup=False, soft_wrap=True)
+    """One line that a build goes on after; a checkpoint's words reach no terminal as commands."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in note)
+    console.print(f"  note: {text}", markup=False, soft_wrap=True)
 
 
 @contextmanager

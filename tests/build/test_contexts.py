@@ -8,6 +8,7 @@ import pytest
 from export import build, checkpoints, pipeline
 from export.checkpoints.origin import parse_origin
 from export.errors import ExportError
+from export.host import console
 from export.plan import ModelSpec, load_plan, shortened
 from tests.support.checkpoints import LLAMA, SMALL, set_config, write_folder, write_gguf
 from tests.support.kinds import SMALL_DIFFERENCE
@@ -111,3 +112,8 @@ def test_positions_that_end_before_the_context_have_a_remedy(tmp_path):
     folder = write_folder(tmp_path / "c", SMALL.model_copy(update={"max_position_embeddings": 128}))
     with pytest.raises(ExportError, match="128; ask for at most 128, or use the model `llama`"):
         checkpoints.load(of_shapes(SMALL), parse_origin(str(folder)))
+
+
+def test_a_note_reaches_no_terminal_as_a_command(capsys):
+    console.say("index promises a\x1b[2Jb\nc")
+    assert capsys.readouterr().err == "  note: index promises a?[2Jb?c\n"
