@@ -80,6 +80,10 @@ def _end_of(app: typer.Typer) -> int:
         if hasattr(error, "format_message"):  # click's usage errors
             return fail(error.format_message(), 2)
         raise
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust libraries; it is no Exception
+            raise
+        return fail(f"a library gave up: {describe(error)}", 1)
     if code == _INTERRUPTED:  # typer turns Ctrl-C into this code without a message
         return fail("interrupted; nothing half-written is left", _INTERRUPTED)
     return code if isinstance(code, int) else 0
@@ -92,7 +96,7 @@ def fail(message: str, code: int) -> int:
     return code
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """One line for an error; a system error names its file, or says that something could not be written."""
     text = " ".join(str(error).split())
     if not isinstance(error, OSError) or not error.strerror:

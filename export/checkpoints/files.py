@@ -1,6 +1,7 @@
 """A checkpoint's files before anybody parses them: what lies there in place of a file, told by its first bytes."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from export.errors import ExportError
@@ -53,6 +54,20 @@ def require_contents(path: Path) -> None:
         raise ExportError(f"{path}: is a server's answer {answer!r:.80}, not the file; {_DOWNLOAD}")
     if path.with_name(path.name + ".aria2").exists():
         raise ExportError(f"{path}: its download has not ended, as {path.name}.aria2 beside it says; finish it")
+
+
+def require_inside(paths: Iterable[Path], folder: Path) -> None:
+    """Links may lead anywhere inside a checkpoint's folder, and out of a hub's or Ollama's snapshot to its blobs.
+
+    Raises ExportError: one leads elsewhere, so that a file of the user that is no part of the checkpoint would be read
+    and shipped.
+    """
+    inside = folder.resolve()
+    stores = {parent / "blobs" for parent in inside.parents}
+    for path in paths:
+        real = path.resolve()
+        if not real.is_relative_to(inside) and real.parent not in stores:
+            raise ExportError(f"{path}: a link out of the folder, to {real}; copy that file here if it belongs to it")
 
 
 def missing(path: Path, remedy: str) -> ExportError:

@@ -16,7 +16,7 @@ from export.host.digests import remembered_sha256
 from export.plan import explain
 
 from . import names
-from .files import missing
+from .files import missing, require_inside
 from .integers import Integers, Unfit
 from .origin import TOKENIZER_PATTERNS, Hub, name_of, tokenizer_files
 from .safetensors import SafetensorsFiles, read_json
@@ -71,6 +71,7 @@ class FolderSource:
         self._weights = names.renamed(weights, folder, tied=self.architecture.tie_word_embeddings)
         self.stated_ids = {str(config_path): config}
         self.files = (config_path, *self._weights.files, *tokenizer_files(folder))
+        require_inside(self.files, folder)
         self.notes = (*_said_twice(config), *notes, *self._weights.notes, *_other_models(folder))
         self.description = f"Hugging Face folder, {self._weights.description}"
 

@@ -9,6 +9,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -20,7 +21,7 @@ from export.architecture import EMBEDDING, HEAD, Architecture
 from export.errors import ExportError
 from export.plan import explain
 
-from .files import GATHER, missing
+from .files import GATHER, missing, require_inside
 from .folder import copy_tokenizer
 from .integers import Integers, Unfit
 from .origin import adapted_tokenizer_files, is_of_tokenizer, name_of
@@ -54,9 +55,9 @@ _WITHOUT_EFFECT = {
 initialization was told matters only with that `init_lora_weights`; those that change the base are refused by it."""
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 """Other initializations (PiSSA, OLoRA, LoftQ …) change the base weights too."""
-_QUANTIFIER, _AFTER_GROUP = re.compile(r"[*+?{]"), re.compile(r"\)[*+?{]")
-_MAX_QUANTIFIERS, _MAX_PATTERN = 2, 200
-"""A pattern may be any regular expression that cannot backtrack without end."""
+_QUANTIFIER, _GROUP, _AFTER_GROUP = re.compile(r"[*+?{]"), re.compile(r"\("), re.compile(r"\)[*+?{]")
+_MAX_QUANTIFIERS, _MAX_GROUPS, _MAX_PATTERN, _MAX_PATTERNS = 2, 2, 200, 4096
+"""A pattern may be any regular expression that cannot backtrack without end; there may be one for each linear."""
 
 
 class _LoraConfig(BaseModel):
@@ -89,9 +90,14 @@ class _LoraConfig(BaseModel):
 def _of_pattern(patterns: Mapping[str, _Value], module: str, default: _Value) -> _Value:
     """The value of the first pattern that the end of a module's name matches."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _compiled(pattern).match(module):
             return value
     return default
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _read_config(path: Path) -> _LoraConfig:
@@ -110,14 +116,21 @@ def _read_config(path: Path) -> _LoraConfig:
             f"{path}: init_lora_weights is {config.init_lora_weights!r:.60}: training has changed the base weights "
             f"too; {_BY_HAND}"
         )
-    for pattern in {**(config.rank_pattern or {}), **(config.alpha_pattern or {})}:
+    patterns = {**(config.rank_pattern or {}), **(config.alpha_pattern or {})}
+    if len(patterns) > _MAX_PATTERNS:
+        raise ExportError(f"{path}: {len(patterns)} patterns of ranks and alphas, at most {_MAX_PATTERNS} are read")
+    for pattern in patterns:
         _require_harmless(pattern, path)
     return config
 
 
 def _require_harmless(pattern: str, path: Path) -> None:
     """A regular expression that matches or fails in little time on every name."""
-    harmless = len(pattern) <= _MAX_PATTERN and len(_QUANTIFIER.findall(pattern)) <= _MAX_QUANTIFIERS
+    harmless = (
+        len(pattern) <= _MAX_PATTERN
+        and len(_QUANTIFIER.findall(pattern)) <= _MAX_QUANTIFIERS
+        and len(_GROUP.findall(pattern)) <= _MAX_GROUPS
+    )
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError):
@@ -167,6 +180,7 @@ class LoraSource:
         weights = [path for path in base.files if not is_of_tokenizer(name_of(path))]
         tokenizer = adapted_tokenizer_files(folder, (path for path in base.files if is_of_tokenizer(name_of(path))))
         self.files = (*weights, folder / _CONFIG, *self._stored.files, *tokenizer)
+        require_inside([path for path in self.files if path not in base.files], folder)
         self.notes = (*base.notes, *self._stored.notes)
 
     @property

@@ -22,7 +22,7 @@ from export.errors import ExportError
 from export.plan import explain
 
 from . import tokenizer
-from .files import first_bytes, missing, require_contents
+from .files import first_bytes, missing, require_contents, require_inside
 from .integers import in_hugging_face_order
 from .origin import tokenizer_files
 from .safetensors import FLOATS, read_json
@@ -96,6 +96,7 @@ class MetaSource:
         self._stored = self._names()
         self.stated_ids: Mapping[str, Mapping[str, Any]] = {}
         self.files = (folder / "params.json", self._path, *tokenizer_files(folder))
+        require_inside(self.files, folder)
         self.notes = ()
 
     @property
@@ -312,13 +313,19 @@ def _pickle_of(archive: zipfile.ZipFile) -> bytes:
     for record in archive.infolist():
         if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
             raise _BrokenError(f"record {record.filename!r:.60} is compressed")
-    pickles = [record for record in archive.infolist() if record.filename.endswith("/data.pkl")]
+    # torch's reader does not tell capitals from others: it would open the first of two, perhaps not the one checked
+    names = [record.filename.lower() for record in archive.infolist()]
+    if len(set(names)) < len(names):
+        raise _BrokenError("it holds records under one name, or under names that differ in capitals only")
+    pickles = [record for record in archive.infolist() if record.filename.lower().endswith("/data.pkl")]
     if len(pickles) != 1 or pickles[0].file_size > _MAX_PICKLE_BYTES:
         raise _BrokenError(
             f"it holds {len(pickles)} pickles data.pkl of at most {_MAX_PICKLE_BYTES} bytes, expected one"
         )
     for record in archive.infolist():
-        if record.filename.endswith("/byteorder") and (record.file_size > 16 or archive.read(record) != b"little"):
+        if record.filename.lower().endswith("/byteorder") and (
+            record.file_size > 16 or archive.read(record) != b"little"
+        ):
             raise _BrokenError("its numbers are not little-endian")
     return archive.read(pickles[0])
 

@@ -65,6 +65,7 @@ def _tokenizer_differences(folder: Path, described: Manifest, source: Source, te
         ids = tokenizer.write(source, Path(temporary), described.architecture.vocab_size)
         expected = tokenizer.load(Path(temporary))
     try:
+        tokenizer.try_out(folder / "tokenizer.json")
         shipped = tokenizer.load(folder)
     except ExportError as error:
         return [str(error)]

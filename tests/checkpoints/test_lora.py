@@ -258,6 +258,12 @@ BROKEN = {
     "a pattern that is none": (configure(alpha_pattern={"(": 1}), "the pattern '(' is no plain name"),
     "a pattern without end": (configure(alpha_pattern={"(a+)+x": 1}), "the pattern '(a+)+x' is no plain name"),
     "a slow pattern": (configure(alpha_pattern={".*.*.*x": 1}), "the pattern '.*.*.*x' is no plain name"),
+    "alternatives without end": (
+        configure(rank_pattern={"(.|.)" * 30 + "!": 2}), "is no plain name of modules",
+    ),
+    "endless patterns": (
+        configure(alpha_pattern={f"m{i}": 1 for i in range(20_000)}), "20000 patterns of ranks and alphas, at most 4",
+    ),
     "a long pattern": (configure(rank_pattern={"x" * 201: 1}), "is no plain name of modules"),
     "no tensors": (tensors(lambda t: t.clear()), "the adapter holds no tensors"),
     "a layer too many": (

@@ -7,6 +7,7 @@ import pickle
 import resource
 import shutil
 import struct
+import warnings
 import zipfile
 from collections import OrderedDict
 from functools import partial
@@ -322,6 +323,23 @@ def replace_pickle(data):
     return archive(lambda name, old: data if name.endswith("data.pkl") else old)
 
 
+def beside(name, *, first):
+    """A second pickle, whose name torch's reader takes for the checked one's."""
+
+    def spoil(folder):
+        path = folder / PTH
+        with zipfile.ZipFile(path) as old:
+            records = [(record.filename, old.read(record)) for record in old.infolist()]
+        root = records[0][0].partition("/")[0]
+        second = (f"{root}/{name}", pickle.dumps(Call(os.mkdir, "ran"), 2))
+        with zipfile.ZipFile(path, "w") as new, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that are there twice
+            for record, data in [second, *records] if first else [*records, second]:
+                new.writestr(record, data)
+
+    return spoil
+
+
 HOSTILE = {
     "a call of mkdir": (saved({"norm.weight": Call(os.mkdir, "ran")}), "asks for posix.mkdir"),
     "a call of mkdir, legacy": (pth(pickle.dumps(Call(os.mkdir, "ran"))), "does not end as a zip archive"),
@@ -351,6 +369,9 @@ HOSTILE = {
         "is compressed",
     ),
     "big-endian": (archive(lambda name, data: b"big" if "byteorder" in name else data), "not little-endian"),
+    "a pickle in capitals before it": (beside("DATA.PKL", first=True), "differ in capitals only"),
+    "a pickle in capitals after it": (beside("DATA.PKL", first=False), "differ in capitals only"),
+    "two pickles of one name": (beside("data.pkl", first=True), "records under one name"),
     "no pickle": (archive(lambda name, data: None if "data.pkl" in name else data), "holds 0 pickles"),
     "a pickle of 2.5 megabytes": (replace_pickle(b"\x80\x02" + b"N0" * 1_250_000 + b"}."), "holds 1 pickles"),
     "a pickle cut off": (archive(lambda name, data: data[:-40] if "data.pkl" in name else data), "not a checkpoint"),

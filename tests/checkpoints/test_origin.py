@@ -162,3 +162,24 @@ def test_a_file_of_a_folder_says_which_folder_to_give(tmp_path, name, remedy):
 def test_a_folder_that_holds_a_gguf_alone_says_which_file_to_give(tmp_path):
     write_gguf(tmp_path / "m.gguf")
     assert refusal(LLAMA, tmp_path) == f"{tmp_path}: no config.json, but m.gguf; give that file"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"])
+def test_a_link_out_of_the_folder_is_refused(tmp_path, name):
+    write_folder(tmp_path / "checkpoint")
+    path, elsewhere = tmp_path / "checkpoint" / name, tmp_path / "private"
+    if path.exists():
+        path.rename(elsewhere)
+    else:
+        elsewhere.write_text("{{ 'a key' }}")
+    path.symlink_to(elsewhere)
+    assert refusal(LLAMA, tmp_path / "checkpoint") == (
+        f"{path}: a link out of the folder, to {elsewhere}; copy that file here if it belongs to it"
+    )
+
+
+def test_a_link_inside_of_the_folder_is_the_file(tmp_path):
+    write_folder(tmp_path / "checkpoint")
+    (tmp_path / "checkpoint/config.json").rename(tmp_path / "checkpoint/config.old")
+    (tmp_path / "checkpoint/config.json").symlink_to("config.old")
+    assert checkpoints.open_source(parse_origin(str(tmp_path / "checkpoint")), None).architecture

@@ -12,6 +12,7 @@ from typing import Any
 from export.checkpoints import Source, chat_template
 from export.checkpoints.origin import name_of
 from export.errors import ExportError
+from export.host.processes import LimitedWorker, LimitError, Limits
 from export.manifest import TokenizerIds
 
 from . import ids
@@ -19,7 +20,7 @@ from .tiktoken import CHAT_TEMPLATE, END_OF_ANSWER, begin_with, save, write_gene
 
 __all__ = [
     "CHAT_TEMPLATE", "END_OF_ANSWER", "NEUTRAL_CLASS", "SAMPLES", "adds_bos", "begin_with", "load",
-    "sample_ids", "save", "write", "write_generation_ids", "write_tiktoken",
+    "sample_ids", "save", "try_out", "write", "write_generation_ids", "write_tiktoken",
 ]  # fmt: skip
 NEUTRAL_CLASS = "PreTrainedTokenizerFast"
 """Known to transformers 4 and 5, swift-transformers and onnxruntime-genai."""
@@ -37,6 +38,9 @@ SAMPLES = (
     "<|begin_of_text|><|start_header_id|>user<|end_header_id|> injected <|eot_id|>",
 )
 """Texts that tokenizers get wrong: spaces, newlines, digits, emoji, and the eight languages of Llama 3.2."""
+_TRIAL_TEXTS = (*SAMPLES, *(piece * 512 for piece in ("a", " ", "\n", "1", "aB", "e é", "🙂", "ab12 ,.\n")))
+"""The same, and what patterns that backtrack never end on."""
+_TRIAL_LIMITS = Limits(memory_bytes=2**29, cpu_s=10, wall_s=60.0)
 _SHOWN = 3
 """Tokens that a message lists."""
 
@@ -49,6 +53,7 @@ def write(source: Source, folder: Path, vocab_size: int) -> TokenizerIds:
     """
     source.write_tokenizer(folder)
     places = _Places(source)
+    try_out(folder / "tokenizer.json", places.of("tokenizer.json"))
     file = _of_file(folder, places)
     _set_class(folder)
     try:
@@ -85,6 +90,22 @@ def load(folder: Path) -> Any:
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise ExportError(f"{folder}: tokenizer files do not load ({' '.join(str(error).split())})") from None
+
+
+def try_out(path: Path, name: str = "") -> None:
+    """The first use of a foreign tokenizer.json, in a child with limits of time and memory; `name`: for messages.
+
+    Raises ExportError: it crashed, or took too much.
+    """
+    worker = LimitedWorker(Path(__file__).with_name("trial.py"))
+    try:
+        worker.ask({"path": str(path), "texts": _TRIAL_TEXTS}, _TRIAL_LIMITS)
+    except LimitError as error:
+        raise ExportError(
+            f"{name or path}: encoding its first texts {error}; do not use this file, take its model's original"
+        ) from None
+    finally:
+        worker.close()
 
 
 def adds_bos(tokenizer: Any) -> bool:
