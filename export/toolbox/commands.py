@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from export.errors import ExportError
+from export.host.console import say
 
 if TYPE_CHECKING:
     from .inspection import Inspection
@@ -26,7 +27,7 @@ def inspect(path: _Artifact, json: _AsJson = False, svg: _Svg = None) -> None:
     inspected = inspection.inspect(path)
     draw(svg, inspected)
     if json:
-        print(inspected.model_dump_json(indent=1))
+        say(*inspected.model_dump_json(indent=1, ensure_ascii=True).split("\n"))
     else:
         inspection.show(inspected)
 
@@ -54,9 +55,9 @@ def diff(
 
         draw(svg, *map(inspection.inspect, (a, b)))
     if json:
-        print(compared.model_dump_json(indent=1))
+        say(*compared.model_dump_json(indent=1, ensure_ascii=True).split("\n"))
     elif markdown:
-        print(difference.markdown(compared))
+        say(*difference.markdown(compared).split("\n"))
     else:
         difference.show(compared)
 
@@ -86,11 +87,10 @@ def verify(
 
     _require_folder(path)
     findings = verification.verify(path, limit, key)
-    for finding in findings:
-        print(finding)
+    say(*findings)
     if findings:
         raise ExportError(f"{path}: {len(findings)} found wrong")
-    print(f"{path}: as its manifest says{verification.about_signature(path, key)}")
+    say(f"{path}: as its manifest says{verification.about_signature(path, key)}")
 
 
 @app.command()
@@ -103,7 +103,7 @@ def sign(
 
     _require_folder(path)
     verification.require_whole(path)
-    print(f"{signature.sign(path, key)}: signed with {key}")
+    say(f"{signature.sign(path, key)}: signed with {key}")
 
 
 def _require_folder(path: Path) -> None:

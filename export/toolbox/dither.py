@@ -16,7 +16,7 @@ from export import checkpoints
 from export.build.command import run
 from export.checkpoints import Checkpoint
 from export.checkpoints.origin import parse_origin
-from export.host.console import track
+from export.host.console import say, track
 from export.plan import ModelSpec, load_named
 
 from . import writers
@@ -38,7 +38,7 @@ def main(
         origin = None if source is None else parse_origin(source)
         opened = checkpoints.load(load_named(ModelSpec, "models", model), origin)
         write(opened, partial, seed)
-    print(f"{folder}: {opened.origin} with noise of one Q4_1 step, seed {seed}")
+    say(f"{folder}: {opened.origin} with noise of one Q4_1 step, seed {seed}")
 
 
 def write(opened: Checkpoint, folder: Path, seed: int) -> None:

@@ -10,7 +10,7 @@ import typer
 from export.build.command import run
 from export.checkpoints.seed import SeededSource
 from export.errors import ExportError
-from export.host.console import track
+from export.host.console import say, track
 from export.plan import ModelSpec, load_named
 
 from . import writers
@@ -30,7 +30,7 @@ def main(
         raise ExportError(f"model {model!r} has no architecture of its own; choose another")
     with writers.new_folder(folder) as partial:
         write(SeededSource(str(seed), spec.architecture), partial)
-    print(f"{folder}: {model} with random weights, seed {seed}")
+    say(f"{folder}: {model} with random weights, seed {seed}")
 
 
 def write(source: SeededSource, folder: Path) -> None:
