@@ -146,7 +146,8 @@ def _built_for(device: Device) -> list[Path]:
         if target in device.targets:
             folders.append(path.parent)
         else:
-            console.print(f"left out: {path.parent} ({device.name} does not run {target})", style="yellow")
+            line = f"left out: {path.parent} ({device.name} does not run {target})"
+            console.print(line, style="yellow", soft_wrap=True)
     if not folders:
         raise ExportError(f"no artifact for {device.name} in {BUILD}/; make one with `python -m export`")
     return folders

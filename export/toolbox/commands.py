@@ -1,5 +1,6 @@
 """python -m export inspect PATH, diff A B, verify PATH, sign PATH: finished artifacts. No model is run."""
 
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,8 @@ from export.errors import ExportError
 from export.host.console import say
 
 if TYPE_CHECKING:
+    from export.architecture import Strict
+
     from .inspection import Inspection
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -27,7 +30,7 @@ def inspect(path: _Artifact, json: _AsJson = False, svg: _Svg = None) -> None:
     inspected = inspection.inspect(path)
     draw(svg, inspected)
     if json:
-        say(*inspected.model_dump_json(indent=1, ensure_ascii=True).split("\n"))
+        _say_json(inspected)
     else:
         inspection.show(inspected)
 
@@ -55,11 +58,16 @@ def diff(
 
         draw(svg, *map(inspection.inspect, (a, b)))
     if json:
-        say(*compared.model_dump_json(indent=1, ensure_ascii=True).split("\n"))
+        _say_json(compared)
     elif markdown:
         say(*difference.markdown(compared).split("\n"))
     else:
         difference.show(compared)
+
+
+def _say_json(record: "Strict") -> None:
+    """ASCII, in which JSON escapes what `say` would, and names of files whose bytes are not UTF-8."""
+    say(*dumps(record.model_dump(mode="json"), indent=1).split("\n"))
 
 
 def draw(file: Path | None, *inspections: "Inspection") -> None:

@@ -42,7 +42,7 @@ def main(
 ) -> None:
     """Report the validation of these artifacts; exit code 1 unless all of them hold."""
     artifacts = [baseline.judge(folder, baseline.RECORDS, device) for folder in folders]
-    page = _render(artifacts)
+    page = render(artifacts)
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.md").write_text(page, encoding="utf-8")
     lines = [artifact.record.model_dump_json() + "\n" for artifact in artifacts if artifact.record]
@@ -55,7 +55,7 @@ def main(
         raise typer.Exit(1)
 
 
-def _render(artifacts: Sequence[Judged]) -> str:
+def render(artifacts: Sequence[Judged]) -> str:
     """The verdict, every artifact, and what changed since the baseline."""
     failed = sum(not artifact.holds for artifact in artifacts)
     verdict = f"{failed} of {len(artifacts)} artifacts failed" if failed else "every artifact holds"

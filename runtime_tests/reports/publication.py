@@ -43,7 +43,7 @@ def _write_card(folder: Path, described: Manifest, rows: Sequence[Measured]) -> 
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        console.print(f"{folder / manifest.CARD}: not written ({error.strerror})", style="yellow")
+        console.print(f"{folder / manifest.CARD}: not written ({error.strerror})", style="yellow", soft_wrap=True)
 
 
 def task_rows(build: Path, manifest_sha256: str) -> list[Measured]:

@@ -30,7 +30,7 @@ def main() -> None:
     if _START not in text or _END not in text:
         raise ExportError(f"{_README}: the markers of the results block are missing")
     before, after = text.split(_START)[0], text.split(_END)[1]
-    _README.write_text(f"{before}{_START}\n\n{_block(_last_run())}\n\n{_END}{after}", encoding="utf-8")
+    _README.write_text(f"{before}{_START}\n\n{block(_last_run())}\n\n{_END}{after}", encoding="utf-8")
 
 
 def _last_run() -> list[Record]:
@@ -40,7 +40,7 @@ def _last_run() -> list[Record]:
     return records
 
 
-def _block(records: Sequence[Record]) -> str:
+def block(records: Sequence[Record]) -> str:
     """The table, then the machine, the commit and the meaning of its numbers."""
     newest = records[-1]
     machine, dirty = newest.environment, " with local changes" if newest.dirty else ""
