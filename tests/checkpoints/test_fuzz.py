@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,16 +13,16 @@ from hypothesis import strategies as st
 
 import devices
 from devices import Device, DeviceError
-from export import formats, manifest, plan
-from export.checkpoints import open_source, safetensors
+from export import checkpoints, formats, manifest, plan
+from export.checkpoints import open_source, safetensors, tokenizer
 from export.checkpoints.gguf import header as gguf_header
-from export.checkpoints.origin import parse_origin
+from export.checkpoints.origin import adapted, parse_origin
 from export.errors import ExportError
 from export.plan import ModelSpec, QuantRecipe, Target
 from export.toolbox import verification
 from runtime_tests.coreml import package as mil_package
 from tests.support import fuzz
-from tests.support.checkpoints import write_folder, write_gguf
+from tests.support.checkpoints import ADAPTER, ADAPTER_CONFIG, FORMS, INDEX, LLAMA, PTH, write_folder, write_gguf
 from tests.support.fuzz import CHANGES, EDITS, changed, count, fuzzed, json_like, only, spliced
 
 pytestmark = pytest.mark.fuzz
@@ -91,6 +93,76 @@ def test_manifest_json(artifact, monkeypatch, record_property):
         problems = verification.verify(artifact, 100)
         assert not any("\n" in line for line in problems)
         refused.append(bool(problems))
+
+    check()
+    count(refused, record_property)
+
+
+FILES = {
+    "safetensors": ("config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json"),
+    "shards": (INDEX,),
+    "lora": (ADAPTER_CONFIG,),
+    "gptq": ("config.json",),
+    "torchao": ("config.json",),
+    "bitsandbytes": ("config.json",),
+    "jq4": ("config.json",),
+    "meta": ("params.json",),
+}
+
+
+@pytest.fixture
+def opened(tmp_path, monkeypatch):
+    """Opens a checkpoint of a form as a build does, in an empty folder with an empty home; both must stay empty."""
+    place, rooms = tmp_path / "checkpoint", [tmp_path / name for name in ("home", "here", "out")]
+    for room in rooms:
+        room.mkdir()
+    monkeypatch.setenv("HOME", str(rooms[0]))
+    monkeypatch.chdir(rooms[1])
+
+    def everything(form):
+        origin = parse_origin(str(place))
+        loaded = checkpoints.load(LLAMA, adapted(origin, place / ADAPTER) if form == "lora" else origin)
+        for name in loaded.architecture.tensor_shapes():
+            loaded.read(name)
+        with tempfile.TemporaryDirectory(dir=rooms[2]) as out:
+            tokenizer.write(loaded.source, Path(out), loaded.architecture.vocab_size)
+
+    yield place, everything
+    assert [path for room in rooms for path in room.rglob("*")] == []
+
+
+@pytest.mark.parametrize(("form", "name"), [(form, name) for form, names in FILES.items() for name in names])
+def test_json_of_a_checkpoint(opened, form, name, record_property):
+    place, read = opened
+    if form == "bitsandbytes":
+        pytest.importorskip(form)
+    FORMS[form](place)
+    path, refused = place / name, []
+    good = json.loads(path.read_bytes()) if path.is_file() else {"bos_token_id": 1, "eos_token_id": [2, 3]}
+
+    @fuzzed
+    @given(json_like(good))
+    def check(data):
+        path.write_bytes(data)
+        refused.append(only(ExportError, read, form))
+
+    check()
+    count(refused, record_property)
+
+
+def test_a_zip_of_tensors(opened, record_property):
+    """The central directory, the pickle and the names in it."""
+    place, read = opened
+    FORMS["meta"](place)
+    path, refused = place / PTH, []
+    good = path.read_bytes()
+    pickle, directory = good.index(b"data.pkl"), good.rindex(b"PK\x01\x02", 0, good.rindex(b"PK\x05\x06"))
+
+    @fuzzed
+    @given(st.sampled_from([0, pickle, directory - 500, len(good) - 200]), EDITS)
+    def check(start, edits):
+        path.write_bytes(good[:start] + spliced(good[start : start + 1500], edits) + good[start + 1500 :])
+        refused.append(only(ExportError, read, "meta"))
 
     check()
     count(refused, record_property)
