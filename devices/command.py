@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from .transports import DeviceError
+from .transports import DeviceError, visible
 
 _INTERRUPTED = 130
 
@@ -43,5 +43,5 @@ def run(main: Callable[[list[str]], int]) -> int:
 def fail(message: str, code: int = 1) -> int:
     """Print one line on stderr, if it can be written, and give the exit code."""
     with suppress(OSError):
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(visible(f"error: {message}"), file=sys.stderr, flush=True)
     return code

@@ -43,7 +43,7 @@ def build(  # noqa: PLR0913 – the options of the command
         return manifest.read(folder)
     from . import pipeline
 
-    console.print(f"[bold]{plan.id}[/bold]")
+    console.print(plan.id, style="bold", soft_wrap=True)
     built = pipeline.export(plan, origin, folder)
     disk.trim(disk.cache_folder(pipeline.CACHE))
     return built

@@ -11,7 +11,7 @@ from export import build as build_artifact
 from .build import skip
 from .build.command import run, with_default
 from .checkpoints.origin import chosen_origin
-from .host.console import console
+from .host.console import console, say
 from .toolbox import commands
 
 app = typer.Typer(cls=with_default("build"), help=__doc__, add_completion=False, pretty_exceptions_enable=False)
@@ -44,7 +44,7 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     if len(stale) == 1:
         folder = out or Path("build") / stale[0].id
         built = build_artifact(model, quant, stale[0].target.name, source=source, adapter=adapter, out=folder)
-        print(
+        say(
             f"{folder}: {built.plan.target.artifact} {built.artifact_bytes / 1e6:.1f} MB, "
             f"{built.quantization.bits_per_weight:.2f} bits per weight"
         )
@@ -53,7 +53,7 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
         from .build import parallel
         from .host import disk
 
-        console.print(f"[bold]{model}_{quant}[/bold]")
+        console.print(f"{model}_{quant}", style="bold", soft_wrap=True)
         cache = disk.cache_folder(pipeline.CACHE)
         parallel.build(stale, origin, Path("build"), cache)
         disk.trim(cache)

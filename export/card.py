@@ -14,17 +14,18 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFo
 from . import formats
 from .errors import ExportError
 from .host import disk
+from .host.text import Markdown, code, markdown, visible
 from .manifest import CARD, Manifest
 
 _LICENCES = {
-    "llama3.2": "Llama 3.2 Community License (https://www.llama.com/llama3_2/license/). Built with Llama.",
+    "llama3.2": Markdown("Llama 3.2 Community License (https://www.llama.com/llama3_2/license/). Built with Llama."),
     "apache-2.0": "Apache 2.0, as the base model.",
     "other": "As the checkpoint this was made from: its licence applies to this artifact too.",
 }
 
 
 class Measured(NamedTuple):
-    """One row of the card's table, ready to print."""
+    """One row of the card's table; what is not Markdown is shown as the text it is."""
 
     what: str
     value: str
@@ -41,11 +42,13 @@ def render(manifest: Manifest, measured: Sequence[Measured]) -> str:
     environment = Environment(
         loader=FileSystemLoader([Path(__file__).parent, *formats.__path__]),
         undefined=StrictUndefined,
-        autoescape=False,  # noqa: S701 – Markdown of our own facts
+        autoescape=False,  # noqa: S701 – of HTML; `finalize` escapes every value
+        finalize=markdown,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["code"] = code
     library, usage = _usage_of(environment, manifest)
     body = environment.get_template("card.md.j2").render(
         manifest=manifest,
@@ -56,8 +59,8 @@ def render(manifest: Manifest, measured: Sequence[Measured]) -> str:
         worst=min(manifest.quantization.layers, key=lambda layer: layer.sqnr_db, default=None),
         calibration=manifest.quantization.calibration,
         measured=measured,
-        usage=usage,
-        licence=_LICENCES.get(manifest.plan.model.license, manifest.plan.model.license),
+        usage=Markdown(usage.strip()),
+        licence=_LICENCES.get(manifest.plan.model.license) or manifest.plan.model.license,
     )
     return str(ModelCard(f"---\n{_front_matter(manifest, library).to_yaml()}\n---\n\n{body}"))
 
@@ -75,12 +78,14 @@ def _usage_of(environment: Environment, manifest: Manifest) -> tuple[str, str]:
 
 def _front_matter(manifest: Manifest, library: str) -> ModelCardData:
     model, recipe = manifest.plan.model, manifest.plan.quant
+    base = model.base_model and visible(model.base_model)
     quantized = recipe.method != "none"
+    names = manifest.plan.target.name, recipe.name
     return ModelCardData(
-        base_model=model.base_model,
-        base_model_relation="quantized" if quantized and model.base_model else None,
-        license=model.license,
+        base_model=base,
+        base_model_relation="quantized" if quantized and base else None,
+        license=visible(model.license),
         library_name=library,
         pipeline_tag="text-generation",
-        tags=["on-device", manifest.plan.target.name, recipe.name, *(["torchao"] if quantized else [])],
+        tags=["on-device", *map(visible, names), *(["torchao"] if quantized else [])],
     )

@@ -10,7 +10,7 @@ from .checkpoints import tokenizer
 from .checkpoints.origin import Origin
 from .formats import Build
 from .host import disk, memory, mkl
-from .host.console import say, stage
+from .host.console import note, stage
 from .manifest import Manifest, TokenizerIds
 from .plan import Plan, shortened
 from .quantization import schemes
@@ -31,8 +31,8 @@ def export(plan: Plan, source: Origin | None, out: Path) -> Manifest:
     with artifact.building(out, plan.id) as folder:
         with stage("checkpoint"):
             weights = checkpoints.load(plan.model, source)
-            for note in weights.notes:
-                say(note)
+            for line in weights.notes:
+                note(line)
             build = Build(plan, _tokenizer(weights, backend, folder), folder)
             memory.give_back()
         with stage("quantize", plan.quant.description):
@@ -52,7 +52,7 @@ def fitted(plan: Plan, architecture: Architecture) -> Plan:
     short = shortened(plan, architecture.max_position_embeddings)
     if short != plan:
         longest, was = short.model.context_length, plan.model.context_length
-        say(f"context of {longest} tokens instead of {was}: the checkpoint's max_position_embeddings")
+        note(f"context of {longest} tokens instead of {was}: the checkpoint's max_position_embeddings")
     return short
 
 
@@ -60,8 +60,8 @@ def _tokenizer(weights: checkpoints.Checkpoint, backend: formats.Format, folder:
     """Written, compared with the format's stock client, and what is remarkable about it said."""
     ids = tokenizer.write(weights.source, folder, weights.architecture.vocab_size)
     ids = ids.model_copy(update={"notes": (*ids.notes, *backend.tokenizer_notes(folder))})
-    for note in ids.notes:
-        say(note)
+    for line in ids.notes:
+        note(line)
     return ids
 
 

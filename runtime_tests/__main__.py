@@ -18,7 +18,7 @@ from devices import Device, DeviceError
 from export.build.command import run, with_default
 from export.errors import ExportError
 from export.host import disk
-from export.host.console import console, stage
+from export.host.console import console, say, stage
 
 from .chat.command import chat as chat_with
 from .evidence.record import Outcome
@@ -98,7 +98,7 @@ def _validate(
         place.prepare([described for _, described in artifacts])
         records = []
         for folder, described in artifacts:
-            console.print(f"[bold]{described.id}[/bold] on {device.name}")
+            console.print(f"{described.id} on {device.name}", style="bold", soft_wrap=True)
             records.append(validate.validate(folder, described, setting))
             with disk.writing(BUILD):
                 publication.keep(records[-1], BUILD, folder, described)
@@ -124,7 +124,7 @@ def _evaluate_tasks(folders: Sequence[Path], device: Device, options: TaskOption
     page = publication.keep_tasks(BUILD, artifacts)
     for comparison in comparisons:
         tables.show(comparison)
-    print(f"page: {page}")
+    say(f"page: {page}")
     if not complete:
         raise typer.Exit(1)
 
@@ -146,7 +146,8 @@ def _built_for(device: Device) -> list[Path]:
         if target in device.targets:
             folders.append(path.parent)
         else:
-            console.print(f"left out: {path.parent} ({device.name} does not run {target})", style="yellow")
+            line = f"left out: {path.parent} ({device.name} does not run {target})"
+            console.print(line, style="yellow", soft_wrap=True)
     if not folders:
         raise ExportError(f"no artifact for {device.name} in {BUILD}/; make one with `python -m export`")
     return folders

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-_UNPRINTABLE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x1f\x7f-\x9f]")
+_COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _LONGEST = 300
 """Characters of another program's words in a message of ours."""
 
@@ -54,8 +54,17 @@ class Completed:
 
 
 def last_line(text: str, otherwise: str = "no reason given") -> str:
-    """Where programs say why they failed, without what a terminal would obey."""
-    return _UNPRINTABLE.sub(" ", (text.strip().splitlines() or [otherwise])[-1])[:_LONGEST].strip() or otherwise
+    """Where programs say why they failed, without colours and as a terminal may show it."""
+    words = _COLOURS.sub(" ", (text.strip().splitlines() or [otherwise])[-1])
+    return visible(words.strip())[:_LONGEST] or otherwise
+
+
+def visible(text: str) -> str:
+    """A device's words in one line: what Python does not call printable, colours and line ends too, is an escape.
+
+    `export.host.text` has the finer rule for text of models; the two packages import nothing of each other.
+    """
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 class Transport(Protocol):

@@ -1,11 +1,12 @@
 """From a device's YAML to the device itself, checked to be what the YAML says."""
 
+import re
 import shlex
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from . import DeviceError, Transport, marks, processes
+from . import DeviceError, Transport, marks, processes, visible
 from .adb import Adb
 from .address import Link
 from .device import Attached
@@ -59,8 +60,13 @@ def _attach(link: Link, device: "Device", deadline: Deadline) -> Attached:
     if answer.returncode:
         elsewhere = f"set workdir in devices/{device.name}.yaml to a folder that this user may write"
         raise DeviceError(f"{device.name}: {device.workdir}: {answer.reason}; {elsewhere}")
-    folder, architecture, bits, *android = answer.stdout.decode(errors="replace").split("\n")
-    abi, model = android[:2] if len(android) > 1 else (architecture, None)
+    folder, architecture, bits, *android = [*answer.stdout.decode(errors="replace").split("\n"), "", ""]
+    abi, model = android[:2] if len(android) > 3 else (architecture, None)
+    if not folder.startswith("/") or not re.fullmatch(r"\w[\w-]*", abi, re.ASCII):
+        told = f"{visible(folder)!r} and {visible(abi)!r}"
+        raise DeviceError(
+            f"{device.name}: its `pwd` and processor are {told}: its shell does not run scripts as sh does"
+        )
     if model is None and architecture in _WIDE and bits == "32" and device.runner is None:
         raise DeviceError(
             f"{device.name}: 64-bit kernel ({architecture}), 32-bit programs (getconf LONG_BIT is 32): install its "
@@ -68,6 +74,6 @@ def _attach(link: Link, device: "Device", deadline: Deadline) -> Attached:
         )
     if device.abi not in (None, abi):
         raise DeviceError(f"{device.name}: the device is {abi}, devices/{device.name}.yaml says {device.abi}")
-    if reason := device.transport.mismatch(model):
+    if reason := device.transport.mismatch(model and visible(model)):
         raise DeviceError(f"{device.name}: {reason}")
     return Attached(Shell(link, folder), abi)

@@ -1,37 +1,38 @@
 """One run at a time on a device: a folder there, made atomically, that names its holder."""
 
-import json
 import logging
 import os
 import shlex
 import socket
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Annotated
 
 import psutil
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from . import Completed, DeviceBusyError, DeviceError
+from . import Completed, DeviceBusyError, DeviceError, visible
 
 _LOG = logging.getLogger(__name__)
 _FOLDER = ".lock"
 _OWNER = f"{_FOLDER}/owner"
-_HELD = 3
+HELD = 3
 """Exit status: another run has the folder."""
 _Ask = Callable[[str], Completed]
 """Runs a script in the device's working folder."""
 
 
-@dataclass(frozen=True)
-class Owner:
+class Owner(BaseModel):
     """A process, described well enough for another one to tell whether it is alive."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     host: str
     boot: str
     """Changes with every start of the host."""
-    pid: int
-    started: float
+    pid: Annotated[int, Field(gt=0, lt=2**31)]
+    started: FiniteFloat
     """When the process began, seconds since 1970: a process id is used again."""
     since: str
 
@@ -40,14 +41,14 @@ class Owner:
         """The caller."""
         started = psutil.Process().create_time()
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(socket.gethostname(), _boot_id(), os.getpid(), started, since)
+        return cls(host=socket.gethostname(), boot=_boot_id(), pid=os.getpid(), started=started, since=since)
 
     @classmethod
     def parse(cls, text: str) -> "Owner | None":
         """The content of an owner file; None when it is not readable as such."""
         try:
-            return cls(**json.loads(text))
-        except (ValueError, TypeError):
+            return cls.model_validate_json(text)
+        except ValidationError:
             return None
 
     def is_dead(self) -> bool:
@@ -75,15 +76,15 @@ def take(ask: _Ask, device: str, folder: str) -> str:
 
     Raises DeviceError where the folder cannot be written.
     """
-    mine = json.dumps(asdict(Owner.this_process()))
+    mine = Owner.this_process().model_dump_json()
     script = (
-        f"mkdir {_FOLDER} || {{ [ -d {_FOLDER} ] && exit {_HELD}; exit 1; }}\n"
+        f"mkdir {_FOLDER} || {{ [ -d {_FOLDER} ] && exit {HELD}; exit 1; }}\n"
         f"printf %s {shlex.quote(mine)} >{_OWNER} || {{ rm -r {_FOLDER}; exit 1; }}"
     )
 
     def taken() -> bool:
         ended = ask(script)
-        if ended.returncode not in {0, _HELD}:
+        if ended.returncode not in {0, HELD}:
             raise DeviceError(f"{device}: nothing can be written in {folder}: {ended.reason}; make it writable")
         return ended.returncode == 0
 
@@ -92,7 +93,7 @@ def take(ask: _Ask, device: str, folder: str) -> str:
         owner = Owner.parse(text)
         if owner is None or not owner.is_dead():
             raise DeviceBusyError(_busy(owner, device, folder))
-        holder = f"process {owner.pid}, since {owner.since}"
+        holder = f"process {owner.pid}, since {visible(owner.since)}"
         _LOG.warning("%s: the run that held it (%s) is dead; its lock is broken", device, holder)
         # Moved away only while it is still that dead run's: another run may be breaking it at the same time.
         aside = f"{_FOLDER}.{os.getpid()}"
@@ -103,5 +104,5 @@ def take(ask: _Ask, device: str, folder: str) -> str:
 
 
 def _busy(owner: Owner | None, device: str, folder: str) -> str:
-    by = f"process {owner.pid} on {owner.host} since {owner.since}" if owner else "another run"
+    by = visible(f"process {owner.pid} on {owner.host} since {owner.since}") if owner else "another run"
     return f"{device}: in use by {by}; wait for it, or if it is gone remove {folder}/{_FOLDER} on the device"

@@ -65,7 +65,7 @@ def _survey(shell: Shell, names: tuple[str, ...], deadline: Deadline) -> _Survey
     step = f"hashing {quoted(names)}" if names else "asking for its free space"
     ended = shell.ask(scripts.survey(names), deadline, step=step)
     lines = ended.stdout.decode(errors="replace").splitlines()
-    free = re.search(r"\s(\d+)\s+(\d+%|-)", lines[1]) if len(lines) > 1 else None
+    free = re.search(r"\s([0-9]{1,18})\s+([0-9]+%|-)", lines[1]) if len(lines) > 1 else None
     if ended.returncode or not free:
         raise DeviceError(f"{shell.link.name}: {shell.folder} cannot be read: {ended.reason}")
     hashes = {path: digest for digest, _, path in (line.partition("  ") for line in lines[2:])}

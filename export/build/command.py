@@ -15,13 +15,15 @@ from typer.core import TyperGroup
 from export import formats
 from export.errors import ExportError
 from export.host import interrupt
-from export.host.console import console
+from export.host.console import LogLines, console
 
 _INTERRUPTED = 130
 _NOISY = ("torchao", "torch.utils._pytree", "transformers", "datasets")
 """Loggers of libraries that every command may import; a format adds its own."""
 _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors that only writing has."""
+_LONGEST = 2000
+"""Characters of an error."""
 
 
 def with_default(name: str) -> type[TyperGroup]:
@@ -78,7 +80,7 @@ def _end_of(app: typer.Typer) -> int:
         code = _INTERRUPTED
     except Exception as error:
         if hasattr(error, "format_message"):  # click's usage errors
-            return fail(error.format_message(), 2)
+            return fail(" ".join(error.format_message().split()), 2)
         raise
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of Rust libraries; it is no Exception
@@ -90,10 +92,18 @@ def _end_of(app: typer.Typer) -> int:
 
 
 def fail(message: str, code: int) -> int:
-    """Print one line on stderr, if it can be written, and give the exit code."""
+    """Print one line on stderr, if it can be written, after all that was printed before, and give the exit code."""
     with suppress(OSError):
-        console.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+        sys.stdout.flush()  # a verdict is the last line, where both outputs go to one place too
+    with suppress(OSError):
+        console.print(f"error: {_shortened(message)}", style="red", soft_wrap=True)
     return code
+
+
+def _shortened(message: str) -> str:
+    """A name of a megabyte must not push away what was printed before."""
+    begin, end = message[: _LONGEST * 3 // 4], message[-_LONGEST // 4 :]
+    return message if len(message) <= _LONGEST else f"{begin} … ({len(message):,} characters) … {end}"
 
 
 def describe(error: BaseException) -> str:
@@ -114,5 +124,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     warnings.filterwarnings("ignore")
+    if logging.lastResort:
+        logging.lastResort.setFormatter(LogLines())
     for name in (*_NOISY, *formats.loggers()):
         logging.getLogger(name).setLevel(logging.ERROR)

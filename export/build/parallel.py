@@ -69,7 +69,7 @@ def work(waiting: list[Plan], source: Origin | None, fit: Fit) -> dict[str, str]
                 waiting.remove(plan)
                 name = plan.target.name
                 with interrupt.held():
-                    show = partial(console.print, f"{name:<{width}} |", markup=False, soft_wrap=True)
+                    show = partial(console.print, f"{name:<{width}} |", soft_wrap=True)
                     running[name] = BackgroundProcess(name, command(plan, source), show, ended.put)
             child = ended.get()
             del running[child.name]

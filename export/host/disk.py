@@ -58,10 +58,10 @@ def turn(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            console.print(f"  waiting: {_busy(path, file)}", soft_wrap=True, markup=False)
+            console.print(f"  waiting: {_busy(path, file)}", soft_wrap=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            console.print(f"  {_lock_of(path)}: not locked ({error.strerror})", soft_wrap=True, markup=False)
+            console.print(f"  {_lock_of(path)}: not locked ({error.strerror})", soft_wrap=True)
         _sign(file)
         yield
 
@@ -135,7 +135,7 @@ def cache_folder(preferred: Path) -> Path:
         return preferred
     own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-on-device"
     if _is_writable(own):
-        console.print(f"  {preferred}: cannot be written; the cache is {own}", soft_wrap=True, markup=False)
+        console.print(f"  {preferred}: cannot be written; the cache is {own}", soft_wrap=True)
         return own
     raise ExportError(f"{preferred}: cannot be written, nor can {own}; name a folder for the cache in XDG_CACHE_HOME")
 

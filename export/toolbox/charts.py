@@ -7,8 +7,10 @@ it stays readable where a page's mode is not the system's; `inline` belongs into
 import math
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
+from html import escape as entities
 from typing import NamedTuple
+
+from export.host.text import visible
 
 STYLE = """\
 :root { --paper: #ffffff; --ink: #1c2430; --muted: #5b6675; --line: #d5dbe3; --track: #eef1f4; --stock: #9aa7b5;
@@ -100,20 +102,25 @@ class _Scale(NamedTuple):
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
 
+def _escape(content: str) -> str:
+    """XML has no control characters, however they are written."""
+    return entities(visible(content))
+
+
 def _element(name: str, inside: str = "", *, title: str = "", css: str = "", **attributes: float | str) -> str:
     """An element; in names of attributes `_` is a hyphen, numbers get one decimal, empty texts are left out."""
     texts = {"class": css} | {
         key.replace("_", "-"): value if isinstance(value, str) else f"{value:.1f}".removesuffix(".0")
         for key, value in attributes.items()
     }
-    head = name + "".join(f' {key}="{escape(text)}"' for key, text in texts.items() if text)
-    inside = f"<title>{escape(title)}</title>{inside}" if title else inside
+    head = name + "".join(f' {key}="{_escape(text)}"' for key, text in texts.items() if text)
+    inside = f"<title>{_escape(title)}</title>{inside}" if title else inside
     return f"<{head}>{inside}</{name}>" if inside else f"<{head}/>"
 
 
 def text(x: float, y: float, content: str, css: str = "", anchor: str = "") -> str:
     """A text; x, y and all other coordinates are pixels."""
-    return _element("text", escape(content), x=x, y=y, css=css, text_anchor=anchor)
+    return _element("text", _escape(content), x=x, y=y, css=css, text_anchor=anchor)
 
 
 def _line(x1: float, y1: float, x2: float, y2: float) -> str:

@@ -1,13 +1,17 @@
 """python -m export inspect PATH, diff A B, verify PATH, sign PATH: finished artifacts. No model is run."""
 
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from export.errors import ExportError
+from export.host.console import say
 
 if TYPE_CHECKING:
+    from export.architecture import Strict
+
     from .inspection import Inspection
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -26,7 +30,7 @@ def inspect(path: _Artifact, json: _AsJson = False, svg: _Svg = None) -> None:
     inspected = inspection.inspect(path)
     draw(svg, inspected)
     if json:
-        print(inspected.model_dump_json(indent=1))
+        _say_json(inspected)
     else:
         inspection.show(inspected)
 
@@ -54,11 +58,16 @@ def diff(
 
         draw(svg, *map(inspection.inspect, (a, b)))
     if json:
-        print(compared.model_dump_json(indent=1))
+        _say_json(compared)
     elif markdown:
-        print(difference.markdown(compared))
+        say(*difference.markdown(compared).split("\n"))
     else:
         difference.show(compared)
+
+
+def _say_json(record: "Strict") -> None:
+    """ASCII, in which JSON escapes what `say` would, and names of files whose bytes are not UTF-8."""
+    say(*dumps(record.model_dump(mode="json"), indent=1).split("\n"))
 
 
 def draw(file: Path | None, *inspections: "Inspection") -> None:
@@ -86,11 +95,10 @@ def verify(
 
     _require_folder(path)
     findings = verification.verify(path, limit, key)
-    for finding in findings:
-        print(finding)
+    say(*findings)
     if findings:
         raise ExportError(f"{path}: {len(findings)} found wrong")
-    print(f"{path}: as its manifest says{verification.about_signature(path, key)}")
+    say(f"{path}: as its manifest says{verification.about_signature(path, key)}")
 
 
 @app.command()
@@ -103,7 +111,7 @@ def sign(
 
     _require_folder(path)
     verification.require_whole(path)
-    print(f"{signature.sign(path, key)}: signed with {key}")
+    say(f"{signature.sign(path, key)}: signed with {key}")
 
 
 def _require_folder(path: Path) -> None:

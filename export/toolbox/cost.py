@@ -18,6 +18,7 @@ from export.build.command import run
 from export.checkpoints.origin import parse_origin
 from export.errors import ExportError
 from export.host import memory
+from export.host.console import say
 from export.plan import ModelSpec, QuantRecipe, load_named
 from export.quantization import schemes
 from export.quantization.calibration import Calibrator, round_outside, split, tokens
@@ -56,12 +57,10 @@ def main(
                 if done % _LINEARS_OF_A_LAYER == 0:
                     times.append(time.perf_counter())
                     peak = memory.peak_rss_bytes() / 1e9
-                    print(
-                        f"layer {len(times) - 2}: {times[-1] - times[-2]:.0f} s, peak memory {peak:.1f} GB", flush=True
-                    )
+                    say(f"layer {len(times) - 2}: {times[-1] - times[-2]:.0f} s, peak memory {peak:.1f} GB", flush=True)
     start_s, layer_s = times[0] - begun, (times[-1] - times[0]) / (len(times) - 1)
-    print(f"before the first layer: {start_s:.0f} s")
-    print(f"{whole} layers at {layer_s:.0f} s: {(start_s + whole * layer_s) / 60:.0f} minutes ({ids.numel():,} tokens)")
+    say(f"before the first layer: {start_s:.0f} s")
+    say(f"{whole} layers at {layer_s:.0f} s: {(start_s + whole * layer_s) / 60:.0f} minutes ({ids.numel():,} tokens)")
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from export import formats
 from export.architecture import Strict
 from export.errors import ExportError
 from export.formats import StoredWeight, in_a_line
+from export.host.console import Plain, say
+from export.host.text import code
+from export.host.text import markdown as escaped
 from export.manifest import flat
 
 from . import evidence, inspection, significance, tables
@@ -290,19 +292,17 @@ def _minus(text: str) -> str:
 
 def show(compared: Difference) -> None:
     """Print every table that is not empty."""
-    print(f"A {compared.a}\nB {compared.b}\n{compared.headline}")
-    inspection.print_sections(_sections(compared), Console(highlight=False))
-    print()
-    for line in (*_summary(compared), *compared.notes):
-        print(line)
+    say(f"A {compared.a}", f"B {compared.b}", compared.headline)
+    inspection.print_sections(_sections(compared), Plain())
+    say("", *_summary(compared), *compared.notes)
 
 
 def markdown(compared: Difference) -> str:
     """A comment for a pull request: the headline, and every table folded."""
-    lines = [f"**{compared.headline}**", "", f"A `{compared.a}` · B `{compared.b}`", ""]
-    lines += [f"- {line}" for line in (*_summary(compared), *compared.notes)]
+    lines = [f"**{escaped(compared.headline)}**", "", f"A {code(compared.a)} · B {code(compared.b)}", ""]
+    lines += [f"- {escaped(line)}" for line in (*_summary(compared), *compared.notes)]
     for section in (section for section in _sections(compared) if section.rows):
-        summary = f"<details><summary>{section.title} ({len(section.rows)})</summary>"
+        summary = f"<details><summary>{escaped(section.title)} ({len(section.rows)})</summary>"
         lines += ["", summary, "", tables.markdown([section.columns, *section.rows]), "", "</details>"]
     return "\n".join(lines)
 

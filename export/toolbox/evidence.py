@@ -129,4 +129,5 @@ def newest(folder: Path, records: Sequence[Path]) -> dict[str, Validation]:
 def lines(path: Path) -> Iterator[str]:
     """Every line of a records file, which may be missing."""
     if path.is_file():
-        yield from path.read_text(encoding="utf-8").splitlines()
+        # not splitlines(): a text in a record may hold other line separators
+        yield from path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")

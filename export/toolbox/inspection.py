@@ -4,14 +4,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import indent
 
-from rich.console import Console
 from rich.table import Table
 
 from export import formats, manifest
 from export.architecture import Strict
 from export.formats import Contents
+from export.host.console import Plain, say
 from export.manifest import FileInfo, Manifest, TensorSpec
 
 from .charts import CELL, INSIDE, MAP_HEIGHT, MUTED, NAMES, Cell, colour, document, linear_map, place_of, rect, text
@@ -69,19 +68,18 @@ def inspect(path: Path) -> Inspection:
 
 def show(inspection: Inspection) -> None:
     """Print every table."""
-    print(f"{inspection.path}: {inspection.contents.format}, {inspection.contents.bytes / 1e6:.1f} MB")
+    say(f"{inspection.path}: {inspection.contents.format}, {inspection.contents.bytes / 1e6:.1f} MB")
     if inspection.note:
-        print(inspection.note)
-    print_sections(_sections(inspection), Console(highlight=False))
+        say(inspection.note)
+    print_sections(_sections(inspection), Plain())
 
 
-def print_sections(sections: Iterable[Section], console: Console) -> None:
+def print_sections(sections: Iterable[Section], console: Plain) -> None:
     """Every table that has rows: drawn for a terminal, else columns padded with spaces, whatever the width."""
     for section in (section for section in sections if section.rows):
-        print()
+        say("")
         if not console.is_terminal:
-            print(section.title)
-            print(indent(plain([section.columns, *section.rows]), "  "))
+            say(section.title, *(f"  {line}" for line in plain([section.columns, *section.rows])))
             continue
         table = Table(title=section.title, title_justify="left", box=None, header_style="bold", pad_edge=False)
         for name in section.columns:

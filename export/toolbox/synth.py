@@ -20,7 +20,7 @@ from export.checkpoints import Checkpoint, tokenizer
 from export.checkpoints.origin import Package, parse_origin
 from export.checkpoints.seed import SeededSource
 from export.errors import ExportError
-from export.host.console import track
+from export.host.console import say, track
 from export.plan import ModelSpec, load_named
 
 from . import writers
@@ -43,7 +43,7 @@ def random(
         raise ExportError(f"model {model!r} has no architecture of its own; choose another")
     with writers.new_folder(folder) as partial:
         write_random(SeededSource(str(seed), spec.architecture), partial)
-    print(f"{folder}: {model} with random weights, seed {seed}")
+    say(f"{folder}: {model} with random weights, seed {seed}")
 
 
 def write_random(source: SeededSource, folder: Path) -> None:
@@ -69,7 +69,7 @@ def dither(
         origin = None if source is None else parse_origin(source)
         opened = checkpoints.load(load_named(ModelSpec, "models", model), origin)
         write_dithered(opened, partial, seed)
-    print(f"{folder}: {opened.origin} with noise of one Q4_1 step, seed {seed}")
+    say(f"{folder}: {opened.origin} with noise of one Q4_1 step, seed {seed}")
 
 
 def write_dithered(opened: Checkpoint, folder: Path, seed: int) -> None:

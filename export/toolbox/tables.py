@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 from tabulate import DataRow, TableFormat, tabulate
 
+from export.host.text import Markdown, visible
+from export.host.text import markdown as escaped
+
 NONE = "–"
 """A cell without a value."""
 Row = tuple[str, ...]
@@ -20,12 +23,14 @@ _MARKDOWN = TableFormat(
 )
 
 
-def plain(rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded with spaces, whatever the width of the terminal."""
-    return str(tabulate(rows, tablefmt="plain", disable_numparse=True))
+def plain(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of columns padded with spaces, whatever the width of the terminal."""
+    cells = [[visible(cell) for cell in row] for row in rows]
+    lines: list[str] = tabulate(cells, tablefmt="plain", disable_numparse=True).split("\n")
+    return lines
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A pipe table without padding; bars and line ends inside cells would end them."""
-    cells = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows]
-    return str(tabulate(cells, headers="firstrow", tablefmt=_MARKDOWN, stralign=None, disable_numparse=True))
+def markdown(rows: Sequence[Sequence[str]]) -> Markdown:
+    """A pipe table without padding; a cell that is not Markdown already is a text."""
+    cells = [[escaped(cell) for cell in row] for row in rows]
+    return Markdown(tabulate(cells, headers="firstrow", tablefmt=_MARKDOWN, stralign=None, disable_numparse=True))

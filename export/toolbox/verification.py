@@ -109,7 +109,7 @@ def in_child(folder: Path, limit_s: float) -> list[str]:
         return [f"{folder}: reading the model ended by {processes.signal_name(-code)}"]
     try:
         findings = json.loads(processes.last_line(child.out))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         findings = None
     if code or not isinstance(findings, list):
         return [f"{folder}: the model could not be read: exit {code}: {child.last_words or 'no message'}"]

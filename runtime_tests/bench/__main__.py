@@ -11,6 +11,7 @@ import typer
 import devices
 from export.build.command import run as run_app
 from export.errors import ExportError
+from export.host.console import say
 from export.manifest import ROOT
 from export.toolbox.tables import plain
 from runtime_tests.evidence import record
@@ -67,7 +68,7 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     _show(benchmark)
     if write:
         for path in publish.publish(benchmark, DOCS):
-            print(f"written: {path.relative_to(ROOT)}")
+            say(f"written: {path.relative_to(ROOT)}")
     if benchmark.failures:
         raise typer.Exit(1)
 
@@ -94,12 +95,12 @@ def lengths(prompts: str) -> tuple[int, ...]:
 def _show(benchmark: Benchmark) -> None:
     """The run in the terminal."""
     for rows in filter(None, (table(benchmark) for table in tables.SHOWN)):
-        print("\n" + plain(rows))
-    print(f"\nsamples: {_RESULTS.relative_to(ROOT)}, run {benchmark.run_id}")
+        say("", *plain(rows))
+    say("", f"samples: {_RESULTS.relative_to(ROOT)}, run {benchmark.run_id}")
     for name, reason in benchmark.missing.items():
-        print(f"not in the run: {name}: {reason}")
+        say(f"not in the run: {name}: {reason}")
     for line in benchmark.failures:
-        print(f"failed: {line}")
+        say(f"failed: {line}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from export.architecture import Strict
 from export.build.command import run as run_app
 from export.checkpoints.origin import File, Package, origin_of, parse_origin
 from export.errors import ExportError
-from export.host.console import console, stage
+from export.host.console import console, say, stage
 from export.manifest import ROOT
 from export.plan import ModelSpec, load_named, load_plan
 from export.toolbox.tables import NONE, Row, plain
@@ -74,7 +74,7 @@ def main(
     cut = evaluation.load(_EVALUATION)
     positions = sum(text.windows for text in cut.texts) * (cut.decode + 1)
     detours = Detours(positions=positions, rows=rows, **publish.conditions(model, _EVALUATION))
-    print("\n" + plain(table(detours)))
+    say("", *plain(table(detours)))
     if write:
         command = f"python -m runtime_tests.bench.detours {model} --source DIR --write"
         publish.publish_study("detours", detours, render(detours, command))

@@ -115,7 +115,7 @@ def measure(
             detail=ended.detail,
             timing=Timing.model_validate(ended.result) if ended.outcome is Outcome.PASS else None,
         )
-        console.print(f"  {repetition + 1}/{settings.repetitions} {_line(sample)}", soft_wrap=True, markup=False)
+        console.print(f"  {repetition + 1}/{settings.repetitions} {_line(sample)}", soft_wrap=True)
         yield sample
 
 

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from export.build.command import run as run_app
 from export.errors import ExportError
 from export.formats import tool_versions
+from export.host.console import say
 from export.manifest import ROOT, source_info
 from export.plan import explain
 from export.toolbox.charts import MUTED, OURS, STOCK, STRONG, Point, document, rect, rule, scatter, text
@@ -99,7 +100,7 @@ def publish_study(name: str, study: StudyRun, page: str, figure: str = "") -> No
     """docs/NAME.json, docs/NAME.md and docs/NAME.svg where there is a figure."""
     parts = {"json": study.model_dump_json() + "\n", "svg": figure, "md": page}
     for suffix in filter(parts.get, parts):
-        print(f"written: {write(DOCS / f'{name}.{suffix}', parts[suffix]).relative_to(ROOT)}")
+        say(f"written: {write(DOCS / f'{name}.{suffix}', parts[suffix]).relative_to(ROOT)}")
 
 
 def render(benchmark: Benchmark, folder: Path) -> list[Path]:
@@ -149,7 +150,7 @@ def main() -> None:
     """Every page, figure and the index again."""
     for path in sorted((DOCS / FOLDER).glob("*.json")):
         render(read(path), path.parent)
-    print(f"written: {_render_index(DOCS).relative_to(ROOT)} and the pages it names")
+    say(f"written: {_render_index(DOCS).relative_to(ROOT)} and the pages it names")
 
 
 def _name(benchmark: Benchmark) -> str:

@@ -14,7 +14,7 @@ import typer
 import devices
 from export import manifest
 from export.build.command import run as run_app
-from export.host.console import console
+from export.host.console import console, say
 from export.manifest import ROOT
 from export.plan import load_named, load_plan, names
 from export.toolbox.charts import Point, scatter
@@ -71,7 +71,7 @@ def main(
         rows=tuple(Judged(**dict(file), fidelity=loss) for (file, _), loss in zip(files, judged, strict=True)),
         **publish.conditions(model, eval_name),
     )
-    print("\n" + plain(_table(study)))
+    say("", *plain(_table(study)))
     if write:
         options = f" --also {also}" if also else ""  # DIR: the real path belongs to this machine
         command = (

@@ -10,6 +10,7 @@ from types import FrameType
 from export.build.command import fail
 from export.errors import ExportError
 from export.host.console import console
+from export.host.text import CONVERSATION, visible
 from runtime_tests.checks.latency import NOT_TIMED
 
 from .conversation import Answer, Conversation
@@ -57,8 +58,6 @@ _HELP = """\
 /system TEXT   another system message, for the conversation so far too; without TEXT the template's own
 /help          this
 /exit          end (Ctrl-D too); Ctrl-C stops an answer, at an empty prompt it ends"""
-_REPLACED = {code: "\N{REPLACEMENT CHARACTER}" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
-"""Control characters: a model must not control the terminal."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,8 @@ class Terminal:
             self.conversation.instruct(text.strip() or None)
             say(f"system: {self.conversation.system or 'as the chat template has it'}")
         elif command == "/help":
-            say(_HELP)
+            for text in _HELP.split("\n"):
+                say(text)
         else:
             raise ExportError(f"unknown command {command}; /help lists them, a message may begin with a space")
 
@@ -157,8 +157,8 @@ def _speed_of(answer: Answer) -> str:
 
 
 def say(text: str) -> None:
-    """Print a message about the conversation, on stderr."""
-    console.print(text, style="dim", markup=False, soft_wrap=True)
+    """Print a line about the conversation, on stderr."""
+    console.print(text, style="dim", soft_wrap=True)
 
 
 def typed(interrupts: Interrupts) -> Iterator[str]:
@@ -186,8 +186,8 @@ def _piped() -> Iterator[str]:
 
 
 def _write_safely(text: str) -> None:
-    """Part of an answer, without control characters."""
-    _write(text.translate(_REPLACED))
+    """Part of an answer: a model must not control the terminal."""
+    _write(visible(text, CONVERSATION))
 
 
 def _write(text: str) -> None:

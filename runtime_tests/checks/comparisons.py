@@ -19,6 +19,7 @@ from export.host.console import stage
 from runtime_tests import evaluation, jobs, reference
 from runtime_tests.evaluation import Windows
 from runtime_tests.evidence.record import Comparison, Outcome
+from runtime_tests.jobs import logits_file
 
 from . import accuracy, gates
 from .subject import Finding, StoppedError, Subject, require
@@ -92,7 +93,9 @@ def compute_references(subject: Subject, windows: _Tokens, probes: _Tokens) -> R
         name: reference.locate(kind, subject.manifest, tokens.windows.tokens, cached)
         for name, (kind, tokens) in kinds.items()
     }
-    missing = [name for name, file in files.items() if not file.is_file()]
+    vocab = subject.manifest.architecture.vocab_size
+    shapes = {name: (*tokens.windows.targets.shape, vocab) for name, (_, tokens) in kinds.items()}
+    missing = [name for name, file in files.items() if not logits_file.is_whole(file, shapes[name])]
     for name in files.keys() - set(missing):
         disk.used(files[name])
     if missing:

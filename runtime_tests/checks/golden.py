@@ -16,6 +16,7 @@ import typer
 from export import checkpoints
 from export.build.command import run
 from export.errors import ExportError
+from export.host.console import say
 from export.model import Llama
 from export.pipeline import CACHE
 from export.plan import ModelSpec, QuantRecipe, load_named
@@ -78,7 +79,7 @@ def main(
     path = GOLDEN / f"{model}_{quant}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(golden.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    print(f"{path}: smallest margin {golden.smallest_margin} at a logit rms of {golden.logit_rms}")
+    say(f"{path}: smallest margin {golden.smallest_margin} at a logit rms of {golden.logit_rms}")
 
 
 if __name__ == "__main__":

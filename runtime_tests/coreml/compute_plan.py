@@ -15,6 +15,8 @@ import typer
 from export import manifest
 from export.build.command import run
 from export.errors import ExportError
+from export.host.console import say
+from export.host.text import code
 from export.toolbox.tables import markdown
 from runtime_tests.reports import ci
 
@@ -66,7 +68,7 @@ def render(name: str, placements: Counter[tuple[str, str]]) -> str:
         devices[device] += number
     sums = ", ".join(f"{number} on {device}" for device, number in devices.most_common())
     rows = [(device, operator, str(number)) for (device, operator), number in placements.most_common()]
-    lines = [f"### Core ML's plan of `{name}`", "", f"{placements.total()} operations: {sums}", ""]
+    lines = [f"### Core ML's plan of {code(name)}", "", f"{placements.total()} operations: {sums}", ""]
     return "\n".join([*lines, markdown([("device", "operator", "count"), *rows]), ""])
 
 
@@ -87,7 +89,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     (out / "compute-plan.md").write_text(text, encoding="utf-8")
     ci.append(text)
-    print(text)
+    say(*text.split("\n"))
 
 
 if __name__ == "__main__":

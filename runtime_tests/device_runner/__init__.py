@@ -89,6 +89,11 @@ def _line(command: Command) -> str:
             return "reset"
 
 
+_Time = Annotated[int, Field(gt=0, lt=10**15)]
+"""Nanoseconds: rates are computed from it."""
+_Bytes = Annotated[int, Field(ge=0, lt=2**63)]
+
+
 class _Record(BaseModel):
     """Exactly the documented keys with exactly the documented types."""
 
@@ -99,14 +104,14 @@ class _Fed(_Record):
     """One `feed`."""
 
     tokens: PositiveInt
-    ns: NonNegativeInt
+    ns: _Time
 
 
 class _Generated(_Record):
     """One `generate`: each token fed and its time."""
 
     tokens: tuple[NonNegativeInt, ...]
-    ns: tuple[NonNegativeInt, ...]
+    ns: tuple[_Time, ...]
 
     @model_validator(mode="after")
     def _one_time_each(self) -> Self:
@@ -123,15 +128,15 @@ class Answer(_Record):
     threads: PositiveInt
     vocab_size: PositiveInt
     context_length: PositiveInt
-    load_ns: NonNegativeInt
+    load_ns: _Time
     feeds: tuple[_Fed, ...]
     generated: tuple[_Generated, ...]
     top: tuple[tuple[tuple[NonNegativeInt, float | None], ...], ...]
     """Token and logit, largest first; None: not a finite number."""
     logits_rows: NonNegativeInt
     logits_crc32: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
-    rss_before_load_bytes: NonNegativeInt
-    peak_rss_bytes: NonNegativeInt
+    rss_before_load_bytes: _Bytes
+    peak_rss_bytes: _Bytes
 
 
 class RunnerFailure(_Record):
@@ -173,6 +178,31 @@ def parse_answer(stdout: bytes, returncode: int, stderr: bytes = b"") -> Answer 
         text = f"exit status {returncode} with stage {failed.stage}: {failed.error}"
         return RunnerFailure(stage="protocol", error=text)
     return RunnerFailure(stage=failed.stage, error=failed.error)
+
+
+def fitting(answer: Answer, commands: Sequence[Command], vocab_size: int) -> Answer:
+    """The answer to these commands. Raises ValueError: it is one to others, or of another model."""
+    asked = {
+        "feeds": [len(command.tokens) for command in commands if isinstance(command, Feed)],
+        "generated": [command.count for command in commands if isinstance(command, Generate)],
+        "top": sum(isinstance(command, Top) for command in commands),
+        "logits_rows": sum(isinstance(command, Logits) for command in commands),
+        "vocab_size": vocab_size,
+        "generated tokens outside the vocabulary": 0,
+    }
+    told = {
+        "feeds": [feed.tokens for feed in answer.feeds],
+        "generated": [len(generated.tokens) for generated in answer.generated],
+        "top": len(answer.top),
+        "logits_rows": answer.logits_rows,
+        "vocab_size": answer.vocab_size,
+        "generated tokens outside the vocabulary": sum(
+            token >= vocab_size for generated in answer.generated for token in generated.tokens
+        ),
+    }
+    if wrong := [name for name in asked if told[name] != asked[name]]:
+        raise ValueError(f"its answer is not to this script: {', '.join(wrong)} differ")
+    return answer
 
 
 def read_logits(path: Path, answer: Answer) -> NDArray[np.float32]:

@@ -18,6 +18,7 @@ import typer
 
 from export.build.command import run
 from export.errors import ExportError
+from export.host.console import say
 from export.manifest import ROOT
 
 from . import sdk
@@ -166,7 +167,7 @@ def main(abi: str = typer.Argument(None, help=" | ".join(ABIS))) -> None:
     chosen = next((known for known in ABIS if known == (abi or host_abi())), None)
     if chosen is None:
         raise ExportError(f"unknown ABI {abi!r}; known: {', '.join(ABIS)}")
-    print(build(chosen).path)
+    say(str(build(chosen).path))
 
 
 if __name__ == "__main__":

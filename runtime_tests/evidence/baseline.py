@@ -20,6 +20,7 @@ from export import manifest
 from export.architecture import Strict
 from export.build.command import run as run_app
 from export.errors import ExportError
+from export.host.console import say
 from export.plan import explain
 
 from . import record, regression
@@ -199,7 +200,7 @@ def main(
     if not written:
         raise ExportError(f"{records}: no record of {device} that holds; run `make {device}` first")
     for path, stored in written:
-        print(f"{path.name}: {stored.artifact}{', without speed: ' + why if (why := _unsteady(stored)) else ''}")
+        say(f"{path.name}: {stored.artifact}{', without speed: ' + why if (why := _unsteady(stored)) else ''}")
 
 
 if __name__ == "__main__":

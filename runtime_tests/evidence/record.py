@@ -275,7 +275,7 @@ def field(line: str, name: str) -> str | None:
     """A text field of a line of JSON, of whatever version; None where it has none."""
     try:
         fields = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     value = fields.get(name) if isinstance(fields, dict) else None
     return value if isinstance(value, str) else None

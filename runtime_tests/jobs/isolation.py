@@ -77,6 +77,6 @@ def _died_by(number: int, last_words: str) -> str:
 def _parse(line: str) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

@@ -20,7 +20,16 @@ from export import manifest
 from export.errors import ExportError
 from export.host.console import stage
 from export.manifest import Manifest
-from runtime_tests.device_runner import Answer, Command, Logits, RunnerFailure, parse_answer, read_logits, write_script
+from runtime_tests.device_runner import (
+    Answer,
+    Command,
+    Logits,
+    RunnerFailure,
+    fitting,
+    parse_answer,
+    read_logits,
+    write_script,
+)
 from runtime_tests.evidence.record import DeviceState, Environment, Outcome
 from runtime_tests.jobs import ConformanceJob, GenerateJob, LogitsJob, SpeedJob, Task, logits_file, scripts
 from runtime_tests.jobs.isolation import Ended, Progress
@@ -144,6 +153,10 @@ class AttachedDevice:
                 raise RunnerStoppedError(
                     _OUTCOMES.get(answer.stage, Outcome.RUN_FAIL), f"{answer.stage}: {answer.error}"
                 )
+            try:
+                fitting(answer, commands, described.architecture.vocab_size)
+            except ValueError as error:
+                raise RunnerStoppedError(Outcome.RUN_FAIL, f"protocol: {error}") from None
             self.tools[answer.runner] = answer.runtime
             logits = self._pull_logits(answer, Path(local) / "logits", limit_s) if with_logits else _NO_LOGITS
             return answer, logits

@@ -5,7 +5,6 @@ the newest record of each artifact's build counts. Exit code 0 only if every art
 """
 
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,9 @@ import typer
 from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 
 from export.build.command import run
+from export.host.console import say
+from export.host.text import Markdown, code, visible
+from export.host.text import markdown as escaped
 from export.toolbox import tables
 from runtime_tests.evidence import baseline
 from runtime_tests.evidence.baseline import Judged
@@ -30,8 +32,6 @@ _COLUMNS = (
 )
 _CHANGES = ("artifact", "", "baseline", "now", "change", "tolerance", "verdict")
 _SHOWN = tuple(summary.COLUMNS.index(name) for name in summary.COLUMNS if name != "RSS MB")
-_UNPRINTABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""Characters that XML 1.0 does not have; the last words of a crashed runtime may hold some."""
 
 
 @app.command()
@@ -42,20 +42,20 @@ def main(
 ) -> None:
     """Report the validation of these artifacts; exit code 1 unless all of them hold."""
     artifacts = [baseline.judge(folder, baseline.RECORDS, device) for folder in folders]
-    page = _render(artifacts)
+    page = render(artifacts)
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.md").write_text(page, encoding="utf-8")
     lines = [artifact.record.model_dump_json() + "\n" for artifact in artifacts if artifact.record]
     (out / "records.jsonl").write_text("".join(lines), encoding="utf-8")
     write(artifacts, out / "junit.xml")
     append(page)
-    print(page)
-    print(f"report: {out}/summary.md, junit.xml, records.jsonl")
+    say(*page.split("\n"))
+    say(f"report: {out}/summary.md, junit.xml, records.jsonl")
     if not all(artifact.holds for artifact in artifacts):
         raise typer.Exit(1)
 
 
-def _render(artifacts: Sequence[Judged]) -> str:
+def render(artifacts: Sequence[Judged]) -> str:
     """The verdict, every artifact, and what changed since the baseline."""
     failed = sum(not artifact.holds for artifact in artifacts)
     verdict = f"{failed} of {len(artifacts)} artifacts failed" if failed else "every artifact holds"
@@ -67,9 +67,9 @@ def _render(artifacts: Sequence[Judged]) -> str:
 def row(artifact: Judged) -> list[str]:
     """The artifact's numbers, its verdict, and the first gate that decided it."""
     if artifact.record is None:
-        return [artifact.name, *[tables.NONE] * (len(_COLUMNS) - 3), "**failed**", artifact.problem]
+        return [artifact.name, *[tables.NONE] * (len(_COLUMNS) - 3), Markdown("**failed**"), artifact.problem]
     cells = summary.row(artifact.record)
-    verdict = artifact.record.outcome.value if artifact.holds else f"**{artifact.record.outcome.value}**"
+    verdict = artifact.record.outcome.value if artifact.holds else Markdown(f"**{artifact.record.outcome.value}**")
     return [*(cells[i] for i in _SHOWN[:-1]), verdict, artifact.record.detail]
 
 
@@ -78,7 +78,7 @@ def against(artifacts: Sequence[Judged]) -> Iterator[str]:
     rows = [[artifact.name, *_change_row(change)] for artifact in artifacts for change in artifact.changes]
     if rows:
         yield tables.markdown([_CHANGES, *rows])
-    notes = [f"- `{artifact.name}`: {artifact.note}" for artifact in artifacts if artifact.note]
+    notes = [f"- {code(artifact.name)}: {escaped(artifact.note)}" for artifact in artifacts if artifact.note]
     yield from ["", *notes] if rows and notes else notes
 
 
@@ -89,12 +89,19 @@ def _change_row(change: Change) -> list[str]:
     if change.before:
         noise, tolerance = change.noise / change.before, change.tolerance / change.before
         shares = [f"{change.now / change.before - 1:+.1%} ± {noise:.1%}", f"{tolerance:.1%}"]
-    return [change.name, *numbers, *shares, change.verdict if change.verdict == "pass" else f"**{change.verdict}**"]
+    return [
+        change.name,
+        *numbers,
+        *shares,
+        change.verdict if change.verdict == "pass" else Markdown(f"**{change.verdict}**"),
+    ]
 
 
 def _measured_on(artifacts: Sequence[Judged]) -> Iterator[str]:
     records = [artifact.record for artifact in artifacts if artifact.record]
-    lines = [f"Measured on {r.device}: {r.environment}; commit `{r.commit[:12]}`." for r in records]
+    lines = [
+        f"Measured on {escaped(r.device)}: {escaped(r.environment)}; commit {code(r.commit[:12])}." for r in records
+    ]
     for line in dict.fromkeys(lines):
         yield from ("", line)
 
@@ -107,7 +114,7 @@ def append(text: str) -> None:
 
 
 def write(artifacts: Sequence[Judged], path: Path) -> None:
-    """One JUnit file for all artifacts."""
+    """One JUnit file for all artifacts; what XML does not have, a runtime's last words hold, is visible in it."""
     xml = JUnitXml("artifacts")
     for artifact in artifacts:
         xml.append(_suite(artifact))
@@ -117,24 +124,24 @@ def write(artifacts: Sequence[Judged], path: Path) -> None:
 
 def _suite(artifact: Judged) -> TestSuite:
     """One artifact: a case for each gate, and one for the end of its run where no gate failed."""
-    suite = TestSuite(artifact.name)
+    suite = TestSuite(visible(artifact.name))
     if artifact.record is None:
-        suite.add_testcase(_case(artifact.name, "validated", Error(_printable(artifact.problem))))
+        suite.add_testcase(_case(artifact.name, "validated", Error(visible(artifact.problem))))
         return suite
     record = artifact.record
     facts = {"device": record.device, "cpu": record.environment.cpu, "commit": record.commit, "run_id": record.run_id}
     for name, value in facts.items():
-        suite.add_property(name, _printable(value))
+        suite.add_property(name, visible(value))
     for gate in record.gates:
         suite.add_testcase(_case(artifact.name, gate.name, _verdict(gate)))
     if not artifact.holds and all(gate.verdict != "fail" for gate in record.gates):
-        suite.add_testcase(_case(artifact.name, "run", Error(_printable(record.detail), record.outcome.value)))
+        suite.add_testcase(_case(artifact.name, "run", Error(visible(record.detail), record.outcome.value)))
     return suite
 
 
 def _case(artifact: str, name: str, result: Error | Failure | Skipped | None) -> TestCase:
     """Without a result the case passes."""
-    case = TestCase(name, classname=artifact)
+    case = TestCase(visible(name), classname=visible(artifact))
     if result is not None:
         case.result = [result]
     return case
@@ -145,12 +152,8 @@ def _verdict(gate: Gate) -> Failure | Skipped | None:
     if gate.verdict == "pass":
         return None
     limit = f"{gate.value:.6g}, must be {gate.rule} {gate.limit:.6g}"
-    message = _printable(f"{limit}: {gate.detail}" if gate.detail else limit)
+    message = visible(f"{limit}: {gate.detail}" if gate.detail else limit)
     return Failure(message, gate.fails_as.value) if gate.verdict == "fail" else Skipped(message, gate.verdict)
-
-
-def _printable(text: str) -> str:
-    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from export import card, manifest
 from export.card import Measured
 from export.errors import ExportError
 from export.host.console import console
+from export.host.text import Markdown, code
 from export.manifest import Manifest
 from runtime_tests.checks.loss import nats, perplexity
 from runtime_tests.evidence import record as records_file
@@ -42,7 +43,7 @@ def _write_card(folder: Path, described: Manifest, rows: Sequence[Measured]) -> 
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        console.print(f"{folder / manifest.CARD}: not written ({error.strerror})", style="yellow", markup=False)
+        console.print(f"{folder / manifest.CARD}: not written ({error.strerror})", style="yellow", soft_wrap=True)
 
 
 def task_rows(build: Path, manifest_sha256: str) -> list[Measured]:
@@ -50,7 +51,7 @@ def task_rows(build: Path, manifest_sha256: str) -> list[Measured]:
     try:
         compared = results.compare(results.read_all(build))
     except ExportError as error:
-        console.print(f"no task scores in the card: {error}", style="yellow", markup=False, soft_wrap=True)
+        console.print(f"no task scores in the card: {error}", style="yellow", soft_wrap=True)
         return []
     builds = [artifact for artifact in compared if artifact.newest.facts.get("manifest_sha256") == manifest_sha256]
     return [row for build_scores in builds for row in tables.card_rows(build_scores)]
@@ -69,7 +70,7 @@ def report(records: Sequence[Record], manifests: Sequence[Manifest], build: Path
 def measured_rows(record: Record) -> list[Measured]:
     """The card's table: verdict, accuracy, speed, machine and commit."""
     verdict = record.outcome.value + (f": {record.detail}" if record.detail else "")
-    rows = [Measured("verdict", verdict.replace("|", "/"), f"{len(record.gates)} gates")]
+    rows = [Measured("verdict", verdict, f"{len(record.gates)} gates")]
     if record.accuracy.total:
         rows += _total_rows(record.accuracy.total)
     if record.accuracy.quantization:
@@ -80,7 +81,7 @@ def measured_rows(record: Record) -> list[Measured]:
     machine = record.environment
     rows.append(Measured("measured on", machine.cpu, f"{record.device}, {machine.os}, {machine.cores} cores"))
     dirty = " with local changes" if record.dirty else ""
-    rows.append(Measured("measured by", f"commit `{record.commit[:12]}`{dirty}", record.started_at))
+    rows.append(Measured("measured by", Markdown(f"commit {code(record.commit[:12])}{dirty}"), record.started_at))
     return rows
 
 

@@ -8,6 +8,8 @@ import typer
 
 from export.build.command import run
 from export.errors import ExportError
+from export.host.text import code
+from export.host.text import markdown as escaped
 from export.toolbox.tables import NONE, markdown
 from runtime_tests.evidence import record as records_file
 from runtime_tests.evidence.record import Record
@@ -28,7 +30,7 @@ def main() -> None:
     if _START not in text or _END not in text:
         raise ExportError(f"{_README}: the markers of the results block are missing")
     before, after = text.split(_START)[0], text.split(_END)[1]
-    _README.write_text(f"{before}{_START}\n\n{_block(_last_run())}\n\n{_END}{after}", encoding="utf-8")
+    _README.write_text(f"{before}{_START}\n\n{block(_last_run())}\n\n{_END}{after}", encoding="utf-8")
 
 
 def _last_run() -> list[Record]:
@@ -38,18 +40,20 @@ def _last_run() -> list[Record]:
     return records
 
 
-def _block(records: Sequence[Record]) -> str:
+def block(records: Sequence[Record]) -> str:
     """The table, then the machine, the commit and the meaning of its numbers."""
     newest = records[-1]
     machine, dirty = newest.environment, " with local changes" if newest.dirty else ""
+    system = escaped(machine.os)
     versions = ", ".join(
-        f"{tool} {machine.tools[tool]}" for tool in ("torch", "executorch", "coremltools", "onnxruntime")
+        escaped(f"{tool} {machine.tools[tool]}") for tool in ("torch", "executorch", "coremltools", "onnxruntime")
     )
     lines = [markdown([_HEADER, *map(_row, records)]), ""]
     positions = newest.accuracy.lowering.positions if newest.accuracy.lowering else 0
     lines += [
-        f"Measured by `make validate` on {machine.cpu}, {machine.cores} cores (shared), {machine.os}; {versions}; "
-        f"commit `{newest.commit[:12]}`{dirty}, {newest.started_at[:10]}. KL in nats over {positions} positions "
+        f"Measured by `make validate` on {escaped(machine.cpu)}, {machine.cores} cores (shared), {system}; "
+        f"{versions}; commit {code(newest.commit[:12])}{dirty}, {escaped(newest.started_at[:10])}. "
+        f"KL in nats over {positions} positions "
         f"({newest.accuracy.prefill} prefill + {newest.accuracy.decode} decode steps a window), as shipped: fp32 in "
         f"Transformers to the file, top-1 likewise; prefill of "
         f"{_longest_prompt(records)} tokens and decode in tokens/s, mean of 5. Where the runtime rounds activations to "
@@ -63,7 +67,7 @@ def _row(record: Record) -> list[str]:
     total, quantization, lowering, noise = measured.total, measured.quantization, measured.lowering, measured.noise
     floor = f" ({noise.mean_kl:.1e})" if noise else ""
     return [
-        f"`{record.artifact}`",
+        code(record.artifact),
         f"{record.size_bytes / 1e6:.1f} MB",
         f"{total.mean_kl:.3f}" if total else NONE,
         f"{total.top1:.1%}" if total else NONE,

@@ -6,10 +6,10 @@ Plain text where stdout is no terminal.
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from export.host.console import Plain, say
 from export.toolbox.tables import NONE, plain
 from runtime_tests.checks.loss import nats, worst
 from runtime_tests.evidence.record import Accuracy, Outcome, Record
@@ -49,17 +49,17 @@ def _loss_row(artifact: str, accuracy: Accuracy) -> list[str]:
 
 def show(records: Sequence[Record], page: Path) -> None:
     """Print the run: both tables, each failed gate, the path of the report."""
-    console = Console(highlight=False)
+    console = Plain()
     if console.is_terminal:
         console.print(table(records))
     else:
-        print(plain([COLUMNS, *map(row, records)]))
+        say(*plain([COLUMNS, *map(row, records)]))
     losses = [cells for record in records if (cells := _loss_row(record.artifact, record.accuracy))]
     if losses:
-        print("\n" + plain([_LOSSES, *losses]))
+        say("", *plain([_LOSSES, *losses]))
     for record in records:
         for line in problems(record):
-            console.print(Text(line, style="red" if not record.holds else "yellow"), soft_wrap=True)
+            console.print(line, style="red" if not record.holds else "yellow", soft_wrap=True)
     console.print(f"report: {page}", soft_wrap=True)
 
 

@@ -5,15 +5,18 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
+from export.host.text import visible
 from export.toolbox.tables import markdown
 
 
 def render(template: Path, **values: object) -> str:
-    """A page of `NAME.html.j2` or `NAME.md.j2`; in HTML values are escaped, Markdown keeps its last line end."""
+    """A page of `NAME.html.j2`, whose values are escaped, or `NAME.md.j2`, which keeps its last line end."""
+    lines = "\n" if template.name.endswith(".md.j2") else ""  # our own; values of HTML that have some are Markup
     environment = Environment(
         loader=FileSystemLoader(template.parent),
         undefined=StrictUndefined,
         autoescape=select_autoescape(["html.j2"]),
+        finalize=lambda value: visible(value, keep=lines) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=template.name.endswith(".md.j2"),

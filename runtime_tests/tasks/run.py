@@ -76,7 +76,7 @@ def evaluate(cases: Sequence[tuple[Path, Manifest]], options: TaskOptions, build
     _announce(options, [folder for folder, _ in cases])
     outcomes: list[Results | None] = []
     for folder, described in cases:
-        console.print(f"[bold]{described.id}[/bold]")
+        console.print(described.id, style="bold", soft_wrap=True)
         if options.reference:
             outcomes.append(_evaluate_reference(folder, described, options, build))
         outcomes.append(_evaluate_artifact(folder, described, options, build))
@@ -166,7 +166,7 @@ def _perform(
     with counted(label) as progress, stage(label, name):
         ended = isolation.run(job, limit_s=options.patience_s, on_progress=progress, renewed=True)
     if ended.outcome is not Outcome.PASS:
-        console.print(f"{name}: {ended.outcome.value}: {ended.detail}", style="red", markup=False, soft_wrap=True)
+        console.print(f"{name}: {ended.outcome.value}: {ended.detail}", style="red", soft_wrap=True)
         return None
     return results.read(Path(ended.result["results"]))
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from export.card import Measured
+from export.host.console import say
 from export.toolbox.tables import NONE, plain
 from runtime_tests.reports import templates
 
@@ -84,9 +85,9 @@ def card_rows(artifact: Compared) -> list[Measured]:
 
 def show(artifact: Compared) -> None:
     """An artifact's scores in the terminal."""
-    print(f"\n{artifact.model}\n{plain([HEADER, *rows(artifact)])}")
+    say("", artifact.model, *plain([HEADER, *rows(artifact)]))
     if artifact.newest.truncated:
-        print(f"{artifact.newest.truncated} prompts were longer than the context and lost their beginning")
+        say(f"{artifact.newest.truncated} prompts were longer than the context and lost their beginning")
 
 
 def _section(artifact: Compared) -> dict[str, object]:

@@ -11,7 +11,7 @@ from export.errors import ExportError
 from export.host import console
 from export.plan import ModelSpec, load_plan, shortened
 from tests.support.checkpoints import LLAMA, SMALL, set_config, write_folder, write_gguf
-from tests.support.kinds import SMALL_DIFFERENCE
+from tests.support.reliability import SMALL_DIFFERENCE
 
 pytestmark = SMALL_DIFFERENCE
 
@@ -115,5 +115,5 @@ def test_positions_that_end_before_the_context_have_a_remedy(tmp_path):
 
 
 def test_a_note_reaches_no_terminal_as_a_command(capsys):
-    console.say("index promises a\x1b[2Jb\nc")
-    assert capsys.readouterr().err == "  note: index promises a?[2Jb?c\n"
+    console.note("index promises a\x1b[2Jb\nc")
+    assert capsys.readouterr().err == "  note: index promises a\\x1b[2Jb\\nc\n"

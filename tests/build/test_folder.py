@@ -20,8 +20,8 @@ from export.errors import ExportError
 from export.host import disk
 from export.plan import load_plan
 from tests.support.artifacts import COMPANIONS, add_companions
-from tests.support.kinds import LOCATION, MOVED_ARTIFACT
 from tests.support.processes import arguments, one_error, results
+from tests.support.reliability import LOCATION, MOVED_ARTIFACT
 
 TARGETS = ("onnx-cpu", "executorch-xnnpack", "coreml")
 MIDDLE = {

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from export import manifest
-from tests.support.kinds import LOCATION
+from tests.support.reliability import LOCATION
 
 pytestmark = LOCATION
 

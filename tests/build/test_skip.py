@@ -18,7 +18,7 @@ from export.pipeline import export
 from export.plan import load_plan
 from export.quantization.keys import content_key
 from tests.support.checkpoints import write_folder, write_gguf
-from tests.support.kinds import IDENTITY
+from tests.support.reliability import IDENTITY
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from export import manifest
 from export.build.command import describe, run
 from runtime_tests import __main__ as runtime_tests
 from tests.support import shape
-from tests.support.kinds import CONVERSATION
+from tests.support.reliability import CONVERSATION
 
 pytestmark = CONVERSATION
 

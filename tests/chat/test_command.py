@@ -14,7 +14,7 @@ from runtime_tests.chat import command
 from runtime_tests.chat.conversation import PrefixCache
 from tests.support.artifacts import reseal, set_fault
 from tests.support.conversations import CONTEXT, MESSAGES, ask, opened
-from tests.support.kinds import CONVERSATION
+from tests.support.reliability import CONVERSATION
 
 
 @pytest.fixture

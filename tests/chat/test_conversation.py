@@ -8,7 +8,7 @@ from runtime_tests.chat import conversation as module
 from runtime_tests.chat.conversation import End
 from tests.support.artifacts import set_fault
 from tests.support.conversations import MESSAGES, SHORT, ask, opened
-from tests.support.kinds import CONVERSATION, NUMBERS
+from tests.support.reliability import CONVERSATION, NUMBERS
 
 # ── the reused cache ──────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -34,8 +34,8 @@ from tests.support.checkpoints import (
     write_meta,
 )
 from tests.support.harms import claim, key, put
-from tests.support.kinds import NOT_DAMAGED
 from tests.support.processes import within
+from tests.support.reliability import NOT_DAMAGED
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 

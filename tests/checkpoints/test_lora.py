@@ -31,7 +31,7 @@ from tests.support.checkpoints import (
     write_gguf,
 )
 from tests.support.harms import fields, put, remove
-from tests.support.kinds import NOT_DAMAGED
+from tests.support.reliability import NOT_DAMAGED
 
 peft = pytest.importorskip("peft", reason="peft (the judge of its own format) is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft.*")

@@ -25,7 +25,7 @@ from export.plan import ModelSpec, load_named, load_plan
 from export.quantization.eager import eager
 from tests.support.checkpoints import LLAMA, refusal
 from tests.support.harms import archive, put, saved
-from tests.support.kinds import NOT_DAMAGED
+from tests.support.reliability import NOT_DAMAGED
 
 PARAMS = {
     "dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 300, "multiple_of": 96,

@@ -14,7 +14,7 @@ from export.checkpoints.origin import Adapter, File, Folder, Hub, Package, Seed,
 from export.errors import ExportError
 from export.plan import ModelSpec, load_named
 from tests.support.checkpoints import LLAMA, refusal, weights, write_folder, write_gguf
-from tests.support.kinds import LOCATION
+from tests.support.reliability import LOCATION
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,6 +1,7 @@
 """Every check, and for every check the broken artifact that must turn exactly its gate red."""
 
 import json
+import pickle
 import shutil
 from dataclasses import replace
 
@@ -19,8 +20,9 @@ from runtime_tests.checks import gates, golden, tokens
 from runtime_tests.checks.subject import Finding, StoppedError
 from runtime_tests.evidence.record import Outcome
 from tests.support.artifacts import reseal, set_fault
-from tests.support.kinds import NUMBERS
+from tests.support.harms import Execute
 from tests.support.records import failed
+from tests.support.reliability import NUMBERS
 
 KL, TOP1, SQNR = "lowering: mean KL", "lowering: top-1", "lowering: SQNR"
 WEIGHTS, CACHE, GOLDEN = "weights: differing numbers", "cache: broken promises", "golden tokens"
@@ -207,6 +209,17 @@ def test_a_rewriting_error_fails_only_its_gate(artifact, setting, in_process, mo
     record = check(artifact, replace(setting, cache=tmp_path))
     assert failed(record) == {"rewriting: max error", GOLDEN}
     assert record.accuracy.total.mean_kl > record.accuracy.quantization.mean_kl + 10 * record.accuracy.lowering.mean_kl
+
+
+def test_a_damaged_reference_in_the_cache_is_made_again(artifact, setting, in_process):
+    good = check(artifact, setting)
+    damaged = sorted(setting.cache.glob("reference-*.npy"))
+    before = [path.read_bytes() for path in damaged]
+    damaged[0].write_bytes(pickle.dumps(Execute()))
+    damaged[-1].write_bytes(before[-1][:-1])
+    again = check(artifact, setting)
+    assert (again.outcome, again.accuracy) == (Outcome.PASS, good.accuracy)
+    assert [path.read_bytes() for path in damaged] == before
 
 
 def test_a_slow_artifact_fails_only_the_speed_gates(artifact, setting, in_process):

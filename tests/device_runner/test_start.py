@@ -8,8 +8,8 @@ import pytest
 import devices
 from export.errors import ExportError
 from runtime_tests.device_runner import build, onnx_kv, parse_answer, pte
-from tests.support import boards
-from tests.support.kinds import FOREIGN_WORDS
+from tests.support.fakes import boards
+from tests.support.reliability import FOREIGN_WORDS
 
 pytestmark = FOREIGN_WORDS
 

@@ -8,7 +8,7 @@ import pytest
 
 from devices.transports import ssh
 from export.manifest import ROOT
-from tests.support.kinds import FOREIGN_WORDS
+from tests.support.reliability import FOREIGN_WORDS
 
 pytestmark = FOREIGN_WORDS
 

@@ -1,12 +1,10 @@
 """What every transport promises, over the local shell, a real arm64 adbd and a real arm64 sshd."""
 
-import json
 import os
 import shutil
 import struct
 import subprocess
 import sys
-from dataclasses import asdict, replace
 
 import pytest
 
@@ -187,20 +185,20 @@ def test_an_error_frees_the_device(transport, there):
 
 def test_the_lock_of_a_dead_process_is_broken_with_a_note(transport, there, notes):
     ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    put_lock(there, replace(lock.Owner.this_process(), pid=int(ended.stdout)))
+    put_lock(there, lock.Owner.this_process().model_copy(update={"pid": int(ended.stdout)}))
     with transport.lock():
         assert "is dead; its lock is broken" in notes[0]
         assert names(there) == [".lock/owner"]
 
 
 def test_a_lock_from_before_the_last_start_of_this_host_is_broken(transport, there):
-    put_lock(there, replace(lock.Owner.this_process(), boot="earlier"))
+    put_lock(there, lock.Owner.this_process().model_copy(update={"boot": "earlier"}))
     with transport.lock():
         pass
 
 
 def test_the_lock_of_another_host_is_left_alone(transport, there):
-    put_lock(there, replace(lock.Owner.this_process(), host="other", pid=1))
+    put_lock(there, lock.Owner.this_process().model_copy(update={"host": "other", "pid": 1}))
     with pytest.raises(DeviceBusyError, match="process 1 on other"):
         transport.lock().__enter__()
 
@@ -213,4 +211,4 @@ def test_an_unreadable_lock_is_left_alone(transport, there):
 
 def put_lock(folder, owner):
     (folder / ".lock").mkdir()
-    (folder / ".lock/owner").write_text(json.dumps(asdict(owner)))
+    (folder / ".lock/owner").write_text(owner.model_dump_json())

@@ -10,8 +10,8 @@ import pytest
 import devices
 from devices import Completed, DeviceBusyError, DeviceError, DeviceLostError
 from devices.transports import marks, ssh
-from tests.support import boards
-from tests.support.kinds import FOREIGN_WORDS
+from tests.support.fakes import boards
+from tests.support.reliability import FOREIGN_WORDS
 
 pytestmark = FOREIGN_WORDS
 

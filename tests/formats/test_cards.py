@@ -13,7 +13,7 @@ from export.checkpoints.tokenizer import load
 from export.pipeline import export
 from export.plan import load_plan
 from runtime_tests.sessions import greedy, open_session
-from tests.support.kinds import RUNTIME_TOKENIZER
+from tests.support.reliability import RUNTIME_TOKENIZER
 from tests.support.tokenizers import ADDS_BOS, write_family
 
 pytestmark = RUNTIME_TOKENIZER

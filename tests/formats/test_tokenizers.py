@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from export import formats
-from tests.support.kinds import RUNTIME_TOKENIZER
+from tests.support.reliability import RUNTIME_TOKENIZER
 from tests.support.tokenizers import SHAPES, write_fallback, write_tokenizer
 
 pytestmark = RUNTIME_TOKENIZER

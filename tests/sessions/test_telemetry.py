@@ -9,7 +9,7 @@ import pytest
 
 from export.manifest import ROOT
 from runtime_tests.device_runner import onnx_kv
-from tests.support.kinds import TELEMETRY
+from tests.support.reliability import TELEMETRY
 
 pytestmark = TELEMETRY
 

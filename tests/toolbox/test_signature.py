@@ -15,7 +15,7 @@ from export.errors import ExportError
 from export.toolbox import signature as signing
 from export.toolbox import verification
 from tests.support.artifacts import add_companions, reseal
-from tests.support.kinds import MOVED_ARTIFACT
+from tests.support.reliability import MOVED_ARTIFACT
 
 CURVES = {"P-256": ec.SECP256R1, "P-384": ec.SECP384R1, "P-521": ec.SECP521R1}
 

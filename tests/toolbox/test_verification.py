@@ -18,7 +18,7 @@ from export.formats import StoredWeight
 from export.manifest import LayerInfo
 from export.toolbox import model_checks, verification
 from tests.support.artifacts import COMPANIONS, add_companions, edit_manifest, reseal
-from tests.support.kinds import MOVED_ARTIFACT
+from tests.support.reliability import MOVED_ARTIFACT
 
 FORMATS = ("onnx-cpu", "executorch-xnnpack", "coreml")
 PACKAGE = "model.mlpackage"

@@ -29,7 +29,7 @@ from tests.support.checkpoints import (
     write_meta,
     write_raw,
 )
-from tests.support.kinds import DISAGREEMENT
+from tests.support.reliability import DISAGREEMENT
 
 pytestmark = DISAGREEMENT
 

@@ -4,7 +4,7 @@ import pytest
 
 from export.checkpoints.origin import adapted, parse_origin
 from tests.support.checkpoints import ADAPTER, FORMS, LLAMA, refusal, write_folder
-from tests.support.kinds import NOT_DAMAGED
+from tests.support.reliability import NOT_DAMAGED
 
 pytestmark = NOT_DAMAGED
 

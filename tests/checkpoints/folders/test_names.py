@@ -7,7 +7,7 @@ from export import checkpoints
 from export.architecture import EMBEDDING, HEAD
 from export.checkpoints.origin import parse_origin
 from tests.support.checkpoints import LLAMA, SMALL, refusal, weights, write_bnb, write_folder
-from tests.support.kinds import NOT_DAMAGED
+from tests.support.reliability import NOT_DAMAGED
 
 pytestmark = NOT_DAMAGED
 

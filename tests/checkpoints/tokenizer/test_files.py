@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from export.checkpoints import open_source, tokenizer
 from export.checkpoints.origin import parse_origin
 from tests.support.checkpoints import tokenizer_refusal, write_folder
-from tests.support.kinds import RUNTIME_TOKENIZER
+from tests.support.reliability import RUNTIME_TOKENIZER
 from tests.support.tokenizers import ADDS_BOS, SHAPES, set_tokenizer_config, write_family
 
 pytestmark = RUNTIME_TOKENIZER

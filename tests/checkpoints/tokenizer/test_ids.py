@@ -7,7 +7,7 @@ import pytest
 from export.checkpoints import open_source, tokenizer
 from export.checkpoints.origin import adapted, parse_origin
 from tests.support.checkpoints import set_config, tokenizer_refusal, write_folder, write_gguf, write_lora
-from tests.support.kinds import DISAGREEMENT
+from tests.support.reliability import DISAGREEMENT
 from tests.support.tokenizers import set_tokenizer_config
 
 pytestmark = DISAGREEMENT

@@ -10,9 +10,9 @@ import torch
 
 from export import manifest
 from export.checkpoints.tokenizer import load as load_tokenizer
-from tests.support.kinds import NUMBERS
 from tests.support.metrics import random_tokens
 from tests.support.onnx import PREFILL, greedy, session_of
+from tests.support.reliability import NUMBERS
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from export import manifest
-from tests.support.kinds import IDENTITY
+from tests.support.reliability import IDENTITY
 
 pytestmark = IDENTITY
 
