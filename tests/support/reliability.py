@@ -52,7 +52,7 @@ NUMBERS = pytest.mark.kind("numbers out of range, ids out of the vocabulary, bat
 TELEMETRY = pytest.mark.kind("onnxruntime's telemetry", "nothing is written at home")
 
 
-# ── the tables ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the tables ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass
