@@ -12,6 +12,7 @@ from rich.table import Table
 from export import formats, manifest
 from export.architecture import Strict
 from export.formats import Contents
+from export.host import transit
 from export.manifest import FileInfo, Manifest, TensorSpec
 
 from .charts import CELL, INSIDE, MAP_HEIGHT, MUTED, NAMES, Cell, colour, document, linear_map, place_of, rect, text
@@ -49,6 +50,8 @@ def inspect(path: Path) -> Inspection:
     """Read an artifact folder, or a bare file or package. Raises ExportError: it is neither, or damaged."""
     if (path / manifest.FILE).is_file():
         described, files, note = manifest.read(path), manifest.hash_files(path), ""
+        for name in files:
+            transit.require_no_pointer(path / name)
         reader, file = formats.reader(described.plan.target.backend), path / described.plan.target.artifact
         contents = formats.contents(reader, file, described.architecture)
         contents = with_tied_head(contents, described.architecture)

@@ -1,6 +1,7 @@
 """Every command with a standard stream that is closed, full or not read: never a traceback."""
 
 import importlib
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,22 @@ def test_the_toolbox_ends_in_the_frame(built, arguments, streams, code):
 def test_a_chat_ends_in_the_frame(built, streams, code, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert ended(runtime_tests.app, ["chat", str(built)], streams) == code
+
+
+@pytest.mark.parametrize("arguments", [["verify", "ck-\udcff"], ["tiny", "int4-g32", "onnx-cpu", "--out", "o\udcff"]])
+def test_an_argument_that_is_not_utf8_is_a_line(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["export", *arguments])
+    assert run(export.app) == 1
+    line = f"error: {arguments[-1]!r}: not in the encoding utf-8; give it in UTF-8, a path renamed\n"
+    assert capsys.readouterr().err.endswith(line)
+
+
+def test_an_output_without_our_characters_gets_their_numbers(built, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(sys, "argv", ["export", "diff", str(built), str(built)])
+    assert run(export.app) == 0
+    assert rb"MB \u2192 " in written.getvalue()
 
 
 def in_shell(line, **options):
