@@ -22,6 +22,7 @@ _NOISY = ("torchao", "torch.utils._pytree", "transformers", "datasets")
 """Loggers of libraries that every command may import; a format adds its own."""
 _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors that only writing has."""
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 
 
 def with_default(name: str) -> type[TyperGroup]:
@@ -97,10 +98,16 @@ def fail(message: str, code: int) -> int:
 
 
 def describe(error: Exception) -> str:
-    """One line for an error; a system error names its file, or says that something could not be written."""
-    text = " ".join(str(error).split())
+    """One line for an error; a system error names its file, or says that something could not be written.
+
+    Control characters of file names, tensors and templates are shown by their numbers: none may reach a terminal.
+    """
+    return _words_of(error).translate(_CONTROLS)
+
+
+def _words_of(error: Exception) -> str:
     if not isinstance(error, OSError) or not error.strerror:
-        return text
+        return " ".join(str(error).split())
     if error.filename:
         return f"{error.filename}: {error.strerror}"
     if error.errno in _WRITING:
