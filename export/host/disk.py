@@ -127,6 +127,14 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with `~` as a shell reads it. Raises ExportError: no such home, and a folder named `~` is not meant."""
+    text = os.path.expanduser(path)  # noqa: PTH111  (Path's own raises another error)
+    if str(text).startswith("~"):
+        raise ExportError(f"{path}: no home folder of that name is known; give the whole path")
+    return Path(text)
+
+
 def require_utf8(text: str) -> str:
     """The text of a path or an argument; libraries and JSON take nothing but UTF-8.
 
