@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from export import formats
 from export.errors import ExportError
-from export.host import interrupt
+from export.host import disk, interrupt
 from export.host.console import LogLines, console
 
 _INTERRUPTED = 130
@@ -39,11 +39,13 @@ def with_default(name: str) -> type[TyperGroup]:
 
 
 def run(app: typer.Typer) -> int:
-    """Run a typer app and give the exit code: 0 done, 1 error, 2 wrong usage, 130 interrupted.
+    r"""Run a typer app and give the exit code: 0 done, 1 error, 2 wrong usage, 130 interrupted.
 
-    A closed standard input is an empty one; what goes to a closed output goes nowhere.
+    A closed standard input is an empty one; what goes to a closed output goes nowhere, and what its encoding has no
+    character for is written as `\u2192`.
     """
     _open_closed_streams()
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     quiet_libraries()
     interrupt.listen()
     return _flushed(_end_of(app))
@@ -71,6 +73,8 @@ def _flushed(code: int) -> int:
 
 def _end_of(app: typer.Typer) -> int:
     try:
+        for argument in sys.argv[1:]:
+            disk.require_utf8(argument)
         code = app(standalone_mode=False)
     except typer.Exit as done:
         code = done.exit_code
@@ -108,9 +112,8 @@ def _shortened(message: str) -> str:
 
 def describe(error: BaseException) -> str:
     """One line for an error; a system error names its file, or says that something could not be written."""
-    text = " ".join(str(error).split())
     if not isinstance(error, OSError) or not error.strerror:
-        return text
+        return " ".join(str(error).split())
     if error.filename:
         return f"{error.filename}: {error.strerror}"
     if error.errno in _WRITING:

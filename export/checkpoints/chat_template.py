@@ -4,6 +4,7 @@ transformers renders them in Jinja's ImmutableSandboxedEnvironment, which keeps 
 endless loops and large strings.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,12 @@ def render(
         **options,
     }
     try:
-        return _RENDERER.ask(request, LIMITS)
+        text = _RENDERER.ask(request, LIMITS)
     except LimitError as error:
         raise ExportError(f"{subject}: {error}") from None
+    if half := re.search("[\ud800-\udfff]", text):
+        raise ExportError(f"{subject}: writes half a character ({half[0]!r}), which no tokenizer takes")
+    return text
 
 
 def token_ids(

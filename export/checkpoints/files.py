@@ -5,16 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from export.errors import ExportError
+from export.host import transit
 
 _FIRST_BYTES = 512
-_REPOSITORY, _DOWNLOAD = "in the clone that it is from", "download the file itself, for example with `hf download`"
-_POINTERS = (
-    (b"version https://git-lfs.github.com/spec/", "a Git LFS pointer", f"run `git lfs pull` {_REPOSITORY}"),
-    (b"version https://hawser.github.com/spec/", "a Git LFS pointer", f"run `git lfs pull` {_REPOSITORY}"),
-    (b"# xet version ", "a Xet pointer", _DOWNLOAD),
-    (b"/annex/objects/", "a git-annex pointer", f"run `git annex get` {_REPOSITORY}"),
-)
-"""How what version control leaves in place of a large file begins."""
+_DOWNLOAD = "download the file itself, for example with `hf download`"
 _MARKUP = (b"<!doctype", b"<html", b"<?xml", b"<head")
 _ANSWERS = (b"entry not found", b"repository not found", b"invalid username", b"access to model", b'{"error"')
 """How web pages and a hub's refusals begin, which download programs save under the file's name."""
@@ -43,9 +37,7 @@ def require_contents(path: Path) -> None:
     first = first_bytes(path)
     if not first:
         raise ExportError(f"{path}: is empty; download it again")
-    for begin, kind, remedy in _POINTERS:
-        if first.startswith(begin):
-            raise ExportError(f"{path}: is {kind}, not the file; {remedy}")
+    transit.require_no_pointer(path)
     text = first.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith(_MARKUP):
         raise ExportError(f"{path}: is a web page, not the file; {_DOWNLOAD}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from export.errors import ExportError
+from export.host.disk import require_utf8
 from export.plan import ModelSpec
 
 _HUB, _SEED, _PACKAGE, _ADAPTER = "hub:", "seed:", "package:", "adapter:"
@@ -161,8 +162,9 @@ def chosen_origin(model: ModelSpec, source: str | Path | None, adapter: str | Pa
 
 def _local(path: Path, text: str) -> Folder | File:
     """A folder where it really is; a file under its own name, where it is a link to a blob named by a digest."""
+    require_utf8(str(path.absolute()))
     if path.is_dir():
-        return Folder(path.resolve(), text)
+        return Folder(Path(require_utf8(str(path.resolve()))), text)
     if not path.exists():
         raise ExportError(f"{text}: a link to {os.readlink(path)}, which is not there")  # noqa: PTH115  (its text)
     return File(path.parent.resolve() / path.name, text)

@@ -10,6 +10,7 @@ from rich.table import Table
 from export import formats, manifest
 from export.architecture import Strict
 from export.formats import Contents
+from export.host import transit
 from export.host.console import Plain, say
 from export.manifest import FileInfo, Manifest, TensorSpec
 
@@ -48,6 +49,8 @@ def inspect(path: Path) -> Inspection:
     """Read an artifact folder, or a bare file or package. Raises ExportError: it is neither, or damaged."""
     if (path / manifest.FILE).is_file():
         described, files, note = manifest.read(path), manifest.hash_files(path), ""
+        for name in files:
+            transit.require_no_pointer(path / name)
         reader, file = formats.reader(described.plan.target.backend), path / described.plan.target.artifact
         contents = formats.contents(reader, file, described.architecture)
         contents = with_tied_head(contents, described.architecture)

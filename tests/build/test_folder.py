@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+import export
 from export import manifest, pipeline
 from export.build import folder as artifact
+from export.checkpoints.origin import parse_origin
 from export.errors import ExportError
 from export.host import disk
 from export.plan import load_plan
@@ -341,6 +343,34 @@ def test_the_cache_moves_to_the_user_where_the_checkout_cannot_be_written(old, t
     )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "checkout"))
     refused(tmp_path / "again", "nor can .*; name a folder for the cache in XDG_CACHE_HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # an unknown user
+    refused(tmp_path / "again", "nor can ~/.cache/llama-on-device; name a folder for the cache in XDG_CACHE_HOME")
+
+
+def test_a_tilde_is_the_home_and_never_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    export.build("tiny", "int4-g32", "onnx-cpu", out="~/out")
+    assert manifest.read(tmp_path / "home" / "out").id == "tiny_int4-g32_onnx-cpu"
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # an unknown user
+    with pytest.raises(ExportError, match=r"^~/out: no home folder of that name is known; give the whole path$"):
+        export.build("tiny", "int4-g32", "onnx-cpu", out="~/out")
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_paths_that_are_not_utf8_are_refused_before_a_library_meets_them(tmp_path, monkeypatch):
+    place = tmp_path / "p\udcff"
+    place.mkdir()
+    refused(place / "out", r"p\\udcff/out': not in the encoding utf-8; give it in UTF-8, a path renamed")
+    (tmp_path / "link").symlink_to(place)
+    for text in (place, tmp_path / "link", "."):
+        monkeypatch.chdir(place)
+        with pytest.raises(ExportError, match="not in the encoding utf-8"):
+            parse_origin(str(text))
+    assert names(place) == []
 
 
 # ── full disk ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -152,8 +152,7 @@ def test_a_link_to_nothing_is_no_hub_id(place, text):
 )
 def test_a_file_of_a_folder_says_which_folder_to_give(tmp_path, name, remedy):
     folder = write_folder(tmp_path / "c")
-    with (folder / name).open("ab") as file:
-        file.write(b" ")
+    (folder / name).write_bytes(b"what only its name tells")
     line = f"{folder / name}: not a checkpoint we read; {remedy.format(folder)}"
     assert refusal(LLAMA, folder / name) == line
 

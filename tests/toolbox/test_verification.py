@@ -103,6 +103,26 @@ def test_each_changed_or_cut_file_is_named(folder, no_child, command):
     assert found(folder) == []
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+PULL = "is a Git LFS pointer, not the file; run `git lfs pull` in the clone that it is from"
+
+
+def test_pointers_are_told_by_everything_that_opens_an_artifact(folder, no_child, export_command):
+    for name in ("tokenizer.json", manifest.FILE):
+        (folder / name).write_bytes(POINTER)
+        assert found(folder) == [f"{folder / name}: {PULL}"]
+        for command in (["inspect", folder], ["diff", folder, folder]):
+            assert export_command(*command) == (1, "", f"error: {folder / name}: {PULL}\n"), command
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_other_line_ends_are_told(folder, no_child, name):
+    path = folder / name
+    assert b"\n" in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    only(found(folder), f"{name}: its line ends were changed, as git's core.autocrlf does; clone or copy it without")
+
+
 def test_a_file_beside_them_is_named(copy, no_child):
     folder = copy("coreml")
     (folder / PACKAGE / "Data" / "more").write_bytes(b"x")
