@@ -12,12 +12,24 @@ _DOWNLOAD = "download the file itself, for example with `hf download`"
 _MARKUP = (b"<!doctype", b"<html", b"<?xml", b"<head")
 _ANSWERS = (b"entry not found", b"repository not found", b"invalid username", b"access to model", b'{"error"')
 """How web pages and a hub's refusals begin, which download programs save under the file's name."""
+_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
+"""How editors begin UTF-8 and UTF-16."""
 _UNFINISHED = (".incomplete", ".part", ".crdownload", ".download", ".aria2", ".tmp")
 """What download programs put behind a name until they are done."""
 _HUB_DOWNLOADS = ".cache/huggingface/download"
 """Where `hf download --local-dir` keeps what has not arrived, under names of its own."""
 GATHER = "it is empty: saved under DeepSpeed ZeRO-3 without gathering; save again with `zero_to_fp32.py`"
 """What to do about a tensor without numbers."""
+
+
+def decoded(text: bytes) -> str:
+    """A text file's contents. Raises ValueError: not the UTF-8 without a mark that every client reads."""
+    if text.startswith(_MARKS):
+        raise ValueError("it begins with a byte order mark; save it as UTF-8 without one")
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 at byte {error.start}") from None
 
 
 def first_bytes(path: Path) -> bytes:

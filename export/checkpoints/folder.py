@@ -104,7 +104,11 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 def _other_models(folder: Path) -> tuple[str, ...]:
     """What else this folder could be taken for."""
-    others = {"params.json": "not", "adapter_config.json": "only with --adapter"}
+    others = {
+        "params.json": "not",
+        "adapter_config.json": "only with --adapter",
+        "chat_template.json": "not: save its template as chat_template.jinja if it is the model's",
+    }
     return tuple(
         f"config.json is read, {name} beside it {how}" for name, how in others.items() if (folder / name).is_file()
     )

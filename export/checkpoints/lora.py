@@ -24,7 +24,7 @@ from export.plan import explain
 from .files import GATHER, missing, require_inside
 from .folder import copy_tokenizer
 from .integers import Integers, Unfit
-from .origin import adapted_tokenizer_files, is_of_tokenizer, name_of
+from .origin import adapted_tokenizer_files, is_of_tokenizer, name_of, tokenizer_files
 from .safetensors import SafetensorsFiles, read_json
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class LoraSource:
         tokenizer = adapted_tokenizer_files(folder, (path for path in base.files if is_of_tokenizer(name_of(path))))
         self.files = (*weights, folder / _CONFIG, *self._stored.files, *tokenizer)
         require_inside([path for path in self.files if path not in base.files], folder)
-        self.notes = (*base.notes, *self._stored.notes)
+        self.notes = (*base.notes, *self._stored.notes, *_unread(folder))
 
     @property
     def description(self) -> str:
@@ -237,6 +237,14 @@ class LoraSource:
             defaults = Path(temporary) / "generation_config.json"
             if defaults.is_file():
                 (folder / defaults.name).write_bytes(defaults.read_bytes())
+
+
+def _unread(folder: Path) -> tuple[str, ...]:
+    """The tokenizer's files beside an adapter that brings no tokenizer, as neither transformers nor peft read them."""
+    names = [path.name for path in tokenizer_files(folder)]
+    if not names or "tokenizer.json" in names:
+        return ()
+    return (f"the adapter's {', '.join(names)} without a tokenizer.json is not read; the base's tokenizer is",)
 
 
 def _changes_of(stored: SafetensorsFiles, config: _LoraConfig, base: "Source") -> dict[str, _Change]:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from export.errors import ExportError
 from export.plan import explain
 
-from .files import missing, require_contents
+from .files import decoded, missing, require_contents
 
 _MAX_JSON_BYTES = 2**24
 """Of a configuration or an index; the index of 405B takes 0.1 MB."""
@@ -29,9 +29,9 @@ _MAX_JSON_BYTES = 2**24
 def loads(text: str | bytes) -> Any:
     """JSON whose objects hold each key once: of two values one reader would check the first and another use the second.
 
-    Raises ValueError: no JSON, or a key twice; RecursionError: nested too deep.
+    Raises ValueError: no JSON, bytes that are no UTF-8, or a key twice; RecursionError: nested too deep.
     """
-    return json.loads(text, object_pairs_hook=_object)
+    return json.loads(text if isinstance(text, str) else decoded(text), object_pairs_hook=_object)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise ExportError(f"{path}: larger than {_MAX_JSON_BYTES} bytes, which no such file is")
-        value = loads(path.read_text(encoding="utf-8"))
+        value = loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):

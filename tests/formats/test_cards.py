@@ -85,7 +85,8 @@ def test_executorchs_runner_feeds_one_bos_where_transformers_does(tmp_path, adds
     expected = load(out).encode(PROMPT)
     assert (expected[0] == 1) == adds
     assert int(fed) == len(expected)
-    assert (" --num_bos=1" in (out / "README.md").read_text()) == adds
+    card = (out / "README.md").read_text()  # llama_main, LlmModuleConfig.kt, ExecuTorchLLMConfig.h
+    assert [text in card for text in (" --num_bos=1", ".numBos(1)", "$0.bosCount = 1")] == [adds] * 3
 
 
 def test_core_mls_ids_are_transformers_own(family, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from export.checkpoints import Source, chat_template
+from export.checkpoints.files import decoded
 from export.checkpoints.origin import name_of
 from export.errors import ExportError
 from export.host.processes import LimitedWorker, LimitError, Limits
@@ -41,6 +42,9 @@ SAMPLES = (
 _TRIAL_TEXTS = (*SAMPLES, *(piece * 512 for piece in ("a", " ", "\n", "1", "aB", "e é", "🙂", "ab12 ,.\n")))
 """The same, and what patterns that backtrack never end on."""
 _TRIAL_LIMITS = Limits(memory_bytes=2**29, cpu_s=10, wall_s=60.0)
+_CONFIG = "tokenizer_config.json"
+_LEADING_AWAY = ("auto_map", "fast_tokenizer_files", "split_special_tokens")
+"""Keys there: code, another file, and special tokens of a text read as ordinary ones, those of a chat too."""
 _SHOWN = 3
 """Tokens that a message lists."""
 
@@ -58,16 +62,21 @@ def write(source: Source, folder: Path, vocab_size: int) -> TokenizerIds:
     _set_class(folder)
     try:
         loaded = load(folder)
-    except ExportError as error:
+    except ExportError as error:  # tokenizer.json has been read: what stands beside it is wrong
         reason = str(error).removeprefix(f"{folder}: ")
-        raise ExportError(f"{places.of('tokenizer.json')}: {reason}") from None
-    notes = [*_joined(file, loaded, folder, places), *_beyond(loaded, vocab_size, places)]
+        raise ExportError(f"{places.of(_CONFIG, 'tokenizer.json')}: {reason}") from None
+    notes = [*_joined(file, loaded, folder, places), *_beyond(loaded, vocab_size, places), *_around(loaded)]
+    notes += _other_template(loaded, folder)
     chat_template.check(loaded, "the checkpoint's tokenizer")
     _require_chat_inside(loaded, vocab_size, places)
     stated = dict(source.stated_ids)
     if (folder / ids.GENERATION).is_file():
         stated[places.of(ids.GENERATION)] = _json(folder / ids.GENERATION, places)
-    special = ids.join(loaded, stated, vocab_size, places.of("tokenizer_config.json"))
+    vocabulary = loaded.get_vocab()
+    for path in (folder / _CONFIG, folder / "special_tokens_map.json"):
+        if path.is_file():
+            stated.setdefault(places.of(path.name), ids.named(_json(path, places), vocabulary))
+    special = ids.join(loaded, stated, vocab_size, places.of(_CONFIG))
     ids.write(special, loaded, folder)
     return TokenizerIds(
         bos_id=special.bos,
@@ -122,12 +131,24 @@ def sample_ids(folder: Path) -> dict[str, list[int]]:
 
 def _set_class(folder: Path) -> None:
     """The neutral class in tokenizer_config.json; what would lead away from tokenizer.json is taken out."""
-    path = folder / "tokenizer_config.json"
+    path = folder / _CONFIG
     fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    changed = {key: value for key, value in fields.items() if key not in ("auto_map", "fast_tokenizer_files")}
+    changed = {key: value for key, value in fields.items() if key not in _LEADING_AWAY}
     changed["tokenizer_class"] = NEUTRAL_CLASS
     if changed != fields:
         path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _other_template(loaded: Any, folder: Path) -> Iterator[str]:
+    """Templates in files go before the one in tokenizer_config.json, which is taken out where it differs. A note."""
+    path = folder / _CONFIG
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    own = fields.pop("chat_template", None)
+    if isinstance(own, list):
+        own = {template["name"]: template["template"] for template in own}
+    if own not in (None, loaded.chat_template):
+        path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        yield "chat_template.jinja is read, another template in tokenizer_config.json is not, as in transformers"
 
 
 class _Places:
@@ -136,20 +157,27 @@ class _Places:
     def __init__(self, source: Source) -> None:
         self._files = {name_of(path): path for path in source.files}
 
-    def of(self, name: str) -> str:
-        """The file of that name, else the one that everything is in, else the name."""
-        if name in self._files:
-            return str(self._files[name])
-        return str(next(iter(self._files.values()))) if len(self._files) == 1 else name
+    def of(self, *names: str) -> str:
+        """The first file of these names, else the one that everything is in, else the last name."""
+        for name in names:
+            if name in self._files:
+                return str(self._files[name])
+        return str(next(iter(self._files.values()))) if len(self._files) == 1 else names[-1]
 
 
 def _of_file(folder: Path, places: _Places) -> Any:
-    """tokenizer.json, after every file beside it was found to be JSON."""
+    """tokenizer.json, after every file beside it was found to be JSON or text."""
     path = folder / "tokenizer.json"
     for other in sorted(folder.glob("*.json")):
         if other != path:
             _json(other, places)
+    for template in sorted(folder.rglob("*.jinja")):
+        try:
+            decoded(template.read_bytes())
+        except ValueError as error:
+            raise ExportError(f"{places.of(name_of(template))}: {error}") from None
     try:
+        decoded(path.read_bytes())
         return _file(path)
     except Exception as error:  # the library raises bare Exception
         reason = " ".join(str(error).split())[:200]
@@ -195,16 +223,17 @@ def _joined(file: Any, loaded: Any, folder: Path, places: _Places) -> Iterator[s
             "tokenizer again with `save_pretrained`"
         )
     yield (
-        f"tokenizer_config.json changes {_first(differing)} of the checkpoint's tokenizer.json; the artifact's "
-        "tokenizer.json is as transformers reads both"
+        f"the files beside the checkpoint's tokenizer.json change {_first(differing)}; the artifact's tokenizer.json "
+        "is as transformers reads them all"
     )
 
 
 def _differences(file: Any, loaded: Any) -> list[str]:
-    """Tokens and samples that transformers reads otherwise than the file."""
+    """Tokens that transformers reads otherwise than the file, else samples."""
     here, there = file.get_vocab(with_added_tokens=True), loaded.get_vocab()
     tokens = [f"the token {token!r}" for token in sorted({*here, *there}) if here.get(token) != there.get(token)]
-    return tokens + [f"the text {text[:24]!r}" for text in SAMPLES if not _same(file, loaded, text)]
+    texts = (*SAMPLES, "a".join(loaded.all_special_tokens))
+    return tokens or [f"the text {text[:24]!r}" for text in texts if not _same(file, loaded, text)]
 
 
 def _same(file: Any, loaded: Any, text: str) -> bool:
@@ -236,6 +265,20 @@ def _beyond(loaded: Any, vocab_size: int, places: _Places) -> Iterator[str]:
         yield (
             f"the tokenizer has {listed} beyond the model's vocab_size {vocab_size}: never an answer, and refused in "
             "a prompt"
+        )
+
+
+def _around(loaded: Any) -> Iterator[str]:
+    """A note where something else than one BOS is put around a text: no other client does that."""
+    plain, text = loaded.encode("a", add_special_tokens=False), loaded.encode("a")
+    start = next((i for i in range(len(text)) if text[i : i + len(plain)] == plain), 0)
+    before, behind = text[:start], text[start + len(plain) :]
+    if before not in ([], [loaded.bos_token_id]) or behind:
+        before_text, behind_text = (repr(loaded.decode(part)) for part in (before, behind))
+        bos = "BOS" if adds_bos(loaded) else "nothing"
+        yield (
+            f"tokenizer.json puts {before_text} before and {behind_text} behind a text, not BOS alone; "
+            f"onnxruntime-genai and ExecuTorch put {bos} before it"
         )
 
 

@@ -36,18 +36,25 @@ def join(loaded: Any, stated: Mapping[str, Mapping[str, Any]], vocab_size: int, 
     Raises ExportError: an id that is no token of the model, or no end token at all.
     """
     ends: dict[int, str] = {}
+    if loaded.eos_token_id is not None:
+        ends.setdefault(_token(loaded.eos_token_id, vocab_size, f"{config}: eos_token"), "eos_token")
     for place, fields in stated.items():
         value = fields.get("eos_token_id")
         for number in value if isinstance(value, list) else [] if value is None else [value]:
             ends.setdefault(_token(number, vocab_size, f"{place}: eos_token_id"), Path(place).name)
-    if loaded.eos_token_id is not None:
-        ends.setdefault(_token(loaded.eos_token_id, vocab_size, f"{config}: eos_token"), "eos_token")
     notes = [*_text_ends(loaded, ends), *_turn_end(loaded, ends)]
     if not ends:
         raise ExportError(f"{config}: the tokenizer has no end-of-sequence token; set eos_token there")
     bos, bos_notes = _one("bos", loaded, stated, vocab_size, config)
     pad, pad_notes = _one("pad", loaded, stated, vocab_size, config)
     return SpecialIds(bos, tuple(sorted(ends)), pad, (*notes, *bos_notes, *pad_notes))
+
+
+def named(fields: Mapping[str, Any], vocabulary: Mapping[str, int]) -> dict[str, int | None]:
+    """`eos_token` and so on of a file beside tokenizer.json as `eos_token_id` …; None: not there, or no token."""
+    texts = {kind: fields.get(f"{kind}_token") for kind in ("bos", "eos", "pad")}
+    texts = {kind: text.get("content") if isinstance(text, dict) else text for kind, text in texts.items()}
+    return {f"{kind}_token_id": vocabulary.get(text) for kind, text in texts.items() if isinstance(text, str)}
 
 
 def write(special: SpecialIds, loaded: Any, folder: Path) -> None:
@@ -110,12 +117,12 @@ def _one(
 ) -> tuple[int | None, list[str]]:
     """BOS or pad: the tokenizer's, which transformers feeds, else the first that a file states; notes of others."""
     own = getattr(loaded, f"{kind}_token_id")
-    found = {config: own} | {place: fields.get(f"{kind}_token_id") for place, fields in stated.items()}
-    values = {place: number for place, number in found.items() if number is not None}
+    found = [(config, own), *((place, fields.get(f"{kind}_token_id")) for place, fields in stated.items())]
+    values = [(place, number) for place, number in found if number is not None]
     if kind == "pad":  # never fed: one that the model lacks (−1, or a token added for training) is none
-        values = {place: number for place, number in values.items() if type(number) is int and 0 <= number < vocab_size}
-    for place, number in values.items():
+        values = [(place, number) for place, number in values if type(number) is int and 0 <= number < vocab_size]
+    for place, number in values:
         _token(number, vocab_size, f"{place}: {kind}_token_id")
-    chosen = next(iter(values.values()), None)
-    others = [f"{Path(place).name} says {number}" for place, number in values.items() if number != chosen]
+    chosen = next((number for _, number in values), None)
+    others = [f"{Path(place).name} says {number}" for place, number in values if number != chosen]
     return chosen, [f"{kind} is {chosen}, {kind}_token of the tokenizer; {', '.join(others)}"] if others else []

@@ -97,12 +97,25 @@ def test_the_same_of_an_adapters_files(tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json", "generation_config.json"])
+def test_an_adapters_files_that_are_no_tokenizer_are_said(tmp_path, name):
+    folder = write_lora(tmp_path / "c")
+    (folder / ADAPTER / name).write_text("{}")
+    opened = checkpoints.load(LLAMA, adapted(parse_origin(str(folder)), folder / ADAPTER))
+    assert opened.notes == (f"the adapter's {name} without a tokenizer.json is not read; the base's tokenizer is",)
+
+
 @pytest.mark.parametrize(
     ("beside", "note"),
     [
         ("pytorch_model.bin", "model.safetensors is read, pytorch_model.bin beside it is not"),
         ("params.json", "config.json is read, params.json beside it not"),
         ("adapter_config.json", "config.json is read, adapter_config.json beside it only with --adapter"),
+        (
+            "chat_template.json",
+            "config.json is read, chat_template.json beside it not: save its template as chat_template.jinja if it is "
+            "the model's",
+        ),
     ],
 )
 def test_another_model_beside_it_is_named(tmp_path, beside, note):

@@ -1,5 +1,6 @@
 """A hostile chat template ends in one line, in bounded memory and time, before an artifact holds it."""
 
+import json
 from datetime import datetime
 
 import pytest
@@ -12,6 +13,7 @@ from export.plan import QuantRecipe, load_named
 from export.quantization import texts
 from tests.support.checkpoints import tokenizer_refusal, write_folder
 from tests.support.processes import within
+from tests.support.tokenizers import set_tokenizer_config
 
 HOSTILE = {
     "class escape": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -120,3 +122,16 @@ def test_further_templates_alone_are_named(tmp_path):
         "the checkpoint's tokenizer: chat template: there are several (rag, summary), but none is the default; save "
         "one as chat_template.jinja"
     )
+
+
+@pytest.mark.parametrize("other", ["{{ messages[0].content }}", [{"name": "default", "template": "x"}]])
+def test_another_template_in_the_configuration_is_said_and_reaches_no_client(tmp_path, other):
+    folder = write_folder(tmp_path / "checkpoint")
+    set_tokenizer_config(folder, chat_template=other)
+    (tmp_path / "out").mkdir()
+    ids = tokenizer.write(open_source(parse_origin(str(folder)), None), tmp_path / "out", 288)
+    assert ids.notes == (
+        "chat_template.jinja is read, another template in tokenizer_config.json is not, as in transformers",
+    )
+    assert "chat_template" not in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert tokenizer.load(tmp_path / "out").chat_template == (folder / "chat_template.jinja").read_text()

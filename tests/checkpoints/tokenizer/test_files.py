@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from export.checkpoints import open_source, tokenizer
 from export.checkpoints.origin import parse_origin
@@ -62,6 +62,34 @@ def test_another_file_that_the_configuration_names_is_not_taken(tmp_path):
     assert tokenizer.load(written(folder, tmp_path)[1]).convert_ids_to_tokens(256) == "<|begin|>"
 
 
+def test_special_tokens_of_a_text_stay_whole_as_in_every_client(tmp_path):
+    folder = write_folder(tmp_path / "checkpoint")
+    set_tokenizer_config(folder, split_special_tokens=True)
+    assert tokenizer.load(written(folder, tmp_path)[1]).encode("<|begin|>a") == [256, 64]
+
+
+@pytest.mark.parametrize(
+    ("around", "adds", "note"),
+    [
+        ("$A", False, None),
+        ("<|begin|> $A", True, None),
+        ("<|begin|> $A <|end|>", True, "'<|begin|>' before and '<|end|>' behind a text, not BOS alone; {} put BOS"),
+        ("$A <|end|>", False, "'' before and '<|end|>' behind a text, not BOS alone; {} put nothing"),
+        ("<|begin|> <|begin|> $A", True, "'<|begin|><|begin|>' before and '' behind a text, not BOS alone; {} put BOS"),
+        ("<|user|> $A", False, "'<|user|>' before and '' behind a text, not BOS alone; {} put nothing"),
+    ],
+)
+def test_what_is_put_around_a_text_is_bos_or_said(tmp_path, around, adds, note):
+    folder = write_folder(tmp_path / "checkpoint")
+    file = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    special = [("<|begin|>", 256), ("<|end|>", 257), ("<|user|>", 259)]
+    file.post_processor = processors.TemplateProcessing(single=around, special_tokens=special)
+    file.save(str(folder / "tokenizer.json"))
+    ids, _ = written(folder, tmp_path)
+    line = f"tokenizer.json puts {(note or '').format('onnxruntime-genai and ExecuTorch')} before it"
+    assert (ids.adds_bos, ids.notes) == (adds, () if note is None else (line,))
+
+
 # ── a tokenizer that is longer than the model ───────────────────────────────────────────────────────────────────────
 
 
@@ -84,8 +112,8 @@ def test_a_token_that_only_the_configuration_adds_reaches_every_client(tmp_path,
     set_tokenizer_config(folder, **fields)
     ids, out = written(folder, tmp_path)
     assert ids.notes == (
-        "tokenizer_config.json changes the token '[PAD]' of the checkpoint's tokenizer.json; the artifact's "
-        "tokenizer.json is as transformers reads both",
+        "the files beside the checkpoint's tokenizer.json change the token '[PAD]'; the artifact's tokenizer.json is "
+        "as transformers reads them all",
     )
     assert Tokenizer.from_file(str(out / "tokenizer.json")).encode("a[PAD]").ids == [64, 261]
 
@@ -124,3 +152,37 @@ def test_a_broken_file_is_named_as_its_owner_knows_it(tmp_path, name, content):
     folder = write_folder(tmp_path / "checkpoint")
     (folder / name).write_text(content)
     assert tokenizer_refusal(folder, tmp_path / "out").startswith(f"{folder / name}: ")
+
+
+MARK = "it begins with a byte order mark; save it as UTF-8 without one"
+MARKS = {"utf-8-sig": MARK, "utf-16": MARK}
+
+
+@pytest.mark.parametrize("encoding", MARKS)
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+)
+def test_a_text_that_an_editor_saved_otherwise_is_named(tmp_path, name, encoding):
+    path = write_folder(tmp_path / "checkpoint") / name
+    text = path.read_text() if path.is_file() else '{"eos_token_id": 257}'
+    path.write_text(text, encoding=encoding)
+    line = tokenizer_refusal(path.parent, tmp_path / "out")
+    assert line.startswith(f"{path}: ")
+    assert MARKS[encoding] in line
+
+
+def test_a_text_that_is_not_utf_8_is_named(tmp_path):
+    path = write_folder(tmp_path / "checkpoint") / "chat_template.jinja"
+    path.write_bytes("{{ messages }}é".encode("latin-1"))
+    assert tokenizer_refusal(path.parent, tmp_path / "out") == f"{path}: it is not UTF-8 at byte 14"
+
+
+@pytest.mark.parametrize(
+    "fields", [{"eos_token": 257}, {"chat_template": [{"name": "default"}]}, {"padding_side": "top"}]
+)
+def test_what_transformers_does_not_take_is_named_by_its_file(tmp_path, fields):
+    folder = write_folder(tmp_path / "checkpoint")
+    set_tokenizer_config(folder, **fields)
+    (folder / "chat_template.jinja").unlink()
+    line = f"{folder}/tokenizer_config.json: tokenizer files do not load ("
+    assert tokenizer_refusal(folder, tmp_path / "out").startswith(line)

@@ -133,6 +133,16 @@ def test_a_bos_that_is_stated_twice_is_the_tokenizers(tmp_path):
     assert ids.notes == ("bos is 256, bos_token of the tokenizer; config.json says 1",)
 
 
+def test_special_tokens_that_two_files_name_are_joined_or_said(tmp_path):
+    origin = checkpoint(tmp_path)
+    (origin.path / "special_tokens_map.json").write_text(
+        json.dumps({"eos_token": "<|user|>", "bos_token": {"content": "<|system|>"}})
+    )
+    ids, out = written(origin, tmp_path)
+    assert (ids.bos_id, ids.eos_ids) == (tokenizer.load(out).bos_token_id, (257, 259))
+    assert ids.notes == ("bos is 258, bos_token of the tokenizer; tokenizer_config.json says 256",)
+
+
 @pytest.mark.parametrize(("stated", "pad"), [(258, 258), (-1, None), (4711, None), (None, None)])
 def test_a_pad_that_the_model_lacks_is_none(tmp_path, stated, pad):
     ids, _ = written(checkpoint(tmp_path, config={"pad_token_id": stated}), tmp_path)
