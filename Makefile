@@ -14,6 +14,9 @@ ROOM   ?=
 # a folder, .gguf file or hub id with the weights; empty: where the model's YAML says
 SOURCE ?=
 
+# how long `make fuzz` goes on
+MINUTES ?= 60
+
 # tasks of `make tasks`, and how many questions of each; empty: all
 TASKS  ?= offline
 LIMIT  ?=
@@ -28,7 +31,7 @@ VALIDATION ?= --skip-proven
 # what users give reaches the shell and Python as the text it is, whatever characters a path has
 quote   = '$(subst ','\'',$(value $(1)))'
 each    = $(foreach item,$(value $(1)),'$(subst ','\'',$(item))')
-unexport PYTHON MODEL QUANT DEVICE RECORDS ROOM SOURCE TASKS LIMIT RECIPES BASE VALIDATION QUICK STUDIED TARGETS
+unexport PYTHON MODEL QUANT DEVICE RECORDS ROOM SOURCE TASKS LIMIT MINUTES RECIPES BASE VALIDATION QUICK STUDIED TARGETS
 
 PY      := .venv/bin/python
 # contenders of `make bench-quick`
@@ -43,7 +46,7 @@ FOLDERS  = $(call built,$(call quote,QUANT))
 CHECKED  = $(foreach recipe,$(call each,RECIPES),$(call built,$(recipe)))
 WEIGHTS  = $(if $(value SOURCE),--source=$(call quote,SOURCE))
 
-.PHONY: all setup build validate test lint unit shape bench bench-quick bench-docs bench-pages study detours tasks devices lab baseline tiny ci-artifacts ci-report ci-diff compute-plan golden readme reliability lock clean help $(DEVICES)
+.PHONY: all setup build validate test lint unit fuzz shape bench bench-quick bench-docs bench-pages study detours tasks devices lab baseline tiny ci-artifacts ci-report ci-diff compute-plan golden readme reliability lock clean help $(DEVICES)
 
 all: build validate
 
@@ -127,6 +130,13 @@ lint: setup                         ## format, style, types, workflows
 
 unit: setup                         ## the tests without lint, with ROOM=checkpoints those of one room
 	@$(PY) -m pytest $(addprefix tests/,$(call each,ROOM))
+
+# other examples in each round, until the time is over or a property fails
+fuzz: setup                         ## feed readers what chance makes of good files, for MINUTES
+	@end=$$(($$(date +%s) + 60 * $(call quote,MINUTES))); \
+	while [ $$(date +%s) -lt $$end ]; do \
+	  $(PY) -m pytest -q -x -p tests.support.fuzz -m fuzz || exit 1; \
+	done
 
 shape: setup                        ## count files, lines, entries of each folder, imports and names
 	@$(PY) -m tests.support.shape

@@ -63,10 +63,8 @@ def _attach(link: Link, device: "Device", deadline: Deadline) -> Attached:
     folder, architecture, bits, *android = [*answer.stdout.decode(errors="replace").split("\n"), "", ""]
     abi, model = android[:2] if len(android) > 3 else (architecture, None)
     if not folder.startswith("/") or not re.fullmatch(r"\w[\w-]*", abi, re.ASCII):
-        told = f"{visible(folder)!r} and {visible(abi)!r}"
-        raise DeviceError(
-            f"{device.name}: its `pwd` and processor are {told}: its shell does not run scripts as sh does"
-        )
+        told = f"reports {visible(folder)!r} as its folder, {visible(abi)!r} as its processor"
+        raise DeviceError(f"{device.name}: {told}: its shell does not run scripts as sh does")
     if model is None and architecture in _WIDE and bits == "32" and device.runner is None:
         raise DeviceError(
             f"{device.name}: 64-bit kernel ({architecture}), 32-bit programs (getconf LONG_BIT is 32): install its "

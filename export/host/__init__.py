@@ -1,1 +1,1 @@
-"""The machine that a build runs on: disk, memory, child processes, console, digests. No models and no formats."""
+"""The machine that a build runs on: disk, memory, child processes, console, text, digests. No models, no formats."""

@@ -4,9 +4,9 @@ import json
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from export.architecture import Strict
 from export.errors import ExportError
@@ -152,6 +152,13 @@ class Latency(Strict, evidence.Timings):
     """As measured; null on devices where it cannot be."""
     bandwidth_share: float | None
     """bytes_per_token × decode rate over the measured read bandwidth."""
+
+    @model_validator(mode="after")
+    def _prompts_then_generation(self) -> Self:
+        *prompts, generation = self.tests or (None,)
+        if not prompts or not all(test.n_prompt for test in prompts) or not (generation and generation.n_gen):
+            raise ValueError("tests are not prompts, then generation")
+        return self
 
 
 class Environment(Strict, evidence.Machine):

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Literal
 
 from export.architecture import Strict
+from export.errors import ExportError
 from export.toolbox import significance
 from runtime_tests.checks import gates
 
@@ -114,6 +115,11 @@ def judge(change: Change) -> Gate:
 def shipped(size_bytes: int, total: Comparison, before: Reached) -> list[Change]:
     """The size of the artifact, and its KL as shipped."""
     old_mb, new_mb, run = before.size_bytes / 1e6, size_bytes / 1e6, f"run {before.run_id}"
+    if len(before.kl_by_window) != len(total.kl_by_window):
+        raise ExportError(
+            f"the baseline's run {before.run_id} has {len(before.kl_by_window)} windows, this one "
+            f"{len(total.kl_by_window)}: remove the baseline, then `make baseline`"
+        )
     floor = max(_KL_FLOOR * before.mean_kl, _KL_FLOOR_NATS)
     noise = significance.paired(before.kl_by_window, total.kl_by_window)
     return [

@@ -70,8 +70,8 @@ def environment(text: str, tools: dict[str, str]) -> Environment:
     return Environment(
         os=", ".join(system) or "not told",
         cpu=", ".join(dict.fromkeys(name)) or first.get("machine", "not told"),
-        cores=int(number(first.get("cores")) or 1),
-        memory_bytes=int(number(first.get("memory_kb")) or 0) * 1024,
+        cores=max(1, int(number(first.get("cores")) or 1)),
+        memory_bytes=max(0, int(number(first.get("memory_kb")) or 0)) * 1024,
         load_average_1min=number(first.get("load")),
         python="",
         tools=tools,

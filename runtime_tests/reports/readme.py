@@ -46,7 +46,8 @@ def block(records: Sequence[Record]) -> str:
     machine, dirty = newest.environment, " with local changes" if newest.dirty else ""
     system = escaped(machine.os)
     versions = ", ".join(
-        escaped(f"{tool} {machine.tools[tool]}") for tool in ("torch", "executorch", "coremltools", "onnxruntime")
+        escaped(f"{tool} {machine.tools.get(tool, 'unknown')}")
+        for tool in ("torch", "executorch", "coremltools", "onnxruntime")
     )
     lines = [markdown([_HEADER, *map(_row, records)]), ""]
     positions = newest.accuracy.lowering.positions if newest.accuracy.lowering else 0

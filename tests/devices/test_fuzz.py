@@ -109,3 +109,31 @@ def test_marks_around_any_output():
         assert marks.answer(Completed(status, out, out), mark) is None
 
     told()
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        (b"", "reports '' as its folder, '' as its processor: its shell does not run scripts as sh does"),
+        (b"/data/run", "reports '/data/run' as its folder, '' as its processor"),
+        (b"../run\naarch64\n64\n", "reports '../run' as its folder"),
+        (b"/data/run\n../../x\n64\n", "'../../x' as its processor"),
+    ],
+)
+def test_a_device_without_a_folder_or_processor_is_named(stranger, told, words):
+    with pytest.raises(DeviceError, match=re.escape(words)):
+        stranger([(0, told, False)])
+
+
+def test_free_space_of_five_thousand_digits_is_no_number(stranger):
+    table = b"Filesystem\n/dev/x 9 9 " + b"9" * 5000 + b" 9% /\n"
+    with pytest.raises(DeviceError, match=r": /data/run cannot be read"):
+        stranger([(0, b"/data/run\naarch64\n64\n", False), (0, b"", False), (0, b"", False), (0, table, False)])
+
+
+@pytest.mark.parametrize("change", [{"pid": "x"}, {"pid": -1}, {"pid": 2**40}, {"started": "x"}, {"host": "a\nb\x1b"}])
+def test_an_owner_that_is_none_is_another_run(change):
+    owner = json.dumps(lock.Owner.this_process().model_dump() | change).encode()
+    held = lock.HELD
+    with pytest.raises(devices.DeviceBusyError, match=r"^board: in use by (another run|process \d+ on a\\nb\\x1b )"):
+        lock.take(lambda script: Completed(held if "mkdir" in script else 0, owner, b""), "board", "/data")

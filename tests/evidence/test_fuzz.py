@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from export import card, manifest
 from export.errors import ExportError
 from export.toolbox import difference, evidence
-from runtime_tests.evidence import baseline, record
+from runtime_tests.evidence import baseline, record, regression
 from runtime_tests.reports import ci, html, publication, readme, summary
 from tests.support.fuzz import count, fuzzed, json_like, only
 from tests.support.records import sample_record
@@ -82,3 +82,19 @@ def test_a_line_separator_in_a_text_does_not_end_a_record(tmp_path, separator):
     record.append(run, tmp_path / "records.jsonl")
     assert record.newest_of(tmp_path / "records.jsonl", device="host") == run
     assert len(list(evidence.lines(tmp_path / "records.jsonl"))) == 1
+
+
+def test_timings_are_prompts_then_generation(tmp_path):
+    fields = json.loads(sample_record().model_dump_json())
+    for tests in ([], fields["latency"]["tests"][:1], fields["latency"]["tests"][::-1]):
+        fields["latency"]["tests"] = tests
+        (tmp_path / "records.jsonl").write_text(json.dumps(fields))
+        with pytest.raises(ExportError, match=r"line 1: not a record of this version: .*prompts, then generation"):
+            record.newest_run(tmp_path / "records.jsonl", "host")
+
+
+def test_a_baseline_of_other_windows_is_one_line():
+    run = sample_record()
+    before = baseline.reached(run).model_copy(update={"kl_by_window": (0.1,)})
+    with pytest.raises(ExportError, match=r"has 1 windows, this one 2: remove the baseline, then `make baseline`"):
+        regression.shipped(run.size_bytes, run.accuracy.total, before)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from export import manifest
 from runtime_tests import jobs
 from runtime_tests.checks import speed
-from runtime_tests.device_runner import Answer, fitting, parse_answer
+from runtime_tests.device_runner import Answer, Feed, Generate, fitting, parse_answer
 from runtime_tests.evidence.record import DeviceState, Environment
 from runtime_tests.jobs import isolation, scripts
 from runtime_tests.jobs.scripts import RunnerStoppedError
@@ -81,3 +81,28 @@ def test_answers_of_a_runner(built, record_property):
 def test_the_last_line_of_a_child_is_an_answer_or_a_reason(data):
     ended = isolation.interpret(0, data.decode(errors="replace"), "")
     assert (ended.outcome, "no JSON result" in ended.detail) == ("run fail", True)
+
+
+@pytest.mark.parametrize(("text", "cores", "memory"), [
+    ("cores=-1\nmemory_kb=-5", 1, 0),
+    (f"cores={'9' * 400}\nmemory_kb={'9' * 400}", 1, 0),
+    ("cores=8\nmemory_kb=1", 8, 1024),
+])  # fmt: skip
+def test_a_number_that_no_machine_has_is_not_known(text, cores, memory):
+    environment = facts.environment(text, {})
+    assert (environment.cores, environment.memory_bytes) == (cores, memory)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"feeds": []}, "feeds"), ({"generated": []}, "generated"), ({"logits_rows": 3}, "logits_rows"),
+        ({"vocab_size": 4}, "vocab_size"), ({"top": [[[1, 1.0]]]}, "top"),
+        ({"generated": [{"tokens": [1, 512], "ns": [3, 4]}] * 3}, "generated tokens outside the vocabulary"),
+    ],
+)  # fmt: skip
+def test_an_answer_to_another_script_is_refused(change, named):
+    commands = [Feed((1,) * fed["tokens"]) for fed in GOOD["feeds"]] + [Generate(2)] * 3
+    assert fitting(parse_answer(json.dumps(GOOD).encode(), 0), commands, 512)
+    with pytest.raises(ValueError, match=f"not to this script: {named} differ"):
+        fitting(parse_answer(json.dumps(GOOD | change).encode(), 0), commands, 512)

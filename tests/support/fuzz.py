@@ -72,9 +72,9 @@ def like(old, number, text):
         return number
     if isinstance(old, str):
         return text
-    return (
-        old * 2 if isinstance(old, list) and len(text) % 2 else type(old)() if isinstance(old, list | dict) else number
-    )
+    if isinstance(old, list | dict):
+        return old * 2 if isinstance(old, list) and len(text) % 2 else type(old)()
+    return number
 
 
 def slots_in(value):
