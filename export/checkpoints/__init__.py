@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from export.architecture import EMBEDDING, HEAD, Architecture
 from export.errors import ExportError
 from export.host import digests
-from export.plan import ModelSpec
+from export.plan import ModelSpec, not_a_file_name
 
 from .origin import TOKENIZER_NAMES, Adapter, File, Folder, Hub, Origin, Package, Seed, is_meta, origin_of
 
@@ -132,6 +132,9 @@ class Checkpoint:
     @cached_property
     def sha256(self) -> dict[str, str]:
         """File name → digest, of weights, configuration and tokenizer."""
+        for path in self.source.files:
+            if why := not_a_file_name(path.name):
+                raise ExportError(f"{str(path)!r}: its name {why}, which no manifest may hold; rename it")
         return {path.name: digests.remembered_sha256(path) for path in self.source.files}
 
     @property

@@ -51,11 +51,6 @@ class Subject:
         return target.limits_on.get(self.setting.place.abi, target.limits)
 
     @property
-    def origin(self) -> str:
-        """The origin of the checkpoint."""
-        return self.setting.source or self.manifest.checkpoint.origin
-
-    @property
     def folder_text(self) -> str:
         """The absolute path, for a child process, whose working folder is a different one."""
         return str(self.folder.resolve())

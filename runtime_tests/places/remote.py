@@ -20,6 +20,7 @@ from export import manifest
 from export.errors import ExportError
 from export.host.console import stage
 from export.manifest import Manifest
+from runtime_tests import sessions
 from runtime_tests.device_runner import Answer, Command, Logits, RunnerFailure, parse_answer, read_logits, write_script
 from runtime_tests.evidence.record import DeviceState, Environment, Outcome
 from runtime_tests.jobs import ConformanceJob, GenerateJob, LogitsJob, SpeedJob, Task, logits_file, scripts
@@ -167,7 +168,8 @@ class AttachedDevice:
     def _runner(self, session: str) -> tuple[str, ...]:
         """The command that starts a session's runner, which is pushed once."""
         if session not in self.runners:
-            module = cast(_RunnerModule, importlib.import_module(f"runtime_tests.device_runner.{session}"))
+            name = f"runtime_tests.device_runner.{sessions.require(session)}"
+            module = cast(_RunnerModule, importlib.import_module(name))
             self.runners[session] = module.install(self.transport, self.device, timeout_s=self.device.time_limit_s)
         return self.runners[session]
 

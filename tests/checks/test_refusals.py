@@ -36,7 +36,7 @@ def check(command, in_process, capsys):
         (lambda fields: fields.pop("contract"), "contract: missing; build the artifact again"),
         (lambda fields: fields.update(mood="good"), "mood: unknown key"),
         (lambda fields: fields["plan"]["target"].update(artifact="../../x"), "plan.target.artifact"),
-        (lambda fields: fields["plan"]["target"].update(name="tflite"), "does not run tflite; it runs fake"),
+        (lambda fields: fields.update(id="tiny_int4-g32_onnx-cpu"), "its plan is 'tiny_int4-g32_fake'"),
         (lambda fields: fields["architecture"].update(num_hidden_layers=10**9), "architecture.num_hidden_layers"),
     ],
 )
@@ -55,6 +55,17 @@ def test_a_manifest_that_is_none(check, artifact, content):
     code, error, _ = check(artifact)
     assert (code, error.count("\n")) == (1, 0)
     assert "manifest.json: damaged or of another version" in error
+
+
+def test_a_target_that_the_device_does_not_run(check, artifact):
+    def change(fields):
+        fields["plan"]["target"]["name"] = "tflite"
+        fields["id"] = "tiny_int4-g32_tflite"
+
+    edit_manifest(artifact, change)
+    code, error, _ = check(artifact)
+    assert (code, error.count("\n")) == (1, 0)
+    assert "does not run tflite; it runs fake" in error
 
 
 def test_a_folder_that_is_no_artifact(check, tmp_path):

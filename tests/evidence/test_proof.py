@@ -10,7 +10,7 @@ from runtime_tests.evidence import proof
 from runtime_tests.evidence import record as records_file
 from runtime_tests.evidence.record import Outcome
 from runtime_tests.places import environment
-from tests.support.artifacts import reseal
+from tests.support.artifacts import renamed
 from tests.support.records import sample_record
 
 
@@ -68,7 +68,7 @@ def test_every_input_counts(artifact, setting, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(proof, "CODE", (manifest.ROOT / "runtime_tests" / "checks" / "gates.py",))
         changed.add(key())
-    reseal(artifact, id="other")
+    renamed(artifact, "other")
     changed.add(key())
     assert len(changed - {before}) == 7
 

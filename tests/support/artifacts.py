@@ -28,8 +28,15 @@ def opened(folder):
 
 def reseal(folder, **changes):
     """Record the files as they are now: a wrong artifact that is whole."""
+    described = manifest.read(folder).model_copy(update={"files": manifest.hash_files(folder), **changes})
+    manifest.write(folder, described.model_copy(update={"id": described.plan.id}))
+
+
+def renamed(folder, name):
+    """Give an artifact another model's name, as a build of that model would: id and plan agree, files are recorded."""
     described = manifest.read(folder)
-    manifest.write(folder, described.model_copy(update={"files": manifest.hash_files(folder), **changes}))
+    plan = described.plan.model_copy(update={"model": described.plan.model.model_copy(update={"name": name})})
+    reseal(folder, plan=plan)
 
 
 def set_fault(folder, fault):
