@@ -284,16 +284,27 @@ def names(kind: str) -> list[str]:
 
 def load_record(cls: type[Record], path: Path) -> Record:
     """Read one YAML file strictly; the file's stem is the record's name."""
+    fields = load_fields(path)
+    if "name" in fields:
+        raise ExportError(f"{path}: remove the key `name`; the file's name is the name")
+    return validated(cls, {"name": path.stem, **fields}, path)
+
+
+def load_fields(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file. Raises ExportError."""
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # an impossible date, too deep nesting
         raise ExportError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(fields, dict):
         raise ExportError(f"{path}: expected `key: value` lines, found {type(fields).__name__}")
-    if "name" in fields:
-        raise ExportError(f"{path}: remove the key `name`; the file's name is the name")
+    return fields
+
+
+def validated(cls: type[Record], fields: dict[str, Any], path: Path) -> Record:
+    """A record of the fields of a file. Raises ExportError that names them."""
     try:
-        return cls.model_validate({"name": path.stem, **fields})
+        return cls.model_validate(fields)
     except ValidationError as error:
         raise ExportError(f"{path}: {explain(error)}") from None
 

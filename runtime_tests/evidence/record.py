@@ -222,6 +222,8 @@ class Record(Strict, evidence.Validation):
     latency: Latency | None
     outcome: Outcome
     detail: str
+    notes: tuple[str, ...] = ()
+    """What the artifact claims beside what it was judged by."""
 
     @property
     def timings(self) -> Latency | None:

@@ -10,6 +10,14 @@ from export.plan import Target, load_record
 from runtime_tests.sessions import open_session
 from tests.support.processes import FAKES
 
+OWN_LIMITS = {
+    "max_mean_kl": 1e9,
+    "min_top1": 0.0,
+    "min_sqnr_db": -1e9,
+    "min_probe_sqnr_db": None,
+    "compared_tokens": None,
+}
+"""Of a target, as an artifact would bring them that is to pass whatever it computes."""
 TARGET = load_record(Target, FAKES / "targets/fake.yaml")
 
 
