@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from . import Device, DeviceError, load, names, open_transport
 from .command import run
@@ -42,7 +43,7 @@ def _show() -> int:
         table.add_column(column, no_wrap=column in {"device", "by"})
     for device, (attached, text) in zip(known, states, strict=True):
         runs, style = ", ".join(device.targets), "green" if attached else "dim"
-        table.add_row(device.name, device.transport.kind, runs, text, style=style)
+        table.add_row(device.name, device.transport.kind, runs, Text(text), style=style)
     console.print(table)
     return 0
 

@@ -17,6 +17,8 @@ from . import Completed, DeviceBusyError, DeviceError
 _LOG = logging.getLogger(__name__)
 _FOLDER = ".lock"
 _OWNER = f"{_FOLDER}/owner"
+_LONGEST = 2000
+"""Characters of an owner file of ours, at most."""
 _HELD = 3
 """Exit status: another run has the folder."""
 _Ask = Callable[[str], Completed]
@@ -44,11 +46,16 @@ class Owner:
 
     @classmethod
     def parse(cls, text: str) -> "Owner | None":
-        """The content of an owner file; None when it is not readable as such."""
+        """The content of an owner file; None when it is not readable as such, with the types that we write."""
         try:
-            return cls(**json.loads(text))
-        except (ValueError, TypeError):
+            owner = cls(**json.loads(text)) if len(text) <= _LONGEST else None
+        except (ValueError, TypeError, RecursionError):
             return None
+        if owner is None or type(owner.pid) is not int or not 0 < owner.pid < 2**31:
+            return None
+        texts = (owner.host, owner.boot, owner.since)
+        plain = all(isinstance(text, str) and text.isprintable() for text in texts)
+        return owner if plain and type(owner.started) is float else None
 
     def is_dead(self) -> bool:
         """Whether it was a process of this host that no longer runs; False for other hosts, which cannot be asked."""

@@ -12,9 +12,9 @@ from typing import Annotated, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from devices import Device, Transport
+from devices import Device, Transport, last_line
 from export.errors import ExportError
 from export.host.processes import signal_name
 from export.manifest import ROOT
@@ -24,6 +24,8 @@ from . import complaints
 
 _STAGES: dict[int, str] = {2: "usage", 3: "load", 4: "run"}
 _SIGNALLED = 128
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Positive = Annotated[int, Field(gt=0, lt=2**63)]
 
 
 @dataclass(frozen=True)
@@ -92,21 +94,21 @@ def _line(command: Command) -> str:
 class _Record(BaseModel):
     """Exactly the documented keys with exactly the documented types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class _Fed(_Record):
     """One `feed`."""
 
-    tokens: PositiveInt
-    ns: NonNegativeInt
+    tokens: _Positive
+    ns: _Positive
 
 
 class _Generated(_Record):
     """One `generate`: each token fed and its time."""
 
-    tokens: tuple[NonNegativeInt, ...]
-    ns: tuple[NonNegativeInt, ...]
+    tokens: tuple[_Count, ...]
+    ns: tuple[_Positive, ...]
 
     @model_validator(mode="after")
     def _one_time_each(self) -> Self:
@@ -120,18 +122,18 @@ class Answer(_Record):
 
     runner: str
     runtime: str
-    threads: PositiveInt
-    vocab_size: PositiveInt
-    context_length: PositiveInt
-    load_ns: NonNegativeInt
+    threads: _Positive
+    vocab_size: _Positive
+    context_length: _Positive
+    load_ns: _Count
     feeds: tuple[_Fed, ...]
     generated: tuple[_Generated, ...]
-    top: tuple[tuple[tuple[NonNegativeInt, float | None], ...], ...]
+    top: tuple[tuple[tuple[_Count, float | None], ...], ...]
     """Token and logit, largest first; None: not a finite number."""
-    logits_rows: NonNegativeInt
+    logits_rows: _Count
     logits_crc32: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
-    rss_before_load_bytes: NonNegativeInt
-    peak_rss_bytes: NonNegativeInt
+    rss_before_load_bytes: _Count
+    peak_rss_bytes: _Count
 
 
 class RunnerFailure(_Record):
@@ -172,7 +174,33 @@ def parse_answer(stdout: bytes, returncode: int, stderr: bytes = b"") -> Answer 
     if _STAGES.get(returncode) != failed.stage:
         text = f"exit status {returncode} with stage {failed.stage}: {failed.error}"
         return RunnerFailure(stage="protocol", error=text)
-    return RunnerFailure(stage=failed.stage, error=failed.error)
+    return RunnerFailure(stage=failed.stage, error=last_line(failed.error))
+
+
+def misfit(answer: Answer, commands: Iterable[Command], vocab_size: int) -> str | None:
+    """What of an answer is not about this script and model, in words; None: all is."""
+    asked: dict[str, list[int]] = {"feeds": [], "generated": [], "top": [], "logits": [], "vocab_size": [vocab_size]}
+    for command in commands:
+        match command:
+            case Feed(tokens):
+                asked["feeds"].append(len(tokens))
+            case Generate(count):
+                asked["generated"].append(count)
+            case Top(count):
+                asked["top"].append(count)
+            case Logits():
+                asked["logits"].append(1)
+    told = {
+        "feeds": [fed.tokens for fed in answer.feeds],
+        "generated": [len(generated.tokens) for generated in answer.generated],
+        "top": [len(top) for top in answer.top],
+        "logits": [1] * min(answer.logits_rows, len(asked["logits"]) + 1),
+        "vocab_size": [answer.vocab_size],
+    }
+    wrong = [name for name in asked if told[name] != asked[name]]
+    if any(token >= vocab_size for generated in answer.generated for token in generated.tokens):
+        wrong.append("generated tokens")
+    return f"{', '.join(wrong)} of the runner's answer are not those of the script and the model" if wrong else None
 
 
 def read_logits(path: Path, answer: Answer) -> NDArray[np.float32]:

@@ -15,13 +15,22 @@ from typing import Any, Protocol, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from devices import Device, DeviceError, NoSpaceError, Transport
+from devices import Device, DeviceError, NoSpaceError, Transport, last_line
 from export import manifest
 from export.errors import ExportError
 from export.host.console import stage
 from export.manifest import Manifest
 from runtime_tests import sessions
-from runtime_tests.device_runner import Answer, Command, Logits, RunnerFailure, parse_answer, read_logits, write_script
+from runtime_tests.device_runner import (
+    Answer,
+    Command,
+    Logits,
+    RunnerFailure,
+    misfit,
+    parse_answer,
+    read_logits,
+    write_script,
+)
 from runtime_tests.evidence.record import DeviceState, Environment, Outcome
 from runtime_tests.jobs import ConformanceJob, GenerateJob, LogitsJob, SpeedJob, Task, logits_file, scripts
 from runtime_tests.jobs.isolation import Ended, Progress
@@ -145,12 +154,14 @@ class AttachedDevice:
                 raise RunnerStoppedError(
                     _OUTCOMES.get(answer.stage, Outcome.RUN_FAIL), f"{answer.stage}: {answer.error}"
                 )
-            self.tools[answer.runner] = answer.runtime
+            if reason := misfit(answer, commands, described.architecture.vocab_size):
+                raise RunnerStoppedError(Outcome.RUN_FAIL, f"protocol: {reason}")
+            self.tools[last_line(answer.runner)] = last_line(answer.runtime)
             logits = self._pull_logits(answer, Path(local) / "logits", limit_s) if with_logits else _NO_LOGITS
             return answer, logits
 
     def _pull_logits(self, answer: Answer, local: Path, limit_s: float) -> NDArray[np.float32]:
-        self.transport.pull(LOGITS, local, timeout_s=limit_s)
+        self.transport.pull(LOGITS, local, timeout_s=limit_s, most_bytes=answer.logits_rows * answer.vocab_size * 4)
         try:
             return np.array(read_logits(local, answer))
         except ValueError as error:
@@ -178,7 +189,8 @@ class AttachedDevice:
         self._runner(described.plan.target.session)
         if folder not in self.models:
             remote = f"{_ARTIFACTS}/{described.id}"
-            self.transport.push(folder, remote, timeout_s=self.device.time_limit_s)
+            listed = {manifest.FILE, *described.files}  # and nothing that lies beside them: no link is followed
+            self.transport.push(folder, remote, timeout_s=self.device.time_limit_s, only=listed)
             self.models[folder] = f"{remote}/{described.plan.target.artifact}"
         return self.models[folder]
 
