@@ -7,14 +7,14 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, model_validator
 
-from .architecture import Architecture, Strict
+from .architecture import Architecture, Positive, Strict
 from .errors import ExportError
 from .host import digests, transit
-from .plan import Levels, Plan, explain
+from .plan import FileName, Levels, Plan, explain
 
 
 class TensorSpec(Strict):
@@ -31,10 +31,10 @@ class KVLayout(Strict):
     kind: Literal["io", "state"]
     """`io`: past/present tensors that the caller passes around; `state`: the runtime holds them."""
     dtype: str
-    layers: int
-    kv_heads: int
-    head_dim: int
-    context_length: int
+    layers: Positive
+    kv_heads: Positive
+    head_dim: Positive
+    context_length: Positive
     """Slots: positions 0…context_length-1 can be fed."""
 
 
@@ -61,7 +61,7 @@ class IOContract(Strict):
     """Logits, then the presents in the order of the pasts."""
     states: tuple[TensorSpec, ...]
     kv: KVLayout
-    max_prefill: int
+    max_prefill: Positive
     """Most tokens that one call takes; a session may feed fewer, so that the logits of a call stay small."""
     logits: Literal["last", "all"]
     """Positions that the logits cover: the last one fed, or all."""
@@ -78,6 +78,8 @@ _VISIBLE_COMPANIONS = (
 )
 _AGAIN = "build the artifact again"
 _COPY = "copy it with `cp -rL`, or download with `hf download --local-dir`"
+_MOST_BYTES = 2**26
+"""Of a manifest that is read; the largest model's has some hundred kilobytes."""
 _SMALLEST_FLOAT_BITS = 15.5
 """Per weight: bf16 has 16, or less where two tensors share their numbers in the file."""
 
@@ -85,8 +87,8 @@ _SMALLEST_FLOAT_BITS = 15.5
 class FileInfo(Strict):
     """One file of the artifact."""
 
-    sha256: str
-    bytes: int
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    bytes: Annotated[int, Field(ge=0)]
 
 
 class CheckpointInfo(Strict):
@@ -96,7 +98,7 @@ class CheckpointInfo(Strict):
     description: str
     bits_per_weight: float | None
     """Of its files, a GGUF's tokenizer included; null: random weights."""
-    sha256: dict[str, str]
+    sha256: dict[FileName, str]
 
     @property
     def quantized_before(self) -> bool:
@@ -134,7 +136,7 @@ class Candidate(Strict):
 class CalibrationInfo(Strict):
     """The texts that the integers were chosen with, and the loss that remains."""
 
-    texts: dict[str, str]
+    texts: dict[FileName, str]
     """File → sha256."""
     day: str | None
     """The date that chat templates were given; null: no text passed one."""
@@ -189,8 +191,14 @@ class Manifest(Strict):
     lowering: dict[str, int | float | str]
     tools: dict[str, str]
     source: SourceInfo
-    files: dict[str, FileInfo]
+    files: dict[FileName, FileInfo]
     """Every file except the manifest, the card, which validation rewrites, and the signature, which comes last."""
+
+    @model_validator(mode="after")
+    def _id_is_the_plans(self) -> "Manifest":
+        if self.id != self.plan.id:
+            raise ValueError(f"id is {self.id[:300]!r}, its plan is {self.plan.id!r}")
+        return self
 
     @property
     def artifact_bytes(self) -> int:
@@ -230,6 +238,8 @@ def read(folder: Path) -> Manifest:
     path = folder / FILE
     if not path.is_file():
         raise ExportError(f"{path}: missing; give an artifact folder made by `python -m export`")
+    if path.stat().st_size > _MOST_BYTES:
+        raise ExportError(f"{path}: more than {_MOST_BYTES >> 20} MiB, which no manifest is; build the artifact again")
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:

@@ -3,11 +3,12 @@
 Every key is written in every file and unknown keys are refused, so no default here can differ from what a reader sees.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from .architecture import Architecture, Positive, PositiveNumber, Strict
 from .errors import ExportError
@@ -17,12 +18,53 @@ Levels = Literal["even", "nf4", "fp4"]
 CONFIGS = Path(__file__).parent.parent / "configs"
 SHORTEST_CONTEXT = 64
 """Tokens; a KV cache of fewer is no model that anybody runs."""
+_NAME = re.compile(r"\w(?:[\w-]|\.(?!\.)){0,79}")
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_LONGEST_PART = 255
+"""Bytes of a file's name that every file system takes."""
+
+
+def _require_name(text: str) -> str:
+    if not _NAME.fullmatch(text):
+        raise ValueError(f"{text[:100]!r} is no name: at most 80 letters, digits, _, - and single dots")
+    return text
+
+
+def leads_out(name: str) -> str | None:
+    """Why the name of a file leads out of its folder, in words; None: it stays inside, as far as a name tells."""
+    parts = name.replace("\\", "/").split("/")
+    if (parts[0] == "" and len(parts) > 1) or re.match(r"[A-Za-z]:[\\/]", name):
+        return "is absolute"
+    return "climbs out with `..`" if ".." in parts else None
+
+
+def not_a_file_name(text: str) -> str | None:
+    """Why a text is no name of a file below a folder, in words; None: it is one, like `sub/file`."""
+    parts = text.split("/")
+    odd = (
+        "\\" in text
+        or not {"", "."}.isdisjoint(parts)
+        or max(len(part.encode(errors="surrogatepass")) for part in parts) > _LONGEST_PART
+    )
+    return leads_out(text) or ("is no file name" if odd or _CONTROLS.search(text) else None)
+
+
+def _require_file_name(text: str) -> str:
+    if reason := not_a_file_name(text):
+        raise ValueError(f"{text[:100]!r} {reason}")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_require_name)]
+"""Of a plan, model, recipe, target, format, session or device: safe in a path, a shell and an import by itself."""
+FileName = Annotated[str, AfterValidator(_require_file_name)]
+"""Of a file below a folder that is known otherwise, relative to it."""
 
 
 class ModelSpec(Strict):
     """Where a model comes from and the context length its artifacts are built for."""
 
-    name: str
+    name: Name
     source: str | None
     """`package:NAME/FILE`, `hub:OWNER/NAME[@REVISION]`, `seed:N`; null: --source must be given."""
     base_model: str | None
@@ -58,7 +100,7 @@ class QuantLimits(Strict):
 class CalibrationText(Strict):
     """A text and how many windows are cut from it."""
 
-    file: str
+    file: FileName
     """In configs/calibration."""
     windows: Positive
 
@@ -66,7 +108,7 @@ class CalibrationText(Strict):
 class GeneratedText(Strict):
     """Text that the model itself writes, answering prompts through its chat template."""
 
-    prompts: str
+    prompts: FileName
     """In configs/calibration, one per line."""
     windows: Positive
 
@@ -74,7 +116,7 @@ class GeneratedText(Strict):
 class Mixture(Strict):
     """The texts that a recipe calibrates with, one YAML of configs/mixtures."""
 
-    name: str
+    name: Name
     description: str
     length: Annotated[int, Field(ge=16)]
     """Tokens of a window."""
@@ -124,7 +166,7 @@ class Rotation(Strict):
 class QuantRecipe(Strict):
     """How weights become integers."""
 
-    name: str
+    name: Name
     description: str
     method: Literal["none", "rtn", "kept", "scales", "gptq"]
     """`rtn`: each weight to nearest. `scales`: the same with scales searched for what the linears compute on
@@ -202,13 +244,13 @@ class TargetLimits(Strict):
 class Target(Strict):
     """A format and the runtime that runs it."""
 
-    name: str
+    name: Name
     description: str
-    backend: str
+    backend: Name
     """Package in export/formats/ that writes the artifact."""
-    session: str
+    session: Name
     """Module in runtime_tests/sessions/ that runs it."""
-    artifact: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+    artifact: Name
     """File or folder the artifact is, inside the artifact folder."""
     activations: Literal["none", "int8-per-token"]
     """Activation quantization the runtime adds; the eager reference does the same."""
@@ -244,16 +286,27 @@ def names(kind: str) -> list[str]:
 
 def load_record(cls: type[Record], path: Path) -> Record:
     """Read one YAML file strictly; the file's stem is the record's name."""
+    fields = load_fields(path)
+    if "name" in fields:
+        raise ExportError(f"{path}: remove the key `name`; the file's name is the name")
+    return validated(cls, {"name": path.stem, **fields}, path)
+
+
+def load_fields(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file. Raises ExportError."""
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # an impossible date, too deep nesting
         raise ExportError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(fields, dict):
         raise ExportError(f"{path}: expected `key: value` lines, found {type(fields).__name__}")
-    if "name" in fields:
-        raise ExportError(f"{path}: remove the key `name`; the file's name is the name")
+    return fields
+
+
+def validated(cls: type[Record], fields: dict[str, Any], path: Path) -> Record:
+    """A record of the fields of a file. Raises ExportError that names them."""
     try:
-        return cls.model_validate({"name": path.stem, **fields})
+        return cls.model_validate(fields)
     except ValidationError as error:
         raise ExportError(f"{path}: {explain(error)}") from None
 
@@ -263,7 +316,7 @@ def explain(error: ValidationError) -> str:
     words = {"extra_forbidden": "unknown key", "missing": "missing"}
     parts = []
     for problem in error.errors():
-        field = ".".join(str(part) for part in problem["loc"])
+        field = ".".join(part if str(part).isprintable() else repr(part) for part in map(str, problem["loc"]))
         reason = words.get(problem["type"], problem["msg"])
         parts.append(f"{field}: {reason}" if field else reason)
     more = [f"{len(parts) - _MOST_PROBLEMS} more"] if len(parts) > _MOST_PROBLEMS else []

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 
@@ -43,6 +43,10 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
         str | None,
         typer.Option(help="lm-evaluation-harness tasks to evaluate instead, as NAME,NAME …", metavar="NAMES"),
     ] = None,
+    limits: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="YAML of limits that judge instead of those in configs/"),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="with --tasks: questions of each task")] = None,
     chat: Annotated[bool, typer.Option(help="with --tasks: apply the chat template of artifacts that have one")] = True,
     reference: Annotated[bool, typer.Option(help="with --tasks: evaluate the fp32 model too")] = True,
@@ -56,9 +60,12 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     if tasks is None:
         if limit or not chat or not reference:
             raise typer.BadParameter("--limit, --no-chat and --no-reference go with --tasks")
-        _validate(folders or _built_for(known), known, eval_name or known.evaluation, source, skip_proven=skip_proven)
+        given = _Given(eval_name or known.evaluation, source, limits, skip_proven)
+        _validate(folders or _built_for(known), known, given)
     elif eval_name:
         raise typer.BadParameter("--eval chooses what validation feeds; with --tasks the tasks do that")
+    elif limits:
+        raise typer.BadParameter("--limits judges a validation; scores of --tasks are not judged")
     else:
         options = TaskOptions(
             parse(tasks), limit, chat, reference, source, devices.thread_count(known), known.time_limit_s
@@ -66,20 +73,30 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
         _evaluate_tasks(folders or _built_for(known), known, options)
 
 
-def _validate(
-    folders: Sequence[Path], device: Device, eval_name: str, source: str | None, *, skip_proven: bool
-) -> None:
+class _Given(NamedTuple):
+    """What the command's options say about a validation."""
+
+    eval_name: str
+    source: str | None
+    limits: Path | None
+    skip_proven: bool
+
+
+def _validate(folders: Sequence[Path], device: Device, given: _Given) -> None:
     """Every artifact in turn, then the report; exit 0 only if every gate holds."""
     from . import evaluation, validate
+    from .checks import limits
     from .checks.subject import Setting
     from .evidence import proof
     from .places import scratch
     from .reports import publication, summary
 
     artifacts = validate.open_artifacts(folders, device)
-    loaded = evaluation.load(eval_name)
-    if skip_proven and here(device):
-        artifacts = proof.without(artifacts, device, loaded, BUILD / "records" / "records.jsonl")
+    loaded, judging = evaluation.load(given.eval_name), limits.load(given.limits) if given.limits else None
+    for _, described in artifacts:
+        limits.of(described, judging)  # or it is refused before any work
+    if given.skip_proven and here(device):
+        artifacts = proof.without(artifacts, device, loaded, BUILD / "records" / "records.jsonl", judging)
         if not artifacts:
             return
     run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
@@ -90,7 +107,8 @@ def _validate(
             place=place,
             threads=devices.physical_threads(),
             evaluation=loaded,
-            source=source,
+            source=given.source,
+            limits=judging,
             cache=BUILD / "cache",
             scratch=logits,
             read_bandwidth_bytes_per_s=_measure_bandwidth(device, place.threads) if here(device) else None,

@@ -12,7 +12,7 @@ from export.host import disk
 from export.host.console import console
 from export.manifest import Manifest
 
-from .checks import comparisons, conformance, files, gates, speed, tokens, weights
+from .checks import comparisons, conformance, files, gates, limits, speed, tokens, weights
 from .checks.subject import Finding, Setting, StoppedError, Subject, Timing
 from .evidence import baseline, proof, regression
 from .evidence.record import Accuracy, Comparison, Environment, Outcome, Record
@@ -21,8 +21,14 @@ from .places import facts, outcome_of
 
 
 def validate(folder: Path, described: Manifest, setting: Setting) -> Record:
-    """Run every check of an artifact and record the results, even where one ends early. Raises disk.FullError."""
-    subject = Subject(folder, described, setting)
+    """Run every check of an artifact and record the results, even where one ends early.
+
+    Raises disk.FullError; ExportError where nothing of this checkout judges it.
+    """
+    subject = Subject(folder, described, setting, limits.of(described, setting.limits))
+    notes = limits.notes(described, subject.judged_by, setting.place.abi)
+    for note in notes:
+        console.print(f"  {note}", style="yellow", soft_wrap=True, markup=False)
     environment = setting.place.environment()
     started, clock = datetime.now(UTC), time.perf_counter()
     finding, outcome, detail = collect(_examine(subject, environment), setting.scratch)
@@ -51,6 +57,7 @@ def validate(folder: Path, described: Manifest, setting: Setting) -> Record:
         latency=timing.latency,
         outcome=outcome,
         detail=detail,
+        notes=notes,
     )
 
 
@@ -112,7 +119,8 @@ def _proof_of(subject: Subject, environment: Environment) -> str:
     """The key by which a later run recognizes this proof; empty where the device is not this machine."""
     if subject.setting.place.attached:
         return ""
-    return proof.key(subject.folder, subject.setting.device, subject.setting.evaluation, environment)
+    setting = subject.setting
+    return proof.key(subject.folder, setting.device, setting.evaluation, environment, subject.judged_by)
 
 
 def _accuracy_of(subject: Subject, finding: Finding) -> Accuracy:

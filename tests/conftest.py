@@ -20,9 +20,10 @@ import runtime_tests.sessions
 from export import manifest
 from export.__main__ import app as export_app
 from export.build.command import run as run_app
-from export.plan import ModelSpec, Plan, QuantRecipe, load_named, load_plan
+from export.plan import ModelSpec, Plan, QuantRecipe, load_named, load_plan, names
 from runtime_tests import __main__ as cli
 from runtime_tests import evaluation, places
+from runtime_tests.checks import limits
 from runtime_tests.checks.subject import Setting
 from runtime_tests.jobs import isolation, worker
 from tests.support.artifacts import TARGET, export_with
@@ -36,9 +37,14 @@ for number in (signal.SIGINT, signal.SIGTERM):  # a runner that starts the tests
 
 @pytest.fixture(scope="session", autouse=True)
 def plugged_in():
-    """The fake format is found by name, as a real one is."""
+    """The fake format is found by name, as a real one is, and so are the limits of its target."""
     for package, name in ((export.formats, "backends"), (runtime_tests.sessions, "sessions")):
         package.__path__.append(str(FAKES / name))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(limits, "names", lambda kind: [*names(kind), "fake"])
+        known = {"fake": TARGET}
+        patch.setattr(limits, "load_named", lambda cls, kind, name: known.get(name) or load_named(cls, kind, name))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -126,6 +132,7 @@ def setting(tmp_path, store):
         threads=1,
         evaluation=evaluation.Evaluation.model_validate(fields),
         source=None,
+        limits=None,
         cache=store,
         scratch=scratch,
         read_bandwidth_bytes_per_s=1e10,

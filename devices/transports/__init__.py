@@ -4,7 +4,7 @@ A kind of transport is one module with an `Address` and a `Link` (`address.py`) 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,10 @@ class NoSpaceError(DeviceError):
 
 class TransferError(DeviceError):
     """A file did not arrive as it was sent."""
+
+
+class FloodError(DeviceError):
+    """A program wrote without an end."""
 
 
 class DeadlineError(DeviceError):
@@ -77,18 +81,18 @@ class Transport(Protocol):
         """Run a program in the working folder; stdin is empty.
 
         Nothing of it goes on after the call, nor after the death of this process. Raises DeadlineError,
-        DeviceLostError.
+        DeviceLostError, FloodError.
         """
 
-    def push(self, local: Path, remote: str, *, timeout_s: float) -> None:
+    def push(self, local: Path, remote: str, *, timeout_s: float, only: Collection[str] | None = None) -> None:
         """Copy a file or a folder whole or not at all: to NAME.part, sha256 checked on the device, then renamed.
 
-        What is already there with the same sha256 is left. Raises NoSpaceError before copying, TransferError, and
-        DeviceError for a program built for another processor.
+        `only`: names of the folder's files; None: all of them. What is already there with the same sha256 is left.
+        Raises NoSpaceError before copying, TransferError, and DeviceError for a program built for another processor.
         """
 
-    def pull(self, remote: str, local: Path, *, timeout_s: float) -> None:
-        """Copy a file from the device, sha256 checked, written whole or not at all."""
+    def pull(self, remote: str, local: Path, *, timeout_s: float, most_bytes: int = 2**26) -> None:
+        """Copy a file of up to so many bytes from the device, sha256 checked, written whole or not at all."""
 
     def lock(self) -> AbstractContextManager[None]:
         """Hold the device alone. Raises DeviceBusyError that names the holder."""

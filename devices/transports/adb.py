@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from . import Completed, DeviceError, DeviceLostError, last_line, processes
+from . import Completed, DeviceError, DeviceLostError, FloodError, last_line, processes
 from .address import Address, lookup, variable
 from .processes import Deadline
 
@@ -138,6 +138,8 @@ def _call(program: str, arguments: list[str], deadline: Deadline) -> str:
         ended = processes.call([program, *arguments], deadline)
     except TimeoutError:
         raise DeviceError(f"adb {arguments[0]}: no answer within {deadline.limit_s:g} s; try adb kill-server") from None
+    except FloodError as error:
+        raise DeviceError(f"adb {arguments[0]}: {error}") from None
     if ended.returncode and arguments[0] not in {"connect", "disconnect"}:
         raise DeviceError(f"adb {arguments[0]}: {ended.reason}")
     return ended.stdout.decode(errors="replace")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from . import DeviceError, Transport, marks, processes, visible
+from . import DeviceError, FloodError, Transport, last_line, marks, processes, visible
 from .adb import Adb
 from .address import Link
 from .device import Attached
@@ -27,6 +27,7 @@ getconf LONG_BIT 2>/dev/null || echo
 command -v getprop >/dev/null && getprop ro.product.cpu.abi && getprop ro.product.model
 exit 0
 """
+_ABI = re.compile(r"\w[\w-]{0,39}", re.ASCII)
 _WIDE = {"aarch64", "arm64", "x86_64", "riscv64"}
 """64-bit kernels, as `uname -m` names them: programs may be 32-bit all the same."""
 
@@ -51,6 +52,8 @@ def _attach(link: Link, device: "Device", deadline: Deadline) -> Attached:
         ended = processes.call(link.client(script), deadline)
     except TimeoutError:
         raise DeviceError(f"{device.name}: no answer within {deadline.limit_s:g} s; check its power") from None
+    except FloodError as error:
+        raise DeviceError(f"{device.name}: its shell {error}; check what its login prints") from None
     if marks.through_terminal(ended, mark):
         raise DeviceError(
             f"{device.name}: a terminal lies between and would change files (adbd before Android 7; ssh's RequestTTY)"
@@ -60,10 +63,10 @@ def _attach(link: Link, device: "Device", deadline: Deadline) -> Attached:
     if answer.returncode:
         elsewhere = f"set workdir in devices/{device.name}.yaml to a folder that this user may write"
         raise DeviceError(f"{device.name}: {device.workdir}: {answer.reason}; {elsewhere}")
-    folder, architecture, bits, *android = [*answer.stdout.decode(errors="replace").split("\n"), "", ""]
-    abi, model = android[:2] if len(android) > 3 else (architecture, None)
-    if not folder.startswith("/") or not re.fullmatch(r"\w[\w-]*", abi, re.ASCII):
-        told = f"reports {visible(folder)!r} as its folder, {visible(abi)!r} as its processor"
+    folder, architecture, bits, *android = *answer.stdout.decode(errors="replace").split("\n"), "", "", ""
+    abi, model = (android[0], last_line(android[1], "")) if android[0] else (architecture, None)
+    if not folder.startswith("/") or not _ABI.fullmatch(abi):
+        told = f"reports {visible(folder)!r:.200} as its folder, {visible(abi)!r:.200} as its processor"
         raise DeviceError(f"{device.name}: {told}: its shell does not run scripts as sh does")
     if model is None and architecture in _WIDE and bits == "32" and device.runner is None:
         raise DeviceError(

@@ -1,12 +1,12 @@
 """The one implementation of Transport, over any link."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from . import Completed, DeviceError, lock, transfer
-from .processes import Deadline
+from .processes import MOST_BYTES, Deadline
 from .shell import ANSWER_S, Shell
 
 _LOG = logging.getLogger(__name__)
@@ -25,17 +25,18 @@ class Attached:
     def run(self, argv: Sequence[str], *, timeout_s: float) -> Completed:
         return self._shell.run(argv, Deadline.after(timeout_s))
 
-    def push(self, local: Path, remote: str, *, timeout_s: float) -> None:
-        for path in transfer.listing(local).values():
+    def push(self, local: Path, remote: str, *, timeout_s: float, only: Collection[str] | None = None) -> None:
+        files = transfer.listing(local, only)
+        for path in files.values():
             if not transfer.runs(path, self._abi):
                 raise DeviceError(
                     f"{self._shell.link.name}: {path} is built for {transfer.machine(path)}, the device is "
                     f"{self._abi}; build it for the device"
                 )
-        transfer.push(self._shell, local, remote, Deadline.after(timeout_s))
+        transfer.push(self._shell, files, remote, Deadline.after(timeout_s))
 
-    def pull(self, remote: str, local: Path, *, timeout_s: float) -> None:
-        transfer.pull(self._shell, remote, local, Deadline.after(timeout_s))
+    def pull(self, remote: str, local: Path, *, timeout_s: float, most_bytes: int = MOST_BYTES) -> None:
+        transfer.pull(self._shell, remote, local, Deadline.after(timeout_s), most_bytes)
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -17,6 +17,8 @@ from . import Completed, DeviceBusyError, DeviceError, visible
 _LOG = logging.getLogger(__name__)
 _FOLDER = ".lock"
 _OWNER = f"{_FOLDER}/owner"
+_LONGEST = 2000
+"""Characters of an owner file of ours, at most."""
 HELD = 3
 """Exit status: another run has the folder."""
 _Ask = Callable[[str], Completed]
@@ -45,11 +47,13 @@ class Owner(BaseModel):
 
     @classmethod
     def parse(cls, text: str) -> "Owner | None":
-        """The content of an owner file; None when it is not readable as such."""
+        """The content of an owner file; None when it is not readable as such, with the types that we write."""
         try:
-            return cls.model_validate_json(text)
+            owner = cls.model_validate_json(text) if len(text) <= _LONGEST else None
         except ValidationError:
             return None
+        plain = owner is not None and f"{owner.host}{owner.boot}{owner.since}".isprintable()
+        return owner if plain else None
 
     def is_dead(self) -> bool:
         """Whether it was a process of this host that no longer runs; False for other hosts, which cannot be asked."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO
 
-from . import Completed, DeadlineError, DeviceLostError, marks, processes
+from . import Completed, DeadlineError, DeviceLostError, FloodError, marks, processes
 from .address import Link
 from .processes import Deadline
 
@@ -85,7 +85,7 @@ class Shell:
         self.folder = folder
 
     def run(self, argv: Sequence[str], deadline: Deadline) -> Completed:
-        """Run a program of which nothing stays, however it ends. Raises DeadlineError, DeviceLostError."""
+        """Run a program of which nothing stays, however it ends. Raises DeadlineError, DeviceLostError, FloodError."""
         # Later than our own deadline: this one is for a device that can no longer be reached.
         limit_s = int(deadline.left_s()) + 2 * processes.HANG_UP_S
         script = marks.opened(_guarded(argv, folder=self.folder, limit_s=limit_s), mark := marks.new())
@@ -94,12 +94,18 @@ class Shell:
         return self._answer(ended, mark, argv[0])
 
     def ask(
-        self, script: str, deadline: Deadline, *, stdin: IO[bytes] | None = None, step: str = "a file operation"
+        self,
+        script: str,
+        deadline: Deadline,
+        *,
+        stdin: IO[bytes] | None = None,
+        step: str = "a file operation",
+        most_bytes: int = processes.MOST_BYTES,
     ) -> Completed:
-        """Run a script that ends by itself. Raises DeadlineError, DeviceLostError."""
+        """Run a script that ends by itself. Raises DeadlineError, DeviceLostError, FloodError."""
         inside = marks.enclosed(f"cd {quoted([self.folder])} || exit 1\n{script}", mark := marks.new())
         with self._in_time(step, deadline):
-            ended = processes.call(self.link.client(inside), deadline, stdin=stdin)
+            ended = processes.call(self.link.client(inside), deadline, stdin=stdin, most_bytes=most_bytes)
         return self._answer(ended, mark, step)
 
     def _answer(self, ended: Completed, mark: str, step: str) -> Completed:
@@ -111,9 +117,14 @@ class Shell:
 
     @contextmanager
     def _in_time(self, step: str, deadline: Deadline) -> Iterator[None]:
-        """Turn TimeoutError into DeadlineError where the device still answers, DeviceLostError where it does not."""
+        """Turn TimeoutError into DeadlineError where the device still answers, DeviceLostError where it does not.
+
+        FloodError gets the device's name.
+        """
         try:
             yield
+        except FloodError as error:
+            raise FloodError(f"{self.link.name}: {step} {error}") from None
         except TimeoutError:
             if self._answers():
                 late = f"{step} did not end within {deadline.limit_s:g} s and was ended"
@@ -127,5 +138,5 @@ class Shell:
                 self.link.client(marks.enclosed("true", mark := marks.new())), Deadline.after(PING_S)
             )
             return marks.answer(ended, mark) is not None
-        except TimeoutError:
+        except (TimeoutError, FloodError):
             return False

@@ -4,6 +4,7 @@ import os
 import secrets
 import select
 import shutil
+import signal
 import socket
 import string
 import subprocess
@@ -32,6 +33,8 @@ _OPTIONS = {
     "ClearAllForwardings": "yes",
     "LogLevel": "ERROR",
 }
+_BOUNDED = ("sh", "-c", 'ulimit -f 2048; exec "$@"', "sh")
+"""Of what the other side says as long as the connection lives, a file of ours takes 1 MiB."""
 _CLOSE_S = 2
 _SSH_FAILED = 255
 """Exit status of ssh's own errors."""
@@ -125,7 +128,7 @@ class _SshLink:
         with tempfile.TemporaryFile() as errors:
             # It ends with its stdin, which this process holds: no connection outlives us.
             self._master = subprocess.Popen(
-                self._ssh("yes", "echo; exec cat >/dev/null"),
+                [*_BOUNDED, *self._ssh("yes", "echo; exec cat >/dev/null")],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -145,6 +148,8 @@ class _SshLink:
         return self._ssh("no", one_line(script))
 
     def explain(self, ended: Completed, /) -> str:
+        if ended.returncode == -signal.SIGXFSZ:
+            return "its shell said more than 1 MiB and was ended; check what its login prints"
         text = ended.stderr.decode(errors="replace")
         if ended.returncode == _SSH_FAILED:
             for words, advice in _ADVICE.items():

@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -26,6 +26,8 @@ _FAMILIES = {
 """A system's name of an ABI → the name used here; the others are the same."""
 _SPARE_BYTES = 2**20
 """Left free: file systems need room for names, too."""
+_GREETING_BYTES = 2**20
+"""What a shell may print around a file."""
 _ROOT = ""
 """The relative name of a file that is pushed by itself."""
 
@@ -72,9 +74,8 @@ def _survey(shell: Shell, names: tuple[str, ...], deadline: Deadline) -> _Survey
     return _Survey(int(free[1]) * 1024, hashes)
 
 
-def push(shell: Shell, local: Path, remote: str, deadline: Deadline) -> None:
-    """Copy a file or a folder to NAME.part, leave out what the device has, check, rename."""
-    files = listing(local)
+def push(shell: Shell, files: Mapping[str, Path], remote: str, deadline: Deadline) -> None:
+    """Copy a file or the files of a folder (`listing`) to NAME.part, leave out what the device has, check, rename."""
     digests = {name: _sha256(path) for name, path in files.items()}
     survey = _survey(shell, (remote, f"{remote}.part"), deadline)
     present, part = survey.below(remote), survey.below(f"{remote}.part")
@@ -90,14 +91,15 @@ def push(shell: Shell, local: Path, remote: str, deadline: Deadline) -> None:
     _finish(shell, remote, digests, files, deadline)
 
 
-def listing(local: Path) -> dict[str, Path]:
-    """Relative name → file. Raises DeviceError for names that a device's shell tools would change."""
+def listing(local: Path, only: Collection[str] | None = None) -> dict[str, Path]:
+    """Relative name → file, of a folder those in `only`. Raises DeviceError for names that a shell tool changes."""
     if local.is_dir():
         files = {path.relative_to(local).as_posix(): path for path in sorted(local.rglob("*")) if path.is_file()}
     elif local.is_file():
         files = {_ROOT: local}
     else:
         raise DeviceError(f"{local}: no such file or folder to push")
+    files = {name: path for name, path in files.items() if only is None or name in only}
     for name in files:
         if "\n" in name or "\\" in name:
             raise DeviceError(f"{name!r}: a file name with a newline or a backslash cannot be pushed")
@@ -186,7 +188,7 @@ def _finish(
         raise TransferError(f"{shell.link.name}: {remote} could not be renamed: {ended.reason}")
 
 
-def pull(shell: Shell, remote: str, local: Path, deadline: Deadline) -> None:
+def pull(shell: Shell, remote: str, local: Path, deadline: Deadline, most_bytes: int) -> None:
     """Copy one file from the device beside its final place, check, rename."""
     expected = _survey(shell, (remote,), deadline).below(remote).get(_ROOT)
     if expected is None:
@@ -194,7 +196,9 @@ def pull(shell: Shell, remote: str, local: Path, deadline: Deadline) -> None:
     with tempfile.NamedTemporaryFile(dir=local.parent, prefix=f".{local.name}.", delete=False) as file:
         part = Path(file.name)
         try:
-            ended = shell.ask(f"cat {quoted([remote])}", deadline, step=f"fetching {remote}")
+            ended = shell.ask(
+                f"cat {quoted([remote])}", deadline, step=f"fetching {remote}", most_bytes=most_bytes + _GREETING_BYTES
+            )
             file.write(ended.stdout)
             file.flush()
             if ended.returncode or _sha256(part) != expected:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from export.architecture import EMBEDDING, HEAD, Architecture, RopeScaling
 from export.errors import ExportError
 from export.host import digests
-from export.plan import SHORTEST_CONTEXT, ModelSpec
+from export.plan import SHORTEST_CONTEXT, ModelSpec, not_a_file_name
 
 from .files import GATHER, first_bytes, require_contents
 from .origin import Adapter, File, Folder, Hub, Origin, Package, Seed, is_meta, is_of_tokenizer, name_of, origin_of
@@ -162,6 +162,9 @@ class Checkpoint:
     @cached_property
     def sha256(self) -> dict[str, str]:
         """File name → digest, of weights, configuration and tokenizer."""
+        for path in self.source.files:
+            if why := not_a_file_name(name_of(path)):
+                raise ExportError(f"{str(path)!r}: its name {why}, which no manifest may hold; rename it")
         return {name_of(path): digests.remembered_sha256(path) for path in self.source.files}
 
     @property

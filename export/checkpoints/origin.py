@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a user's text, parsed once, and the files it stands for. Opens no file and imports no torch.
+"""Where a checkpoint is: a user's text, parsed once, and the files it stands for. No torch.
 
 `str()` of an origin is the text again, as the manifest and the keys of caches hold it; origins are equal where they
 stand for the same place.
@@ -6,14 +6,16 @@ stand for the same place.
 
 import importlib.util
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from export.errors import ExportError
 from export.host.disk import require_utf8
-from export.plan import ModelSpec
+from export.plan import ModelSpec, load_named, names, not_a_file_name
 
+_REMEDY = "nothing is downloaded or run on its word; give the checkpoint with --source"
 _HUB, _SEED, _PACKAGE, _ADAPTER = "hub:", "seed:", "package:", "adapter:"
 _TOKENIZER_JSON, _GENERATION, _META_TOKENIZER = "tokenizer.json", "generation_config.json", "tokenizer.model"
 TOKENIZER_FILES = (
@@ -73,10 +75,12 @@ class Package:
 
     @property
     def path(self) -> Path:
-        """The file's; the package is not imported. Raises ExportError: not installed, or without the file."""
+        """The file's; no package is imported. Raises ExportError: not installed, or without the file."""
+        if not self.name.isidentifier() or not_a_file_name(self.file):  # to find `a.b` is to import `a`
+            raise ExportError(f"source {str(self)!r}: expected package:NAME/FILE, a package and a file inside of it")
         try:
             spec = importlib.util.find_spec(self.name)
-        except (ImportError, ValueError):  # `a.b` without `a`; an empty name
+        except (ImportError, ValueError):  # a module without a spec
             spec = None
         if spec is None or not spec.submodule_search_locations:
             raise ExportError(f"package {self.name!r} is not installed: run `make setup`, or give --source")
@@ -129,11 +133,53 @@ def parse_origin(text: str) -> Origin:
     if not text:
         raise ExportError("--source is empty; give a folder, a .gguf file or a hub id")
     path = Path(os.path.expanduser(text))  # noqa: PTH111  (Path's own raises for an unknown user)
-    if path.exists() or path.is_symlink():
+    if os.path.lexists(path):  # Path's own raises for a name that is too long
         return _local(path, text)
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
         return _hub(text, text)
     raise ExportError(f"{text}: no such file or folder (and not a hub id like owner/name)")
+
+
+def told(text: str, source: str | None) -> Origin:
+    """The origin of a checkpoint that an artifact is compared with: `source`, or the one that its manifest tells.
+
+    A manifest's word is followed to what is on this machine already, and nothing is downloaded: a seed, a file of a
+    package that configs/models names, a hub model in the hub's cache, a path. Raises ExportError: it leads elsewhere.
+    """
+    return _here(parse_origin(text)) if source is None else parse_origin(source)
+
+
+def _here(origin: Origin) -> Origin:
+    match origin:
+        case Adapter():
+            base = _here(origin.base)
+            assert not isinstance(base, Adapter | Seed)
+            return replace(origin, base=base)
+        case Package() if origin not in (parse_origin(text) for text in _own_sources()):
+            raise ExportError(f"{origin}: told by the artifact, and no model of configs/models has it: {_REMEDY}")
+        case Hub():
+            return _cached(origin)
+        case _:
+            return origin
+
+
+def _own_sources() -> Iterator[str]:
+    """Where the models of configs/models come from."""
+    specs = (load_named(ModelSpec, "models", name) for name in names("models"))
+    return (spec.source for spec in specs if spec.source and spec.source.startswith(_PACKAGE))
+
+
+def _cached(origin: Hub) -> Folder:
+    """Its snapshot in the hub's cache, under the same text."""
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = None
+    if not_a_file_name(origin.revision or "main") is None:
+        with suppress(ValueError):  # no name that a repository can have
+            cached = try_to_load_from_cache(origin.repo, "config.json", revision=origin.revision)
+    if not isinstance(cached, str):
+        raise ExportError(f"{origin}: told by the artifact, and not in the hub's cache of this machine: {_REMEDY}")
+    return Folder(Path(cached).parent, origin.text)
 
 
 def origin_of(model: ModelSpec, source: Origin | None) -> Origin:

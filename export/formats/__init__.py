@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from export.architecture import Architecture, Strict
 from export.errors import ExportError
 from export.manifest import IOContract, KVLayout, TensorSpec, TokenizerIds
-from export.plan import Plan
+from export.plan import Plan, leads_out
 
 if TYPE_CHECKING:
     from export.quantization.store import QuantizedModel
@@ -261,11 +261,11 @@ def head(path: Path, count: int) -> bytes:
 
 def outside(folder: Path, reference: str) -> str | None:
     """Why a reference inside a file of a folder must not be followed; None if it stays in the folder."""
+    if why := leads_out(reference):
+        return why
     parts = reference.replace("\\", "/").split("/")
-    if reference.startswith(("/", "\\")) or ":" in parts[0]:
+    if ":" in parts[0]:
         return "is absolute"
-    if ".." in parts:
-        return "climbs out with `..`"
     if not reference or "\0" in reference:
         return "is no file name"
     step = folder

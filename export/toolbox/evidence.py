@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from export import manifest
+from export.plan import Name
 
 _HOLDS = ("pass", "inconclusive")
 
@@ -69,7 +70,7 @@ class Validation(Part):
     """One artifact, one run."""
 
     manifest_sha256: str
-    device: str
+    device: Name
     emulated: bool
     """Its results count, its timings do not."""
     environment: Machine

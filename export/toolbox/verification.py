@@ -12,7 +12,6 @@ from pathlib import Path
 from export import manifest
 from export.build.command import describe
 from export.errors import ExportError
-from export.formats import outside
 from export.host import processes
 from export.manifest import Manifest
 from export.quantization import schemes
@@ -35,9 +34,6 @@ def verify(folder: Path, limit_s: float, public_key: Path | None = None) -> list
         described = manifest.read(folder)
     except (ExportError, OSError) as error:
         return [describe(error)]
-    escapes = [f"{manifest.FILE}: file {name!r} {why}" for name in described.files if (why := outside(folder, name))]
-    if escapes:
-        return escapes
     try:
         findings = [*manifest.differing_files(folder, described), *_contradictions(described)]
     except OSError as error:
@@ -61,7 +57,6 @@ def _contradictions(described: Manifest) -> Iterator[str]:
     """Parts of a manifest that cannot be true together."""
     a, kv, plan = described.architecture, described.contract.kv, described.plan
     pairs = (
-        ("id", described.id, plan.id),
         ("contract.kv.layers", kv.layers, a.num_hidden_layers),
         ("contract.kv.kv_heads", kv.kv_heads, a.num_key_value_heads),
         ("contract.kv.head_dim", kv.head_dim, a.head_dim),

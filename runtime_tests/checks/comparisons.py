@@ -133,7 +133,7 @@ def compare_references(subject: Subject, windows: Windows, references: Reference
     return Finding(
         gates=(
             *gates.rewriting(rewriting, subject.setting.evaluation.max_rewriting_error),
-            *gates.quantization(quantization, subject.manifest.plan.quant.limits),
+            *gates.quantization(quantization, subject.judged_by.quant),
         ),
         comparisons={"rewriting": rewriting, "quantization": quantization} | noise,
     )

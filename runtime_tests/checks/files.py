@@ -8,7 +8,7 @@ from typing import Any
 
 from export import checkpoints, manifest
 from export.checkpoints import Source, chat_template, tokenizer
-from export.checkpoints.origin import parse_origin
+from export.checkpoints.origin import told
 from export.errors import ExportError
 from export.host.console import stage
 from export.manifest import Manifest
@@ -52,7 +52,8 @@ def check_tokenizer(subject: Subject) -> Finding:
     texts = [evaluation.read_text(spec.file) for spec in subject.setting.evaluation.texts]
     with stage("tokenizer"):
         try:
-            source = checkpoints.open_source(parse_origin(subject.origin), subject.manifest.plan.model.architecture)
+            origin = told(subject.manifest.checkpoint.origin, subject.setting.source)
+            source = checkpoints.open_source(origin, subject.manifest.plan.model.architecture)
         except ExportError as error:
             raise StoppedError(Outcome.SOURCE_DIFFERS, str(error)) from None
         problems = _tokenizer_differences(subject.folder, subject.manifest, source, texts)

@@ -16,6 +16,8 @@ from runtime_tests.jobs import isolation
 from runtime_tests.jobs.isolation import Ended
 from runtime_tests.places import ArtifactJob, Place
 
+from .limits import Limits
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -30,6 +32,8 @@ class Setting:
     evaluation: Evaluation
     source: str | None
     """The origin of checkpoints, when it is not the manifests'."""
+    limits: Limits | None
+    """What judges the artifacts; None: the limits of this checkout."""
     cache: Path
     scratch: Path
     read_bandwidth_bytes_per_s: float | None
@@ -43,17 +47,12 @@ class Subject:
     folder: Path
     manifest: Manifest
     setting: Setting
+    judged_by: Limits
 
     @property
     def limits(self) -> TargetLimits:
         """What the lowering may lose on the device's processor."""
-        target = self.manifest.plan.target
-        return target.limits_on.get(self.setting.place.abi, target.limits)
-
-    @property
-    def origin(self) -> str:
-        """The origin of the checkpoint."""
-        return self.setting.source or self.manifest.checkpoint.origin
+        return self.judged_by.on(self.setting.place.abi)
 
     @property
     def folder_text(self) -> str:

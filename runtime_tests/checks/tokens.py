@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from export.architecture import Strict
 from export.host.console import stage
 from export.manifest import ROOT, Manifest
+from export.plan import ModelSpec, load_named, names
 from runtime_tests import jobs
 from runtime_tests.evaluation import Windows
 from runtime_tests.evidence.record import Outcome
@@ -39,10 +40,12 @@ class Golden(Strict):
 
 
 def golden_of(described: Manifest) -> Golden | None:
-    """The golden answer, if there is one, of an artifact built from its model's default weights."""
+    """The golden answer, if there is one, of an artifact built from its model's weights in configs/models."""
     path = GOLDEN / f"{described.plan.model.name}_{described.plan.quant.name}.json"
-    own_weights = described.checkpoint.origin == described.plan.model.source
-    return Golden.model_validate_json(path.read_bytes()) if own_weights and path.is_file() else None
+    if not path.is_file() or (name := described.plan.model.name) not in names("models"):
+        return None
+    own_weights = described.checkpoint.origin == load_named(ModelSpec, "models", name).source
+    return Golden.model_validate_json(path.read_bytes()) if own_weights else None
 
 
 def check_golden(subject: Subject) -> Finding:

@@ -12,9 +12,9 @@ from typing import Annotated, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from devices import Device, Transport
+from devices import Device, Transport, last_line
 from export.errors import ExportError
 from export.host.processes import signal_name
 from export.manifest import ROOT
@@ -24,6 +24,8 @@ from . import complaints
 
 _STAGES: dict[int, str] = {2: "usage", 3: "load", 4: "run"}
 _SIGNALLED = 128
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Positive = Annotated[int, Field(gt=0, lt=2**63)]
 
 
 @dataclass(frozen=True)
@@ -91,26 +93,25 @@ def _line(command: Command) -> str:
 
 _Time = Annotated[int, Field(gt=0, lt=10**15)]
 """Nanoseconds: rates are computed from it."""
-_Bytes = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class _Record(BaseModel):
     """Exactly the documented keys with exactly the documented types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class _Fed(_Record):
     """One `feed`."""
 
-    tokens: PositiveInt
+    tokens: _Positive
     ns: _Time
 
 
 class _Generated(_Record):
     """One `generate`: each token fed and its time."""
 
-    tokens: tuple[NonNegativeInt, ...]
+    tokens: tuple[_Count, ...]
     ns: tuple[_Time, ...]
 
     @model_validator(mode="after")
@@ -125,18 +126,18 @@ class Answer(_Record):
 
     runner: str
     runtime: str
-    threads: PositiveInt
-    vocab_size: PositiveInt
-    context_length: PositiveInt
+    threads: _Positive
+    vocab_size: _Positive
+    context_length: _Positive
     load_ns: _Time
     feeds: tuple[_Fed, ...]
     generated: tuple[_Generated, ...]
-    top: tuple[tuple[tuple[NonNegativeInt, float | None], ...], ...]
+    top: tuple[tuple[tuple[_Count, float | None], ...], ...]
     """Token and logit, largest first; None: not a finite number."""
-    logits_rows: NonNegativeInt
+    logits_rows: _Count
     logits_crc32: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
-    rss_before_load_bytes: _Bytes
-    peak_rss_bytes: _Bytes
+    rss_before_load_bytes: _Count
+    peak_rss_bytes: _Count
 
 
 class RunnerFailure(_Record):
@@ -177,7 +178,7 @@ def parse_answer(stdout: bytes, returncode: int, stderr: bytes = b"") -> Answer 
     if _STAGES.get(returncode) != failed.stage:
         text = f"exit status {returncode} with stage {failed.stage}: {failed.error}"
         return RunnerFailure(stage="protocol", error=text)
-    return RunnerFailure(stage=failed.stage, error=failed.error)
+    return RunnerFailure(stage=failed.stage, error=last_line(failed.error))
 
 
 def fitting(answer: Answer, commands: Sequence[Command], vocab_size: int) -> Answer:

@@ -11,6 +11,8 @@ from export import manifest
 from export.host import digests
 from export.host.console import console
 from export.manifest import ROOT, Manifest
+from runtime_tests.checks import limits
+from runtime_tests.checks.limits import Limits
 from runtime_tests.evaluation import TEXT, Evaluation, read_text
 from runtime_tests.places import environment
 
@@ -22,13 +24,14 @@ _WORDS = {"description", "limits", "limits_on"}
 """Fields of a YAML that change neither an artifact nor a number."""
 
 
-def key(folder: Path, device: Device, evaluation: Evaluation, machine: Environment) -> str:
+def key(folder: Path, device: Device, evaluation: Evaluation, machine: Environment, judged_by: Limits) -> str:
     """sha256 over everything that decides a verdict, except the machine's load."""
     path = baseline.place(device.name, machine)
     inputs = {
         "manifest": manifest.digest(folder),
         "device": device.model_dump(mode="json"),
         "evaluation": evaluation.model_dump(mode="json"),
+        "limits": judged_by.model_dump(mode="json"),
         "texts": [digests.sha256(TEXT / text.file) for text in evaluation.texts],
         "baseline": digests.sha256(path) if path.is_file() else None,
         "machine": [machine.cpu, machine.cores, machine.memory_bytes, machine.os, machine.python, machine.tools],
@@ -38,13 +41,21 @@ def key(folder: Path, device: Device, evaluation: Evaluation, machine: Environme
 
 
 def without(
-    cases: Sequence[tuple[Path, Manifest]], device: Device, evaluation: Evaluation, records: Path
+    cases: Sequence[tuple[Path, Manifest]],
+    device: Device,
+    evaluation: Evaluation,
+    records: Path,
+    given: Limits | None = None,
 ) -> list[tuple[Path, Manifest]]:
-    """The artifacts that must be proven; for each of the others its last verdict is printed."""
+    """The artifacts that must be proven; for each of the others its last verdict is printed.
+
+    `given`: limits that judge them instead of this checkout's.
+    """
     machine, unproven = environment.current(), []
     for folder, described in cases:
         newest = record.newest_of(records, manifest_sha256=manifest.digest(folder))
-        if newest is None or not newest.holds or newest.proof != key(folder, device, evaluation, machine):
+        proven = key(folder, device, evaluation, machine, limits.of(described, given))
+        if newest is None or not newest.holds or newest.proof != proven:
             unproven.append((folder, described))
             continue
         manifest.verify_files(folder, described)

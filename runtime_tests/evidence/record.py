@@ -11,7 +11,7 @@ from pydantic import ValidationError, model_validator
 from export.architecture import Strict
 from export.errors import ExportError
 from export.host import disk
-from export.plan import explain
+from export.plan import FileName, Name, explain
 from export.toolbox import evidence
 
 
@@ -93,7 +93,7 @@ class Comparison(Slice):
 class Accuracy(Strict, evidence.Losses):
     """The comparisons; null where the run ended before. Gates judge all but `total`."""
 
-    evaluation: str
+    evaluation: Name
     prefill: int
     decode: int
     domains: tuple[str, ...]
@@ -210,10 +210,10 @@ class Record(Strict, evidence.Validation):
     """All results of one run about one artifact."""
 
     schema_version: Literal[4]
-    run_id: str
+    run_id: Name
     proof: str
     """`proof.key`: the sha256 of what was proven, and with what; empty for an attached device."""
-    artifact: str
+    artifact: FileName
     plan_key: PlanKey
     size_bytes: int
     bits_per_weight: float
@@ -229,6 +229,8 @@ class Record(Strict, evidence.Validation):
     latency: Latency | None
     outcome: Outcome
     detail: str
+    notes: tuple[str, ...] = ()
+    """What the artifact claims beside what it was judged by."""
 
     @property
     def timings(self) -> Latency | None:

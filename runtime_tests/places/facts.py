@@ -5,6 +5,7 @@ Everything is read from /proc, /sys and what Android and macOS have instead. An 
 
 import re
 
+from devices import last_line
 from runtime_tests.evidence.record import DeviceState, Environment
 
 SCRIPT = r"""
@@ -48,17 +49,19 @@ for supply in /sys/class/power_supply/*; do
 done
 exit 0
 """
+_MOST_CHARACTERS = 2**16
+_MOST_CORES = 2**12
 _HOTTEST, _COLDEST = 150.0, -50.0
 """Degrees Celsius that no working sensor reports; some zones count milli-degrees, some report nonsense."""
 
 
 def values(text: str) -> dict[str, list[str]]:
-    """`key=value` lines; a key may occur several times."""
+    """`key=value` lines, of which a device has some dozens; a key may occur several times."""
     entries: dict[str, list[str]] = {}
-    for line in text.splitlines():
+    for line in text[:_MOST_CHARACTERS].splitlines():
         key, equals, value = line.partition("=")
-        if equals and value.strip():
-            entries.setdefault(key, []).append(value.strip())
+        if equals and (value := last_line(value, "")):
+            entries.setdefault(key, []).append(value)
     return entries
 
 
@@ -70,7 +73,7 @@ def environment(text: str, tools: dict[str, str]) -> Environment:
     return Environment(
         os=", ".join(system) or "not told",
         cpu=", ".join(dict.fromkeys(name)) or first.get("machine", "not told"),
-        cores=max(1, int(number(first.get("cores")) or 1)),
+        cores=min(max(1, int(number(first.get("cores")) or 1)), _MOST_CORES),
         memory_bytes=max(0, int(number(first.get("memory_kb")) or 0)) * 1024,
         load_average_1min=number(first.get("load")),
         python="",

@@ -15,11 +15,12 @@ from typing import Any, Protocol, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from devices import Device, DeviceError, NoSpaceError, Transport
+from devices import Device, DeviceError, NoSpaceError, Transport, last_line
 from export import manifest
 from export.errors import ExportError
 from export.host.console import stage
 from export.manifest import Manifest
+from runtime_tests import sessions
 from runtime_tests.device_runner import (
     Answer,
     Command,
@@ -157,12 +158,12 @@ class AttachedDevice:
                 fitting(answer, commands, described.architecture.vocab_size)
             except ValueError as error:
                 raise RunnerStoppedError(Outcome.RUN_FAIL, f"protocol: {error}") from None
-            self.tools[answer.runner] = answer.runtime
+            self.tools[last_line(answer.runner)] = last_line(answer.runtime)
             logits = self._pull_logits(answer, Path(local) / "logits", limit_s) if with_logits else _NO_LOGITS
             return answer, logits
 
     def _pull_logits(self, answer: Answer, local: Path, limit_s: float) -> NDArray[np.float32]:
-        self.transport.pull(LOGITS, local, timeout_s=limit_s)
+        self.transport.pull(LOGITS, local, timeout_s=limit_s, most_bytes=answer.logits_rows * answer.vocab_size * 4)
         try:
             return np.array(read_logits(local, answer))
         except ValueError as error:
@@ -180,7 +181,8 @@ class AttachedDevice:
     def _runner(self, session: str) -> tuple[str, ...]:
         """The command that starts a session's runner, which is pushed once."""
         if session not in self.runners:
-            module = cast(_RunnerModule, importlib.import_module(f"runtime_tests.device_runner.{session}"))
+            name = f"runtime_tests.device_runner.{sessions.require(session)}"
+            module = cast(_RunnerModule, importlib.import_module(name))
             self.runners[session] = module.install(self.transport, self.device, timeout_s=self.device.time_limit_s)
         return self.runners[session]
 
@@ -189,7 +191,8 @@ class AttachedDevice:
         self._runner(described.plan.target.session)
         if folder not in self.models:
             remote = f"{_ARTIFACTS}/{described.id}"
-            self.transport.push(folder, remote, timeout_s=self.device.time_limit_s)
+            listed = {manifest.FILE, *described.files}  # and nothing that lies beside them: no link is followed
+            self.transport.push(folder, remote, timeout_s=self.device.time_limit_s, only=listed)
             self.models[folder] = f"{remote}/{described.plan.target.artifact}"
         return self.models[folder]
 

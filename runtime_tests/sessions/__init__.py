@@ -1,16 +1,20 @@
 """Sessions: an artifact opened in its runtime. Each runtime has a module, found by the name in the target's YAML."""
 
 import importlib
+import pkgutil
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from export.errors import ExportError
 from export.manifest import Manifest
 
 from .base import Session
 
-__all__ = ["Session", "open_session", "session_module"]
+__all__ = ["Session", "names", "open_session", "session_module"]
+_SHARED = {"base", "board", "timing"}
+"""Modules of this room that are no session."""
 
 
 class _SessionModule(Protocol):
@@ -24,10 +28,21 @@ class _SessionModule(Protocol):
         """Load the artifact of a folder."""
 
 
+def names() -> list[str]:
+    """Names of all sessions, sorted."""
+    return sorted({module.name for module in pkgutil.iter_modules(__path__)} - _SHARED)
+
+
+def require(name: str) -> str:
+    """The name of a session. Raises ExportError for any other: what a manifest names is not imported."""
+    if name not in names():
+        raise ExportError(f"unknown session {name!r} in the artifact's target; known: {', '.join(names())}")
+    return name
+
+
 def session_module(manifest: Manifest) -> _SessionModule:
-    """The module that the artifact's target names; importing it imports its runtime."""
-    module = importlib.import_module(f"runtime_tests.sessions.{manifest.plan.target.session}")
-    return cast(_SessionModule, module)
+    """The module that the artifact's target names; importing it imports its runtime. Raises ExportError."""
+    return cast(_SessionModule, importlib.import_module(f"{__name__}.{require(manifest.plan.target.session)}"))
 
 
 def open_session(folder: Path, manifest: Manifest, *, threads: int) -> Session:

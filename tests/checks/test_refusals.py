@@ -1,5 +1,7 @@
 """`python -m runtime_tests` on a wrong folder, a damaged artifact, a lost checkpoint: one line, cause and remedy."""
 
+import json
+
 import pytest
 
 import devices
@@ -8,11 +10,18 @@ from export.checkpoints.origin import parse_origin
 from export.plan import Plan, QuantRecipe, load_named
 from runtime_tests import __main__ as cli
 from runtime_tests import evaluation
+from runtime_tests.evidence import record
 from tests.support.artifacts import TARGET, edit_manifest, reseal
 from tests.support.checkpoints import LLAMA, write_folder
 
 REAL_DEVICE = devices.load
 REAL_EVALUATION = evaluation.load
+
+
+@pytest.fixture
+def records(tmp_path):
+    """The records of the newest run."""
+    return lambda: record.newest_run(tmp_path / "build/records/records.jsonl", "host")
 
 
 @pytest.fixture
@@ -36,7 +45,7 @@ def check(command, in_process, capsys):
         (lambda fields: fields.pop("contract"), "contract: missing; build the artifact again"),
         (lambda fields: fields.update(mood="good"), "mood: unknown key"),
         (lambda fields: fields["plan"]["target"].update(artifact="../../x"), "plan.target.artifact"),
-        (lambda fields: fields["plan"]["target"].update(name="tflite"), "does not run tflite; it runs fake"),
+        (lambda fields: fields.update(id="tiny_int4-g32_onnx-cpu"), "its plan is 'tiny_int4-g32_fake'"),
         (lambda fields: fields["architecture"].update(num_hidden_layers=10**9), "architecture.num_hidden_layers"),
     ],
 )
@@ -55,6 +64,82 @@ def test_a_manifest_that_is_none(check, artifact, content):
     code, error, _ = check(artifact)
     assert (code, error.count("\n")) == (1, 0)
     assert "manifest.json: damaged or of another version" in error
+
+
+def test_a_target_that_the_device_does_not_run(check, artifact):
+    def change(fields):
+        fields["plan"]["target"]["name"] = "tflite"
+        fields["id"] = "tiny_int4-g32_tflite"
+
+    edit_manifest(artifact, change)
+    code, error, _ = check(artifact)
+    assert (code, error.count("\n")) == (1, 0)
+    assert "does not run tflite; it runs fake" in error
+
+
+def renamed_part(kind, name):
+    def change(fields):
+        fields["plan"][kind]["name"] = name
+        fields["id"] = "_".join(fields["plan"][part]["name"] for part in ("model", "quant", "target"))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (renamed_part("quant", "int5-g32"), "tiny_int5-g32_fake: this checkout has no configs/quant/int5-g32.yaml"),
+        (lambda f: f["plan"]["target"].update(activations="int8-per-token"), "(activations differs): build it again"),
+        (lambda f: f["plan"]["target"].update(session="pte", backend="pte"), "(backend, session differs): build it"),
+        (lambda f: f["plan"]["target"].update(artifact="tokenizer.json"), "(artifact differs): build it again"),
+    ],
+)
+def test_what_this_checkout_does_not_know_is_not_judged(check, artifact, tmp_path, change, words):
+    edit_manifest(artifact, change)
+    code, error, _ = check(artifact)
+    assert (code, error.count("\n")) == (1, 0)
+    assert words in error
+    assert error.endswith("--limits FILE")
+    assert not (tmp_path / "build" / "records").exists()
+
+
+def write_limits(path, **target):
+    fields = {"quant": {"max_mean_kl": 1.0, "min_top1": 0.4}, "target": {**TARGET.limits.model_dump(), **target}}
+    path.write_text(json.dumps(fields))
+    return path
+
+
+def test_limits_that_are_given_judge(check, artifact, tmp_path, records):
+    edit_manifest(artifact, renamed_part("quant", "int5-g32"))
+    code, _, out = check("--limits", write_limits(tmp_path / "limits.json"), artifact)
+    assert (code, records()[-1].outcome) == (0, "pass"), out
+    code, _, out = check("--limits", write_limits(tmp_path / "limits.json", min_sqnr_db=1e9), artifact)
+    assert code == 1
+    assert "(at least 1e+09)" in out
+    assert "target.min_sqnr_db 1000000000.0 (its own: 40.0)" in records()[-1].notes[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("quant: {max_mean_kl: 1.0, min_top1: 0.4}", "target: missing"),
+        ("[]", "expected `key: value` lines, found list"),
+        ("{", "not readable as YAML"),
+        ("mood: good", "mood: unknown key"),
+    ],
+)
+def test_limits_that_are_none(check, artifact, tmp_path, text, words):
+    (tmp_path / "mine.yaml").write_text(text)
+    code, error, _ = check("--limits", tmp_path / "mine.yaml", artifact)
+    assert code == 1
+    assert "mine.yaml: " in error
+    assert words in error
+
+
+def test_limits_do_not_go_with_tasks(check, artifact, tmp_path):
+    code, error, _ = check("--tasks", "x", "--limits", write_limits(tmp_path / "limits.json"), artifact)
+    assert code == 2
+    assert "--limits judges a validation; scores of --tasks are not judged" in error
 
 
 def test_a_folder_that_is_no_artifact(check, tmp_path):

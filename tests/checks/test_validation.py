@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import platform
 import shutil
 from dataclasses import replace
 
@@ -15,11 +16,12 @@ from export import manifest
 from export.checkpoints import tokenizer
 from export.errors import ExportError
 from export.host import disk
+from export.plan import QuantLimits, WeightScheme
 from runtime_tests import evaluation, validate
-from runtime_tests.checks import gates, golden, tokens
+from runtime_tests.checks import gates, golden, limits, tokens
 from runtime_tests.checks.subject import Finding, StoppedError
 from runtime_tests.evidence.record import Outcome
-from tests.support.artifacts import reseal, set_fault
+from tests.support.artifacts import OWN_LIMITS, edit_manifest, renamed, reseal, set_fault
 from tests.support.harms import Execute
 from tests.support.records import failed
 from tests.support.reliability import NUMBERS
@@ -27,6 +29,7 @@ from tests.support.reliability import NUMBERS
 KL, TOP1, SQNR = "lowering: mean KL", "lowering: top-1", "lowering: SQNR"
 WEIGHTS, CACHE, GOLDEN = "weights: differing numbers", "cache: broken promises", "golden tokens"
 ALL_LOWERING = {KL, TOP1, SQNR}
+GOLDEN_TINY = tokens.Golden.model_validate_json((tokens.GOLDEN / "tiny_int4-g32.json").read_bytes())
 UP = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -195,12 +198,51 @@ def test_another_checkpoint_is_refused(artifact, setting, in_process):
 
 
 def test_quantization_beyond_the_recipe_fails_only_its_gates(artifact, setting, in_process):
-    described = manifest.read(artifact)
-    limits = described.plan.quant.limits.model_copy(update={"max_mean_kl": 1e-3, "min_top1": 0.999})
-    plan = described.plan.model_copy(update={"quant": described.plan.quant.model_copy(update={"limits": limits})})
-    reseal(artifact, plan=plan)
-    record = check(artifact, setting)
+    given = limits.of(manifest.read(artifact), None)
+    strict = given.model_copy(update={"quant": QuantLimits(max_mean_kl=1e-3, min_top1=0.999)})
+    record = check(artifact, replace(setting, limits=strict))
     assert failed(record) == {"quantization: mean KL", "quantization: top-1"}
+    assert record.notes == (
+        "not judged by the limits that it brings: quant.max_mean_kl 0.001 (its own: 1.0), "
+        "quant.min_top1 0.999 (its own: 0.4)",
+    )
+
+
+def bring_own(fields, **changes):
+    fields["plan"]["quant"]["limits"] = {"max_mean_kl": 1e9, "min_top1": 0.0}
+    fields["plan"]["target"].update(limits=OWN_LIMITS, limits_on={platform.machine(): OWN_LIMITS}, **changes)
+
+
+def test_an_artifact_brings_no_pass_mark_of_its_own(artifact, setting, in_process, capsys):
+    """Wrong weights, files recorded anew, limits that nothing exceeds: judged by those of configs/."""
+    set_fault(artifact, "flipped scale")
+    edit_manifest(artifact, bring_own)
+    record = check(artifact, with_evaluation(setting, prefill=20))
+    assert (record.outcome, failed(record)) == (Outcome.MISMATCH, {*ALL_LOWERING, GOLDEN})
+    (note,) = record.notes
+    assert note.startswith("not judged by the limits that it brings: quant.max_mean_kl 1.0 (its own: 1000000000.0), ")
+    assert note in capsys.readouterr().err
+
+
+def test_golden_tokens_are_those_of_the_model_in_configs(artifact, setting, in_process):
+    """A manifest that says its weights are others still builds from the seed whose answer is known."""
+    edit_manifest(artifact, lambda fields: fields["plan"]["model"].update(source="seed:7"))
+    set_fault(artifact, "constant token")
+    assert GOLDEN in failed(check(artifact, with_evaluation(setting, prefill=20)))
+    assert tokens.golden_of(manifest.read(artifact)) == GOLDEN_TINY
+    renamed(artifact, "vendor")
+    assert tokens.golden_of(manifest.read(artifact)) is None
+
+
+def test_a_record_of_an_honest_artifact_has_no_notes(artifact, setting, in_process):
+    described = manifest.read(artifact)
+    assert limits.notes(described, limits.of(described, None), "aarch64") == ()
+    other = described.plan.quant.model_copy(update={"linear": WeightScheme(bits=4, group_size=64)})
+    reseal(artifact, plan=described.plan.model_copy(update={"quant": other}))
+    changed = manifest.read(artifact)
+    assert limits.notes(changed, limits.of(changed, None), "x86_64") == (
+        "its recipe is not configs/quant/int4-g32.yaml of this checkout: linear differs",
+    )
 
 
 def test_a_rewriting_error_fails_only_its_gate(artifact, setting, in_process, monkeypatch, tmp_path):
@@ -260,7 +302,7 @@ def test_what_was_found_before_a_check_stopped_is_in_the_record(tmp_path):
 
 
 def test_golden_tokens_are_varied_and_clear():
-    answer = tokens.Golden.model_validate_json((tokens.GOLDEN / "tiny_int4-g32.json").read_bytes())
+    answer = GOLDEN_TINY
     assert len(answer.tokens) >= 32
     assert len(set(answer.tokens)) >= golden.MIN_DISTINCT
     # a lowering at the loosest SQNR limit of configs/targets would move a logit by less than half of this

@@ -13,6 +13,7 @@ from runtime_tests.device_runner import (
     Reset,
     RunnerFailure,
     Top,
+    fitting,
     parse_answer,
     read_logits,
     script_text,
@@ -70,14 +71,51 @@ def test_only_the_last_line_counts():
         {"logits_crc32": "xyz"},
         {"logits_crc32": "ECBB4B55"},
         {"runner": None},
+        {"load_ns": 10**4000},
+        {"peak_rss_bytes": 2**63},
+        {"feeds": [{"tokens": 1, "ns": 0}]},
+        {"generated": [{"tokens": [1], "ns": [10**400]}]},
+        {"top": [[[3, float("nan")]]]},
+        {"top": [[[3, float("inf")]]]},
     ],
-    ids=str,
+    ids=lambda changes: str(changes)[:40],
 )
 def test_an_answer_that_is_not_the_documented_one_is_refused(changes):
     failure = parse_answer(line(**changes), 0)
     assert isinstance(failure, RunnerFailure)
     assert failure.stage == "protocol"
     assert next(iter(changes)) in failure.error
+
+
+ASKED = [Feed((1,)), Generate(2), Top(2), Logits()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"feeds": []}, "feeds"),
+        ({"feeds": [{"tokens": 2, "ns": 5}]}, "feeds"),
+        ({"feeds": [{"tokens": 1, "ns": 5}] * 2}, "feeds"),
+        ({"generated": []}, "generated"),
+        ({"generated": [{"tokens": [1], "ns": [3]}]}, "generated"),
+        ({"generated": [{"tokens": [1, 4], "ns": [3, 4]}]}, "generated tokens"),
+        ({"top": []}, "top"),
+        ({"logits_rows": 0}, "logits"),
+        ({"logits_rows": 2**62}, "logits"),
+        ({"vocab_size": 8}, "vocab_size"),
+    ],
+)
+def test_an_answer_about_something_else_is_told(changes, word):
+    assert fitting(parse_answer(line(), 0), ASKED, 4)
+    with pytest.raises(ValueError, match=f"its answer is not to this script: .*{word}.* differ"):
+        fitting(parse_answer(line(**changes), 0), ASKED, 4)
+
+
+def test_a_runners_own_words_are_one_line():
+    words = json.dumps({"error": "\x1b[2Jall\nis well" + "x" * 1000, "stage": "load"}).encode()
+    failure = parse_answer(words, 3)
+    assert failure.error.isprintable()
+    assert len(failure.error) <= 300
 
 
 def test_every_key_is_needed():

@@ -1,5 +1,6 @@
 """What other people's machines print and lack: greetings, words at the end, other shells, missing tools, two of one."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,7 +10,8 @@ import pytest
 
 import devices
 from devices import Completed, DeviceBusyError, DeviceError, DeviceLostError
-from devices.transports import marks, ssh
+from devices import __main__ as listing
+from devices.transports import lock, marks, processes, ssh
 from tests.support.fakes import boards
 from tests.support.reliability import FOREIGN_WORDS
 
@@ -185,6 +187,99 @@ def test_a_script_cut_anywhere_gave_no_answer():
     whole = done.stdout
     assert marks.answer(Completed(0, whole, done.stderr), mark) == Completed(139, b"1\n", b"")
     assert not any(marks.answer(Completed(0, whole[:cut], b""), mark) for cut in range(len(whole)))
+
+
+# --- devices of strangers ---
+
+
+@pytest.mark.parametrize("stream", ["", ">&2"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_board_that_prints_without_an_end_is_one_line(board, tmp_path, when, stream):
+    with pytest.raises(
+        DeviceError, match=r"raspberry-pi-5: .*(wrote more than 64|said more than 1) MiB and was ended"
+    ) as refused:
+        board(**{when: f"yes AAAAAAAAAAAAAAAAAAAAAAAAAAA {stream}"})
+    assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize("script", ["yes", "yes >&2", "head -c 70000000 /dev/zero"])
+def test_a_program_that_prints_without_an_end_is_ended(board, script):
+    transport, _ = board()
+    with pytest.raises(DeviceError, match=r"raspberry-pi-5: sh wrote more than 64 MiB and was ended$"):
+        transport.run(["sh", "-c", script], timeout_s=QUICK_S)
+
+
+def test_what_is_said_after_the_deadline_is_not_kept(board, monkeypatch):
+    """It has a moment to clean up; what it prints meanwhile takes no memory."""
+    monkeypatch.setattr(processes, "HANG_UP_S", 0.2)
+    deadline = processes.Deadline.after(0.2)
+    with pytest.raises(TimeoutError):
+        processes.call_held(["sh", "-c", "sleep 0.3; exec yes"], deadline)
+
+
+def test_a_file_larger_than_expected_is_not_fetched(board, tmp_path):
+    transport, there = board()
+    (there / "logits").write_bytes(bytes(3_000_000))
+    with pytest.raises(DeviceError, match="fetching logits wrote more than 2 MiB and was ended"):
+        transport.pull("logits", tmp_path / "here", timeout_s=QUICK_S, most_bytes=2**20)
+    assert not (tmp_path / "here").exists()
+
+
+ODD_ABIS = {
+    "not UTF-8": r"'\377\376\n'", "markup": r"'[/nope]arm64\n'", "a path": r"'../../../x\n'",
+    "escapes": r"'\033[2J\033]0;RAN\007\n'", "much": r"'%060d\n' 1", "a command": r"'x; touch y\n'",
+    "a flag": r"-- '--x\n'",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ODD_ABIS)
+def test_a_board_that_reports_no_abi_is_one_line(board, tmp_path, kind):
+    put(tmp_path / "tools", "uname", f"printf {ODD_ABIS[kind]}")
+    with pytest.raises(DeviceError, match=r"^raspberry-pi-5: reports '.*' as its folder, '.*' as its proc") as refused:
+        board(before=f"PATH={tmp_path}/tools:$PATH")
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 600
+
+
+def test_only_the_named_files_of_a_folder_are_sent(board, tmp_path):
+    """What hides beside them may be a link to any file of this user."""
+    transport, there = board()
+    (tmp_path / "secret").write_text("key")
+    (tmp_path / "folder/.git").mkdir(parents=True)
+    (tmp_path / "folder/model").write_text("1")
+    (tmp_path / "folder/.git/x").symlink_to(tmp_path / "secret")
+    (tmp_path / "folder/.x").symlink_to(tmp_path / "secret")
+    transport.push(tmp_path / "folder", "copy", timeout_s=QUICK_S, only={"model", "absent"})
+    assert [path.name for path in (there / "copy").rglob("*")] == ["model"]
+
+
+OWNER = lock.Owner.this_process().model_dump()
+
+
+@pytest.mark.parametrize(
+    "owner",
+    [
+        *({**OWNER, "pid": pid} for pid in ("x", -1, 0, 2**40, 1.5, True, None, [1])),
+        *({**OWNER, key: value} for key in ("host", "boot", "since") for value in (1, None, {}, "\x1b[2J")),
+        *({**OWNER, "started": value} for value in ("x", None)),
+        *({**OWNER, "more": 1}, {}, [], None, 7, {**OWNER, "since": "x" * 3000}),
+    ],
+    ids=lambda owner: str(owner)[:60],
+)
+def test_a_lock_of_odd_words_is_another_runs(owner):
+    assert lock.Owner.parse(json.dumps(owner)) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 1000, "\udcff", "1" * 2000])
+def test_a_lock_that_is_no_json_is_another_runs(text):
+    assert lock.Owner.parse(text) is None
+    assert lock.Owner.parse(json.dumps(OWNER)) == lock.Owner(**OWNER)
+
+
+def test_words_of_a_device_are_no_markup_in_the_list(monkeypatch, capsys):
+    monkeypatch.setattr(listing, "_state", lambda device: (False, "[/nope] [red]x"))
+    assert listing.main([]) == 0
+    assert "[/nope] [red]x" in capsys.readouterr().out
 
 
 # --- two of one ---

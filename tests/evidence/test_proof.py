@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 from export import manifest
+from export.plan import QuantLimits
+from runtime_tests.checks import limits
 from runtime_tests.evidence import proof
 from runtime_tests.evidence import record as records_file
 from runtime_tests.evidence.record import Outcome
 from runtime_tests.places import environment
-from tests.support.artifacts import reseal
+from tests.support.artifacts import renamed
 from tests.support.records import sample_record
 
 
@@ -20,7 +22,13 @@ def records(artifact, setting, tmp_path):
 
     def write(**changes):
         path = tmp_path / "records.jsonl"
-        key = proof.key(artifact, setting.device, setting.evaluation, environment.current())
+        key = proof.key(
+            artifact,
+            setting.device,
+            setting.evaluation,
+            environment.current(),
+            limits.of(manifest.read(artifact), None),
+        )
         fields = {"manifest_sha256": manifest.digest(artifact), "proof": key} | changes
         records_file.append(sample_record(**fields), path)
         return path
@@ -50,8 +58,11 @@ def test_what_failed_or_was_proven_otherwise_stays(artifact, setting, records, c
 def test_every_input_counts(artifact, setting, monkeypatch, tmp_path):
     machine = environment.current()
 
-    def key(device=setting.device, evaluation=setting.evaluation, machine=machine):
-        return proof.key(artifact, device, evaluation, machine)
+    judged_by = limits.of(manifest.read(artifact), None)
+    stricter = judged_by.model_copy(update={"quant": QuantLimits(max_mean_kl=0.5, min_top1=0.4)})
+
+    def key(device=setting.device, evaluation=setting.evaluation, machine=machine, judged_by=judged_by):
+        return proof.key(artifact, device, evaluation, machine, judged_by)
 
     before = key()
     assert key(machine=machine.model_copy(update={"load_average_1min": 99.0})) == before
@@ -59,6 +70,7 @@ def test_every_input_counts(artifact, setting, monkeypatch, tmp_path):
         key(device=setting.device.model_copy(update={"max_cv": 0.5})),
         key(evaluation=setting.evaluation.model_copy(update={"prefill": 17})),
         key(machine=machine.model_copy(update={"cpu": "another"})),
+        key(judged_by=stricter),
         key(machine=machine.model_copy(update={"tools": {"torch": "0"}})),
     }
     (tmp_path / "baseline.json").write_text("{}")
@@ -68,9 +80,9 @@ def test_every_input_counts(artifact, setting, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(proof, "CODE", (manifest.ROOT / "runtime_tests" / "checks" / "gates.py",))
         changed.add(key())
-    reseal(artifact, id="other")
+    renamed(artifact, "other")
     changed.add(key())
-    assert len(changed - {before}) == 7
+    assert len(changed - {before}) == 8
 
 
 def test_a_file_changed_behind_the_manifests_back_is_an_error(artifact, setting, records):

@@ -4,12 +4,13 @@ import json
 import subprocess
 
 import numpy as np
+import pytest
 
 from devices import CoolDown
 from runtime_tests import jobs
 from runtime_tests.checks import speed
 from runtime_tests.device_runner import Answer, Feed, Generate, Logits, Reset, script_text
-from runtime_tests.evidence.record import Outcome
+from runtime_tests.evidence.record import Environment, Outcome
 from runtime_tests.jobs import scripts
 from runtime_tests.places import facts
 
@@ -140,3 +141,18 @@ def test_timings_come_apart_as_they_were_asked_for():
     assert raw["prompts"] == {4: [40] * 5, 8: [80] * 5}  # 60 + 5 do not fit
     assert raw["decode"] == [[7] * 5] * 5
     assert (raw["first_ns"], raw["load_ns"]) == (40, 5)
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "-" + "9" * 16, "1e308", "nan", "inf", "0x10", "٣", "-3", "0"])
+def test_absurd_numbers_of_a_device_are_unknown_or_bounded(text):
+    machine = facts.environment(f"cores={text}\nmemory_kb={text}\nload={text}\n", {})
+    assert machine.cores == 1
+    assert machine.memory_bytes == 0
+    assert Environment.model_validate_json(machine.model_dump_json()) == machine
+
+
+def test_a_devices_words_are_short_and_plain_and_few():
+    machine = facts.environment("cpu=\x1b[2J\x07A76" + "x" * 10**6 + "\nos=never read", {})
+    assert machine.cpu.isprintable()
+    assert (len(machine.cpu), machine.os) == (300, "not told")
+    assert len(facts.state("zone=a:40000\n" * 10**6).temperatures_c) < 10**4

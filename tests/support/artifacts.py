@@ -10,6 +10,14 @@ from export.plan import Target, load_record
 from runtime_tests.sessions import open_session
 from tests.support.processes import FAKES
 
+OWN_LIMITS = {
+    "max_mean_kl": 1e9,
+    "min_top1": 0.0,
+    "min_sqnr_db": -1e9,
+    "min_probe_sqnr_db": None,
+    "compared_tokens": None,
+}
+"""Of a target, as an artifact would bring them that is to pass whatever it computes."""
 TARGET = load_record(Target, FAKES / "targets/fake.yaml")
 
 
@@ -28,8 +36,15 @@ def opened(folder):
 
 def reseal(folder, **changes):
     """Record the files as they are now: a wrong artifact that is whole."""
+    described = manifest.read(folder).model_copy(update={"files": manifest.hash_files(folder), **changes})
+    manifest.write(folder, described.model_copy(update={"id": described.plan.id}))
+
+
+def renamed(folder, name):
+    """Give an artifact another model's name, as a build of that model would: id and plan agree, files are recorded."""
     described = manifest.read(folder)
-    manifest.write(folder, described.model_copy(update={"files": manifest.hash_files(folder), **changes}))
+    plan = described.plan.model_copy(update={"model": described.plan.model.model_copy(update={"name": name})})
+    reseal(folder, plan=plan)
 
 
 def set_fault(folder, fault):

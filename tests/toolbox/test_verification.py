@@ -158,7 +158,7 @@ def layer(fields, index, **changes):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda f: f.update(id="another"), "id is 'another'"),
+        (lambda f: f.update(id="another"), "id is 'another', its plan is 'tiny_int4-g32_onnx-cpu'"),
         (lambda f: f["contract"]["kv"].update(layers=3), "contract.kv.layers is 3, expected 2"),
         (lambda f: f["contract"]["kv"].update(context_length=512), "contract.kv.context_length is 512"),
         (lambda f: f["plan"]["target"].update(artifact="tokenizer.model"), "do not hold 'tokenizer.model'"),
@@ -167,8 +167,8 @@ def layer(fields, index, **changes):
         (lambda f: f["quantization"]["layers"].pop(3), "v_proj.weight: missing"),
         (lambda f: layer(f, 0, name="model.norm.weight"), "model.norm.weight: not quantized by the recipe"),
         (lambda f: f.update(mood="good"), "mood: unknown key"),
-        (lambda f: f["files"].update({"../x": f["files"]["model.onnx"]}), "file '../x' climbs out with `..`"),
-        (lambda f: f["files"].update({"/etc/passwd": f["files"]["model.onnx"]}), "file '/etc/passwd' is absolute"),
+        (lambda f: f["files"].update({"../x": f["files"]["model.onnx"]}), "'../x' climbs out with `..`"),
+        (lambda f: f["files"].update({"/etc/passwd": f["files"]["model.onnx"]}), "'/etc/passwd' is absolute"),
         (lambda f: f["files"].update({"a\\..\\..\\x": f["files"]["model.onnx"]}), "climbs out"),
         (lambda f: f["files"].update({"C:\\x": f["files"]["model.onnx"]}), "is absolute"),
     ],

@@ -1,0 +1,79 @@
+"""Whose limits judge an artifact: those of this checkout for its recipe and target, never those that it brings."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from export.architecture import Strict
+from export.errors import ExportError
+from export.manifest import Manifest, flat
+from export.plan import QuantLimits, QuantRecipe, Target, TargetLimits, load_fields, load_named, names, validated
+
+_WORDS = {"description", "limits", "limits_on"}
+"""Fields of a recipe or target that change nothing about an artifact."""
+_Record = TypeVar("_Record", QuantRecipe, Target)
+
+
+class Limits(Strict):
+    """The most that an artifact may lose: the `limits` of a recipe and a target, or a file given with --limits."""
+
+    quant: QuantLimits
+    target: TargetLimits
+    target_on: Mapping[str, TargetLimits] = {}
+    """For processors whose kernels round differently, by the ABI that a device reports."""
+
+    def on(self, abi: str) -> TargetLimits:
+        """What the lowering may lose on a processor."""
+        return self.target_on.get(abi, self.target)
+
+
+def load(file: Path) -> Limits:
+    """The limits in a YAML or JSON file. Raises ExportError in one line."""
+    return validated(Limits, load_fields(file), file)
+
+
+def of(described: Manifest, given: Limits | None) -> Limits:
+    """Limits for an artifact: the given ones, or this checkout's for its recipe and target.
+
+    Raises ExportError: this checkout has no such recipe or target, or another target of that name.
+    """
+    if given is not None:
+        return given
+    recipe = _known(QuantRecipe, "quant", described.plan.quant.name, described.id)
+    target = _known(Target, "targets", described.plan.target.name, described.id)
+    if other := _differing(described.plan.target, target):
+        raise ExportError(
+            f"{described.id}: its target is not configs/targets/{target.name}.yaml of this checkout ({other} differs): "
+            "build it again, or give the limits that judge it with --limits FILE"
+        )
+    return Limits(quant=recipe.limits, target=target.limits, target_on=target.limits_on)
+
+
+def notes(described: Manifest, limits: Limits, abi: str) -> tuple[str, ...]:
+    """Where an artifact claims something else than what judges it, one line each; empty: nowhere."""
+    plan, found = described.plan, []
+    claimed = Limits(quant=plan.quant.limits, target=plan.target.limits_on.get(abi, plan.target.limits))
+    was, now = (flat(part.model_dump()) for part in (claimed, Limits(quant=limits.quant, target=limits.on(abi))))
+    if pairs := [f"{name} {now[name]} (its own: {was[name]})" for name in now if now[name] != was[name]]:
+        found.append(f"not judged by the limits that it brings: {', '.join(pairs)}")
+    if plan.quant.name in names("quant"):
+        other = _differing(plan.quant, load_named(QuantRecipe, "quant", plan.quant.name))
+        found += [f"its recipe is not configs/quant/{plan.quant.name}.yaml of this checkout: {other} differs"] * bool(
+            other
+        )
+    return tuple(found)
+
+
+def _known(cls: type[_Record], kind: str, name: str, artifact: str) -> _Record:
+    if name not in names(kind):
+        raise ExportError(
+            f"{artifact}: this checkout has no configs/{kind}/{name}.yaml, whose limits would judge it, and an "
+            "artifact's own never do: give limits with --limits FILE"
+        )
+    return load_named(cls, kind, name)
+
+
+def _differing(of_artifact: QuantRecipe | Target, ours: QuantRecipe | Target) -> str:
+    """Names of the top fields that differ and decide something."""
+    was, now = (record.model_dump(exclude=_WORDS) for record in (of_artifact, ours))
+    return ", ".join(name for name in now if was[name] != now[name])
