@@ -153,7 +153,7 @@ def _here(origin: Origin) -> Origin:
     match origin:
         case Adapter():
             base = _here(origin.base)
-            assert not isinstance(base, Adapter | Seed)
+            assert not isinstance(base, Adapter | Seed)  # what a checkpoint is found at is no other kind
             return replace(origin, base=base)
         case Package() if origin not in (parse_origin(text) for text in _own_sources()):
             raise ExportError(f"{origin}: told by the artifact, and no model of configs/models has it: {_REMEDY}")
