@@ -11,7 +11,7 @@ from rich.table import Table
 
 from export import formats, manifest
 from export.architecture import Strict
-from export.formats import Contents, LayerScheme, ModuleSize, layer_schemes, module_sizes, with_tied_head
+from export.formats import Contents, LayerScheme, ModuleSize, admission, layer_schemes, module_sizes, with_tied_head
 from export.manifest import FileInfo, Manifest, TensorSpec
 
 from .charts import CELL, INSIDE, MAP_HEIGHT, MUTED, NAMES, Cell, colour, document, linear_map, place_of, rect, text
@@ -48,6 +48,7 @@ def inspect(path: Path) -> Inspection:
     """Read an artifact folder, or a bare file or package. Raises ExportError: it is neither, or damaged."""
     if (path / manifest.FILE).is_file():
         described, files, note = manifest.read(path), manifest.hash_files(path), ""
+        admission.refuse(admission.contents(path, described))
         reader, file = formats.reader(described.plan.target.backend), path / described.plan.target.artifact
         contents = formats.contents(reader, file, described.architecture)
         contents = contents.model_copy(update={"tensors": with_tied_head(contents.tensors, described.architecture)})

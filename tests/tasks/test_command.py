@@ -141,15 +141,12 @@ def test_the_chat_template_is_the_artifacts_own(evaluate, artifact, described):
 
 def test_a_model_that_fails_is_named_and_the_others_go_on(evaluate, artifact, tmp_path, described):
     broken = shutil.copytree(artifact, tmp_path / "broken")
-    set_fault(broken, "raises")
-    set_fault(artifact, "")
-    for path in (broken,):
-        reseal(path, id="broken_one")
-    (broken / "model.fault").write_text("does not load")
-    reseal(broken, id="broken_one")
+    plan = described.plan.model_copy(update={"model": described.plan.model.model_copy(update={"name": "broken"})})
+    reseal(broken, id=plan.id, plan=plan)
+    set_fault(broken, "does not load")
     code, printed, evaluated = evaluate(broken, artifact, "--no-reference")
     assert code == 1
-    assert "broken_one: load fail: RuntimeError: the file is of a newer version" in printed.err
+    assert f"{plan.id}: load fail: RuntimeError: the file is of a newer version" in printed.err
     assert set(evaluated) == {described.id}
 
 

@@ -35,6 +35,7 @@ from export.formats import Build
 from export.manifest import IOContract
 from export.quantization.store import QuantizedModel
 
+from . import methods
 from .functional_form import functionalize, no_decompositions
 from .graph import PteLlama
 from .lowering import fast_lowering, replaced
@@ -54,7 +55,7 @@ def write(model: QuantizedModel, build: Build, contract: IOContract) -> _Facts:
     with _quiet():
         program = functionalize(trace(module, contract.max_prefill))
     with _quiet(), _ordered_groups(), fast_lowering(), no_decompositions():
-        edge = _lower(program, _metadata(model, build, contract))
+        edge = _lower(program, methods(model.architecture, contract, build.tokenizer))
         facts = _count(edge)
         emitted = edge.to_executorch(_backend_config())
     path = build.folder / build.plan.target.artifact
@@ -88,21 +89,6 @@ def _backend_config() -> ExecutorchBackendConfig:
         sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
         memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
     )
-
-
-def _metadata(model: QuantizedModel, build: Build, contract: IOContract) -> dict[str, Any]:
-    """Constant methods that ExecuTorch's runners call (extension/llm/runner/constants.h)."""
-    return {
-        "get_bos_id": build.tokenizer.bos_id if build.tokenizer.bos_id is not None else build.tokenizer.eos_ids[0],
-        "get_eos_ids": list(build.tokenizer.eos_ids),
-        "get_vocab_size": model.architecture.vocab_size,
-        "get_n_layers": model.architecture.num_hidden_layers,
-        "get_max_seq_len": contract.max_prefill,
-        "get_max_context_len": contract.kv.context_length,
-        "use_kv_cache": True,
-        "use_sdpa_with_kv_cache": True,
-        "enable_dynamic_shape": True,
-    }
 
 
 def _count(edge: EdgeProgramManager) -> _Facts:
