@@ -149,12 +149,12 @@ tasks: setup                        ## lm-evaluation-harness TASKS on the built 
 	@$(PY) -m runtime_tests --tasks=$(call quote,TASKS) $(if $(value LIMIT),--limit=$(call quote,LIMIT)) $(WEIGHTS) $(FOLDERS)
 
 study: setup                        ## size against loss: our recipes and llama.cpp's on weights off their 4-bit grid
-	@$(PY) -m export.toolbox.dither smollm2-135m build/dithered
+	@$(PY) -m export.toolbox.synth dither smollm2-135m build/dithered
 	@$(PY) -m runtime_tests.bench.study smollm2-135m int4-mixed int4-g32-gptq --also $(STUDIED) \
 	  --source build/dithered --write accuracy
 
 detours: setup                      ## what it costs to quantize a 4-bit checkpoint again, form by form
-	@test -d build/dithered || $(PY) -m export.toolbox.dither smollm2-135m build/dithered
+	@test -d build/dithered || $(PY) -m export.toolbox.synth dither smollm2-135m build/dithered
 	@$(PY) -m runtime_tests.bench.detours smollm2-135m --source build/dithered --write
 
 golden: setup                       ## rewrite the exact answers of the tiny model
@@ -164,7 +164,7 @@ readme: setup                       ## rewrite the generated parts of README.md 
 	@$(PY) -m runtime_tests.reports.readme
 
 reliability: setup                  ## run the tests that docs/reliability.md counts, and write its table
-	@$(PY) -m pytest -q -p tests.support.reliability -m reliability
+	@$(PY) -m pytest -q -p tests.support.reliability -m 'reliability or kind'
 
 lock: setup                         ## write constraints.txt from what is installed
 	@(sed -n '/^#/p' constraints.txt; .venv/bin/pip list --format=freeze | sed 's/+cpu//' | \

@@ -43,8 +43,13 @@ class TokenizerIds(Strict):
 
     bos_id: int | None
     eos_ids: tuple[int, ...]
-    """Every id that ends an answer (Llama 3.2 Instruct has three)."""
+    """Every id that ends an answer (Llama 3.2 Instruct has three), sorted."""
+    pad_id: int | None
+    adds_bos: bool
+    """Whether a text that is encoded begins with BOS; chat templates write their own."""
     has_chat_template: bool
+    notes: tuple[str, ...]
+    """What those who run the artifact must know of its tokenizer, a line each."""
 
 
 class IOContract(Strict):
@@ -127,6 +132,8 @@ class CalibrationInfo(Strict):
 
     texts: dict[str, str]
     """File → sha256."""
+    day: str | None
+    """The date that chat templates were given; null: no text passed one."""
     tokens: int
     held_out_kl: float | None
     """Mean KL to the float model on held-out windows of the same texts, nats."""

@@ -9,19 +9,21 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from export.architecture import Architecture
+from export.architecture import EMBEDDING, HEAD, Architecture
 from export.errors import ExportError
 from export.plan import explain
 
+from .files import GATHER, missing
 from .folder import copy_tokenizer
 from .integers import Integers, Unfit
-from .origin import TOKENIZER_NAMES, adapted_tokenizer_files
+from .origin import adapted_tokenizer_files, is_of_tokenizer, name_of
 from .safetensors import SafetensorsFiles, read_json
 
 if TYPE_CHECKING:
@@ -34,7 +36,8 @@ _PART = re.compile(
 )
 _REPLACING = ("weight", "base_layer.weight")
 """modules_to_save, and the copies of embedding and head that peft saves beside their matrices."""
-_TIED = ("model.embed_tokens", "lm_head")
+_TABLES = ("model.embed_tokens", "lm_head")
+"""Modules that are one table in a tied model."""
 _BY_HAND = "merge with peft (`merge_and_unload`, `save_pretrained`) and give the result with --source"
 _Rank = Annotated[int, Field(gt=0, le=2**16)]
 _Alpha = Annotated[float, Field(allow_inf_nan=False)]
@@ -43,9 +46,12 @@ _WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern",
     "layers_to_transform", "lora_dropout", "megatron_core", "modules_to_save", "peft_version", "qalora_group_size",
     "revision", "runtime_config", "target_modules", "task_type",
+    "corda_config", "eva_config", "loftq_config", "lora_ga_config", "megatron_config",
+    "ensure_weight_tying", "merge_weights",  # the tensors show it; of peft 0.2
     "fan_in_fan_out",  # of layers that Llama does not have; peft sets it to false for linears
 }  # fmt: skip
-"""Without effect on the merge: the tensors' names and shapes show which modules have which matrices."""
+"""Without effect on the merge: the tensors' names and shapes show which modules have which matrices. What an
+initialization was told matters only with that `init_lora_weights`; those that change the base are refused by it."""
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 """Other initializations (PiSSA, OLoRA, LoftQ …) change the base weights too."""
 _QUANTIFIER, _AFTER_GROUP = re.compile(r"[*+?{]"), re.compile(r"\)[*+?{]")
@@ -98,7 +104,8 @@ def _read_config(path: Path) -> _LoraConfig:
     for key, value in (config.model_extra or {}).items():
         if key not in _WITHOUT_EFFECT and value:
             raise ExportError(f"{path}: {key:.60} is {value!r:.60}, which is not merged here; {_BY_HAND}")
-    if config.init_lora_weights not in _PLAIN_INITS:
+    init = config.init_lora_weights
+    if (init.lower() if isinstance(init, str) else init) not in _PLAIN_INITS:
         raise ExportError(
             f"{path}: init_lora_weights is {config.init_lora_weights!r:.60}: training has changed the base weights "
             f"too; {_BY_HAND}"
@@ -153,15 +160,14 @@ class LoraSource:
     def __init__(self, base: "Source", folder: Path) -> None:
         self._base, self._folder = base, folder
         if not (folder / _CONFIG).is_file():
-            raise ExportError(
-                f"{folder / _CONFIG}: missing; --adapter must be a folder that peft's save_pretrained wrote"
-            )
+            raise missing(folder / _CONFIG, "; --adapter must be a folder that peft's save_pretrained wrote")
         self._config = _read_config(folder / _CONFIG)
         self._stored = SafetensorsFiles(folder, _STEM)
         self._changes = _changes_of(self._stored, self._config, base)
-        weights = [path for path in base.files if path.name not in TOKENIZER_NAMES]
-        tokenizer = adapted_tokenizer_files(folder, (path for path in base.files if path.name in TOKENIZER_NAMES))
+        weights = [path for path in base.files if not is_of_tokenizer(name_of(path))]
+        tokenizer = adapted_tokenizer_files(folder, (path for path in base.files if is_of_tokenizer(name_of(path))))
         self.files = (*weights, folder / _CONFIG, *self._stored.files, *tokenizer)
+        self.notes = (*base.notes, *self._stored.notes)
 
     @property
     def description(self) -> str:
@@ -175,6 +181,10 @@ class LoraSource:
     @property
     def architecture(self) -> Architecture:
         return self._base.architecture
+
+    @property
+    def stated_ids(self) -> Mapping[str, Mapping[str, Any]]:
+        return self._base.stated_ids
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -220,37 +230,61 @@ def _changes_of(stored: SafetensorsFiles, config: _LoraConfig, base: "Source") -
 
     Raises ExportError: a tensor of no weight of this base, or one that does not fit it.
     """
-    shapes = base.architecture.tensor_shapes()
+    a = base.architecture
+    shapes = a.tensor_shapes() | {HEAD: (a.vocab_size, a.hidden_size)}
     parts: dict[str, dict[str, str]] = {}
-    for name in stored.shapes:
+    for name, shape in stored.shapes.items():
         match = _PART.fullmatch(name)
         if match is None or f"{match['module']}.weight" not in shapes:
-            raise ExportError(f"{stored.file_of(name)}: tensor {name:.120} changes nothing that {_why_not(name, base)}")
+            raise ExportError(
+                f"{stored.file_of(name)}: tensor {name:.120} changes nothing that this base has; {_BY_HAND}"
+            )
+        if not prod(shape):
+            raise ExportError(f"{stored.file_of(name)}: tensor {name} has shape {list(shape)}; {GATHER}")
         parts.setdefault(match["module"], {})[match["part"]] = name
     if not parts:
         raise ExportError(f"{stored.folder}: the adapter holds no tensors; save it again with `save_pretrained`")
-    changes = {}
+    for names in (parts[module] for module in _TABLES if module in parts):
+        _refuse_other_vocabulary(stored, names, a.vocab_size)
+    if a.tie_word_embeddings:
+        parts = _of_one_table(stored, parts, base)
     for module, names in parts.items():
-        weight = f"{module}.weight"
-        _refuse_tied(module, names, base)
-        _require_parts(stored, module, names, config, shapes[weight])
-        changes[weight] = _Change(names, config.scaling(module))
-    return changes
+        _require_parts(stored, module, names, config, shapes[f"{module}.weight"])
+    return {f"{module}.weight": _Change(names, config.scaling(module)) for module, names in parts.items()}
 
 
-def _why_not(name: str, base: "Source") -> str:
-    """The end of a sentence about a tensor that is not merged."""
-    tied = base.architecture.tie_word_embeddings and ".lm_head." in name
-    return "can change alone: the head is tied to the embedding" if tied else f"this base has; {_BY_HAND}"
+def _refuse_other_vocabulary(stored: SafetensorsFiles, names: Mapping[str, str], vocabulary: int) -> None:
+    """Parts of embedding or head with other rows than the base."""
+    for part, axis in (("weight", 0), ("base_layer.weight", 0), ("lora_B.weight", 0), ("lora_embedding_A", 1)):
+        shape = stored.shapes[names[part]] if part in names else ()
+        if axis < len(shape) and shape[axis] != vocabulary:
+            raise ExportError(
+                f"{stored.file_of(names[part])}: tensor {names[part]} is for {shape[axis]} tokens, this base has "
+                f"{vocabulary}; if training resized the vocabulary, call `resize_token_embeddings({shape[axis]})` on "
+                f"the base, then {_BY_HAND}"
+            )
 
 
-def _refuse_tied(module: str, names: Mapping[str, str], base: "Source") -> None:
-    """Embedding and head that were trained apart are two tables, which a tied model does not have."""
-    if module in _TIED and base.architecture.tie_word_embeddings:
-        raise ExportError(
-            f"{next(iter(names.values()))}: the adapter changes {module}, but embedding and head are tied in this "
-            "base; merge and save the model with tie_word_embeddings false, and give the result with --source"
-        )
+def _of_one_table(
+    stored: SafetensorsFiles, parts: dict[str, dict[str, str]], base: "Source"
+) -> dict[str, dict[str, str]]:
+    """The parts without a tied head's: copies of the base's table change nothing, two equal ones are its new one.
+
+    Raises ExportError: embedding and head change apart, which a tied model cannot.
+    """
+    rest = {module: names for module, names in parts.items() if module not in _TABLES}
+    tables = {module: parts[module] for module in _TABLES if module in parts}
+    copies = [stored.tensor(part) for names in tables.values() for kind, part in names.items() if kind in _REPLACING]
+    if len(copies) == sum(map(len, tables.values())):
+        kept = base.read(EMBEDDING) if copies else None
+        if all(kept is not None and copy.equal(kept.to(copy.dtype)) for copy in copies):
+            return rest
+        if len(tables) == len(_TABLES) and all(copy.equal(copies[0]) for copy in copies):
+            return rest | {_TABLES[0]: tables[_TABLES[0]]}
+    raise ExportError(
+        f"{stored.folder}: the adapter changes {' and '.join(tables)}, but embedding and head are one table in this "
+        "base; save the base with a head of its own (docs/checkpoints.md, LoRA adapters) and give that with --source"
+    )
 
 
 def _require_parts(

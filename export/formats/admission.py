@@ -13,11 +13,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from export import formats, manifest
-from export.checkpoints.origin import TOKENIZER_FILES
+from export.checkpoints.origin import TOKENIZER_PATTERNS
 from export.errors import ExportError
 from export.manifest import Manifest
 
-_TOKENIZER = (*TOKENIZER_FILES, "added_tokens.json", "additional_chat_templates/*.jinja")
 _PLAIN = re.compile(r"[\w./-]+", re.ASCII)
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _CODE = ("auto_map", "custom_generate", "fast_tokenizer_files", "init_inputs")
@@ -92,7 +91,7 @@ def _contradictions(described: Manifest, own: tuple[str, ...]) -> Iterator[str]:
 def _unknown_files(described: Manifest, own: tuple[str, ...]) -> Iterator[str]:
     """Files that no build writes, and parts of the model that the manifest does not list."""
     for name in described.files:
-        if not any(_matches(name, pattern) for pattern in (*own, *_TOKENIZER)):
+        if not any(_matches(name, pattern) for pattern in (*own, *TOKENIZER_PATTERNS)):
             yield f"{manifest.FILE}: file {name!r}: no part of an artifact of {described.plan.target.backend}; refused"
     for name in own:
         if name not in described.files:

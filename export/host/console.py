@@ -37,6 +37,12 @@ def track(items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
             bar.advance(task)
 
 
+def say(note: str) -> None:
+    """One line that a build goes on after; a checkpoint's words reach no terminal as commands."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in note)
+    console.print(f"  note: {text}", markup=False, soft_wrap=True)
+
+
 @contextmanager
 def stage(label: str, detail: str = "") -> Iterator[None]:
     """Run a stage with a spinner and end it with one line: label, detail, seconds."""

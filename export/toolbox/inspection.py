@@ -11,10 +11,11 @@ from rich.table import Table
 
 from export import formats, manifest
 from export.architecture import Strict
-from export.formats import Contents, LayerScheme, ModuleSize, admission, layer_schemes, module_sizes, with_tied_head
+from export.formats import Contents, admission
 from export.manifest import FileInfo, Manifest, TensorSpec
 
 from .charts import CELL, INSIDE, MAP_HEIGHT, MUTED, NAMES, Cell, colour, document, linear_map, place_of, rect, text
+from .sizes import LayerScheme, ModuleSize, layer_schemes, module_sizes, with_tied_head
 from .tables import Row, plain
 
 NO_MANIFEST = "no manifest.json: made by another exporter, or copied out of its folder; names are the file's own"
@@ -51,7 +52,7 @@ def inspect(path: Path) -> Inspection:
         admission.refuse(admission.contents(path, described))
         reader, file = formats.reader(described.plan.target.backend), path / described.plan.target.artifact
         contents = formats.contents(reader, file, described.architecture)
-        contents = contents.model_copy(update={"tensors": with_tied_head(contents.tensors, described.architecture)})
+        contents = with_tied_head(contents, described.architecture)
     else:
         described, note = None, NO_MANIFEST
         files = manifest.hash_files(path) if path.is_dir() else {path.name: manifest.file_info(path)}

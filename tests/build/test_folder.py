@@ -21,6 +21,7 @@ from export.formats import admission
 from export.host import disk
 from export.plan import load_plan
 from tests.support.artifacts import COMPANIONS, add_companions
+from tests.support.kinds import LOCATION, MOVED_ARTIFACT
 from tests.support.processes import arguments, one_error, results
 
 TARGETS = ("onnx-cpu", "executorch-xnnpack", "coreml")
@@ -267,6 +268,7 @@ def test_libraries_keep_their_temporary_files_beside_the_artifact(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
+@MOVED_ARTIFACT
 def test_what_others_put_into_the_folder_is_never_deleted(old, tmp_path):
     out = shutil.copytree(old, tmp_path / "out")
     add_companions(out)
@@ -294,6 +296,7 @@ def no_locks(request, monkeypatch):
     return os.strerror(request.param)
 
 
+@LOCATION
 def test_without_locks_a_folder_is_refused_by_its_file_and_the_cache_goes_on(no_locks, old, tmp_path, capsys):
     refused(
         tmp_path / "out", rf"/\.out\.lock: cannot be locked \({no_locks}\), and two writers would damage .*/out; take"
@@ -326,6 +329,7 @@ def test_a_text_is_written_beside_and_replaces_a_link(tmp_path):
 # ── a checkout that cannot be written ───────────────────────────────────────────────────────────────────────────────
 
 
+@LOCATION
 def test_the_cache_moves_to_the_user_where_the_checkout_cannot_be_written(old, tmp_path, monkeypatch, capsys):
     (tmp_path / "checkout").write_text("a file: nothing can be made below it, by root neither")
     monkeypatch.setattr(pipeline, "CACHE", tmp_path / "checkout" / "build" / "cache")

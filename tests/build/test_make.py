@@ -6,6 +6,9 @@ import subprocess
 import pytest
 
 from export import manifest
+from tests.support.kinds import LOCATION
+
+pytestmark = LOCATION
 
 PLAN = ["export", "llama", "int4-g32-scales", "coreml", "executorch-xnnpack", "onnx-cpu"]
 PATHS = (

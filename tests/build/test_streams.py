@@ -12,6 +12,9 @@ from export import manifest
 from export.build.command import describe, run
 from runtime_tests import __main__ as runtime_tests
 from tests.support import shape
+from tests.support.kinds import CONVERSATION
+
+pytestmark = CONVERSATION
 
 CHILDREN = {
     "export.host.processes", "export.toolbox.model_checks", "runtime_tests.jobs.worker", "runtime_tests.bench.forms",

@@ -14,6 +14,7 @@ from runtime_tests.chat import command
 from runtime_tests.chat.conversation import PrefixCache
 from tests.support.artifacts import reseal, set_fault
 from tests.support.conversations import CONTEXT, MESSAGES, ask, opened
+from tests.support.kinds import CONVERSATION
 
 
 @pytest.fixture
@@ -108,6 +109,7 @@ TOLD_SYSTEM = "error: left out: this system message: chat template: TemplateErro
 NOT_FINITE = "error: left out: the artifact computes NaN or infinity; validate it with `python -m runtime_tests`"
 
 
+@CONVERSATION
 @pytest.mark.parametrize(
     ("template", "fault", "refused", "line"),
     [
@@ -142,6 +144,7 @@ def test_what_is_refused_is_one_line_and_the_rest_is_answered(chat, artifact, te
     assert errors[0].startswith(line)
 
 
+@CONVERSATION
 def test_a_system_message_that_the_template_refuses_is_refused_at_once(chat, artifact):
     set_template(artifact, NO_SYSTEM)
     code, out, err = chat(artifact, "--system", "be brief", typed=b"hello\n")

@@ -11,6 +11,9 @@ import devices
 from devices import Completed, DeviceBusyError, DeviceError, DeviceLostError
 from devices.transports import marks, ssh
 from tests.support import boards
+from tests.support.kinds import FOREIGN_WORDS
+
+pytestmark = FOREIGN_WORDS
 
 QUICK_S = 30
 NOISE = {

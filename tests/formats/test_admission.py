@@ -260,7 +260,7 @@ def test_whatever_opens_an_artifact_refuses_a_hostile_one_alike(what, tiny, tmp_
     assert {who: line for who, line in said.items() if line != said["verify"]} == {}
 
 
-RECIPES = ("fp32", "int4-g32", "int4-mixed", "int4-g32-gptq-rotated")
+RECIPES = ("fp32", "int4-g32", "int4-mixed")
 
 
 @pytest.mark.parametrize(

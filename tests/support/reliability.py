@@ -1,4 +1,4 @@
-"""Counts the cases of tests marked `reliability` and writes them into docs/reliability.md: `make reliability`.
+"""Counts the cases of tests marked `reliability` or `kind` and writes docs/reliability.md: `make reliability`.
 
 A test records with `record_property` how many `cases` it went through (default: one), and a `note` on them.
 """
@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "reliability.md"
-START, END = "<!-- cases: written by `make reliability` -->", "<!-- end of cases -->"
+HEADS = {"kind": "kind", "reliability": "trouble"}
+"""Marker → head of the first column of its table, which stands between two comments that name the marker."""
 
 
 @dataclass
@@ -25,22 +26,24 @@ class Row:
     files: list[str] = field(default_factory=list)
 
 
-ROWS: dict[str, Row] = {}
+TABLES: dict[str, dict[str, Row]] = {marker: {} for marker in HEADS}
 SKIPPED: dict[str, str] = {}
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
-    marker = item.get_closest_marker("reliability")
-    if marker is None or report.when == "teardown":
+    if report.when == "teardown":
         return report
-    trouble, outcome = marker.args
     given = item.callspec.params if hasattr(item, "callspec") else {}
-    if report.skipped:
-        SKIPPED[item.name] = str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else str(report.longrepr)
-    elif report.when == "call" and report.passed:
-        row = ROWS.setdefault(trouble.format(**given), Row(outcome))
+    for marker in filter(None, map(item.get_closest_marker, TABLES)):
+        trouble, outcome = marker.args
+        if report.skipped:
+            SKIPPED[item.name] = str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            continue
+        if report.when != "call" or not report.passed:
+            continue
+        row = TABLES[marker.name].setdefault(trouble.format(**given), Row(outcome))
         found = dict(item.user_properties)
         row.cases += int(found.get("cases", 1))
         row.notes += [str(found["note"])] if "note" in found else []
@@ -51,19 +54,22 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_sessionfinish(session, exitstatus):
-    if exitstatus == 0 and ROWS:
+    if exitstatus == 0 and all(TABLES.values()):
         text = PAGE.read_text(encoding="utf-8")
-        before, after = text.split(START)[0], text.split(END)[1]
-        PAGE.write_text(f"{before}{START}\n\n{table()}\n\n{END}{after}", encoding="utf-8")
+        for name, rows in TABLES.items():
+            start, end = f"<!-- {name}: written by `make reliability` -->", f"<!-- end of {name} -->"
+            before, after = text.split(start)[0], text.split(end)[1]
+            text = f"{before}{start}\n\n{table(HEADS[name], rows)}\n\n{end}{after}"
+        PAGE.write_text(text, encoding="utf-8")
 
 
-def table():
+def table(head, rows):
     """The rows in the order in which they ran, and the tests that were skipped."""
-    lines = ["| trouble | cases | outcome in all of them | tests |", "|---|---|---|---|"]
-    for trouble, row in ROWS.items():
+    lines = [f"| {head} | cases | outcome in all of them | tests |", "|---|---|---|---|"]
+    for trouble, row in rows.items():
         outcome = "; ".join([row.outcome, *row.notes])
         lines.append(f"| {trouble} | {row.cases:,} | {outcome} | {', '.join(f'`{name}`' for name in row.files)} |")
-    total = sum(row.cases for row in ROWS.values())
+    total = sum(row.cases for row in rows.values())
     date = datetime.datetime.now(datetime.UTC).date()
     lines += ["", f"{total:,} cases, {date}, {platform.system()}, Python {platform.python_version()}."]
     lines += [f"Not run: `{name}` ({why})." for name, why in SKIPPED.items()]

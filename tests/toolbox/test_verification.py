@@ -18,6 +18,7 @@ from export.formats import StoredWeight, admission
 from export.manifest import LayerInfo
 from export.toolbox import model_checks, verification
 from tests.support.artifacts import COMPANIONS, add_companions, edit_manifest, reseal
+from tests.support.kinds import MOVED_ARTIFACT
 
 FORMATS = ("onnx-cpu", "executorch-xnnpack", "coreml")
 PACKAGE = "model.mlpackage"
@@ -161,6 +162,7 @@ def test_a_manifest_that_contradicts_itself_or_leads_outside(copy, no_child, cha
     assert [finding for finding in found(folder) if words in finding], found(folder)
 
 
+@MOVED_ARTIFACT
 @pytest.mark.reliability("what hubs, git, file managers and editors put beside an artifact", "left aside")
 def test_companions_are_left_aside_and_everything_a_runtime_reads_is_not(copy, no_child, record_property):
     folder = copy("coreml")
@@ -192,6 +194,7 @@ def snapshot(folder, place):
     return folder
 
 
+@MOVED_ARTIFACT
 @pytest.mark.reliability("an artifact opened where all its files are links", "the same line from every command")
 def test_a_hub_snapshot_is_refused_alike_by_everything_that_opens_an_artifact(
     folder, no_child, export_command, tmp_path
@@ -209,6 +212,7 @@ def test_a_hub_snapshot_is_refused_alike_by_everything_that_opens_an_artifact(
         admission.require(folder, manifest.read(folder))  # of chat, tasks and validation
 
 
+@MOVED_ARTIFACT
 def test_a_folder_that_is_a_link_is_the_folder_it_names(folder, no_child, tmp_path):
     (tmp_path / "link").symlink_to(folder)
     assert found(tmp_path / "link") == []

@@ -1,12 +1,16 @@
 """A hostile chat template ends in one line, in bounded memory and time, before an artifact holds it."""
 
+from datetime import datetime
+
 import pytest
 
 from export.checkpoints import chat_template, open_source, tokenizer
 from export.checkpoints.origin import parse_origin
 from export.errors import ExportError
 from export.host.processes import Limits
-from tests.support.checkpoints import write_folder
+from export.plan import QuantRecipe, load_named
+from export.quantization import texts
+from tests.support.checkpoints import tokenizer_refusal, write_folder
 from tests.support.processes import within
 
 HOSTILE = {
@@ -62,7 +66,57 @@ def test_several_templates_without_a_default_are_one_line(tmp_path):
     write_folder(tmp_path)
     loaded = tokenizer.load(tmp_path)
     loaded.chat_template = {"rag": "x", "tools": "y"}
-    with pytest.raises(ExportError, match=r"^x: chat template: .*no default"):
+    with pytest.raises(
+        ExportError, match=r"^x: chat template: there are several \(rag, tools\), but none is the default"
+    ):
         chat_template.render(loaded, chat_template.HELLO, "x")
     loaded.chat_template["default"] = "{{ eos_token }}"
     assert chat_template.render(loaded, chat_template.HELLO, "x") == loaded.eos_token
+
+
+CLOCK = "{{ strftime_now('%d %b %Y') }} {{ range(10**5) | random }} {{ range(10**5) | random }}"
+
+
+def test_with_a_day_given_the_text_is_the_same_every_time(tmp_path):
+    loaded = tokenizer.load(write_folder(tmp_path))
+    loaded.chat_template = CLOCK
+    dated = [chat_template.render(loaded, chat_template.HELLO, "x", chat_template.FIXED_DAY) for _ in range(2)]
+    assert dated[0].startswith("26 Jul 2024 ")
+    assert dated[0] == dated[1]
+    before = datetime.now()
+    text = chat_template.render(loaded, chat_template.HELLO, "x")
+    assert text[:11] in {f"{day:%d %b %Y}" for day in (before, datetime.now())}
+    assert text[11:] != dated[0][11:]
+
+
+def test_text_for_calibration_is_of_a_fixed_day(tmp_path):
+    loaded = tokenizer.load(write_folder(tmp_path))
+    loaded.chat_template = "{{ strftime_now('%d %b %Y') }}"
+    [ids] = texts.prompt_ids(["Hello"], loaded, "x")
+    assert loaded.decode(ids) == "26 Jul 2024"
+    generated = load_named(QuantRecipe, "quant", "int4-g32-gptq-chat").calibration
+    assert texts.day(generated) == "2024-07-26"
+    assert texts.day(load_named(QuantRecipe, "quant", "int4-g32-scales").calibration) is None
+
+
+def test_further_templates_go_with_the_default_one(tmp_path):
+    folder = write_folder(tmp_path / "checkpoint")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ bos_token }}")
+    source = open_source(parse_origin(str(folder)), None)
+    assert folder / "additional_chat_templates" / "rag.jinja" in source.files
+    (tmp_path / "out").mkdir()
+    tokenizer.write(source, tmp_path / "out", 288)
+    assert tokenizer.load(tmp_path / "out").chat_template["rag"] == "{{ bos_token }}"
+
+
+def test_further_templates_alone_are_named(tmp_path):
+    folder = write_folder(tmp_path / "checkpoint")
+    (folder / "chat_template.jinja").unlink()
+    (folder / "additional_chat_templates").mkdir()
+    for name in ("rag", "summary"):
+        (folder / "additional_chat_templates" / f"{name}.jinja").write_text("x")
+    assert tokenizer_refusal(folder, tmp_path / "out") == (
+        "the checkpoint's tokenizer: chat template: there are several (rag, summary), but none is the default; save "
+        "one as chat_template.jinja"
+    )

@@ -1,0 +1,68 @@
+"""A checkpoint's files before anybody parses them: what lies there in place of a file, told by its first bytes."""
+
+import os
+from pathlib import Path
+
+from export.errors import ExportError
+
+_FIRST_BYTES = 512
+_REPOSITORY, _DOWNLOAD = "in the clone that it is from", "download the file itself, for example with `hf download`"
+_POINTERS = (
+    (b"version https://git-lfs.github.com/spec/", "a Git LFS pointer", f"run `git lfs pull` {_REPOSITORY}"),
+    (b"version https://hawser.github.com/spec/", "a Git LFS pointer", f"run `git lfs pull` {_REPOSITORY}"),
+    (b"# xet version ", "a Xet pointer", _DOWNLOAD),
+    (b"/annex/objects/", "a git-annex pointer", f"run `git annex get` {_REPOSITORY}"),
+)
+"""How what version control leaves in place of a large file begins."""
+_MARKUP = (b"<!doctype", b"<html", b"<?xml", b"<head")
+_ANSWERS = (b"entry not found", b"repository not found", b"invalid username", b"access to model", b'{"error"')
+"""How web pages and a hub's refusals begin, which download programs save under the file's name."""
+_UNFINISHED = (".incomplete", ".part", ".crdownload", ".download", ".aria2", ".tmp")
+"""What download programs put behind a name until they are done."""
+_HUB_DOWNLOADS = ".cache/huggingface/download"
+"""Where `hf download --local-dir` keeps what has not arrived, under names of its own."""
+GATHER = "it is empty: saved under DeepSpeed ZeRO-3 without gathering; save again with `zero_to_fp32.py`"
+"""What to do about a tensor without numbers."""
+
+
+def first_bytes(path: Path) -> bytes:
+    """Up to 512 of them. Raises ExportError: not readable."""
+    try:
+        with path.open("rb") as file:
+            return file.read(_FIRST_BYTES)
+    except OSError as error:
+        raise ExportError(f"{path}: not readable ({error.strerror})") from None
+
+
+def require_contents(path: Path) -> None:
+    """Call before a file of a checkpoint is parsed.
+
+    Raises ExportError: empty, a pointer of Git LFS, Xet or git-annex, a web page, or a download that has not ended.
+    """
+    first = first_bytes(path)
+    if not first:
+        raise ExportError(f"{path}: is empty; download it again")
+    for begin, kind, remedy in _POINTERS:
+        if first.startswith(begin):
+            raise ExportError(f"{path}: is {kind}, not the file; {remedy}")
+    text = first.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith(_MARKUP):
+        raise ExportError(f"{path}: is a web page, not the file; {_DOWNLOAD}")
+    if text.startswith(_ANSWERS):
+        answer = first.decode("utf-8", "replace").strip().partition("\n")[0]
+        raise ExportError(f"{path}: is a server's answer {answer!r:.80}, not the file; {_DOWNLOAD}")
+    if path.with_name(path.name + ".aria2").exists():
+        raise ExportError(f"{path}: its download has not ended, as {path.name}.aria2 beside it says; finish it")
+
+
+def missing(path: Path, remedy: str) -> ExportError:
+    """An error about a file that must be there; a dangling link and an unfinished download are told as such."""
+    if path.is_symlink():
+        target = os.readlink(path)  # noqa: PTH115  (the text as it stands in the link)
+        return ExportError(f"{path}: missing: it is a link to {target}, where no file is; download it again")
+    for suffix in _UNFINISHED:
+        if path.with_name(path.name + suffix).is_file():
+            return ExportError(f"{path}: missing, only {path.name}{suffix} is there; finish the download")
+    if any((path.parent / _HUB_DOWNLOADS).glob("*.incomplete")):
+        return ExportError(f"{path}: missing, and a download into {path.parent} has not ended; run `hf download` again")
+    return ExportError(f"{path}: missing{remedy}")
