@@ -174,9 +174,12 @@ readme: setup                       ## rewrite the generated parts of README.md 
 reliability: setup                  ## run the tests that docs/reliability.md counts, and write its table
 	@$(PY) -m pytest -q -p tests.support.reliability -m 'reliability or kind'
 
-lock: setup                         ## write constraints.txt from what is installed
+lock: setup                         ## write constraints.txt from what is installed, and locks/ with uv (torch's hashes by hand)
 	@(sed -n '/^#/p' constraints.txt; .venv/bin/pip list --format=freeze | sed 's/+cpu//' | \
 	  grep -viE '^(pip|setuptools|llama-on-device)=') > constraints.tmp && mv constraints.tmp constraints.txt
+	@(sed -n '/^#/p' locks/release.txt; grep -vE '^(#|llama_cpp_python=|diskcache=|torch=)' constraints.txt | \
+	  uv pip compile - -q --universal --python-version 3.11 --no-deps --generate-hashes --no-annotate --no-header; \
+	  sed -n '/^torch==/,$$p' locks/release.txt) > locks/release.tmp && mv locks/release.tmp locks/release.txt
 
 clean:                              ## remove build/ (artifacts, caches, reports)
 	rm -rf build
