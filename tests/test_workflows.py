@@ -15,6 +15,8 @@ WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 ACTIONS = sorted((ROOT / ".github/actions").glob("*/action.yml"))
 EXCEPTIONS = (r'echo "::notice::', r"gh run download ")
 """Beginnings of steps that are no make targets: a notice, or the download of an earlier build."""
+USED = re.compile(r"actions/[\w-]+@[0-9a-f]{40}|\./\.github/actions/\w+")
+TOKEN = re.compile(r"\$\{\{\s*(secrets\.\w+|github\.token)\s*\}\}")
 EXPRESSION = re.compile(r"\$\{\{\s*matrix\.([\w-]+)\s*\}\}")
 
 
@@ -70,10 +72,12 @@ def unsafe(workflow):
         if not ({"concurrency"} & {*job, *workflow}):
             yield f"{name} has no concurrency group"
         for step in job["steps"]:
-            if not re.fullmatch(
-                r"actions/[\w-]+@v\d+|\./\.github/actions/\w+", step.get("uses", "./.github/actions/x")
-            ):
+            if not USED.fullmatch(step.get("uses", "./.github/actions/x")):
                 yield f"{name} uses {step['uses']}"
+        for place in (workflow, job):
+            for key, value in place.get("env", {}).items():
+                if TOKEN.search(str(value)):
+                    yield f"{name}: every step sees {key}"
 
 
 def test_there_are_workflows():
@@ -108,7 +112,7 @@ def test_a_step_that_nobody_could_run_here_is_found(command):
 
 def test_setup_is_a_make_target():
     (action,) = map(load, ACTIONS)
-    assert [step["run"] for step in action["runs"]["steps"] if "run" in step] == ["make setup"]
+    assert [step["run"] for step in action["runs"]["steps"] if "run" in step] == ["make locked"]
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -120,7 +124,8 @@ def test_no_workflow_leaves_rights_time_or_versions_open(path):
     ("change", "problem"),
     [
         (("contents: read", "contents: write"), "may write contents"),
-        (("actions/checkout@v4", "actions/checkout@main"), "uses actions/checkout@main"),
+        (("actions/checkout@11d5", "actions/checkout@v4 # "), "uses actions/checkout@v4"),
+        (("jobs:", "  HF_TOKEN: ${{ secrets.HF_TOKEN }}\njobs:"), "lint: every step sees HF_TOKEN"),
         (("    timeout-minutes: 30\n", ""), "lint has no timeout"),
         (("permissions:\n  contents: read\n", ""), "no permissions"),
     ],
@@ -133,11 +138,29 @@ def test_what_is_left_open_is_found(change, problem):
 
 def test_a_pull_request_reaches_devices_only_with_a_label_and_from_here():
     (job,) = load(Path(ROOT / ".github/workflows/devices.yml"))["jobs"].values()
-    assert "contains(github.event.pull_request.labels.*.name, 'devices')" in job["if"]
+    assert "github.event.label.name == 'devices'" in job["if"]
+    assert load(Path(ROOT / ".github/workflows/devices.yml"))[True]["pull_request"] == {"types": ["labeled"]}
+    assert job["steps"][0]["with"]["ref"].startswith("${{ github.event.pull_request.head.sha ")  # what was read
     assert "head.repo.full_name == github.repository" in job["if"]
     for path in WORKFLOWS:
         for name, other in jobs(load(path)):
             assert "self-hosted" not in other["runs-on"] or path.stem == "devices", name
+
+
+@pytest.mark.parametrize("path", [*WORKFLOWS, *ACTIONS], ids=lambda path: path.stem)
+def test_every_action_is_a_commit_with_its_version_beside_it(path):
+    lines = [line for line in path.read_text().splitlines() if "uses: actions/" in line]
+    assert [line for line in lines if not re.search(r"uses: actions/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$", line)] == []
+
+
+def test_a_token_is_in_no_step_after_the_code_of_a_change_ran():
+    for path in WORKFLOWS:
+        for name, job in jobs(load(path)):
+            ran = False
+            for step in job["steps"]:
+                if any("github.token" in str(value) for value in step.get("env", {}).values()):
+                    assert not ran, (path.stem, name)
+                ran |= step.get("run", "").startswith("make") or step.get("uses", "").startswith("./")
 
 
 def test_matrices_name_what_exists():

@@ -1,6 +1,8 @@
-"""An artifact folder is written whole or not at all: temporary folder, then rename, under a lock."""
+"""An artifact folder is written whole or not at all: a private folder beside it, then a rename, under a lock."""
 
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,10 +11,13 @@ from export import manifest
 from export.errors import ExportError
 from export.host import disk, interrupt
 
+_NEW, _OLD, _SCRATCH = "new", "old", "tmp"
+"""In the private folder: what is written, what it replaces, and libraries' temporary files."""
+
 
 @contextmanager
 def building(out: Path, plan_id: str) -> Iterator[Path]:
-    """A fresh folder beside `out` that becomes `out` when the block ends well and is removed when it does not.
+    """A fresh folder that becomes `out` when the block ends well and is removed when it does not.
 
     The old artifact stays untouched until the rename. Raises ExportError: another build of `out` is running, `out`
     holds anything but an artifact of this plan, or the disk is full.
@@ -22,35 +27,52 @@ def building(out: Path, plan_id: str) -> Iterator[Path]:
     _refuse_foreign(out, plan_id)
     _make_parent(out)
     with disk.locked(out), disk.writing(out.parent):
-        temporary, old = beside(out, "part"), beside(out, "old")
-        _bring_back(old, out)  # killed between the two renames
+        for leftover in _leftovers(out):
+            _bring_back(leftover, out)  # killed between the two renames
+            shutil.rmtree(leftover, ignore_errors=True)
         _refuse_foreign(out, plan_id)  # it may have come since
-        shutil.rmtree(temporary, ignore_errors=True)
+        place = Path(tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent))
         try:
-            temporary.mkdir()
-            with disk.scratch(beside(out, "tmp")):
-                yield temporary
+            (place / _NEW).mkdir()
+            with disk.scratch(place / _SCRATCH):
+                yield place / _NEW
             interrupt.check()
+            _set_modes(place / _NEW)
             if out.exists():
-                out.rename(old)
-            temporary.rename(out)
+                out.rename(place / _OLD)
+            (place / _NEW).rename(out)
         except BaseException:
-            _bring_back(old, out)
+            _bring_back(place, out)
             raise
         finally:
-            _carry_over(old, out)
-            for leftover in (temporary, old):
-                shutil.rmtree(leftover, ignore_errors=True)
+            _carry_over(place / _OLD, out)
+            shutil.rmtree(place, ignore_errors=True)
 
 
-def beside(out: Path, kind: str) -> Path:
-    """A hidden neighbour of the finished folder, on the same disk."""
-    return out.with_name(f".{out.name}.{kind}")
+def _prefix(out: Path) -> str:
+    return f".{out.name}.build-"
 
 
-def _bring_back(old: Path, out: Path) -> None:
-    if old.exists() and not out.exists():
-        old.rename(out)
+def _leftovers(out: Path) -> list[Path]:
+    """What killed builds of `out` left: folders of our names that hold what builds put there, and nothing else."""
+    ours = re.compile(re.escape(_prefix(out)) + r"[a-z0-9_]{8}")  # as mkdtemp names them
+    named = [path for path in out.parent.iterdir() if ours.fullmatch(path.name)]
+    return [path for path in named if not path.is_symlink() and path.is_dir() and _holds_a_build(path)]
+
+
+def _holds_a_build(place: Path) -> bool:
+    return all(path.name in (_NEW, _OLD, _SCRATCH) and path.is_dir() for path in place.iterdir())
+
+
+def _bring_back(place: Path, out: Path) -> None:
+    if (place / _OLD).exists() and not out.exists():
+        (place / _OLD).rename(out)
+
+
+def _set_modes(folder: Path) -> None:
+    """Everybody may read an artifact and only its owner change it, whatever the umask of the build was."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def _carry_over(old: Path, out: Path) -> None:

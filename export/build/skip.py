@@ -23,6 +23,7 @@ from export.checkpoints.origin import (
     tokenizer_files,
 )
 from export.errors import ExportError
+from export.formats import admission
 from export.host import digests
 from export.host.console import console
 from export.manifest import Manifest, flat
@@ -48,7 +49,7 @@ def reasons(plan: Plan, source: Origin | None, folder: Path) -> list[str]:
         fitting = shortened(plan, built.architecture.max_position_embeddings)
         changes = [*_changed_plan(built.plan, fitting), *_changed_inputs(built, plan, source)]
         if not changes:
-            manifest.verify_files(folder, built)
+            admission.require(folder, built)
     except ExportError as error:
         return [str(error).partition("; build")[0]]
     return changes

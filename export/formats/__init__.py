@@ -1,8 +1,9 @@
 """Formats: how a quantized model is written for a runtime, and read back. One package here for each, found by name.
 
 A target YAML names the package. Its `__init__.py` (`Format`) is light: the libraries that write and read the format
-are imported where they are used. `read.py` (`Reader`) reports what a finished file holds. `usage.md.j2` shows on the
-model card how to run an artifact; its first line names the library.
+are imported where they are used. `read.py` (`Reader`) reports what a finished file holds, `vocabulary.py`
+(`Vocabulary`) whether it holds anything that we do not write. `usage.md.j2` shows on the model card how to run an
+artifact; its first line names the library.
 """
 
 import importlib
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from export.architecture import Architecture, Strict
 from export.errors import ExportError
-from export.manifest import IOContract, KVLayout, TensorSpec, TokenizerIds
+from export.manifest import IOContract, KVLayout, Manifest, TensorSpec, TokenizerIds
 from export.plan import Plan, leads_out
 
 if TYPE_CHECKING:
@@ -118,6 +119,8 @@ class Contents(Strict):
 class Format(Protocol):
     """`export/formats/NAME/__init__.py`."""
 
+    FILES: tuple[str, ...]
+    """All that `lower` writes, in every artifact; the model, or a part of it, comes first."""
     TOOLS: tuple[str, ...]
     """Packages whose versions decide the bytes of this format's artifacts."""
     LOGGERS: tuple[str, ...]
@@ -153,9 +156,6 @@ class Reader(Protocol):
     def contents(self, path: Path, architecture: Architecture | None) -> Contents:
         """All of the file. With an architecture, tensors of our own artifacts get the checkpoint's names."""
 
-    def escapes(self, path: Path) -> Iterator[str]:
-        """Every reference inside the file to something outside its folder, in words; nothing is opened to find out."""
-
     def structure(self, path: Path) -> Iterator[str]:
         """Violations of the format's own rules, in words. May end this process: native code reads the file."""
 
@@ -164,6 +164,16 @@ class Reader(Protocol):
 
     def product_bytes(self, artifact: Path) -> int | None:
         """Bytes of the weights that matrix products read, in a file of any exporter; None if the format hides them."""
+
+
+class Vocabulary(Protocol):
+    """`export/formats/NAME/vocabulary.py`: reads a stranger's files before any other code does, quickly."""
+
+    def foreign(self, folder: Path, described: Manifest) -> Iterator[str]:
+        """Operators, options, references and data in an artifact's files that no build writes, one line each.
+
+        A damaged file may raise any exception.
+        """
 
 
 def names() -> list[str]:
@@ -179,6 +189,11 @@ def load(name: str) -> Format:
 def reader(name: str) -> Reader:
     """The module that reads the format of that name."""
     return cast(Reader, _module(name, ".read"))
+
+
+def vocabulary(name: str) -> Vocabulary:
+    """The module that knows all that the format of that name writes."""
+    return cast(Vocabulary, _module(name, ".vocabulary"))
 
 
 def _module(name: str, part: str) -> ModuleType:

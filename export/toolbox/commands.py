@@ -106,11 +106,13 @@ def sign(
     path: _Folder,
     key: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="private key (PEM): P-256, P-384 or P-521")],
 ) -> None:
-    """Write model.sig over everything in a folder whose files are those of its manifest."""
-    from . import signature, verification
+    """Write model.sig over everything in a folder that holds what its manifest says."""
+    from export.formats import admission
+
+    from . import signature
 
     _require_folder(path)
-    verification.require_whole(path)
+    admission.admit(path)
     say(f"{signature.sign(path, key)}: signed with {key}")
 
 

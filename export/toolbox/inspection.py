@@ -9,7 +9,7 @@ from rich.table import Table
 
 from export import formats, manifest
 from export.architecture import Strict
-from export.formats import Contents
+from export.formats import Contents, admission
 from export.host import transit
 from export.host.console import Plain, say
 from export.manifest import FileInfo, Manifest, TensorSpec
@@ -51,6 +51,7 @@ def inspect(path: Path) -> Inspection:
         described, files, note = manifest.read(path), manifest.hash_files(path), ""
         for name in files:
             transit.require_no_pointer(path / name)
+        admission.refuse(admission.contents(path, described))
         reader, file = formats.reader(described.plan.target.backend), path / described.plan.target.artifact
         contents = formats.contents(reader, file, described.architecture)
         contents = with_tied_head(contents, described.architecture)

@@ -1,7 +1,7 @@
 """python -m export.toolbox.model_checks FOLDER: what is wrong inside a model file, as a JSON list in the last line.
 
-`verify` runs it in a process of its own, since libraries that read a damaged file may crash or never end. Files outside
-its folder that the model names are not opened.
+`verify` runs it in a process of its own, since libraries that read a damaged file may crash or never end. Files that
+the model names and no build of ours writes are not opened.
 """
 
 import json
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from export import formats, manifest
 from export.build.command import quiet_libraries
 from export.errors import ExportError
-from export.formats import Contents, Reader, StoredWeight, in_a_line
+from export.formats import Contents, Reader, StoredWeight, admission, in_a_line
 from export.host import processes
 from export.manifest import LayerInfo, Manifest, TensorSpec
 
@@ -36,10 +36,8 @@ def check(folder: Path) -> list[str]:
 
 
 def _findings(file: Path, described: Manifest, reader: Reader) -> list[str]:
-    """References first, then structure: the later checks read the file by them."""
-    if not file.exists():
-        return [f"{file.name}: missing"]
-    if broken := list(reader.escapes(file)) or list(reader.structure(file)):
+    """What is not ours first, then structure: the later checks read the file by its own references."""
+    if broken := list(admission.contents(file.parent, described)) or list(reader.structure(file)):
         return broken
     contents = reader.contents(file, described.architecture)
     stored = reader.read_weights(file, described.architecture)

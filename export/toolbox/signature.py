@@ -7,13 +7,13 @@ a folder that went through a hub or a file manager stays as it was signed.
 
 import base64
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from export import manifest
-from export.build import folder as artifact
 from export.errors import ExportError
 from export.host import digests
 from export.manifest import SIGNATURE
@@ -34,12 +34,12 @@ def sign(folder: Path, private_key: Path) -> Path:
     signing = _library("signing")
     _require_key(private_key, "private")
     signer = signing.Config().use_elliptic_key_signer(private_key=private_key).set_hashing_config(_everything(folder))
-    finished, unfinished = folder / SIGNATURE, artifact.beside(folder.resolve(), "sig")
-    try:
+    finished = folder / SIGNATURE
+    with tempfile.TemporaryDirectory(dir=folder.resolve().parent, prefix=".sign-") as private:
+        unfinished = Path(private) / SIGNATURE
         signer.sign(folder, unfinished)
+        unfinished.chmod(0o644)
         unfinished.replace(finished)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return finished
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from export import manifest
 from export.build.command import describe
 from export.errors import ExportError
+from export.formats import admission
 from export.host import processes
 from export.manifest import Manifest
 from export.quantization import schemes
@@ -35,15 +36,10 @@ def verify(folder: Path, limit_s: float, public_key: Path | None = None) -> list
     except (ExportError, OSError) as error:
         return [describe(error)]
     try:
-        findings = [*manifest.differing_files(folder, described), *_contradictions(described)]
+        findings = [*admission.files(folder, described), *_wrong_layers(described)]
     except OSError as error:
         return [describe(error)]
     return findings + in_child(folder, limit_s)
-
-
-def require_whole(folder: Path) -> None:
-    """Refuse a folder whose files are not those of its manifest; the model itself is not read."""
-    manifest.verify_files(folder, manifest.read(folder))
 
 
 def about_signature(folder: Path, public_key: Path | None) -> str:
@@ -51,23 +47,6 @@ def about_signature(folder: Path, public_key: Path | None) -> str:
     if public_key:
         return f", and as signed with {public_key}"
     return f"; {manifest.SIGNATURE} was not checked (give --key)" if (folder / manifest.SIGNATURE).exists() else ""
-
-
-def _contradictions(described: Manifest) -> Iterator[str]:
-    """Parts of a manifest that cannot be true together."""
-    a, kv, plan = described.architecture, described.contract.kv, described.plan
-    pairs = (
-        ("contract.kv.layers", kv.layers, a.num_hidden_layers),
-        ("contract.kv.kv_heads", kv.kv_heads, a.num_key_value_heads),
-        ("contract.kv.head_dim", kv.head_dim, a.head_dim),
-        ("contract.kv.context_length", kv.context_length, plan.model.context_length),
-        ("contract.logits", described.contract.logits, plan.target.logits),
-    )
-    yield from (f"{manifest.FILE}: {name} is {a!r}, expected {b!r}" for name, a, b in pairs if a != b)
-    artifact = plan.target.artifact
-    if not any(name == artifact or name.startswith(f"{artifact}/") for name in described.files):
-        yield f"{manifest.FILE}: files do not hold {artifact!r}, the artifact of the target"
-    yield from _wrong_layers(described)
 
 
 def _wrong_layers(described: Manifest) -> Iterator[str]:

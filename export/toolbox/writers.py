@@ -6,6 +6,7 @@ bit.
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,10 +51,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, renamed to `folder` when it is complete. Raises ExportError: that exists already."""
     if folder.exists():
         raise ExportError(f"{folder}: exists already; give a new folder")
-    partial = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        partial.mkdir(parents=True)
+        partial.chmod(0o755)
         yield partial
         partial.rename(folder)
     finally:

@@ -10,6 +10,7 @@ import devices
 from export import manifest
 from export.checkpoints import tokenizer
 from export.errors import ExportError
+from export.formats import admission
 from export.host.console import stage
 
 
@@ -29,7 +30,7 @@ def chat(
         raise ExportError(f"{folder}: its tokenizer has no chat template; build it from an instruct model")
     os.environ["HF_HUB_OFFLINE"] = "1"
     with stage("load", described.id):
-        manifest.verify_files(folder, described)
+        admission.require(folder, described)
         from runtime_tests.jobs.worker import LoadError, opened
 
         from .conversation import Conversation, PrefixCache, Sampler

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from export import checkpoints, manifest
+from export import checkpoints
 from export.checkpoints import Source, chat_template, tokenizer
 from export.checkpoints.origin import told
 from export.errors import ExportError
+from export.formats import admission
 from export.host.console import stage
 from export.manifest import Manifest
 from export.plan import QuantRecipe
@@ -33,7 +34,7 @@ def check_files(subject: Subject) -> Finding:
     problem = ""
     with stage("files"):
         try:
-            manifest.verify_files(subject.folder, subject.manifest)
+            admission.require(subject.folder, subject.manifest)
         except ExportError as error:
             problem = str(error)
     return require(gates.count("files intact: problems", [problem] if problem else [], Outcome.DAMAGED), problem)

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from export import manifest
 from export.build.command import run
 from export.errors import ExportError
+from export.formats import admission
 from export.host.console import say
 from export.host.text import code
 from export.toolbox.tables import markdown
@@ -80,7 +80,7 @@ def main(
     """Write and print where each operation runs."""
     pages = []
     for folder in folders:
-        described = manifest.read(folder)
+        described = admission.admit(folder)
         package = folder / described.plan.target.artifact
         if package.suffix != ".mlpackage":
             raise ExportError(f"{package}: not a Core ML package; give the folder of one")

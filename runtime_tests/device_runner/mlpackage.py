@@ -1,6 +1,7 @@
 """Brings coremltools and a Python runner to a Mac.
 
-The Mac needs Python 3 and a way to the package index: a virtual environment is made in the working folder, once.
+The Mac needs Python 3.11 or later and a way to the package index: a virtual environment is made in the working folder,
+once.
 """
 
 from importlib.metadata import version
@@ -27,7 +28,8 @@ def install(transport: Transport, device: Device, *, timeout_s: float) -> tuple[
     number = version("coremltools")
     check = ["sh", "-c", f"{_PYTHON} -c 'import coremltools as c; assert c.__version__ == \"{number}\"'"]
     if transport.run(check, timeout_s=timeout_s).returncode:
-        script = f"python3 -m venv {_ENVIRONMENT} && {_PYTHON} -m pip install --quiet coremltools=={number} numpy"
+        packages = f"coremltools=={number} numpy=={version('numpy')}"
+        script = f"python3 -m venv {_ENVIRONMENT} && {_PYTHON} -m pip install --quiet {packages}"
         installed = transport.run(["sh", "-c", script], timeout_s=timeout_s)
         if installed.returncode:
             raise ExportError(f"{device.name}: coremltools=={number} cannot be installed there: {installed.reason}")

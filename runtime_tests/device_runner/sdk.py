@@ -1,6 +1,7 @@
 """ExecuTorch's C++ SDK: headers and libraries of the installed wheel, or of the same wheel for another processor."""
 
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -15,10 +16,13 @@ from typing import Literal
 from devices import last_line
 from export.errors import ExportError
 from export.host.digests import sha256
+from export.manifest import ROOT
 
 Abi = Literal["x86-64", "aarch64"]
 ABIS: tuple[Abi, ...] = ("x86-64", "aarch64")
 MACHINES: dict[str, Abi] = {"x86_64": "x86-64", "AMD64": "x86-64", "aarch64": "aarch64", "arm64": "aarch64"}
+LOCK = ROOT / "locks" / "release.txt"
+"""Every package with the sha256 of its wheels, for all platforms and Pythons."""
 _PYTHON = "3.11"
 """Of the wheel that is fetched: the C++ libraries in a wheel do not depend on its Python version."""
 _PARTS = ("executorch/lib/", "executorch/include/", "executorch/share/")
@@ -80,11 +84,22 @@ def download(packages: Sequence[str], python: str, platforms: Sequence[str], int
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--python-version", python, "--implementation", "cp"]
     command += ["--abi", f"cp{python.replace('.', '')}", *(f"--platform={platform}" for platform in platforms)]
-    done = subprocess.run([*command, "--dest", str(into), *packages], capture_output=True, text=True, check=False)
+    pinned = into / "requirements.txt"
+    pinned.write_text("\n".join(map(locked, packages)), encoding="utf-8")
+    command += ["--require-hashes", "--requirement", str(pinned), "--dest", str(into)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(into.glob("*.whl"))
     if done.returncode or len(wheels) != len(packages):
         raise UnavailableError(f"pip download failed: {last_line(done.stderr)}")
     return wheels
+
+
+def locked(package: str) -> str:
+    """The lines of locks/release.txt for `name==version`, with its hashes. Raises UnavailableError: another version."""
+    hashes = r"(?: \\\n    --hash=sha256:[0-9a-f]{64})+"
+    if found := re.search(f"^{re.escape(package)}{hashes}", LOCK.read_text(encoding="utf-8"), re.MULTILINE):
+        return found[0]
+    raise UnavailableError(f"{LOCK}: no hashes of {package}; run `make setup`")
 
 
 def settle(finished: Path, place: Path) -> Path:

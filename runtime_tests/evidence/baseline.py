@@ -20,6 +20,7 @@ from export import manifest
 from export.architecture import Strict
 from export.build.command import run as run_app
 from export.errors import ExportError
+from export.formats import admission
 from export.host.console import say
 from export.plan import explain
 
@@ -163,8 +164,7 @@ class Judged:
 def judge(folder: Path, records: Path, device: str) -> Judged:
     """The newest record of exactly this build on a device; an unreadable folder is a problem, not an error."""
     try:
-        described = manifest.read(folder)
-        manifest.verify_files(folder, described)  # the record names the manifest only, and the manifest the files
+        described = admission.admit(folder)  # the record names the manifest only, and the manifest the files
     except ExportError as error:
         return Judged(folder.name, None, str(error), (), "")
     newest = record.newest_of(records, manifest_sha256=manifest.digest(folder), device=device)

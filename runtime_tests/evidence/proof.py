@@ -8,6 +8,7 @@ from typing import Any
 
 from devices import Device
 from export import manifest
+from export.formats import admission
 from export.host import digests
 from export.host.console import console
 from export.manifest import ROOT, Manifest
@@ -58,7 +59,7 @@ def without(
         if newest is None or not newest.holds or newest.proof != proven:
             unproven.append((folder, described))
             continue
-        manifest.verify_files(folder, described)
+        admission.require(folder, described)
         console.print(f"{folder}: {newest.outcome.value} on {newest.started_at}, nothing changed since", soft_wrap=True)
     return unproven
 

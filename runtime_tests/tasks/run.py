@@ -18,6 +18,7 @@ from typing import Any
 from export import manifest
 from export.checkpoints import tokenizer
 from export.errors import ExportError
+from export.formats import admission
 from export.host import digests
 from export.host.console import console, counted, stage
 from export.manifest import Manifest
@@ -72,7 +73,7 @@ def evaluate(cases: Sequence[tuple[Path, Manifest]], options: TaskOptions, build
     if importlib.util.find_spec("lm_eval") is None:
         raise ExportError("--tasks needs lm-evaluation-harness; install it with `pip install -e '.[tasks]'`")
     for folder, described in cases:
-        manifest.verify_files(folder, described)
+        admission.require(folder, described)
     _announce(options, [folder for folder, _ in cases])
     outcomes: list[Results | None] = []
     for folder, described in cases:

@@ -11,6 +11,7 @@ import pytest
 
 from export import manifest
 from export.errors import ExportError
+from export.formats import admission
 from export.toolbox import verification
 from tests.support.fakes import damage
 from tests.support.harms import damaged_files, model_files
@@ -28,17 +29,17 @@ def folder(request, tiny, tmp_path):
 @pytest.mark.reliability("{folder}: graph and weight files cut short, or with one bit flipped", "refused by its hash")
 @pytest.mark.parametrize("folder", FORMATS, indirect=True)
 def test_damage_is_refused_by_hash_before_a_runtime_opens_the_file(folder, monkeypatch, record_property):
-    """`verify_files` is what validation asks first of all; a damaged file never reaches its later checks."""
+    """`admission` is what validation asks first of all; a damaged file never reaches its later checks."""
     monkeypatch.setattr(verification, "in_child", lambda folder, limit_s: [])
     described = manifest.read(folder)
-    manifest.verify_files(folder, described)
+    admission.require(folder, described)
     counts = {"cut": 0, "flipped": 0}
     for kind, path, data in damaged_files(model_files(folder, described), 60, 150):
         whole = path.read_bytes()
         path.write_bytes(data)
         name = path.relative_to(folder).as_posix()
         with pytest.raises(ExportError, match=rf"{name}: (differs from manifest.json|\d+ bytes, manifest.json says)"):
-            manifest.verify_files(folder, described)
+            admission.require(folder, described)
         (only,) = verification.verify(folder, 100)
         assert str(path) in only
         path.write_bytes(whole)

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -19,6 +20,7 @@ from export import manifest, pipeline
 from export.build import folder as artifact
 from export.checkpoints.origin import parse_origin
 from export.errors import ExportError
+from export.formats import admission
 from export.host import disk
 from export.plan import load_plan
 from tests.support.artifacts import COMPANIONS, add_companions
@@ -159,7 +161,7 @@ def test_a_killed_build_is_made_again(old, tmp_path, record_property):
         assert hidden == [], (target, step)
     for out in outs:
         described = manifest.read(out)
-        manifest.verify_files(out, described)
+        admission.require(out, described)
         assert described.plan.target.name != "onnx-cpu" or described.files == expected
     record_property("cases", len(killed))
 
@@ -173,7 +175,9 @@ def test_what_a_killed_build_left_is_removed_and_a_running_one_is_respected(cach
                 pipeline.export(load_plan("tiny", "int4-g32", "onnx-cpu"), None, out)
         finally:
             first.kill()
-    assert names(tmp_path) == [".out.part", ".out.tmp"]
+    (left,) = names(tmp_path)
+    assert left.startswith(".out.build-")
+    assert (tmp_path / left).stat().st_mode & 0o777 == 0o700
     pipeline.export(load_plan("tiny", "int4-g32", "onnx-cpu"), None, out)
     assert names(tmp_path) == ["out"]
     assert manifest.read(out).files == manifest.read(old).files
@@ -202,14 +206,15 @@ def test_two_builds_of_one_recipe_quantize_once(tmp_path):
             first.kill()
     assert ended["code"] == 0
     assert f"process {first.pid} is writing it" in ended["stderr"]
-    assert names(tmp_path) == [".a.part", ".a.tmp", "b", "cache"]
+    assert [re.sub("-.*", "", name) for name in names(tmp_path)] == [".a.build", "b", "cache"]
     assert [name for name in names(cache) if name.endswith(".part")] == []
 
 
 def test_a_build_killed_between_the_two_renames_gives_the_old_one_back(old, tmp_path):
     plan_id = manifest.read(old).id
-    (tmp_path / ".out.old").mkdir()
-    (tmp_path / ".out.old" / manifest.FILE).write_bytes((old / manifest.FILE).read_bytes())
+    there = tmp_path / ".out.build-abcd1234" / "old"
+    there.mkdir(parents=True)
+    (there / manifest.FILE).write_bytes((old / manifest.FILE).read_bytes())
     with pytest.raises(RuntimeError), artifact.building(tmp_path / "out", plan_id):
         raise RuntimeError
     assert names(tmp_path) == ["out"]
@@ -264,7 +269,8 @@ def test_libraries_keep_their_temporary_files_beside_the_artifact(tmp_path):
 
     before = tempfile.gettempdir()
     with artifact.building(tmp_path / "out", "id"):
-        assert Path(tempfile.mkdtemp()).parent == tmp_path / ".out.tmp"
+        made = Path(tempfile.mkdtemp()).parent
+        assert (made.name, made.parent.parent) == ("tmp", tmp_path)
     assert tempfile.gettempdir() == before
     assert names(tmp_path) == ["out"]
 
@@ -281,6 +287,40 @@ def test_what_others_put_into_the_folder_is_never_deleted(old, tmp_path):
     pipeline.export(load_plan("tiny", "int4-g32", "onnx-cpu"), None, out)
     assert manifest.read(out).source.sha256 != "0" * 64
     assert all((out / name).read_text() == "x" for name in COMPANIONS if "/" not in name or name.startswith("."))
+
+
+def test_neighbours_that_no_build_made_stay(old, tmp_path):
+    """Names that a build might take, taken before it: by the user, or by another who waits for it to follow a link."""
+    out = shutil.copytree(old, tmp_path / "out")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "new").mkdir()
+    for name in (".out.part", ".out.tmp", ".out.old", ".out.build-abcd1234", ".out.build-notes", ".out.build-12345678"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    (tmp_path / ".out.build-87654321").symlink_to("precious")
+    (tmp_path / ".out.build-22222222").write_text("mine")
+    (tmp_path / ".out.build-33333333").mkdir()
+    (tmp_path / ".out.build-33333333" / "new").symlink_to("../precious")
+    before = [name for name in names(tmp_path) if name != ".out.build-33333333"]
+    pipeline.export(load_plan("tiny", "int4-g32", "onnx-cpu"), None, out)
+    assert set(before) <= set(names(tmp_path))
+    assert (tmp_path / "precious" / "new").is_dir()
+    assert len(list(tmp_path.glob(".out.*/mine.txt"))) == 6
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_an_artifact_has_the_same_modes_whatever_the_umask(umask, tmp_path, monkeypatch):
+    before = os.umask(umask)
+    try:
+        for target in ("onnx-cpu", "coreml"):
+            pipeline.export(load_plan("tiny", "int4-g32", target), None, tmp_path / target)
+    finally:
+        os.umask(before)
+    modes = {
+        (path.is_dir(), path.stat().st_mode & 0o777) for target in tmp_path.iterdir() for path in target.rglob("*")
+    }
+    assert modes == {(True, 0o755), (False, 0o644)}
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir() if path.is_dir()} == {0o755}
 
 
 # ── locks ───────────────────────────────────────────────────────────────────────────────────────────────────────────

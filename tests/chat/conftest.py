@@ -32,10 +32,12 @@ def letters_only(monkeypatch, words):
 
 @pytest.fixture
 def short(artifact):
-    """An artifact with a context of 40 tokens whose answers do not end."""
-    contract = manifest.read(artifact).contract
+    """An artifact with a context of 64 tokens whose answers do not end."""
+    described = manifest.read(artifact)
+    contract, plan = described.contract, described.plan
     kv = contract.kv.model_copy(update={"context_length": SHORT})
-    reseal(artifact, contract=contract.model_copy(update={"kv": kv}))
+    model = plan.model.model_copy(update={"context_length": SHORT})
+    reseal(artifact, contract=contract.model_copy(update={"kv": kv}), plan=plan.model_copy(update={"model": model}))
     return artifact
 
 

@@ -82,8 +82,8 @@ def test_a_full_context_is_said_and_reset_goes_on(chat, short):
     code, out, err = chat(short, typed=b"hello\nmore\n/reset\nhello\n")
     assert code == 1  # one message has no answer
     assert len(out.splitlines()) == 2
-    assert err.count("context 40/40 · the context is full: /reset begins anew") == 2
-    full = "error: left out: the context is full: this conversation has 49 tokens, the artifact's context 40"
+    assert err.count("context 64/64 · the context is full: /reset begins anew") == 2
+    full = "error: left out: the context is full: this conversation has 73 tokens, the artifact's context 64"
     assert [line for line in err.splitlines() if line.startswith("error")] == [f"{full}; /reset begins anew"]
 
 

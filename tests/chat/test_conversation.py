@@ -121,7 +121,7 @@ def test_an_answer_ends_where_the_context_does_and_reset_begins_anew(talk, short
     assert (answer.end, answer.context_used) == (End.CONTEXT, SHORT)
     assert len(answer.text) == SHORT - len("hello") - 3 + 1  # the last token is shown, and never fed
     turns = list(conversation.turns)
-    with pytest.raises(ExportError, match=r"this conversation has 49 tokens, the artifact's context 40"):
+    with pytest.raises(ExportError, match=r"this conversation has 73 tokens, the artifact's context 64"):
         ask(conversation, "more")
     assert conversation.turns == turns
     conversation.reset()

@@ -89,6 +89,7 @@ def test_the_fake_format_is_two_places_and_one_yaml():
         "__init__.py",
         "read.py",
         "usage.md.j2",
+        "vocabulary.py",
     }
 
 

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from export import manifest
+from export.formats import admission
 from export.host import disk
 from runtime_tests.places import scratch
 from tests.support.processes import one_error, results
@@ -64,7 +65,7 @@ def test_a_validation_killed_at_any_stage_is_whole_the_next_time(tiny, tmp_path,
     moments = [{"at": stage} for stage in STAGES] + [{"after": "runtime_tests.evidence.record:append"}]
     orders = [order(folder, tmp_path, **moment, accident="SIGKILL", alone=True) for moment in moments]
     assert [result["code"] for result in results(*orders)] == [-signal.SIGKILL] * len(orders)
-    manifest.verify_files(folder, manifest.read(folder))
+    admission.require(folder, manifest.read(folder))
     for path in (tmp_path / "build" / "cache").glob("*.npy"):
         assert np.isfinite(np.load(path, mmap_mode="r")).all()
     written = len(outcomes(tmp_path))
@@ -128,7 +129,7 @@ def test_two_validations_of_one_artifact_at_once(tiny, tmp_path):
             process.communicate(timeout=400)
     assert len(outcomes(tmp_path)) == 2
     assert set(outcomes(tmp_path)) <= {"pass", "inconclusive"}
-    manifest.verify_files(folder, manifest.read(folder))
+    admission.require(folder, manifest.read(folder))
 
 
 def test_without_locks_nothing_is_removed(monkeypatch, tmp_path):

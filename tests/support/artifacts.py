@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from export import manifest, pipeline
+from export.formats import admission
 from export.plan import Target, load_record
 from runtime_tests.sessions import open_session
 from tests.support.processes import FAKES
@@ -26,6 +27,7 @@ def export_with(store, plan, out):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "CACHE", store)
         pipeline.export(plan, None, out)
+    admission.admit(out)
     return out
 
 

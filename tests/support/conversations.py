@@ -3,7 +3,7 @@
 from export import manifest
 from runtime_tests.sessions import open_session
 
-CONTEXT, SHORT = 256, 40
+CONTEXT, SHORT = 256, 64
 MESSAGES = ("hello", "and then?", "why")
 
 

@@ -9,7 +9,7 @@ import yaml
 
 from export import manifest
 from runtime_tests.tasks import catalog, results
-from tests.support.artifacts import renamed, reseal, set_fault
+from tests.support.artifacts import reseal, set_fault
 
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -141,13 +141,12 @@ def test_the_chat_template_is_the_artifacts_own(evaluate, artifact, described):
 
 def test_a_model_that_fails_is_named_and_the_others_go_on(evaluate, artifact, tmp_path, described):
     broken = shutil.copytree(artifact, tmp_path / "broken")
-    set_fault(broken, "raises")
-    set_fault(artifact, "")
-    (broken / "model.fault").write_text("does not load")
-    renamed(broken, "broken")
+    plan = described.plan.model_copy(update={"model": described.plan.model.model_copy(update={"name": "broken"})})
+    reseal(broken, id=plan.id, plan=plan)
+    set_fault(broken, "does not load")
     code, printed, evaluated = evaluate(broken, artifact, "--no-reference")
     assert code == 1
-    assert "broken_int4-g32_fake: load fail: RuntimeError: the file is of a newer version" in printed.err
+    assert f"{plan.id}: load fail: RuntimeError: the file is of a newer version" in printed.err
     assert set(evaluated) == {described.id}
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -85,6 +86,21 @@ def test_signing_again_replaces_the_signature_and_leaves_nothing_else(signed, ke
     signing.sign(signed, keys[0])
     assert list(signing.differences(signed, keys[1])) == []
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_link_where_a_signature_might_be_written_is_not_followed(artifact, keys, tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    for place in (f".{artifact.name}.sig", f"{artifact.name}/model.sig.tmp"):
+        (tmp_path / place).symlink_to(tmp_path / "precious")
+    (artifact / "model.sig.tmp").unlink()
+    before = os.umask(0)
+    try:
+        signing.sign(artifact, keys[0])
+    finally:
+        os.umask(before)
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert (artifact / "model.sig").stat().st_mode & 0o777 == 0o644
+    assert list(signing.differences(artifact, keys[1])) == []
 
 
 DAMAGE = {

@@ -19,6 +19,9 @@ from export.plan import Plan
 if TYPE_CHECKING:
     from export.quantization.store import QuantizedModel
 
+FILES = tuple(f"model.mlpackage/{name}" for name in (
+    "Data/com.apple.CoreML/model.mlmodel", "Manifest.json", "Data/com.apple.CoreML/weights/weight.bin",
+))  # fmt: skip
 TOOLS = ("coremltools",)
 LOGGERS = ("coremltools",)
 _LIBRARIES_BYTES = 230_000_000
@@ -87,7 +90,7 @@ def lower(model: "QuantizedModel", build: Build) -> Lowered:
     context_length = build.plan.model.context_length
     package = build.folder / build.plan.target.artifact
     convert(model, context_length, package)
-    facts = file.seal(package, _metadata(model, build), build.plan.model.license)
+    facts = file.seal(package, metadata(build.plan, model.key), build.plan.model.license)
     facts["float_values"] = (
         "fp16, RMSNorm in fp32" if model.recipe.linear else "fp16, rounded from float32; RMSNorm in fp32"
     )
@@ -125,14 +128,10 @@ def convert(model: "QuantizedModel", context_length: int, package: Path) -> None
         )
 
 
-def _metadata(model: "QuantizedModel", build: Build) -> dict[str, str]:
+def metadata(plan: Plan, key: str) -> dict[str, str]:
     """User-defined metadata of the package; swift-transformers finds the tokenizer by the last key."""
-    spec = build.plan.model
-    return {
-        "plan": build.plan.id,
-        "quantization": model.key,
-        "co.huggingface.exporters.name": spec.base_model or spec.name,
-    }
+    name = plan.model.base_model or plan.model.name
+    return {"plan": plan.id, "quantization": key, "co.huggingface.exporters.name": name}
 
 
 def _contract(a: Architecture, context_length: int) -> IOContract:

@@ -31,7 +31,7 @@ _FUSED = {QKV[0]: QKV, GATE_UP[0]: GATE_UP}
 def seal(package: Path, metadata: dict[str, str], license_name: str) -> dict[str, int | float | str]:
     """Make a package reproducible and count its contents.
 
-    coremltools writes the date, protobuf maps in arbitrary order, random identifiers and private file modes.
+    coremltools writes the date, protobuf maps in arbitrary order and random identifiers.
     """
     spec = _read_spec(package)
     about = spec.description.metadata
@@ -41,8 +41,6 @@ def seal(package: Path, metadata: dict[str, str], license_name: str) -> dict[str
     (package / "Data" / MODEL).write_bytes(spec.SerializeToString(deterministic=True))
     weights = package / "Data" / _WEIGHTS / "weight.bin"
     _write_manifest(package, weights)
-    for path in (package, *package.rglob("*")):
-        path.chmod(0o755 if path.is_dir() else 0o644)
     return _count(spec, weights)
 
 

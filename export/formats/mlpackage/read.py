@@ -15,7 +15,7 @@ from export.manifest import TensorSpec
 from .file import data_type, expected, read_weights, shape_of, weight_of
 from .graph import mil_name
 
-__all__ = ["FORMAT", "contents", "escapes", "product_bytes", "read_weights", "recognizes", "structure"]
+__all__ = ["FORMAT", "contents", "product_bytes", "read_weights", "recognizes", "structure"]
 
 FORMAT = "Core ML package"
 _MODEL_PATH = "@model_path/"
@@ -156,26 +156,6 @@ def _our_names(function: Any, architecture: Architecture) -> dict[str, tuple[str
     operations = {op.outputs[0].name: op for op in _all_operations(function) if op.outputs}
     names = {weight_of(operations[output]): group for group, output in expected(architecture, set(operations))}
     return names | {mil_name((name,)): (name,) for name in architecture.norm_names()}
-
-
-def escapes(path: Path) -> Iterator[str]:
-    """Items of Manifest.json, and weight files of the program, outside the package."""
-    root, paths = _items(path)
-    for item in paths.values():
-        if why := outside(path / "Data", item):
-            yield f"{path.name}/Manifest.json: item {item!r} {why}"
-    if outside(path / "Data", root) is None:
-        for file in _blob_files(path):
-            if why := outside(path / "Data" / Path(root).parent, file.removeprefix(_MODEL_PATH)):
-                yield f"{path.name}/Data/{root}: weight file {file!r} {why}"
-
-
-def _blob_files(path: Path) -> list[str]:
-
-    _, spec = _parse(path)
-    operations = (op for function in spec.mlProgram.functions.values() for op in _all_operations(function))
-    names = {value.blobFileValue.fileName for op in operations for _, value in _values(op)}
-    return sorted(names - {""})
 
 
 def structure(path: Path) -> Iterator[str]:

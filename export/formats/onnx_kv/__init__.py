@@ -21,6 +21,7 @@ TOOLS = ("onnx", "onnxruntime", "onnxruntime-genai")
 LOGGERS = ()
 FILE = "model.onnx"
 GENAI_CONFIG = "genai_config.json"
+FILES = (FILE, f"{FILE}.data", GENAI_CONFIG)
 _SPIN_US = 100
 """How long threads wait actively, µs; the gaps between two operators are shorter. On two quiet cores, threads that
 sleep at once make a decode step of SmolLM2-135M 10 % longer; beside another busy process, threads that spin without a
@@ -104,8 +105,8 @@ def lower(model: "QuantizedModel", build: Build) -> Lowered:
     with (build.folder / f"{FILE}.data").open("wb") as file:
         proto = graph.build(model, DataFile(file, f"{FILE}.data"), contract)
     (build.folder / FILE).write_bytes(proto.SerializeToString(deterministic=True))
-    config = _genai_config(model.architecture, contract, build.tokenizer, FILE)
-    (build.folder / GENAI_CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    config = genai_config(model.architecture, contract, build.tokenizer)
+    (build.folder / GENAI_CONFIG).write_text(config, encoding="utf-8")
     return Lowered(contract, graph.facts(proto, model.architecture))
 
 
@@ -136,6 +137,11 @@ def _contract_of(architecture: Architecture, plan: Plan) -> IOContract:
         max_prefill=context_length,
         logits=plan.target.logits,
     )
+
+
+def genai_config(architecture: Architecture, contract: IOContract, tokenizer: TokenizerIds) -> str:
+    """The text of genai_config.json."""
+    return json.dumps(_genai_config(architecture, contract, tokenizer, FILE), indent=1) + "\n"
 
 
 def _genai_config(architecture: Architecture, contract: IOContract, tokenizer: TokenizerIds, filename: str) -> Any:

@@ -17,11 +17,9 @@ from export.model import rope_tables
 from export.plan import WeightScheme
 from export.quantization.store import QuantizedModel
 
+from .vocabulary import OPERATORS
 from .weights import BNB4_TYPES, Codes, DataFile
 
-_CONTRIB = {"FusedMatMul", "GatherBlockQuantized", "GroupQueryAttention", "MatMulBnb4", "MatMulNBits", "QuickGelu"}
-_CONTRIB |= {"SkipSimplifiedLayerNormalization"}
-"""onnxruntime's own operators, domain com.microsoft."""
 MATMULS = {"FusedMatMul", "MatMulBnb4", "MatMulNBits"}
 """Operators that `_multiply` and `_multiply_float` write: every product with a stored weight."""
 _UNPADDED = "attention_mask_must_not_have_padding"
@@ -55,8 +53,8 @@ class Graph:
     ) -> str:
         """Add a node, named by its first output. Returns that name."""
         names = [outputs] if isinstance(outputs, str) else list(outputs)
-        domain = "com.microsoft" if op in _CONTRIB else ""
-        self.nodes.append(helper.make_node(op, inputs, names, names[0], domain=domain, **(attributes or {})))
+        made = helper.make_node(op, inputs, names, names[0], domain=OPERATORS[op], **(attributes or {}))
+        self.nodes.append(made)
         return names[0]
 
     def constant(self, name: str, values: Sequence[int]) -> str:

@@ -1,6 +1,5 @@
 """ONNX files read from their protobuf, without onnxruntime; external data is opened by `read_weights` only."""
 
-import json
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -14,11 +13,10 @@ from export.errors import ExportError
 from export.formats import Contents, Entry, StoredTensor, counted, element_bits, head, outside, size, split_rows
 from export.manifest import TensorSpec
 
-from . import GENAI_CONFIG as CONFIG
 from .graph import MATMULS
 from .weights import PASSED_ON, Codes, StoredTensors, codes_of, read_weights, rows_of, stacked_rows
 
-__all__ = ["FORMAT", "contents", "escapes", "product_bytes", "read_weights", "recognizes", "structure"]
+__all__ = ["FORMAT", "contents", "product_bytes", "read_weights", "recognizes", "structure"]
 
 FORMAT = "ONNX"
 _PAST = {"GroupQueryAttention": slice(3, 5), "MultiHeadAttention": slice(6, 8), "Attention": slice(4, 6)}
@@ -178,30 +176,6 @@ def _all_tensors(model: Any) -> Iterator[Any]:
 def _location(tensor: Any) -> str:
     """The data file of a tensor; the last of several entries counts, as it does in onnx."""
     return next((entry.value for entry in reversed(tensor.external_data) if entry.key == "location"), "")
-
-
-def escapes(path: Path) -> Iterator[str]:
-    """External data, and files that genai_config.json tells onnxruntime-genai to open, outside the folder."""
-    for tensor in _all_tensors(_parse(path)):
-        if external_data_helper.uses_external_data(tensor) and (why := outside(path.parent, _location(tensor))):
-            yield f"{path.name}: {tensor.name}: external data {_location(tensor)!r} {why}"
-    config = path.parent / CONFIG
-    if config.is_file():
-        for key, value in _strings(json.loads(config.read_bytes())):
-            if key == "filename" and (why := outside(path.parent, value)):
-                yield f"{CONFIG}: filename {value!r} {why}"
-
-
-def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in a JSON value with its key."""
-    if isinstance(value, str):
-        yield key, value
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _strings(inner, name)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _strings(inner, key)
 
 
 def structure(path: Path) -> Iterator[str]:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from export.architecture import EMBEDDING, Architecture
 from export.errors import ExportError
 from export.formats import Build, Lowered, Needs, clients, kv_layout, refuse_any_scales
-from export.manifest import IOContract, TensorSpec
+from export.manifest import IOContract, TensorSpec, TokenizerIds
 from export.plan import Plan
 
 if TYPE_CHECKING:
     from export.quantization.store import QuantizedModel
 
+FILES = ("model.pte",)
 TOOLS = ("executorch",)
 LOGGERS = ("executorch",)
 _MAX_PREFILL = 512
@@ -86,6 +87,21 @@ def lower(model: "QuantizedModel", build: Build) -> Lowered:
     contract = _io_contract(model.architecture, context, min(_MAX_PREFILL, context))
     facts = program.write(model, build, contract)
     return Lowered(contract, facts)
+
+
+def methods(a: Architecture, contract: IOContract, tokenizer: TokenizerIds) -> dict[str, int | bool | list[int]]:
+    """Constant methods that ExecuTorch's runners call (extension/llm/runner/constants.h), with what they return."""
+    return {
+        "get_bos_id": tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_ids[0],
+        "get_eos_ids": list(tokenizer.eos_ids),
+        "get_vocab_size": a.vocab_size,
+        "get_n_layers": a.num_hidden_layers,
+        "get_max_seq_len": contract.max_prefill,
+        "get_max_context_len": contract.kv.context_length,
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+    }
 
 
 def _io_contract(a: Architecture, context_length: int, max_prefill: int) -> IOContract:

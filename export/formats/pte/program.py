@@ -28,6 +28,7 @@ from export.formats import Build
 from export.manifest import IOContract
 from export.quantization.store import QuantizedModel
 
+from . import methods
 from .file import share_tied_table
 from .graph import PteLlama
 from .lowering import fast_lowering, replaced
@@ -47,7 +48,7 @@ def write(model: QuantizedModel, build: Build, contract: IOContract) -> _Facts:
             program,
             partitioner=[XnnpackPartitioner()],
             compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-            constant_methods=_metadata(model, build, contract),
+            constant_methods=methods(model.architecture, contract, build.tokenizer),
         )
         facts = _count(edge)
         emitted = edge.to_executorch(
@@ -69,21 +70,6 @@ def trace(module: PteLlama, max_prefill: int) -> ExportedProgram:
     sequence = Dim("sequence", min=1, max=max_prefill)
     with torch.no_grad():
         return torch.export.export(module, example, dynamic_shapes=({1: sequence}, None), strict=False)
-
-
-def _metadata(model: QuantizedModel, build: Build, contract: IOContract) -> dict[str, Any]:
-    """Constant methods that ExecuTorch's runners call (extension/llm/runner/constants.h)."""
-    return {
-        "get_bos_id": build.tokenizer.bos_id if build.tokenizer.bos_id is not None else build.tokenizer.eos_ids[0],
-        "get_eos_ids": list(build.tokenizer.eos_ids),
-        "get_vocab_size": model.architecture.vocab_size,
-        "get_n_layers": model.architecture.num_hidden_layers,
-        "get_max_seq_len": contract.max_prefill,
-        "get_max_context_len": contract.kv.context_length,
-        "use_kv_cache": True,
-        "use_sdpa_with_kv_cache": True,
-        "enable_dynamic_shape": True,
-    }
 
 
 def _count(edge: EdgeProgramManager) -> _Facts:

@@ -13,7 +13,7 @@ from export.manifest import TensorSpec
 
 from .file import PteFile, open_pte, read_weights, tensor_value, xnnpack_graph
 
-__all__ = ["FORMAT", "contents", "escapes", "product_bytes", "read_weights", "recognizes", "structure"]
+__all__ = ["FORMAT", "contents", "product_bytes", "read_weights", "recognizes", "structure"]
 
 FORMAT = "ExecuTorch program"
 _XNNPACK = "XnnpackBackend"
@@ -258,12 +258,6 @@ def _program_constants(inventory: _Inventory, plan: Any) -> None:
         )
         if (key := f"program {value.data_buffer_idx}") not in inventory.seen:
             inventory.add(stored, key)
-
-
-def escapes(path: Path) -> Iterator[str]:
-    """None: a program looks up external data by name, in a file that its caller passes."""
-    del path
-    yield from ()
 
 
 def structure(path: Path) -> Iterator[str]:

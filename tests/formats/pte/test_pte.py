@@ -8,6 +8,7 @@ import torch
 
 from export import checkpoints, formats, manifest, quantization
 from export.errors import ExportError
+from export.formats import admission
 from export.formats.pte import program
 from export.formats.pte.file import open_pte, xnnpack_graph
 from export.formats.pte.graph import PteLlama
@@ -176,7 +177,7 @@ def test_a_truncated_file_is_refused(folder, tmp_path):
     with pytest.raises(Exception, match=r".+"):
         open_session(tmp_path / "cut", manifest.read(tmp_path / "cut"), threads=1)
     with pytest.raises(ExportError, match=r"model\.pte"):
-        manifest.verify_files(tmp_path / "cut", manifest.read(tmp_path / "cut"))
+        admission.require(tmp_path / "cut", manifest.read(tmp_path / "cut"))
 
 
 @pytest.mark.parametrize(

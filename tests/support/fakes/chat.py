@@ -12,11 +12,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
+import export.formats
 import runtime_tests.sessions
 from export.build.command import run
 from runtime_tests.__main__ import app
 from runtime_tests.chat.terminal import Interrupts
 
+export.formats.__path__.append(str(Path(__file__).parent / "backends"))
 runtime_tests.sessions.__path__.append(str(Path(__file__).parent / "sessions"))
 FakeSession = importlib.import_module("runtime_tests.sessions.fake").FakeSession
 quick = FakeSession.feed

@@ -5,6 +5,7 @@ from safetensors.torch import save_file
 from export.formats import Lowered, Needs
 from export.manifest import IOContract, KVLayout, TensorSpec
 
+FILES = ("model.safetensors", "model.fault")
 TOOLS = ("safetensors",)
 LOGGERS = ("fake.runtime",)
 FAULT = "model.fault"

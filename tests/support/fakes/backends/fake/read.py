@@ -38,10 +38,6 @@ def stored(path):
             yield StoredTensor(name=name, kind=kind, dtype=dtype, shape=tensor.shape, bytes=tensor.nbytes)
 
 
-def escapes(path):
-    yield from ()
-
-
 def structure(path):
     yield from ()
 

@@ -1,0 +1,83 @@
+"""What `graph.py` and coremltools' backend write, and whether a finished package holds anything else."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from export.formats import schema
+from export.manifest import Manifest
+
+from . import FILES, metadata
+
+OPERATIONS = frozenset({
+    "abs", "add", "cast", "concat", "const", "constexpr_blockwise_shift_scale", "equal", "gather", "greater", "less",
+    "linear", "logical_and", "logical_or", "minimum", "mul", "read_state", "reduce_max", "reduce_mean", "reshape",
+    "rsqrt", "scaled_dot_product_attention", "shape", "silu", "slice_by_index", "slice_by_size", "slice_update",
+    "split", "square", "sub", "tile", "transpose", "write_state",
+})  # fmt: skip
+_FIELDS = {
+    "model": {"specificationVersion", "description", "mlProgram"},
+    "description": {"input", "output", "state", "metadata"},
+    "metadata": {"license", "userDefined"},
+    "program": {"version", "functions"},
+    "function": {"inputs", "opset", "block_specializations"},
+    "block": {"operations", "outputs"},
+    "operation": {"type", "inputs", "outputs", "attributes"},
+}
+"""Fields that are ever set."""
+_MODEL, _CONTENTS, _WEIGHTS = FILES
+_BLOBS = {"", "@model_path/weights/weight.bin"}
+
+
+def foreign(folder: Path, described: Manifest) -> Iterator[str]:
+    """Everything in the files that a build does not write."""
+    yield from (f"{folder / _CONTENTS}: {line}; refused" for line in _items(folder / _CONTENTS))
+    spec = schema.module("coremltools", "proto", "Model_pb2").Model()
+    spec.ParseFromString(schema.read(folder / _MODEL))
+    yield from (f"{folder / _MODEL}: {line}; refused" for line in _parts(spec, described))
+
+
+def _items(path: Path) -> Iterator[str]:
+    """Of the table of contents: two items, one of them the model."""
+    listed = json.loads(schema.read(path))
+    paths = {key: entry["path"] for key, entry in listed["itemInfoEntries"].items()}
+    ours = {name.partition("/Data/")[2].removesuffix("/weight.bin"): name for name in (_MODEL, _WEIGHTS)}
+    for item in sorted(map(str, paths.values())):
+        if item not in ours:
+            yield f"item {item!r}"
+    if ours.get(str(paths.get(listed["rootModelIdentifier"]))) != _MODEL:
+        yield "the model is another item"
+
+
+def _parts(spec: Any, described: Manifest) -> Iterator[str]:
+    """Of the model: fields, functions, operations, weight files and metadata that are none of ours."""
+    about, program = spec.description, spec.mlProgram
+    yield from _unknown("model", spec)
+    yield from _unknown("description", about)
+    yield from _unknown("metadata", about.metadata)
+    yield from _unknown("program", program)
+    if dict(about.metadata.userDefined) != metadata(described.plan, described.quantization.key):
+        yield "metadata is not that of the manifest"
+    for name, function in program.functions.items():
+        if name != "main":
+            yield f"function {name!r}"
+        yield from _unknown("function", function)
+        for block in function.block_specializations.values():
+            yield from _unknown("block", block)
+            for operation in block.operations:
+                yield from _operation(operation)
+
+
+def _operation(operation: Any) -> Iterator[str]:
+    if operation.type not in OPERATIONS:
+        yield f"operation {operation.type!r}"
+    yield from _unknown("operation", operation)
+    bindings = (binding for argument in operation.inputs.values() for binding in argument.arguments)
+    values = [*(binding.value for binding in bindings), *operation.attributes.values()]
+    for file in sorted({value.blobFileValue.fileName for value in values} - _BLOBS):
+        yield f"weight file {file!r}"
+
+
+def _unknown(kind: str, message: Any) -> Iterator[str]:
+    yield from (f"the {kind} has {field}" for field in sorted(schema.fields(message) - _FIELDS[kind]))
