@@ -26,7 +26,7 @@ _MARKDOWN = TableFormat(
 def plain(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of columns padded with spaces, whatever the width of the terminal."""
     cells = [[visible(cell) for cell in row] for row in rows]
-    return tabulate(cells, tablefmt="plain", disable_numparse=True).split("\n")
+    return str(tabulate(cells, tablefmt="plain", disable_numparse=True)).split("\n")
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> Markdown:

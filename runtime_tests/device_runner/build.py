@@ -167,7 +167,7 @@ def main(abi: str = typer.Argument(None, help=" | ".join(ABIS))) -> None:
     chosen = next((known for known in ABIS if known == (abi or host_abi())), None)
     if chosen is None:
         raise ExportError(f"unknown ABI {abi!r}; known: {', '.join(ABIS)}")
-    say(build(chosen).path)
+    say(str(build(chosen).path))
 
 
 if __name__ == "__main__":
