@@ -1,6 +1,8 @@
 # make            set up, build the three artifacts of MODEL, validate them on this machine
 # make help       every target
 .DEFAULT_GOAL := all
+# `make -j` would validate while it builds; builds run side by side by themselves
+.NOTPARALLEL:
 PYTHON ?= python3
 MODEL  ?= smollm2-135m
 QUANT  ?= int4-g32-scales
@@ -29,7 +31,7 @@ VALIDATION ?= --skip-proven
 # what users give reaches the shell and Python as the text it is, whatever characters a path has
 quote   = '$(subst ','\'',$(value $(1)))'
 each    = $(foreach item,$(value $(1)),'$(subst ','\'',$(item))')
-unexport PYTHON MODEL QUANT DEVICE RECORDS ROOM SOURCE TASKS LIMIT MINUTES RECIPES BASE VALIDATION
+unexport PYTHON MODEL QUANT DEVICE RECORDS ROOM SOURCE TASKS LIMIT MINUTES RECIPES BASE VALIDATION QUICK STUDIED TARGETS
 
 PY      := .venv/bin/python
 # contenders of `make bench-quick`
@@ -39,7 +41,7 @@ STUDIED := int4-g32-gptq-chat,int4-g64-gptq,int4-g32-gptq-prose,int4-g32-scales,
 TARGETS := $(sort $(basename $(notdir $(wildcard configs/targets/*.yaml))))
 DEVICES := $(sort $(basename $(notdir $(wildcard devices/*.yaml))))
 PLAN     = $(call quote,MODEL) $(call quote,QUANT)
-built    = $(foreach target,$(TARGETS),build/$(call quote,MODEL)_$(1)_$(target))
+built    = $(foreach target,$(call each,TARGETS),build/$(call quote,MODEL)_$(1)_$(target))
 FOLDERS  = $(call built,$(call quote,QUANT))
 CHECKED  = $(foreach recipe,$(call each,RECIPES),$(call built,$(recipe)))
 WEIGHTS  = $(if $(value SOURCE),--source=$(call quote,SOURCE))
@@ -60,7 +62,7 @@ setup: .venv/.ready
 	@touch $@
 
 build: setup                        ## build MODEL × QUANT for every target, side by side
-	@$(PY) -m export $(PLAN) $(TARGETS) $(WEIGHTS)
+	@$(PY) -m export $(PLAN) $(call each,TARGETS) $(WEIGHTS)
 
 validate: setup                     ## prove and time the built artifacts of MODEL × QUANT on this machine
 	@$(PY) -m runtime_tests $(WEIGHTS) $(FOLDERS)
@@ -82,7 +84,7 @@ devices: setup                      ## the known devices
 ci-artifacts: setup                 ## build MODEL × RECIPES × TARGETS, validate what was built, report in build/ci
 	@status=0; \
 	for recipe in $(call each,RECIPES); do \
-	  $(PY) -m export $(call quote,MODEL) "$$recipe" $(TARGETS) $(WEIGHTS) || status=1; \
+	  $(PY) -m export $(call quote,MODEL) "$$recipe" $(call each,TARGETS) $(WEIGHTS) || status=1; \
 	done; \
 	built=$$(for folder in $(CHECKED); do if [ -f $$folder/manifest.json ]; then echo $$folder; fi; done); \
 	if [ -n "$$built" ]; then $(PY) -m runtime_tests $(call each,VALIDATION) $(WEIGHTS) $$built || status=1; fi; \
@@ -146,7 +148,7 @@ bench: setup                        ## our artifacts against stock runtimes' on 
 	@$(PY) -m runtime_tests.bench $(PLAN) $(WEIGHTS)
 
 bench-quick: setup                  ## the same ratios from two short repetitions, in three minutes once all is built
-	@$(PY) -m runtime_tests.bench $(PLAN) $(WEIGHTS) --only $(QUICK) \
+	@$(PY) -m runtime_tests.bench $(PLAN) $(WEIGHTS) --only $(call quote,QUICK) \
 	  --repetitions 2 --passes 1 --generate 64 --no-long-context --no-accuracy
 
 bench-docs: setup                   ## bench with exports timed, written to docs/benchmarks (on a quiet machine)
@@ -159,12 +161,12 @@ tasks: setup                        ## lm-evaluation-harness TASKS on the built 
 	@$(PY) -m runtime_tests --tasks=$(call quote,TASKS) $(if $(value LIMIT),--limit=$(call quote,LIMIT)) $(WEIGHTS) $(FOLDERS)
 
 study: setup                        ## size against loss: our recipes and llama.cpp's on weights off their 4-bit grid
-	@$(PY) -m export.toolbox.dither smollm2-135m build/dithered
-	@$(PY) -m runtime_tests.bench.study smollm2-135m int4-mixed int4-g32-gptq --also $(STUDIED) \
+	@$(PY) -m export.toolbox.synth dither smollm2-135m build/dithered
+	@$(PY) -m runtime_tests.bench.study smollm2-135m int4-mixed int4-g32-gptq --also $(call quote,STUDIED) \
 	  --source build/dithered --write accuracy
 
 detours: setup                      ## what it costs to quantize a 4-bit checkpoint again, form by form
-	@test -d build/dithered || $(PY) -m export.toolbox.dither smollm2-135m build/dithered
+	@test -d build/dithered || $(PY) -m export.toolbox.synth dither smollm2-135m build/dithered
 	@$(PY) -m runtime_tests.bench.detours smollm2-135m --source build/dithered --write
 
 golden: setup                       ## rewrite the exact answers of the tiny model
@@ -174,7 +176,7 @@ readme: setup                       ## rewrite the generated parts of README.md 
 	@$(PY) -m runtime_tests.reports.readme
 
 reliability: setup                  ## run the tests that docs/reliability.md counts, and write its table
-	@$(PY) -m pytest -q -p tests.support.reliability -m reliability
+	@$(PY) -m pytest -q -p tests.support.reliability -m 'reliability or kind'
 
 lock: setup                         ## write constraints.txt from what is installed
 	@(sed -n '/^#/p' constraints.txt; .venv/bin/pip list --format=freeze | sed 's/+cpu//' | \
@@ -185,4 +187,4 @@ clean:                              ## remove build/ (artifacts, caches, reports
 
 help:
 	@sed -n 's/^\([a-z$$()A-Z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | sed 's/\$$(DEVICES)/DEVICE/' | expand -t 20
-	@echo "  devices: $(DEVICES)   targets: $(TARGETS)   MODEL="$(call quote,MODEL) QUANT=$(call quote,QUANT) SOURCE=$(call quote,SOURCE)
+	@echo "  devices: $(DEVICES)   targets: "$(call each,TARGETS)"   MODEL="$(call quote,MODEL) QUANT=$(call quote,QUANT) SOURCE=$(call quote,SOURCE)

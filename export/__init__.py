@@ -38,7 +38,7 @@ def build(  # noqa: PLR0913 – the options of the command
 
     plan = load_plan(model, recipe, target, context)
     origin = chosen_origin(plan.model, source, adapter)
-    folder = Path("build") / plan.id if out is None else Path(out)
+    folder = Path("build") / plan.id if out is None else disk.expanded(out)
     if not skip.is_stale(plan, origin, folder):
         return manifest.read(folder)
     from . import pipeline

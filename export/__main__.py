@@ -11,6 +11,7 @@ from export import build as build_artifact
 from .build import skip
 from .build.command import run, with_default
 from .checkpoints.origin import chosen_origin
+from .host import disk
 from .host.console import console, say
 from .toolbox import commands
 
@@ -38,6 +39,7 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
         raise typer.BadParameter("names the folder of one target; leave it out or give one target", param_hint="--out")
     if len(set(target)) < len(target):
         raise typer.BadParameter("the same target twice", param_hint="TARGET")
+    out = out and disk.expanded(out)
     plans = [load_plan(model, quant, name) for name in target]
     origin = chosen_origin(plans[0].model, source, adapter)
     stale = [plan for plan in plans if skip.is_stale(plan, origin, out or Path("build") / plan.id, explain)]
@@ -51,7 +53,6 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     elif stale:
         from . import pipeline
         from .build import parallel
-        from .host import disk
 
         console.print(f"{model}_{quant}", style="bold", soft_wrap=True)
         cache = disk.cache_folder(pipeline.CACHE)

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from .architecture import Architecture, Strict
 from .errors import ExportError
-from .host import digests
+from .host import digests, transit
 from .plan import Levels, Plan, explain
 
 
@@ -43,8 +43,13 @@ class TokenizerIds(Strict):
 
     bos_id: int | None
     eos_ids: tuple[int, ...]
-    """Every id that ends an answer (Llama 3.2 Instruct has three)."""
+    """Every id that ends an answer (Llama 3.2 Instruct has three), sorted."""
+    pad_id: int | None
+    adds_bos: bool
+    """Whether a text that is encoded begins with BOS; chat templates write their own."""
     has_chat_template: bool
+    notes: tuple[str, ...]
+    """What those who run the artifact must know of its tokenizer, a line each."""
 
 
 class IOContract(Strict):
@@ -67,7 +72,11 @@ UNKNOWN = "unknown"
 CARD = "README.md"
 SIGNATURE = "model.sig"
 ROOT = Path(__file__).parent.parent
-_VISIBLE_COMPANIONS = ("Thumbs.db", "desktop.ini", "__MACOSX", "Icon\r")
+_VISIBLE_COMPANIONS = (
+    *("Thumbs.db", "ehthumbs.db", "desktop.ini", "__MACOSX", "Icon\r", "@eaDir", "#recycle", "lost+found"),
+    *("$RECYCLE.BIN", "System Volume Information", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md"),
+)
+_AGAIN = "build the artifact again"
 _COPY = "copy it with `cp -rL`, or download with `hf download --local-dir`"
 _SMALLEST_FLOAT_BITS = 15.5
 """Per weight: bf16 has 16, or less where two tensors share their numbers in the file."""
@@ -127,6 +136,8 @@ class CalibrationInfo(Strict):
 
     texts: dict[str, str]
     """File → sha256."""
+    day: str | None
+    """The date that chat templates were given; null: no text passed one."""
     tokens: int
     held_out_kl: float | None
     """Mean KL to the float model on held-out windows of the same texts, nats."""
@@ -222,8 +233,9 @@ def read(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
+        transit.require_no_pointer(path)
         reason = explain(error)[:300]
-        raise ExportError(f"{path}: damaged or of another version: {reason}; build the artifact again") from None
+        raise ExportError(f"{path}: damaged or of another version: {reason}; {_AGAIN}") from None
 
 
 def digest(folder: Path) -> str:
@@ -264,16 +276,25 @@ def differing_files(folder: Path, manifest: Manifest) -> Iterator[str]:
     if links := list(strays(folder)):
         yield from links
         return
-    present, again = hash_files(folder), "build the artifact again"
+    present = hash_files(folder)
     for name, info in manifest.files.items():
         if name not in present:
-            yield f"{folder / name}: missing; {again}"
-        elif present[name].bytes != info.bytes:
-            yield f"{folder / name}: {present[name].bytes} bytes, {FILE} says {info.bytes}; {again}"
+            yield f"{folder / name}: missing; {_AGAIN}"
         elif present[name] != info:
-            yield f"{folder / name}: differs from {FILE} (sha256); {again}"
+            yield f"{folder / name}: {_change(folder / name, present[name], info)}"
     for name in sorted(present.keys() - manifest.files.keys()):
         yield f"{folder / name}: not listed in {FILE}; remove it or build again"
+
+
+def _change(path: Path, now: FileInfo, listed: FileInfo) -> str:
+    """What happened to a file that is not as listed, and what to do."""
+    if pointer := transit.pointer(path):
+        return pointer
+    if transit.has_other_line_ends(path, listed.sha256):
+        return f"its line ends were changed, as git's core.autocrlf does; clone or copy it without, or {_AGAIN}"
+    if now.bytes != listed.bytes:
+        return f"{now.bytes} bytes, {FILE} says {listed.bytes}; {_AGAIN}"
+    return f"differs from {FILE} (sha256); {_AGAIN}"
 
 
 def hash_files(folder: Path) -> dict[str, FileInfo]:
@@ -305,10 +326,10 @@ def strays(folder: Path) -> Iterator[str]:
 def is_companion(name: str) -> bool:
     """Whether hubs, git, file managers or editors put files and folders of that name beside others.
 
-    No runtime reads them: hidden ones (`.git`, `.gitattributes`, `.cache/huggingface`, `.DS_Store`), backups (`x~`) and
-    what Windows and macOS leave in shared folders.
+    No runtime reads them: hidden ones (`.git`, `.gitattributes`, `.cache/huggingface`, `.DS_Store`), backups (`x~`),
+    DVC's (`x.dvc`), the terms that a hub shows, and what Windows, macOS and storage boxes leave in shared folders.
     """
-    return name.startswith(".") or name.endswith("~") or name in _VISIBLE_COMPANIONS
+    return name.startswith(".") or name.endswith(("~", ".dvc")) or name in _VISIBLE_COMPANIONS
 
 
 def companions(folder: Path) -> list[Path]:

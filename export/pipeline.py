@@ -10,9 +10,9 @@ from .checkpoints import tokenizer
 from .checkpoints.origin import Origin
 from .formats import Build
 from .host import disk, memory, mkl
-from .host.console import stage
-from .manifest import Manifest
-from .plan import Plan
+from .host.console import note, stage
+from .manifest import Manifest, TokenizerIds
+from .plan import Plan, shortened
 from .quantization import schemes
 from .quantization.store import QuantizedModel
 
@@ -23,6 +23,7 @@ def export(plan: Plan, source: Origin | None, out: Path) -> Manifest:
     """Build one artifact folder. Each line is a step; each value is what later steps need."""
     backend = formats.load(plan.target.backend)
     architecture = plan.quant.reshaped(checkpoints.architecture_of(plan.model, source))
+    plan = fitted(plan, architecture)
     check(plan, architecture, backend)
     cache = disk.cache_folder(CACHE)
     needs.require(needs.estimate(plan, source, architecture, cache), out, cache)
@@ -30,7 +31,9 @@ def export(plan: Plan, source: Origin | None, out: Path) -> Manifest:
     with artifact.building(out, plan.id) as folder:
         with stage("checkpoint"):
             weights = checkpoints.load(plan.model, source)
-            build = Build(plan, tokenizer.write(weights.source, folder, architecture.vocab_size), folder)
+            for line in weights.notes:
+                note(line)
+            build = Build(plan, _tokenizer(weights, backend, folder), folder)
             memory.give_back()
         with stage("quantize", plan.quant.description):
             model = quantization.quantize(weights, plan.quant, cache)
@@ -42,6 +45,24 @@ def export(plan: Plan, source: Origin | None, out: Path) -> Manifest:
             manifest.write(folder, described)
             card.write(folder, described, [])
     return described
+
+
+def fitted(plan: Plan, architecture: Architecture) -> Plan:
+    """The plan with a context that the checkpoint has positions for, and a line that says so."""
+    short = shortened(plan, architecture.max_position_embeddings)
+    if short != plan:
+        longest, was = short.model.context_length, plan.model.context_length
+        note(f"context of {longest} tokens instead of {was}: the checkpoint's max_position_embeddings")
+    return short
+
+
+def _tokenizer(weights: checkpoints.Checkpoint, backend: formats.Format, folder: Path) -> TokenizerIds:
+    """Written, compared with the format's stock client, and what is remarkable about it said."""
+    ids = tokenizer.write(weights.source, folder, weights.architecture.vocab_size)
+    ids = ids.model_copy(update={"notes": (*ids.notes, *backend.tokenizer_notes(folder))})
+    for line in ids.notes:
+        note(line)
+    return ids
 
 
 def check(plan: Plan, architecture: Architecture, backend: formats.Format) -> None:

@@ -15,6 +15,8 @@ from .errors import ExportError
 Levels = Literal["even", "nf4", "fp4"]
 """What codes stand for: evenly spaced integers, or the sixteen levels of bitsandbytes' types."""
 CONFIGS = Path(__file__).parent.parent / "configs"
+SHORTEST_CONTEXT = 64
+"""Tokens; a KV cache of fewer is no model that anybody runs."""
 
 
 class ModelSpec(Strict):
@@ -25,7 +27,7 @@ class ModelSpec(Strict):
     """`package:NAME/FILE`, `hub:OWNER/NAME[@REVISION]`, `seed:N`; null: --source must be given."""
     base_model: str | None
     license: str
-    context_length: Annotated[int, Field(ge=64)]
+    context_length: Annotated[int, Field(ge=SHORTEST_CONTEXT)]
     """Slots of the KV cache: the longest prompt plus answer, tokens."""
     architecture: Architecture | None
     """null: taken from the checkpoint."""
@@ -284,3 +286,15 @@ def load_plan(model: str, quant: str, target: str, context_length: int | None = 
         except ValidationError as error:
             raise ExportError(f"model {model!r}: {explain(error)}") from None
     return Plan(model=spec, quant=load_named(QuantRecipe, "quant", quant), target=load_named(Target, "targets", target))
+
+
+def shortened(plan: Plan, positions: int) -> Plan:
+    """The plan for a checkpoint of so many positions.
+
+    The context_length of a model's YAML is a default, which gives way; another one was asked for, and stays.
+    """
+    spec, name = plan.model, plan.model.name
+    default = name in names("models") and load_named(ModelSpec, "models", name).context_length == spec.context_length
+    if not default or not SHORTEST_CONTEXT <= positions < spec.context_length:
+        return plan
+    return plan.model_copy(update={"model": spec.model_copy(update={"context_length": positions})})

@@ -87,7 +87,9 @@ def test_a_backend_without_instructions_is_refused(described):
 def test_a_calibrated_artifact_says_with_what_and_what_was_promoted(described):
     candidate = Candidate(name="a", kl=0.1, promoted_kl=0.0, extra_bytes=9, promoted=True)
     other = candidate.model_copy(update={"name": "b", "promoted": False})
-    info = CalibrationInfo(texts={"a.txt": "0" * 64}, tokens=12_345, held_out_kl=0.0321, candidates=(candidate, other))
+    info = CalibrationInfo(
+        texts={"a.txt": "0" * 64}, day=None, tokens=12_345, held_out_kl=0.0321, candidates=(candidate, other)
+    )
     calibrated = described.model_copy(
         update={"quantization": described.quantization.model_copy(update={"calibration": info})}
     )

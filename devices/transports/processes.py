@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO
 
-from . import Completed
+from . import Completed, DeviceError
 
 HANG_UP_S = 5
 """How long a program gets to end by itself once its stdin has ended."""
@@ -34,14 +34,7 @@ class Deadline:
 
 def call(argv: Sequence[str], deadline: Deadline, *, stdin: IO[bytes] | None = None) -> Completed:
     """Run to the end. Raises TimeoutError; then, as after Ctrl-C, the program has been killed."""
-    child = subprocess.Popen(
-        argv,
-        stdin=stdin or subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C is for us
-    )
-    return _finish(child, deadline)
+    return _finish(_start(argv, stdin or subprocess.DEVNULL), deadline)
 
 
 def call_held(argv: Sequence[str], deadline: Deadline) -> Completed:
@@ -52,9 +45,7 @@ def call_held(argv: Sequence[str], deadline: Deadline) -> Completed:
     """
     reading, writing = os.pipe()
     try:
-        child = subprocess.Popen(
-            argv, stdin=reading, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-        )
+        child = _start(argv, reading)
     except BaseException:
         os.close(writing)
         raise
@@ -66,6 +57,20 @@ def call_held(argv: Sequence[str], deadline: Deadline) -> Completed:
     finally:
         for end in held:
             os.close(end)
+
+
+def _start(argv: Sequence[str], stdin: IO[bytes] | int) -> subprocess.Popen[bytes]:
+    """Raises DeviceError: of another processor, or without its interpreter."""
+    try:
+        return subprocess.Popen(
+            argv,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for us
+        )
+    except OSError as error:
+        raise DeviceError(f"{argv[0]}: cannot be started ({error.strerror}); install it again") from None
 
 
 def _finish(child: subprocess.Popen[bytes], deadline: Deadline, held: list[int] | None = None) -> Completed:

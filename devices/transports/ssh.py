@@ -18,13 +18,19 @@ from . import Completed, DeviceError, last_line
 from .address import Address, lookup, variable
 from .processes import Deadline
 
-# Never a question on the terminal, never an unknown host, and an end when the other side is gone.
+# Never a question on the terminal, never an unknown host, and an end when the other side is gone. A configuration for
+# sitting at the board would run another command than ours, print into our words, hold a port twice, or hide the reason
+# of a failure (LogLevel QUIET).
 _OPTIONS = {
     "BatchMode": "yes",
     "StrictHostKeyChecking": "yes",
     "ConnectTimeout": "10",
     "ServerAliveInterval": "5",
     "ServerAliveCountMax": "3",
+    "RemoteCommand": "none",
+    "PermitLocalCommand": "no",
+    "ClearAllForwardings": "yes",
+    "LogLevel": "ERROR",
 }
 _CLOSE_S = 2
 _SSH_FAILED = 255

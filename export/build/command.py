@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from export import formats
 from export.errors import ExportError
-from export.host import interrupt
+from export.host import disk, interrupt
 from export.host.console import LogLines, console
 
 _INTERRUPTED = 130
@@ -39,11 +39,13 @@ def with_default(name: str) -> type[TyperGroup]:
 
 
 def run(app: typer.Typer) -> int:
-    """Run a typer app and give the exit code: 0 done, 1 error, 2 wrong usage, 130 interrupted.
+    r"""Run a typer app and give the exit code: 0 done, 1 error, 2 wrong usage, 130 interrupted.
 
-    A closed standard input is an empty one; what goes to a closed output goes nowhere.
+    A closed standard input is an empty one; what goes to a closed output goes nowhere, and what its encoding has no
+    character for is written as `\u2192`.
     """
     _open_closed_streams()
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     quiet_libraries()
     interrupt.listen()
     return _flushed(_end_of(app))
@@ -71,6 +73,8 @@ def _flushed(code: int) -> int:
 
 def _end_of(app: typer.Typer) -> int:
     try:
+        for argument in sys.argv[1:]:
+            disk.require_utf8(argument)
         code = app(standalone_mode=False)
     except typer.Exit as done:
         code = done.exit_code
@@ -82,6 +86,10 @@ def _end_of(app: typer.Typer) -> int:
         if hasattr(error, "format_message"):  # click's usage errors
             return fail(" ".join(error.format_message().split()), 2)
         raise
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust libraries; it is no Exception
+            raise
+        return fail(f"a library gave up: {describe(error)}", 1)
     if code == _INTERRUPTED:  # typer turns Ctrl-C into this code without a message
         return fail("interrupted; nothing half-written is left", _INTERRUPTED)
     return code if isinstance(code, int) else 0
@@ -102,11 +110,10 @@ def _shortened(message: str) -> str:
     return message if len(message) <= _LONGEST else f"{begin} … ({len(message):,} characters) … {end}"
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """One line for an error; a system error names its file, or says that something could not be written."""
-    text = " ".join(str(error).split())
     if not isinstance(error, OSError) or not error.strerror:
-        return text
+        return " ".join(str(error).split())
     if error.filename:
         return f"{error.filename}: {error.strerror}"
     if error.errno in _WRITING:

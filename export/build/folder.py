@@ -18,6 +18,7 @@ def building(out: Path, plan_id: str) -> Iterator[Path]:
     holds anything but an artifact of this plan, or the disk is full.
     """
     out = out.resolve()  # `.` has no name, and a link stays a link
+    disk.require_utf8(str(out))
     _refuse_foreign(out, plan_id)
     _make_parent(out)
     with disk.locked(out), disk.writing(out.parent):

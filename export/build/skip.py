@@ -4,12 +4,11 @@ The resolved plan, the bytes of the checkpoint and of the calibration texts, our
 artifact's own files are compared. What cannot be compared counts as changed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from export import formats, manifest
 from export.checkpoints.origin import (
-    TOKENIZER_NAMES,
     Adapter,
     File,
     Folder,
@@ -18,6 +17,8 @@ from export.checkpoints.origin import (
     Package,
     Seed,
     adapted_tokenizer_files,
+    is_of_tokenizer,
+    name_of,
     origin_of,
     tokenizer_files,
 )
@@ -25,7 +26,7 @@ from export.errors import ExportError
 from export.host import digests
 from export.host.console import console
 from export.manifest import Manifest, flat
-from export.plan import CONFIGS, Plan
+from export.plan import CONFIGS, Plan, shortened
 
 
 def is_stale(plan: Plan, source: Origin | None, folder: Path, explain: bool = False) -> bool:
@@ -44,7 +45,8 @@ def reasons(plan: Plan, source: Origin | None, folder: Path) -> list[str]:
         return ["not built yet"]
     try:
         built = manifest.read(folder)
-        changes = [*_changed_plan(built.plan, plan), *_changed_inputs(built, plan, source)]
+        fitting = shortened(plan, built.architecture.max_position_embeddings)
+        changes = [*_changed_plan(built.plan, fitting), *_changed_inputs(built, plan, source)]
         if not changes:
             manifest.verify_files(folder, built)
     except ExportError as error:
@@ -77,16 +79,28 @@ def _changed_inputs(built: Manifest, plan: Plan, source: Origin | None) -> Itera
 
 def changed_files(recorded: dict[str, str], origin: Origin) -> Iterator[str]:
     """Files of the checkpoint that are gone, changed or new; weights beside the recorded ones are not part of it."""
-    of_tokenizer = {path.name: path for path in tokenizer_of(origin)}
+    of_tokenizer = {name_of(path): path for path in tokenizer_of(origin)}
     for name, digest in recorded.items():
-        paths = [of_tokenizer.get(name)] if name in TOKENIZER_NAMES else _weight_files(origin, name)
+        paths = [of_tokenizer.get(name)] if is_of_tokenizer(name) else _weight_files(origin, name)
         files = [path for path in paths if path is not None and path.is_file()]
         if not files:
             yield f"{name}: not found in {origin}"
         elif all(digests.remembered_sha256(path) != digest for path in files):
             yield f"{files[0]}: changed"
-    for name in sorted(of_tokenizer.keys() - recorded.keys()):
-        yield f"{of_tokenizer[name]}: new"
+    for path in (*(of_tokenizer[name] for name in sorted(of_tokenizer)), *_preferred(origin, recorded)):
+        if path.name not in recorded:
+            yield f"{path}: new"
+
+
+def _preferred(origin: Origin, recorded: Iterable[str]) -> Iterator[Path]:
+    """What goes before recorded files where it is there: `config.json` before params.json, one file before shards."""
+    names = {"params.json": "config.json", "config.json": "model.safetensors"}
+    match origin:
+        case Adapter():
+            yield from _preferred(origin.base, recorded)
+        case Folder() | Hub():
+            paths = (folder / names[name] for folder in folders(origin) for name in recorded if name in names)
+            yield from (path for path in paths if path.is_file())
 
 
 def _weight_files(origin: Origin, name: str) -> Iterator[Path]:

@@ -6,18 +6,20 @@ Tensor names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`), what
 from __future__ import annotations
 
 from collections.abc import Mapping
+from ctypes import c_float
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from export.architecture import EMBEDDING, HEAD, Architecture
+from export.architecture import EMBEDDING, HEAD, Architecture, RopeScaling
 from export.errors import ExportError
 from export.host import digests
-from export.plan import ModelSpec
+from export.plan import SHORTEST_CONTEXT, ModelSpec
 
-from .origin import TOKENIZER_NAMES, Adapter, File, Folder, Hub, Origin, Package, Seed, is_meta, origin_of
+from .files import GATHER, first_bytes, require_contents
+from .origin import Adapter, File, Folder, Hub, Origin, Package, Seed, is_meta, is_of_tokenizer, name_of, origin_of
 
 if TYPE_CHECKING:  # whether a build may be skipped is decided without torch
     import torch
@@ -45,6 +47,10 @@ class Weights(Protocol):
     def files(self) -> tuple[Path, ...]:
         """Files whose bytes decide the result; of a whole checkpoint, those of configuration and tokenizer too."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is read otherwise than one could expect, a line each, for people who build from it."""
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor as float32, freshly allocated."""
 
@@ -58,6 +64,10 @@ class Source(Weights, Protocol):
     @property
     def architecture(self) -> Architecture:
         """Shapes as the checkpoint states them."""
+
+    @property
+    def stated_ids(self) -> Mapping[str, Mapping[str, Any]]:
+        """File → its fields, of those that state `eos_token_id` and so on besides what `write_tokenizer` writes."""
 
     def write_tokenizer(self, folder: Path) -> None:
         """Write tokenizer files (and generation defaults, when the checkpoint has them) into a folder."""
@@ -86,13 +96,29 @@ def open_source(origin: Origin, expected: Architecture | None) -> Source:
         case Folder():
             return _open_folder(origin.path)
         case File() | Package():
-            if (path := origin.path).suffix.lower() == ".gguf" and path.is_file():
-                from .gguf import GgufSource
+            if not (path := origin.path).is_file():
+                raise ExportError(f"{path}: not a checkpoint we read; it is no file")
+            require_contents(path)
+            if not _is_gguf(path):
+                raise ExportError(f"{path}: not a checkpoint we read; give {_instead_of(path)}")
+            from .gguf import GgufSource
 
-                return GgufSource(path)
-            raise ExportError(
-                f"{path}: not a checkpoint we read; give a Hugging Face folder, Meta's folder or a .gguf file"
-            )
+            return GgufSource(path)
+
+
+def _is_gguf(path: Path) -> bool:
+    """By its first bytes, whatever its name: Ollama's blobs have no suffix. A damaged one is told by its suffix."""
+    return first_bytes(path).startswith(b"GGUF") or path.suffix.lower() == ".gguf"
+
+
+def _instead_of(path: Path) -> str:
+    """What to give in place of a file that is no whole checkpoint."""
+    folder = path.parent
+    if path.name.startswith("adapter_"):
+        return f"its folder {folder} with --adapter"
+    if (folder / "config.json").is_file() or (folder / "params.json").is_file():
+        return f"the folder that it is in, {folder}"
+    return "a Hugging Face folder, Meta's folder or a .gguf file"
 
 
 def _open_folder(folder: Path) -> Source:
@@ -102,6 +128,8 @@ def _open_folder(folder: Path) -> Source:
         return MetaSource(folder)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ExportError(f"{folder}: a LoRA adapter, not a model; give it with --adapter, and its base with --source")
+    if not (folder / "config.json").exists() and (files := sorted(folder.glob("*.gguf"))):
+        raise ExportError(f"{folder}: no config.json, but {_first([path.name for path in files])}; give that file")
     from .folder import FolderSource
 
     return FolderSource(folder)
@@ -128,16 +156,18 @@ class Checkpoint:
     source: Source
     origin: Origin
     architecture: Architecture
+    notes: tuple[str, ...] = ()
+    """The source's, and what was accepted although the model's YAML says otherwise."""
 
     @cached_property
     def sha256(self) -> dict[str, str]:
         """File name → digest, of weights, configuration and tokenizer."""
-        return {path.name: digests.remembered_sha256(path) for path in self.source.files}
+        return {name_of(path): digests.remembered_sha256(path) for path in self.source.files}
 
     @property
     def bits_per_weight(self) -> float | None:
         """Size of the files without the tokenizer's over the model's parameters; None: there are no files."""
-        files = [path for path in self.source.files if path.name not in TOKENIZER_NAMES]
+        files = [path for path in self.source.files if not is_of_tokenizer(name_of(path))]
         if not files:
             return None
         parameters = sum(prod(shape) for shape in self.architecture.tensor_shapes().values())
@@ -163,31 +193,62 @@ def load(model: ModelSpec, source: Origin | None) -> Checkpoint:
     """Open `source` (or the model's own) and check it against the model's architecture."""
     origin = origin_of(model, source)
     opened = open_source(origin, model.architecture)
-    architecture = opened.architecture
-    if model.architecture is not None:
-        _refuse_other_architecture(model.name, model.architecture, architecture, origin)
-    if model.context_length > architecture.max_position_embeddings:
+    for path in opened.files:
+        require_contents(path)
+    architecture, longest = opened.architecture, opened.architecture.max_position_embeddings
+    notes = opened.notes
+    if (want := model.architecture) is not None:
+        _refuse_other_architecture(model.name, want, architecture, origin)
+        architecture = want.model_copy(update={"max_position_embeddings": longest})
+        if longest != want.max_position_embeddings:
+            notes += (
+                f"max_position_embeddings is {longest}, {want.max_position_embeddings} in the model {model.name}",
+            )
+    if model.context_length > longest:
         raise ExportError(
-            f"model {model.name!r}: context_length {model.context_length} is more than the checkpoint's "
-            f"max_position_embeddings {architecture.max_position_embeddings}"
+            f"{origin}: context_length {model.context_length} is more than the checkpoint's max_position_embeddings "
+            f"{longest}; {_remedy(model, longest)}"
         )
     _check_tensors(opened, architecture, origin)
-    return Checkpoint(opened, origin, architecture)
+    return Checkpoint(opened, origin, architecture, notes)
+
+
+def _remedy(model: ModelSpec, longest: int) -> str:
+    if longest < SHORTEST_CONTEXT:
+        return f"contexts of less than {SHORTEST_CONTEXT} tokens are not built"
+    shorter = model.architecture is not None and longest < model.architecture.max_position_embeddings
+    return f"ask for at most {longest}" + (", or use the model `llama`" if shorter else "")
 
 
 def _refuse_other_architecture(name: str, want: Architecture, got: Architecture, origin: Origin) -> None:
-    """A 3B checkpoint must not become an artifact labelled 1B."""
-    differ = [key for key in Architecture.model_fields if getattr(want, key) != getattr(got, key)]
+    """A 3B checkpoint must not become an artifact labelled 1B. Where positions end is no shape, and is handled."""
+    fields = Architecture.model_fields.keys() - {"max_position_embeddings"}
+    differ = sorted(key for key in fields if _in_float32(getattr(want, key)) != _in_float32(getattr(got, key)))
     if differ:
         pairs = ", ".join(f"{key} {getattr(got, key)!r} (expected {getattr(want, key)!r})" for key in differ)
         raise ExportError(f"{origin}: not the shapes of {name}: {pairs}; use the model `llama` for other shapes")
+
+
+def _in_float32(value: object) -> object:
+    """A number as it comes back from a file that holds it as float32."""
+    if isinstance(value, RopeScaling):
+        return {key: _in_float32(number) for key, number in value.model_dump().items()}
+    return c_float(value).value if isinstance(value, float) else value
 
 
 def _check_tensors(source: Source, architecture: Architecture, origin: Origin) -> None:
     """Missing, extra and wrongly shaped tensors, named before any work is done."""
     want, have = architecture.tensor_shapes(), source.shapes
     if missing := sorted(want.keys() - have.keys()):
-        raise ExportError(f"{origin}: {len(missing)} tensors are missing: {_first(missing)}")
+        reasons = [f"{len(missing)} tensors are missing: {_first(missing)}", *source.notes]
+        if missing == [HEAD]:
+            reasons.append('set "tie_word_embeddings": true in config.json where the embedding is the head too')
+            reasons.append(
+                "a head of its own is saved only if it shares no memory (docs/checkpoints.md, LoRA adapters)"
+            )
+        elif others := sorted(have.keys() - want.keys()):
+            reasons.append(f"there are instead: {_first(others)}")
+        raise ExportError(f"{origin}: {'; '.join(reasons)}")
     extra = {name for name in have.keys() - want.keys() if not name.endswith(_UNUSED_SUFFIXES)}
     if architecture.tie_word_embeddings and HEAD in extra:
         _refuse_untied_head(source, origin)
@@ -196,8 +257,9 @@ def _check_tensors(source: Source, architecture: Architecture, origin: Origin) -
         raise ExportError(f"{origin}: {len(extra)} tensors are not part of the model: {_first(sorted(extra))}")
     for name, shape in want.items():
         if have[name] != shape:
+            hint = "" if prod(have[name]) else f"; {GATHER}"
             raise ExportError(
-                f"{origin}: tensor {name} has shape {list(have[name])}, the architecture needs {list(shape)}"
+                f"{origin}: tensor {name} has shape {list(have[name])}, the architecture needs {list(shape)}{hint}"
             )
 
 

@@ -1,6 +1,7 @@
 """A Hugging Face folder: config.json, weights in safetensors (floats or quantized), tokenizer files."""
 
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +15,10 @@ from export.errors import ExportError
 from export.host.digests import remembered_sha256
 from export.plan import explain
 
+from . import names
+from .files import missing, require_inside
 from .integers import Integers, Unfit
-from .origin import TOKENIZER_FILES, Hub, tokenizer_files
+from .origin import TOKENIZER_PATTERNS, Hub, name_of, tokenizer_files
 from .safetensors import SafetensorsFiles, read_json
 
 if TYPE_CHECKING:
@@ -24,9 +27,10 @@ if TYPE_CHECKING:
 _QUANTIZE_CONFIG = "quantize_config.json"
 """Where AutoGPTQ wrote what config.json holds today."""
 _CHUNK_BYTES = 2**20
+_ORIGINAL_LENGTH = "original_max_position_embeddings"
 _NO_ANSWER = (ValueError, TypeError, LookupError, AttributeError)
 """What the library raises where a hub does not answer as its protocol says."""
-_DOWNLOADED = ("config.json", _QUANTIZE_CONFIG, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
+_DOWNLOADED = ("config.json", _QUANTIZE_CONFIG, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_PATTERNS)
 
 
 def download(origin: Hub) -> Path:
@@ -60,11 +64,15 @@ class FolderSource:
         self.folder = folder
         config_path = folder / "config.json"
         if not config_path.is_file():
-            raise ExportError(f"{config_path}: missing; --source must be a Hugging Face model folder")
+            raise missing(config_path, "; --source must be a Hugging Face model folder")
         config = read_json(config_path)
         self.architecture = _architecture_of(config, config_path)
-        self._weights = _open_weights(folder, config, config_path)
+        weights, notes = _open_weights(folder, config, config_path)
+        self._weights = names.renamed(weights, folder, tied=self.architecture.tie_word_embeddings)
+        self.stated_ids = {str(config_path): config}
         self.files = (config_path, *self._weights.files, *tokenizer_files(folder))
+        require_inside(self.files, folder)
+        self.notes = (*_said_twice(config), *notes, *self._weights.notes, *_other_models(folder))
         self.description = f"Hugging Face folder, {self._weights.description}"
 
     @property
@@ -88,39 +96,62 @@ class FolderSource:
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy those of the tokenizer's files that are there."""
     for path in tokenizer_files(source):
-        shutil.copyfile(path, folder / path.name)
-        (folder / path.name).chmod(0o644)
+        copy = folder / name_of(path)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+        copy.chmod(0o644)
 
 
-def _open_weights(folder: Path, config: dict[str, Any], path: Path) -> "Weights":
-    """By what `config` (at `path`) and the tensors' names say of the form."""
-    from . import bitsandbytes, gptq, jlama, torchao
+def _other_models(folder: Path) -> tuple[str, ...]:
+    """What else this folder could be taken for."""
+    others = {
+        "params.json": "not",
+        "adapter_config.json": "only with --adapter",
+        "chat_template.json": "not: save its template as chat_template.jinja if it is the model's",
+    }
+    return tuple(
+        f"config.json is read, {name} beside it {how}" for name, how in others.items() if (folder / name).is_file()
+    )
+
+
+def _open_weights(folder: Path, config: dict[str, Any], path: Path) -> "tuple[Weights, tuple[str, ...]]":
+    """By what `config` (at `path`) and the tensors say of the form, and a note where the two disagree.
+
+    Where all tensors are floats there is nothing to dequantize, whatever the settings of a base have left behind.
+    """
+    from .quantized import bitsandbytes, gptq, jlama, torchao
 
     quantization = config.get("quantization_config")
     if quantization is None and (folder / _QUANTIZE_CONFIG).is_file():
         path = folder / _QUANTIZE_CONFIG
         quantization = {"quant_method": "gptq", **read_json(path)}
+    if jlama.is_jlama(folder):
+        if quantization is not None:
+            raise ExportError(f"{path}: says that the weights are quantized, but the tensors are Jlama's; remove that")
+        return jlama.open_weights(folder), ()
     if quantization is None:
-        if jlama.is_jlama(folder):
-            return jlama.open_weights(folder)
         stored = SafetensorsFiles(folder)
         quantized = any(bitsandbytes.STATE in name for name in stored.shapes)
-        return bitsandbytes.open_weights(stored, {}, path) if quantized else stored
-    _refuse_other_quantization(quantization, path)
-    stored = SafetensorsFiles(folder)
-    match quantization["quant_method"]:
-        case "gptq":
-            return gptq.open_weights(stored, quantization, path)
-        case "torchao":
-            return torchao.open_weights(stored, path)
-        case _:
-            return bitsandbytes.open_weights(stored, quantization, path)
-
-
-def _refuse_other_quantization(quantization: Any, path: Path) -> None:
-    """Of the quantized checkpoints in this form, those of bitsandbytes 4-bit, GPTQ and torchao are read."""
+        return bitsandbytes.open_weights(stored, {}, path) if quantized else stored, ()
     if not isinstance(quantization, dict):
         raise ExportError(f"{path}: quantization_config is {quantization!r:.60}, expected an object")
+    method = quantization.get("quant_method")
+    stored = SafetensorsFiles(folder)
+    if stored.all_floats:
+        said = f"{path.name} says that the weights are quantized (quant_method {method!r:.60})"
+        return stored, (f"{said}, but all of them are floats and are read as such",)
+    _refuse_other_quantization(quantization, path)
+    match method:
+        case "gptq":
+            return gptq.open_weights(stored, quantization, path), ()
+        case "torchao":
+            return torchao.open_weights(stored, path), ()
+        case _:
+            return bitsandbytes.open_weights(stored, quantization, path), ()
+
+
+def _refuse_other_quantization(quantization: dict[str, Any], path: Path) -> None:
+    """Of the quantized checkpoints in this form, those of bitsandbytes 4-bit, GPTQ and torchao are read."""
     method = quantization.get("quant_method")
     if method not in ("bitsandbytes", "gptq", "torchao"):
         raise ExportError(
@@ -138,30 +169,78 @@ def _architecture_of(config: dict[str, Any], path: Path) -> Architecture:
     for key, only in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if config.get(key, only) != only:
             raise ExportError(f"{path}: {key} is {config[key]!r}; only {only!r} is supported")
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise ExportError(f"{path}: the RoPE settings are {rope!r}, expected an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ExportError(f"{path}: rope type {kind!r} is not supported; only 'default' and 'llama3'")
+    rope = _rope_of(config, path)
     try:
-        heads = config["num_attention_heads"]
-        return Architecture.model_validate(
-            {
-                **{key: config[key] for key in Architecture.model_fields if key in config},
-                "num_key_value_heads": config.get("num_key_value_heads") or heads,
-                "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-                "rope_theta": config.get("rope_theta", rope.get("rope_theta", 10000.0)),
-                "rope_scaling": {key: rope[key] for key in RopeScaling.model_fields} if kind == "llama3" else None,
-                "tie_word_embeddings": config.get("tie_word_embeddings", False),
-            }
-        )
+        heads, kv_heads, size = config["num_attention_heads"], config.get("num_key_value_heads"), config.get("head_dim")
+        fields = {
+            **{key: config[key] for key in Architecture.model_fields if key in config},
+            "num_key_value_heads": heads if kv_heads is None else kv_heads,
+            "head_dim": config["hidden_size"] // heads if size is None else size,
+            "rope_theta": rope["rope_theta"],
+            "rope_scaling": _scaling_of(rope, path),
+            "tie_word_embeddings": config.get("tie_word_embeddings", False),
+        }
+        _require_numbers(fields, path)
+        return Architecture.model_validate(fields)
     except KeyError as error:
         raise ExportError(f"{path}: key {error} is missing") from None
     except ValidationError as error:
         raise ExportError(f"{path}: {explain(error)}") from None
     except (TypeError, ZeroDivisionError) as error:  # of the division
         raise ExportError(f"{path}: hidden_size or num_attention_heads is no usable number ({error})") from None
+
+
+def _rope_of(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """RoPE settings as transformers joins them (`modeling_rope_utils.py`, `convert_rope_params_to_dict`).
+
+    `rope_scaling` stands for all of `rope_parameters`; in either a value goes before the one at the top, but for the
+    original length.
+    """
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise ExportError(f"{path}: the RoPE settings are {rope!r:.200}, expected one object of numbers")
+    top = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if key in config}
+    original = config.get(_ORIGINAL_LENGTH, rope.get(_ORIGINAL_LENGTH, config.get("max_position_embeddings")))
+    kind = {"rope_type": rope.get("type", "default")}
+    return {"rope_theta": 10000.0, **kind, **top, **rope, _ORIGINAL_LENGTH: original}
+
+
+def _scaling_of(rope: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    """Fields of a RopeScaling; None: frequencies are as they are, also where a factor of 1 divides them."""
+    kind = rope["rope_type"]
+    if kind == "default" or (kind in ("linear", "dynamic") and rope.get("factor") == 1):
+        return None
+    if kind != "llama3":
+        raise ExportError(f"{path}: rope type {kind!r:.60} is not supported; only 'default' and 'llama3'")
+    if rope.get("partial_rotary_factor", 1.0) != 1:
+        raise ExportError(
+            f"{path}: partial_rotary_factor is {rope['partial_rotary_factor']!r:.60}; only 1 is supported"
+        )
+    return {key: rope[key] for key in RopeScaling.model_fields}
+
+
+def _require_numbers(fields: dict[str, Any], path: Path) -> None:
+    """A text or a truth value is no number, as in transformers; pydantic would convert it."""
+    for key, value in (fields | (fields["rope_scaling"] or {})).items():
+        truth = key in ("tie_word_embeddings", "rotated")
+        if isinstance(value, str) or isinstance(value, bool) != truth:
+            expected = "true or false" if truth else "a number"
+            raise ExportError(f"{path}: {key} is {json.dumps(value):.60}, expected {expected}")
+
+
+def _said_twice(config: dict[str, Any]) -> tuple[str, ...]:
+    """RoPE settings that stand at two places with different values, a line each; the first is transformers' choice."""
+    scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
+    notes = []
+    if scaling and parameters and scaling != parameters:
+        notes.append("config.json: rope_scaling and rope_parameters differ; rope_scaling is read, as transformers does")
+    name = "rope_scaling" if scaling else "rope_parameters"
+    theta, top = (scaling or parameters or {}).get("rope_theta"), config.get("rope_theta")
+    if None not in (theta, top) and theta != top:
+        notes.append(
+            f"config.json: rope_theta is {top} at the top and {theta} in {name}, which is read, as transformers does"
+        )
+    return tuple(notes)
 
 
 def _require_whole(snapshot: Path) -> None:

@@ -122,6 +122,10 @@ class QuantizedFiles(ABC):
     def files(self) -> tuple[Path, ...]:
         return self.stored.files
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.stored.notes
+
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         floats = {name: shape for name, shape in self.stored.shapes.items() if self.owner(name) is None}

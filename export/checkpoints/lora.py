@@ -9,19 +9,22 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from export.architecture import Architecture
+from export.architecture import EMBEDDING, HEAD, Architecture
 from export.errors import ExportError
 from export.plan import explain
 
+from .files import GATHER, missing, require_inside
 from .folder import copy_tokenizer
 from .integers import Integers, Unfit
-from .origin import TOKENIZER_NAMES, adapted_tokenizer_files
+from .origin import adapted_tokenizer_files, is_of_tokenizer, name_of, tokenizer_files
 from .safetensors import SafetensorsFiles, read_json
 
 if TYPE_CHECKING:
@@ -34,7 +37,8 @@ _PART = re.compile(
 )
 _REPLACING = ("weight", "base_layer.weight")
 """modules_to_save, and the copies of embedding and head that peft saves beside their matrices."""
-_TIED = ("model.embed_tokens", "lm_head")
+_TABLES = ("model.embed_tokens", "lm_head")
+"""Modules that are one table in a tied model."""
 _BY_HAND = "merge with peft (`merge_and_unload`, `save_pretrained`) and give the result with --source"
 _Rank = Annotated[int, Field(gt=0, le=2**16)]
 _Alpha = Annotated[float, Field(allow_inf_nan=False)]
@@ -43,14 +47,17 @@ _WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern",
     "layers_to_transform", "lora_dropout", "megatron_core", "modules_to_save", "peft_version", "qalora_group_size",
     "revision", "runtime_config", "target_modules", "task_type",
+    "corda_config", "eva_config", "loftq_config", "lora_ga_config", "megatron_config",
+    "ensure_weight_tying", "merge_weights",  # the tensors show it; of peft 0.2
     "fan_in_fan_out",  # of layers that Llama does not have; peft sets it to false for linears
 }  # fmt: skip
-"""Without effect on the merge: the tensors' names and shapes show which modules have which matrices."""
+"""Without effect on the merge: the tensors' names and shapes show which modules have which matrices. What an
+initialization was told matters only with that `init_lora_weights`; those that change the base are refused by it."""
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 """Other initializations (PiSSA, OLoRA, LoftQ …) change the base weights too."""
-_QUANTIFIER, _AFTER_GROUP = re.compile(r"[*+?{]"), re.compile(r"\)[*+?{]")
-_MAX_QUANTIFIERS, _MAX_PATTERN = 2, 200
-"""A pattern may be any regular expression that cannot backtrack without end."""
+_QUANTIFIER, _GROUP, _AFTER_GROUP = re.compile(r"[*+?{]"), re.compile(r"\("), re.compile(r"\)[*+?{]")
+_MAX_QUANTIFIERS, _MAX_GROUPS, _MAX_PATTERN, _MAX_PATTERNS = 2, 2, 200, 4096
+"""A pattern may be any regular expression that cannot backtrack without end; there may be one for each linear."""
 
 
 class _LoraConfig(BaseModel):
@@ -83,9 +90,14 @@ class _LoraConfig(BaseModel):
 def _of_pattern(patterns: Mapping[str, _Value], module: str, default: _Value) -> _Value:
     """The value of the first pattern that the end of a module's name matches."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _compiled(pattern).match(module):
             return value
     return default
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _read_config(path: Path) -> _LoraConfig:
@@ -98,19 +110,27 @@ def _read_config(path: Path) -> _LoraConfig:
     for key, value in (config.model_extra or {}).items():
         if key not in _WITHOUT_EFFECT and value:
             raise ExportError(f"{path}: {key:.60} is {value!r:.60}, which is not merged here; {_BY_HAND}")
-    if config.init_lora_weights not in _PLAIN_INITS:
+    init = config.init_lora_weights
+    if (init.lower() if isinstance(init, str) else init) not in _PLAIN_INITS:
         raise ExportError(
             f"{path}: init_lora_weights is {config.init_lora_weights!r:.60}: training has changed the base weights "
             f"too; {_BY_HAND}"
         )
-    for pattern in {**(config.rank_pattern or {}), **(config.alpha_pattern or {})}:
+    patterns = {**(config.rank_pattern or {}), **(config.alpha_pattern or {})}
+    if len(patterns) > _MAX_PATTERNS:
+        raise ExportError(f"{path}: {len(patterns)} patterns of ranks and alphas, at most {_MAX_PATTERNS} are read")
+    for pattern in patterns:
         _require_harmless(pattern, path)
     return config
 
 
 def _require_harmless(pattern: str, path: Path) -> None:
     """A regular expression that matches or fails in little time on every name."""
-    harmless = len(pattern) <= _MAX_PATTERN and len(_QUANTIFIER.findall(pattern)) <= _MAX_QUANTIFIERS
+    harmless = (
+        len(pattern) <= _MAX_PATTERN
+        and len(_QUANTIFIER.findall(pattern)) <= _MAX_QUANTIFIERS
+        and len(_GROUP.findall(pattern)) <= _MAX_GROUPS
+    )
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError):
@@ -153,15 +173,15 @@ class LoraSource:
     def __init__(self, base: "Source", folder: Path) -> None:
         self._base, self._folder = base, folder
         if not (folder / _CONFIG).is_file():
-            raise ExportError(
-                f"{folder / _CONFIG}: missing; --adapter must be a folder that peft's save_pretrained wrote"
-            )
+            raise missing(folder / _CONFIG, "; --adapter must be a folder that peft's save_pretrained wrote")
         self._config = _read_config(folder / _CONFIG)
         self._stored = SafetensorsFiles(folder, _STEM)
         self._changes = _changes_of(self._stored, self._config, base)
-        weights = [path for path in base.files if path.name not in TOKENIZER_NAMES]
-        tokenizer = adapted_tokenizer_files(folder, (path for path in base.files if path.name in TOKENIZER_NAMES))
+        weights = [path for path in base.files if not is_of_tokenizer(name_of(path))]
+        tokenizer = adapted_tokenizer_files(folder, (path for path in base.files if is_of_tokenizer(name_of(path))))
         self.files = (*weights, folder / _CONFIG, *self._stored.files, *tokenizer)
+        require_inside([path for path in self.files if path not in base.files], folder)
+        self.notes = (*base.notes, *self._stored.notes, *_unread(folder))
 
     @property
     def description(self) -> str:
@@ -175,6 +195,10 @@ class LoraSource:
     @property
     def architecture(self) -> Architecture:
         return self._base.architecture
+
+    @property
+    def stated_ids(self) -> Mapping[str, Mapping[str, Any]]:
+        return self._base.stated_ids
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -215,42 +239,74 @@ class LoraSource:
                 (folder / defaults.name).write_bytes(defaults.read_bytes())
 
 
+def _unread(folder: Path) -> tuple[str, ...]:
+    """The tokenizer's files beside an adapter that brings no tokenizer, as neither transformers nor peft read them."""
+    names = [path.name for path in tokenizer_files(folder)]
+    if not names or "tokenizer.json" in names:
+        return ()
+    return (f"the adapter's {', '.join(names)} without a tokenizer.json is not read; the base's tokenizer is",)
+
+
 def _changes_of(stored: SafetensorsFiles, config: _LoraConfig, base: "Source") -> dict[str, _Change]:
     """Weight → change; every part has the shape that the base needs.
 
     Raises ExportError: a tensor of no weight of this base, or one that does not fit it.
     """
-    shapes = base.architecture.tensor_shapes()
+    a = base.architecture
+    shapes = a.tensor_shapes() | {HEAD: (a.vocab_size, a.hidden_size)}
     parts: dict[str, dict[str, str]] = {}
-    for name in stored.shapes:
+    for name, shape in stored.shapes.items():
         match = _PART.fullmatch(name)
         if match is None or f"{match['module']}.weight" not in shapes:
-            raise ExportError(f"{stored.file_of(name)}: tensor {name:.120} changes nothing that {_why_not(name, base)}")
+            raise ExportError(
+                f"{stored.file_of(name)}: tensor {name:.120} changes nothing that this base has; {_BY_HAND}"
+            )
+        if not prod(shape):
+            raise ExportError(f"{stored.file_of(name)}: tensor {name} has shape {list(shape)}; {GATHER}")
         parts.setdefault(match["module"], {})[match["part"]] = name
     if not parts:
         raise ExportError(f"{stored.folder}: the adapter holds no tensors; save it again with `save_pretrained`")
-    changes = {}
+    for names in (parts[module] for module in _TABLES if module in parts):
+        _refuse_other_vocabulary(stored, names, a.vocab_size)
+    if a.tie_word_embeddings:
+        parts = _of_one_table(stored, parts, base)
     for module, names in parts.items():
-        weight = f"{module}.weight"
-        _refuse_tied(module, names, base)
-        _require_parts(stored, module, names, config, shapes[weight])
-        changes[weight] = _Change(names, config.scaling(module))
-    return changes
+        _require_parts(stored, module, names, config, shapes[f"{module}.weight"])
+    return {f"{module}.weight": _Change(names, config.scaling(module)) for module, names in parts.items()}
 
 
-def _why_not(name: str, base: "Source") -> str:
-    """The end of a sentence about a tensor that is not merged."""
-    tied = base.architecture.tie_word_embeddings and ".lm_head." in name
-    return "can change alone: the head is tied to the embedding" if tied else f"this base has; {_BY_HAND}"
+def _refuse_other_vocabulary(stored: SafetensorsFiles, names: Mapping[str, str], vocabulary: int) -> None:
+    """Parts of embedding or head with other rows than the base."""
+    for part, axis in (("weight", 0), ("base_layer.weight", 0), ("lora_B.weight", 0), ("lora_embedding_A", 1)):
+        shape = stored.shapes[names[part]] if part in names else ()
+        if axis < len(shape) and shape[axis] != vocabulary:
+            raise ExportError(
+                f"{stored.file_of(names[part])}: tensor {names[part]} is for {shape[axis]} tokens, this base has "
+                f"{vocabulary}; if training resized the vocabulary, call `resize_token_embeddings({shape[axis]})` on "
+                f"the base, then {_BY_HAND}"
+            )
 
 
-def _refuse_tied(module: str, names: Mapping[str, str], base: "Source") -> None:
-    """Embedding and head that were trained apart are two tables, which a tied model does not have."""
-    if module in _TIED and base.architecture.tie_word_embeddings:
-        raise ExportError(
-            f"{next(iter(names.values()))}: the adapter changes {module}, but embedding and head are tied in this "
-            "base; merge and save the model with tie_word_embeddings false, and give the result with --source"
-        )
+def _of_one_table(
+    stored: SafetensorsFiles, parts: dict[str, dict[str, str]], base: "Source"
+) -> dict[str, dict[str, str]]:
+    """The parts without a tied head's: copies of the base's table change nothing, two equal ones are its new one.
+
+    Raises ExportError: embedding and head change apart, which a tied model cannot.
+    """
+    rest = {module: names for module, names in parts.items() if module not in _TABLES}
+    tables = {module: parts[module] for module in _TABLES if module in parts}
+    copies = [stored.tensor(part) for names in tables.values() for kind, part in names.items() if kind in _REPLACING]
+    if len(copies) == sum(map(len, tables.values())):
+        kept = base.read(EMBEDDING) if copies else None
+        if all(kept is not None and copy.equal(kept.to(copy.dtype)) for copy in copies):
+            return rest
+        if len(tables) == len(_TABLES) and all(copy.equal(copies[0]) for copy in copies):
+            return rest | {_TABLES[0]: tables[_TABLES[0]]}
+    raise ExportError(
+        f"{stored.folder}: the adapter changes {' and '.join(tables)}, but embedding and head are one table in this "
+        "base; save the base with a head of its own (docs/checkpoints.md, LoRA adapters) and give that with --source"
+    )
 
 
 def _require_parts(

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, ValidationError
@@ -22,6 +22,7 @@ from export.errors import ExportError
 from export.plan import explain
 
 from . import tokenizer
+from .files import first_bytes, missing, require_contents, require_inside
 from .integers import in_hugging_face_order
 from .origin import tokenizer_files
 from .safetensors import FLOATS, read_json
@@ -60,7 +61,8 @@ class Params(Strict):
     n_layers: _Count
     n_heads: _Count
     n_kv_heads: _Count | None = None
-    vocab_size: _Count
+    vocab_size: Annotated[int, Field(ge=-1, le=2**24)]
+    """−1: as many as the embedding has rows, as Meta's own code fills it in."""
     multiple_of: _Count = 256
     ffn_dim_multiplier: Annotated[float, Field(gt=0, le=64)] | None = None
     norm_eps: PositiveNumber
@@ -92,7 +94,10 @@ class MetaSource:
         self._path = _the_only_part(folder)
         check(self._path)
         self._stored = self._names()
+        self.stated_ids: Mapping[str, Mapping[str, Any]] = {}
         self.files = (folder / "params.json", self._path, *tokenizer_files(folder))
+        require_inside(self.files, folder)
+        self.notes = ()
 
     @property
     def description(self) -> str:
@@ -101,7 +106,10 @@ class MetaSource:
 
     @cached_property
     def architecture(self) -> Architecture:
-        return architecture_of(self._params, self.folder / "params.json", tied=self._tied())
+        params, embedding = self._params, self._tensor(EMBEDDING).shape if EMBEDDING in self._stored else ()
+        if params.vocab_size < 0 and embedding:
+            params = params.model_copy(update={"vocab_size": embedding[0]})
+        return architecture_of(params, self.folder / "params.json", tied=self._tied())
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -164,7 +172,9 @@ def _the_only_part(folder: Path) -> Path:
     """consolidated.00.pth. Raises ExportError: it is missing, or one of several."""
     parts = sorted(path for path in folder.glob("consolidated.*.pth") if path.is_file())
     if not parts:
-        raise ExportError(f"{folder / 'consolidated.00.pth'}: missing, but params.json is there; download it too")
+        others = [path.name for path in sorted(folder.glob("*.pth"))]
+        hint = f"rename {others[0]} if it is the model's only file" if others else "download it too"
+        raise missing(folder / "consolidated.00.pth", f", but params.json is there; {hint}")
     if len(parts) > 1:
         raise ExportError(
             f"{folder}: {len(parts)} consolidated.*.pth, the parts of a model split for several GPUs, are not joined; "
@@ -226,6 +236,9 @@ def _hugging_face_name(name: str) -> str | None:
 
 # ── the file that torch.save wrote ────────────────────────────────────────────────────────────────────────────────────
 
+_OLD_FORM = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""How a file of `torch.save` begins that is no zip archive: a pickle of its magic number."""
+_SAVE_AGAIN = "load it with torch and save it again, or give the model's Hugging Face folder"
 _MAX_DIRECTORY_BYTES = 2**24
 """Of the archive's list of records; a model of 1024 layers needs a tenth."""
 _MAX_PICKLE_BYTES = 2**21
@@ -248,6 +261,9 @@ class _BrokenError(Exception):
 
 def check(path: Path) -> None:
     """Before torch opens it. Raises ExportError: not a plain dictionary of float tensors."""
+    require_contents(path)
+    if first_bytes(path).startswith(_OLD_FORM):
+        raise ExportError(f"{path}: written by `torch.save` in its form before 1.6, which is not read; {_SAVE_AGAIN}")
     try:
         if _directory_bytes(path) > _MAX_DIRECTORY_BYTES:
             raise _BrokenError(f"its list of records is longer than {_MAX_DIRECTORY_BYTES} bytes")
@@ -266,6 +282,8 @@ def load(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(tensors, dict) or not tensors:
         raise _damaged(path, "it holds no dictionary of tensors")
     for name, tensor in tensors.items():
+        if isinstance(tensor, dict):
+            raise ExportError(f"{path}: holds the tensors inside its entry {name!r:.60}; save that entry alone")
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise _damaged(path, f"its entry {name!r:.60} is no tensor")
     return tensors
@@ -295,13 +313,19 @@ def _pickle_of(archive: zipfile.ZipFile) -> bytes:
     for record in archive.infolist():
         if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
             raise _BrokenError(f"record {record.filename!r:.60} is compressed")
-    pickles = [record for record in archive.infolist() if record.filename.endswith("/data.pkl")]
+    # torch's reader does not tell capitals from others: it would open the first of two, perhaps not the one checked
+    names = [record.filename.lower() for record in archive.infolist()]
+    if len(set(names)) < len(names):
+        raise _BrokenError("it holds records under one name, or under names that differ in capitals only")
+    pickles = [record for record in archive.infolist() if record.filename.lower().endswith("/data.pkl")]
     if len(pickles) != 1 or pickles[0].file_size > _MAX_PICKLE_BYTES:
         raise _BrokenError(
             f"it holds {len(pickles)} pickles data.pkl of at most {_MAX_PICKLE_BYTES} bytes, expected one"
         )
     for record in archive.infolist():
-        if record.filename.endswith("/byteorder") and (record.file_size > 16 or archive.read(record) != b"little"):
+        if record.filename.lower().endswith("/byteorder") and (
+            record.file_size > 16 or archive.read(record) != b"little"
+        ):
             raise _BrokenError("its numbers are not little-endian")
     return archive.read(pickles[0])
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from export.errors import ExportError
+from export.host.disk import require_utf8
 from export.plan import ModelSpec
 
 _HUB, _SEED, _PACKAGE, _ADAPTER = "hub:", "seed:", "package:", "adapter:"
@@ -19,11 +20,15 @@ TOKENIZER_FILES = (
     _TOKENIZER_JSON,
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
     _GENERATION,
 )
 """Of a Hugging Face folder: what the tokenizer and the generation defaults are read from."""
-TOKENIZER_NAMES = frozenset({*TOKENIZER_FILES, _META_TOKENIZER})
+_TEMPLATES = "additional_chat_templates"
+"""A folder there, of templates besides the default one."""
+TOKENIZER_PATTERNS = (*TOKENIZER_FILES, f"{_TEMPLATES}/*.jinja")
+_TOKENIZER_NAMES = frozenset({*TOKENIZER_FILES, _META_TOKENIZER})
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Folder(_Local):
 
 
 class File(_Local):
-    """A GGUF file."""
+    """A GGUF file, by the name that was given: a link into a hub's cache leads to a blob named by a digest."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +129,8 @@ def parse_origin(text: str) -> Origin:
     if not text:
         raise ExportError("--source is empty; give a folder, a .gguf file or a hub id")
     path = Path(os.path.expanduser(text))  # noqa: PTH111  (Path's own raises for an unknown user)
-    if path.exists():
-        return (Folder if path.is_dir() else File)(path.resolve(), text)
+    if path.exists() or path.is_symlink():
+        return _local(path, text)
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
         return _hub(text, text)
     raise ExportError(f"{text}: no such file or folder (and not a hub id like owner/name)")
@@ -153,6 +158,16 @@ def chosen_origin(model: ModelSpec, source: str | Path | None, adapter: str | Pa
     """Where a build's weights come from, by its options; None: from where the model's YAML says."""
     origin = None if source is None else parse_origin(str(source))
     return origin if adapter is None else adapted(origin_of(model, origin), Path(adapter))
+
+
+def _local(path: Path, text: str) -> Folder | File:
+    """A folder where it really is; a file under its own name, where it is a link to a blob named by a digest."""
+    require_utf8(str(path.absolute()))
+    if path.is_dir():
+        return Folder(Path(require_utf8(str(path.resolve()))), text)
+    if not path.exists():
+        raise ExportError(f"{text}: a link to {os.readlink(path)}, which is not there")  # noqa: PTH115  (its text)
+    return File(path.parent.resolve() / path.name, text)
 
 
 def _parse_adapter(text: str) -> Adapter:
@@ -184,8 +199,21 @@ def is_meta(folder: Path) -> bool:
 
 def tokenizer_files(folder: Path) -> tuple[Path, ...]:
     """The files in a checkpoint's folder that its tokenizer and its generation defaults are read from."""
-    names = (_META_TOKENIZER,) if is_meta(folder) else TOKENIZER_FILES
-    return tuple(folder / name for name in names if (folder / name).is_file())
+    if is_meta(folder):
+        paths = [folder / _META_TOKENIZER]
+    else:
+        paths = [*(folder / name for name in TOKENIZER_FILES), *sorted((folder / _TEMPLATES).glob("*.jinja"))]
+    return tuple(path for path in paths if path.is_file())
+
+
+def name_of(path: Path) -> str:
+    """A checkpoint's file as manifests and keys name it: without its folder, but for a further chat template's."""
+    return f"{_TEMPLATES}/{path.name}" if path.parent.name == _TEMPLATES else path.name
+
+
+def is_of_tokenizer(name: str) -> bool:
+    """Whether a file of that name is one of the tokenizer's, not of the weights."""
+    return name in _TOKENIZER_NAMES or name.startswith(f"{_TEMPLATES}/")
 
 
 def adapted_tokenizer_files(adapter: Path, base: Iterable[Path]) -> tuple[Path, ...]:

@@ -4,6 +4,7 @@ The library reads neither Jlama's element types nor refuses a name that a header
 """
 
 import json
+import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from export.errors import ExportError
 from export.plan import explain
 
+from .files import decoded, missing, require_contents
+
 _MAX_JSON_BYTES = 2**24
 """Of a configuration or an index; the index of 405B takes 0.1 MB."""
 
@@ -26,9 +29,9 @@ _MAX_JSON_BYTES = 2**24
 def loads(text: str | bytes) -> Any:
     """JSON whose objects hold each key once: of two values one reader would check the first and another use the second.
 
-    Raises ValueError: no JSON, or a key twice; RecursionError: nested too deep.
+    Raises ValueError: no JSON, bytes that are no UTF-8, or a key twice; RecursionError: nested too deep.
     """
-    return json.loads(text, object_pairs_hook=_object)
+    return json.loads(text if isinstance(text, str) else decoded(text), object_pairs_hook=_object)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -42,10 +45,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ExportError: not one, or too large."""
+    require_contents(path)
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise ExportError(f"{path}: larger than {_MAX_JSON_BYTES} bytes, which no such file is")
-        value = loads(path.read_text(encoding="utf-8"))
+        value = loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
@@ -108,7 +112,8 @@ class Tensor(Stored):
 
 
 def raw_header(path: Path) -> bytes:
-    """The header's text, unread. Raises BrokenError, OSError."""
+    """The header's text, unread. Raises BrokenError, OSError; ExportError: something else in the file's place."""
+    require_contents(path)
     with path.open("rb") as file:
         first = file.read(8)
         if len(first) < 8:
@@ -176,42 +181,75 @@ def damaged(path: Path, reason: object) -> ExportError:
 
 
 _PICKLES = (".bin", ".pth", ".pt")
+_PICKLED = {"model": "pytorch_model.bin", "adapter_model": "adapter_model.bin"}
+"""The pickle that libraries read where there is no safetensors file."""
+_MOST_NOTES = 3
+_FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 FLOATS = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
+_UNKNOWN_TYPE = re.compile(r"unknown variant `([^`]*)`")
 SAVE_AGAIN = "save it again with `save_pretrained`, or give a float checkpoint"
 
 
 class SafetensorsFiles:
-    """`model.safetensors` (or another stem) or the shards that `model.safetensors.index.json` lists."""
+    """`model.safetensors` (or another stem), else the shards that `model.safetensors.index.json` lists.
+
+    As in transformers a single file goes before an index, and the shards say which tensors they hold, not the index.
+    """
 
     def __init__(self, folder: Path, stem: str = "model") -> None:
         self.folder = folder
         self._stem = stem
-        self._owner = self._index()
+        self._single, self._index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        self._absent: dict[str, Path] = {}
+        """Tensors that the index promises and their shards do not hold."""
+        self._owner = self._owners()
         self.files = tuple(sorted(set(self._owner.values())))
         self.description = f"safetensors, {len(self._owner)} tensors"
 
-    def _index(self) -> dict[str, Path]:
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Files beside these that are not read, and what the index promises in vain; a line each."""
+        others = [self._index] if self._single in self.files else []
+        unread = [path.name for path in (*others, self.folder / _PICKLED[self._stem]) if path.is_file()]
+        notes = [f"{' and '.join(f.name for f in self.files[:1])} is read, {name} beside it is not" for name in unread]
+        return (
+            *notes,
+            *(f"{self._index.name} promises {name:.80}, which {file.name} does not hold"
+              for name, file in sorted(self._absent.items())[:_MOST_NOTES]),
+        )  # fmt: skip
+
+    def _owners(self) -> dict[str, Path]:
         """Tensor name → file. Paths that leave the folder are refused."""
-        index_path = self.folder / f"{self._stem}.safetensors.index.json"
-        if not index_path.is_file():
-            single = self.folder / f"{self._stem}.safetensors"
-            if not single.is_file():
-                pickles = any(path.suffix in _PICKLES for path in self.folder.iterdir())
-                hint = "pickled weights are never loaded; " if pickles else ""
-                raise ExportError(f"{single}: missing; {hint}save it as safetensors")
-            return dict.fromkeys(_names_of(single), single)
-        owner = self._weight_map(index_path)
-        paths = sorted(set(owner.values()))
+        if self._single.is_file():
+            return dict.fromkeys(_names_of(self._single), self._single)
+        if not self._index.is_file():
+            raise self._missing()
+        promised = self._weight_map(self._index)
+        paths = sorted(set(promised.values()))
         for path in paths:
             if not path.is_file():
-                raise ExportError(f"{path}: missing, but {index_path.name} names it; download the shard again")
+                raise missing(path, f", but {self._index.name} names it; download the shard again")
+        owners: dict[str, Path] = {}
         for path in paths:
-            present = set(_names_of(path))
-            listed = {name for name, file in owner.items() if file == path}
-            if present != listed:
-                names = ", ".join(sorted(present ^ listed)[:3])
-                raise ExportError(f"{path}: its tensors differ from {index_path.name}: {names}; download it again")
-        return owner
+            for name in _names_of(path):
+                if name in owners:
+                    raise ExportError(f"{path}: tensor {name:.80} is in {owners[name].name} too; save the model again")
+                owners[name] = path
+        self._absent = {name: path for name, path in promised.items() if name not in owners}
+        return owners
+
+    def _missing(self) -> ExportError:
+        """Neither a single file nor an index; what is there instead."""
+        others = [path.name for path in sorted(self.folder.glob(f"{self._stem}*.safetensors"))]
+        if any("-of-" in name for name in others):
+            return missing(self._index, f", but shards are there ({others[0]}); download it too")
+        if others:
+            return missing(self._single, f", but {others[0]} is there; rename it if it is the whole model")
+        pickles = any(path.suffix in _PICKLES for path in self.folder.iterdir())
+        hint = "pickled weights are never loaded; " if pickles else ""
+        if (meta := self.folder / "consolidated.00.pth").is_file():
+            hint += f"remove config.json to read {meta.name} with its params.json, or "
+        return missing(self._single, f"; {hint}save it as safetensors")
 
     def _weight_map(self, index_path: Path) -> dict[str, Path]:
         """Tensor name → file, as the index says."""
@@ -233,6 +271,11 @@ class SafetensorsFiles:
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self.headers.items()}
+
+    @property
+    def all_floats(self) -> bool:
+        """Whether no tensor is of integers or of 8 bits, as whatever quantized weights are stored in has some."""
+        return all(tensor.dtype in _FLOAT_TYPES for tensor in self.headers.values())
 
     def part(self, name: str, advice: str = SAVE_AGAIN) -> Stored:
         """What the header says of a tensor that must be there. Raises ExportError: it is missing."""
@@ -294,7 +337,17 @@ def _names_of(path: Path) -> list[str]:
 
 def open_mapped(path: Path) -> Any:
     """A safetensors file, its header checked by the library."""
+    require_contents(path)
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise damaged(path, error) from None
+        raise damaged(path, _of_no_type(path, str(error)) or error) from None
+
+
+def _of_no_type(path: Path, error: str) -> str | None:
+    """The tensors whose type the library does not know: its own words name the type alone."""
+    if (match := _UNKNOWN_TYPE.search(error)) is None:
+        return None
+    entries = loads(raw_header(path))
+    names = [name for name, entry in entries.items() if isinstance(entry, dict) and entry.get("dtype") == match[1]]
+    return f"tensor {', '.join(names[:3])} is of unknown type {match[1]!r}"

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +25,8 @@ class SeededSource:
         self.architecture = architecture
         self.description = f"random weights, seed {seed}"
         self.files = ()
+        self.notes = ()
+        self.stated_ids: Mapping[str, Mapping[str, Any]] = {}
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from export.architecture import EMBEDDING, HEAD, Architecture, Strict
+from export.architecture import Architecture, Strict
 from export.errors import ExportError
 from export.manifest import IOContract, KVLayout, TensorSpec, TokenizerIds
 from export.plan import Plan
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 _LIBRARIES = ("torch", "torchao", "transformers")
 """Packages that decide every artifact's bytes; a format adds its own."""
-MODULES = ("embedding", "head", "rotations", "attention", "mlp", "norms", "scales", "other tensors", "graph")
-"""Categories of bytes; `graph` is the rest of the files: nodes, names, padding."""
 _DTYPE = re.compile(r"(?:b?float|u?int|nf|fp)([1-9]\d?)")
 """A dtype's name ends with its bits."""
 
@@ -133,6 +131,9 @@ class Format(Protocol):
 
         Also called for plans that `check` refuses.
         """
+
+    def tokenizer_notes(self, folder: Path) -> tuple[str, ...]:
+        """Where the format's stock client, if it is installed, reads the tokenizer otherwise than tokenizer.json."""
 
     def lower(self, model: "QuantizedModel", build: Build) -> Lowered:
         """Write the artifact's files into `build.folder`."""
@@ -288,7 +289,7 @@ def element_bits(dtype: str) -> int:
 
 def counted(names: Iterable[str]) -> dict[str, int]:
     """Occurrences, most frequent first."""
-    return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))
+    return dict(Counter(sorted(names)).most_common())
 
 
 def split_rows(name: str, rows: dict[str, int], tensor: StoredTensor) -> Iterator[StoredTensor]:
@@ -309,77 +310,3 @@ def split_weights(
     for name, count in rows.items():
         yield StoredWeight(name, qdata[start : start + count], scale[start : start + count])
         start += count
-
-
-def with_tied_head(tensors: tuple[StoredTensor, ...], architecture: Architecture) -> tuple[StoredTensor, ...]:
-    """The tensors, with a tied head that is stored as the embedding listed under its own name, too."""
-    if not architecture.tie_word_embeddings or any(tensor.name == HEAD for tensor in tensors):
-        return tensors
-    table = (tensor for tensor in tensors if tensor.name == EMBEDDING)
-    return (*tensors, *(tensor.model_copy(update={"name": HEAD, "bytes": 0}) for tensor in table))
-
-
-class ModuleSize(Strict):
-    """Bytes of one kind of weight in one dtype."""
-
-    module: str
-    dtype: str
-    tensors: int
-    bytes: int
-
-
-class LayerScheme(Strict):
-    """How one matrix is stored."""
-
-    name: str
-    scheme: str
-    """`int4 g32`, `int8 per channel`, or a float dtype."""
-    bytes: int
-    """With its scales; 0 if it is stored as another tensor."""
-
-
-def _module_of(tensor: StoredTensor) -> str:
-
-    if tensor.kind == "scales":
-        return "scales"
-    if tensor.dtype in ("int32", "int64"):  # shapes and indices, whatever they are named after
-        return "other tensors"
-    name = tensor.name.lower()
-    words = {"norm": "norms", "attn": "attention", "attention": "attention", "mlp": "mlp", "feed_forward": "mlp"}
-    words |= {"lm_head": "head", "embed": "embedding", "rotate": "rotations"}
-    return next((module for word, module in words.items() if word in name), "other tensors")
-
-
-def module_sizes(contents: Contents) -> tuple[ModuleSize, ...]:
-    """Bytes by module and dtype, in the order of MODULES; they sum to the size of the files."""
-    sizes: dict[tuple[str, str], list[int]] = {}
-    for tensor in contents.tensors:
-        sizes.setdefault((_module_of(tensor), tensor.dtype), []).append(tensor.bytes)
-    sizes["graph", ""] = [contents.bytes - sum(tensor.bytes for tensor in contents.tensors)]
-    return tuple(
-        ModuleSize(module=module, dtype=dtype, tensors=len(lengths) if dtype else 0, bytes=sum(lengths))
-        for (module, dtype), lengths in sorted(sizes.items(), key=lambda item: (MODULES.index(item[0][0]), item[0][1]))
-    )
-
-
-def layer_schemes(contents: Contents) -> tuple[LayerScheme, ...]:
-    """Every matrix of the decoder, and every other tensor with scales: embedding, layers in the file's order, head."""
-    scales = {tensor.name: tensor for tensor in contents.tensors if tensor.kind == "scales"}
-    return tuple(
-        LayerScheme(
-            name=tensor.name,
-            scheme=scheme_of(tensor, scales.get(tensor.name)),
-            bytes=tensor.bytes + (scales[tensor.name].bytes if tensor.name in scales else 0),
-        )
-        for tensor in sorted(contents.tensors, key=lambda t: {"embedding": 0, "head": 2}.get(_module_of(t), 1))
-        if tensor.kind == "weight" and len(tensor.shape) == 2
-        if _module_of(tensor) in MODULES[:5] or tensor.name in scales
-    )
-
-
-def scheme_of(weight: StoredTensor, scales: StoredTensor | None) -> str:
-    """A matrix [N, K] and its scales [N, groups], in words."""
-    if scales is None:
-        return weight.dtype
-    groups = scales.shape[1] if len(scales.shape) > 1 else 1
-    return f"{weight.dtype} per channel" if groups == 1 else f"{weight.dtype} g{weight.shape[1] // groups}"

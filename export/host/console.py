@@ -70,6 +70,11 @@ def track(items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
             bar.advance(task)
 
 
+def note(text: str) -> None:
+    """One line that a build goes on after."""
+    console.print(f"  note: {text}", soft_wrap=True)
+
+
 @contextmanager
 def stage(label: str, detail: str = "") -> Iterator[None]:
     """Run a stage with a spinner and end it with one line: label, detail, seconds."""

@@ -5,6 +5,7 @@ import fcntl
 import os
 import resource
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -126,6 +127,27 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with `~` as a shell reads it. Raises ExportError: no such home, and a folder named `~` is not meant."""
+    text = os.path.expanduser(path)  # noqa: PTH111  (Path's own raises another error)
+    if str(text).startswith("~"):
+        raise ExportError(f"{path}: no home folder of that name is known; give the whole path")
+    return Path(text)
+
+
+def require_utf8(text: str) -> str:
+    """The text of a path or an argument; libraries and JSON take nothing but UTF-8.
+
+    Raises ExportError: it holds other bytes, which Python stands in for by half a character.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        remedy = "give it in UTF-8, a path renamed" if sys.getfilesystemencoding() == "utf-8" else "set PYTHONUTF8=1"
+        raise ExportError(f"{text!r}: not in the encoding {sys.getfilesystemencoding()}; {remedy}") from None
+    return text
+
+
 def cache_folder(preferred: Path) -> Path:
     """Where results may be cached: the preferred folder, or the user's cache where that cannot be written.
 
@@ -133,8 +155,8 @@ def cache_folder(preferred: Path) -> Path:
     """
     if _is_writable(preferred):
         return preferred
-    own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-on-device"
-    if _is_writable(own):
+    own = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "llama-on-device"  # noqa: PTH111
+    if own.is_absolute() and _is_writable(own):  # `~` stays where a user has neither HOME nor a name
         console.print(f"  {preferred}: cannot be written; the cache is {own}", soft_wrap=True)
         return own
     raise ExportError(f"{preferred}: cannot be written, nor can {own}; name a folder for the cache in XDG_CACHE_HOME")

@@ -10,7 +10,7 @@ from export.plan import QuantRecipe
 
 from . import calibration, rotation, schemes, store, tensorwise
 from .keys import content_key, is_stored, origin_key
-from .needs import memory_bytes
+from .schemes import memory_bytes
 from .store import QuantizedModel, Result, Unfinished
 
 __all__ = ["QuantizedModel", "content_key", "is_stored", "memory_bytes", "quantize"]

@@ -115,6 +115,7 @@ class Calibrator:
             chosen,
             CalibrationInfo(
                 texts=texts.sha256(self.recipe.calibration),
+                day=texts.day(self.recipe.calibration),
                 tokens=token_count,
                 held_out_kl=kl,
                 candidates=candidates,

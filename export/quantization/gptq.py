@@ -15,8 +15,7 @@ from torch import Tensor
 
 from export.plan import Gptq, WeightScheme
 
-from .nearest import Rounded, compared, integer_range
-from .scales import choose_scales
+from .nearest import Rounded, choose_scales, compared, integer_range
 
 _BLOCK = 64
 """Columns whose errors are spread at once."""

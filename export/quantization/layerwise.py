@@ -24,8 +24,7 @@ from export.model import Attention, Layer, rope_tables
 from export.plan import Gptq, WeightScheme
 
 from .gptq import Moments, round_linears
-from .nearest import Rounded
-from .scales import round_at_best_scales
+from .nearest import Rounded, round_at_best_scales
 
 ReadWeight = Callable[[str], Tensor]
 _WINDOWS_AT_ONCE = 4

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import isqrt, sqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,6 +122,14 @@ class _RotatedSource:
     @property
     def files(self) -> tuple[Path, ...]:
         return self.base.source.files
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.base.source.notes
+
+    @property
+    def stated_ids(self) -> Mapping[str, Mapping[str, Any]]:
+        return self.base.source.stated_ids
 
     def write_tokenizer(self, folder: Path) -> None:
         self.base.source.write_tokenizer(folder)

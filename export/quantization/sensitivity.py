@@ -21,7 +21,7 @@ from export.model import Layer, rope_tables
 from export.plan import Promotion, QuantRecipe, WeightScheme
 
 from .layerwise import ReadWeight, linears, load_layer, observed
-from .scales import round_at_best_scales
+from .nearest import round_at_best_scales
 from .schemes import Schemes, bits_each
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from export.checkpoints import chat_template
+from export.checkpoints.tokenizer import adds_bos
 from export.errors import ExportError
 from export.host.console import track
 from export.model import Llama
@@ -24,17 +25,12 @@ def cut(text: str, label: str, count: int, length: int, tokenizer: Any) -> list[
 
     Raises ExportError with the text's `label` where it is too short.
     """
-    start = [tokenizer.bos_token_id] if _adds_bos(tokenizer) else []
+    start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     body, stride = length - len(start), len(ids) // count
     if stride < body:
         raise ExportError(f"{label} of {len(ids)} tokens is too short for {count} windows of {length}")
     return [start + ids[i * stride : i * stride + body] for i in range(count)]
-
-
-def _adds_bos(tokenizer: Any) -> bool:
-    ids = tokenizer.encode("a")
-    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
 
 
 def windows(mixture: Mixture, tokenizer: Any) -> torch.Tensor:
@@ -66,6 +62,11 @@ def sha256(mixture: Mixture | None) -> dict[str, str]:
     return {name: hashlib.sha256(read(name).encode()).hexdigest() for name in names}
 
 
+def day(mixture: Mixture | None) -> str | None:
+    """The date in text that passes a chat template; None: no text does."""
+    return chat_template.FIXED_DAY if mixture and mixture.generated else None
+
+
 def prompt_ids(prompts: Sequence[str], tokenizer: Any, origin: str) -> list[list[int]]:
     """Each prompt as the user's turn of a conversation, up to where the answer begins."""
     if not tokenizer.chat_template:
@@ -73,7 +74,7 @@ def prompt_ids(prompts: Sequence[str], tokenizer: Any, origin: str) -> list[list
             f"{origin}: no chat template, through which the mixture's text is generated; use another mixture"
         )
     turns = ([{"role": "user", "content": prompt}] for prompt in prompts)
-    return [chat_template.token_ids(tokenizer, turn, origin) for turn in turns]
+    return [chat_template.token_ids(tokenizer, turn, origin, chat_template.FIXED_DAY) for turn in turns]
 
 
 def conversations(model: Llama, prompts: Sequence[list[int]], ends: frozenset[int], rows: int, length: int) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 from export import formats
 from export.architecture import Strict
 from export.errors import ExportError
-from export.formats import MODULES, ModuleSize, StoredWeight, in_a_line
+from export.formats import StoredWeight, in_a_line
 from export.host.console import Plain, say
 from export.host.text import code
 from export.host.text import markdown as escaped
@@ -18,6 +18,7 @@ from export.manifest import flat
 from . import evidence, inspection, significance, tables
 from .evidence import Rate, Validation
 from .inspection import Inspection, Section
+from .sizes import MODULES, ModuleSize
 from .tables import NONE
 
 UNTIMED = "no validation record of one or both on the same device"

@@ -9,11 +9,13 @@ from rich.table import Table
 
 from export import formats, manifest
 from export.architecture import Strict
-from export.formats import Contents, LayerScheme, ModuleSize, layer_schemes, module_sizes, with_tied_head
+from export.formats import Contents
+from export.host import transit
 from export.host.console import Plain, say
 from export.manifest import FileInfo, Manifest, TensorSpec
 
 from .charts import CELL, INSIDE, MAP_HEIGHT, MUTED, NAMES, Cell, colour, document, linear_map, place_of, rect, text
+from .sizes import LayerScheme, ModuleSize, layer_schemes, module_sizes, with_tied_head
 from .tables import Row, plain
 
 NO_MANIFEST = "no manifest.json: made by another exporter, or copied out of its folder; names are the file's own"
@@ -47,9 +49,11 @@ def inspect(path: Path) -> Inspection:
     """Read an artifact folder, or a bare file or package. Raises ExportError: it is neither, or damaged."""
     if (path / manifest.FILE).is_file():
         described, files, note = manifest.read(path), manifest.hash_files(path), ""
+        for name in files:
+            transit.require_no_pointer(path / name)
         reader, file = formats.reader(described.plan.target.backend), path / described.plan.target.artifact
         contents = formats.contents(reader, file, described.architecture)
-        contents = contents.model_copy(update={"tensors": with_tied_head(contents.tensors, described.architecture)})
+        contents = with_tied_head(contents, described.architecture)
     else:
         described, note = None, NO_MANIFEST
         files = manifest.hash_files(path) if path.is_dir() else {path.name: manifest.file_info(path)}

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from export import formats, manifest
 from export.build.command import quiet_libraries
 from export.errors import ExportError
-from export.formats import Contents, Reader, StoredWeight, in_a_line, layer_schemes, with_tied_head
+from export.formats import Contents, Reader, StoredWeight, in_a_line
 from export.host import processes
 from export.manifest import LayerInfo, Manifest, TensorSpec
+
+from .sizes import layer_schemes, with_tied_head
 
 
 def check(folder: Path) -> list[str]:
@@ -92,8 +94,7 @@ def _elements(cache: tuple[TensorSpec, ...]) -> int | None:
 def _wrong_schemes(contents: Contents, described: Manifest) -> Iterator[str]:
     """Matrices that are not stored in the type and groups that the manifest gives."""
     a = described.architecture
-    named = contents.model_copy(update={"tensors": with_tied_head(contents.tensors, a)})
-    stored = {layer.name: layer.scheme for layer in layer_schemes(named)}
+    stored = {layer.name: layer.scheme for layer in layer_schemes(with_tied_head(contents, a))}
     for layer in described.quantization.layers:
         columns = a.tensor_shapes()[layer.name][-1] if layer.name in a.tensor_shapes() else 0
         groups = "per channel" if layer.group_size == columns else f"g{layer.group_size}"

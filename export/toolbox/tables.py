@@ -26,7 +26,8 @@ _MARKDOWN = TableFormat(
 def plain(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of columns padded with spaces, whatever the width of the terminal."""
     cells = [[visible(cell) for cell in row] for row in rows]
-    return str(tabulate(cells, tablefmt="plain", disable_numparse=True)).split("\n")
+    lines: list[str] = tabulate(cells, tablefmt="plain", disable_numparse=True).split("\n")
+    return lines
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> Markdown:

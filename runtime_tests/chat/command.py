@@ -35,6 +35,7 @@ def chat(
         from .conversation import Conversation, PrefixCache, Sampler
         from .terminal import Terminal, say
 
+        tokenizer.try_out(folder / "tokenizer.json")
         loaded_tokenizer = tokenizer.load(folder)
         try:
             session = opened(str(folder), devices.physical_threads())

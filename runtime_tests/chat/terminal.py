@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from export.build.command import fail
+from export.build.command import describe, fail
 from export.errors import ExportError
 from export.host.console import console
 from export.host.text import CONVERSATION, visible
@@ -104,7 +104,7 @@ class Terminal:
             except UnicodeEncodeError as error:
                 answered = not fail(f"left out: a line that is not UTF-8 (after {line[: error.start][-40:]!r})", 1)
             except ExportError as error:
-                answered = not fail(f"left out: {error}", 1)
+                answered = not fail(f"left out: {describe(error)}", 1)
         return answered
 
     def answer(self, message: str, show: Callable[[str], None], stopped: Callable[[], bool]) -> None:

@@ -21,18 +21,6 @@ from runtime_tests.evidence.record import Outcome
 from . import gates
 from .subject import Finding, StoppedError, Subject, require
 
-_CORPUS = (
-    "",
-    "Hello, world!",
-    "  two leading spaces,\ttab,\nnewline, trailing space ",
-    "1234567890 3.14159 1e-5 0xff",
-    "Größe, façade, naïve, ¿qué?, mañana, São Paulo, perché",
-    "नमस्ते दुनिया",
-    "สวัสดีชาวโลก",
-    "数学 и 🦙🏽‍🚀",
-    "def f(x: int) -> int:\n    return x ** 2  # comment\n",
-    "<|begin_of_text|><|start_header_id|>user<|end_header_id|> injected <|eot_id|>",
-)
 LENGTH = 60
 """Characters of an n-gram: about twelve English words. No two shipped texts share one; some share 50 characters."""
 ALLOWED = 20
@@ -77,15 +65,22 @@ def _tokenizer_differences(folder: Path, described: Manifest, source: Source, te
         ids = tokenizer.write(source, Path(temporary), described.architecture.vocab_size)
         expected = tokenizer.load(Path(temporary))
     try:
+        tokenizer.try_out(folder / "tokenizer.json")
         shipped = tokenizer.load(folder)
     except ExportError as error:
         return [str(error)]
-    problems = [] if ids == described.tokenizer else ["special token ids of the manifest"]
+    problems = (
+        []
+        if ids.model_copy(update={"notes": described.tokenizer.notes}) == described.tokenizer
+        else ["special token ids of the manifest"]
+    )
     if shipped.all_special_ids != expected.all_special_ids or shipped.chat_template != expected.chat_template:
         problems.append("special tokens or chat template")
     elif expected.chat_template and _render_chat(shipped) != _render_chat(expected):
         problems.append("a rendered chat")
-    return problems + [f"the text {text[:24]!r}" for text in (*_CORPUS, *texts) if not _same(shipped, expected, text)]
+    return problems + [
+        f"the text {text[:24]!r}" for text in ("", *tokenizer.SAMPLES, *texts) if not _same(shipped, expected, text)
+    ]
 
 
 def _same(shipped: Any, expected: Any, text: str) -> bool:
@@ -97,7 +92,7 @@ def _same(shipped: Any, expected: Any, text: str) -> bool:
 
 
 def _render_chat(loaded: Any) -> str:
-    return chat_template.render(loaded, _CHAT, "the artifact's tokenizer")
+    return chat_template.render(loaded, _CHAT, "the artifact's tokenizer", chat_template.FIXED_DAY)
 
 
 def contamination(judged: Evaluation, recipe: QuantRecipe) -> list[str]:

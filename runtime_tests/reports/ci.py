@@ -1,7 +1,7 @@
 """python -m runtime_tests.reports.ci FOLDER… [--out DIR] [--device NAME]: validated artifacts for a CI system.
 
 Writes `summary.md`, `junit.xml` and the records behind them; in GitHub Actions the job's summary too. Runs no artifact:
-the newest record of each artifact's build counts. Exit code 0 only if every artifact has artifact and holds.
+the newest record of each artifact's build counts. Exit code 0 only if every artifact has a record and holds.
 """
 
 import os
@@ -107,7 +107,7 @@ def _measured_on(artifacts: Sequence[Judged]) -> Iterator[str]:
 
 
 def append(text: str) -> None:
-    """Add Markdown to the summary of the running job, if there is artifact."""
+    """Add Markdown to the summary of the running job, if there is one."""
     if path := os.environ.get("GITHUB_STEP_SUMMARY"):
         with Path(path).open("a", encoding="utf-8") as file:
             file.write(text)
@@ -148,7 +148,7 @@ def _case(artifact: str, name: str, result: Error | Failure | Skipped | None) ->
 
 
 def _verdict(gate: Gate) -> Failure | Skipped | None:
-    """Value and limit of a gate that fails; artifact that noise left open counts as skipped."""
+    """Value and limit of a gate that fails; one that noise left open counts as skipped."""
     if gate.verdict == "pass":
         return None
     limit = f"{gate.value:.6g}, must be {gate.rule} {gate.limit:.6g}"

@@ -1,38 +1,13 @@
 """One self-contained HTML page per run: verdict, numbers, plots, gates, environment. Loads nothing from anywhere."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from export.manifest import Candidate, Manifest
-from export.toolbox.charts import (
-    BOTTOM,
-    HEIGHT,
-    LEFT,
-    MAP_HEIGHT,
-    RIGHT,
-    SERIES,
-    STRONG,
-    STYLE,
-    TOP,
-    WIDTH,
-    Bar,
-    Cell,
-    Series,
-    axes,
-    bars,
-    circle,
-    colour,
-    dots,
-    inline,
-    linear,
-    linear_map,
-    lines,
-    logarithmic,
-    polyline,
-    text,
-)
+from export.toolbox import charts
+from export.toolbox.charts import Bar, Series
 from export.toolbox.tables import NONE
 from runtime_tests.checks import loss
 from runtime_tests.evidence.record import Comparison, DeviceState, Outcome, Record, Slice
@@ -56,8 +31,8 @@ def render(records: Sequence[Record], manifests: Sequence[Manifest]) -> str:
         losses=list(zip(records, loss.tables(records), strict=True)),
         loss_columns=loss.COLUMNS,
         charts=_charts(records, manifests),
-        chart_style=STYLE,
-        series=SERIES,
+        chart_style=charts.STYLE,
+        series=charts.SERIES,
         run=first,
         state=_state_rows(first),
         memory_gb=f"{first.environment.memory_bytes / 1e9:.0f}",
@@ -74,7 +49,6 @@ def _state_rows(record: Record) -> list[tuple[str, str, str]]:
 
 
 def _facts_of(state: DeviceState) -> dict[str, str]:
-    """Label → value, both for people."""
     facts: dict[str, object] = {
         **{f"temperature {zone}": f"{value:.1f} °C" for zone, value in state.temperatures_c.items()},
         "battery, %": state.battery_percent,
@@ -84,11 +58,8 @@ def _facts_of(state: DeviceState) -> dict[str, str]:
         "cores allowed": state.affinity,
         "load average": state.load_average_1min,
     }
-    words = {None: NONE, True: "yes", False: "no"}
-    return {
-        label: words[value] if value is None or isinstance(value, bool) else str(value)
-        for label, value in facts.items()
-    }
+    words = {"None": NONE, "True": "yes", "False": "no"}
+    return {label: words.get(str(value), str(value)) for label, value in facts.items()}
 
 
 def _verdict(records: Sequence[Record]) -> dict[str, str]:
@@ -129,7 +100,8 @@ def _css(outcome: Outcome) -> str:
 def _charts(records: Sequence[Record], manifests: Sequence[Manifest]) -> list[dict[str, Any]]:
     """Every plot that is not empty: title, SVG, one line that explains it, legend."""
     legend = [(record.artifact, i) for i, record in enumerate(records)]
-    layers = _layer_legend(manifests)
+    quantized = list({m.quantization.key: m for m in reversed(manifests) if _linears(m)}.values())
+    layers = [(_name_of(m), i) for i, m in enumerate(quantized)]
     drawn = [
         _chart("Size", _size_plot(records), "Bytes of the artifact that ships, without tokenizer files.", []),
         _chart("Decode", _speed_plot(records, generation=True), "Tokens per second; dots are repeats.", []),
@@ -137,19 +109,15 @@ def _charts(records: Sequence[Record], manifests: Sequence[Manifest]) -> list[di
         _chart("KL per decode step", _step_plot(records), "Quantized model → artifact, nats, filling cache.", legend),
         _chart("KL per text", _slice_plot(records, lambda comparison: comparison.by_domain), _SHIPPED, legend),
         _chart("KL per position", _slice_plot(records, lambda comparison: comparison.by_position), _SHIPPED, legend),
-        _chart("Weight SQNR per layer", _layer_plot(manifests), "Linears, in execution order, dB.", layers),
+        _chart("Weight SQNR per layer", _layer_plot(quantized), "Linears, in execution order, dB.", layers),
     ]
-    return [chart for chart in [*drawn, *_choices(manifests)] if chart["svg"]]
-
-
-def _choices(manifests: Sequence[Manifest]) -> Iterator[dict[str, Any]]:
-    """For each quantization that promoted linears: which, and the loss at every other size."""
-    for described in _quantizations(manifests).values():
+    for described in quantized:  # those that promoted linears: which, and the loss at every other size
         name = _name_of(described)
         note = "Framed: promoted. Stronger: rounding it alone costs more KL."
-        yield _chart(f"Bits per linear: {name}", choice_map(described), note, [])
+        drawn.append(_chart(f"Bits per linear: {name}", choice_map(described), note, []))
         note = "Expected held-out KL, most saved per byte first, scaled to what was measured (dot)."
-        yield _chart(f"Size and loss: {name}", front(described), note, [])
+        drawn.append(_chart(f"Size and loss: {name}", front(described), note, []))
+    return [chart for chart in drawn if chart["svg"]]
 
 
 def _chart(title: str, svg: str, note: str, legend: Sequence[tuple[str, int]]) -> dict[str, Any]:
@@ -167,7 +135,7 @@ def _size_plot(records: Sequence[Record]) -> str:
         Bar(record.artifact, record.size_bytes / 1e6, f"{record.size_bytes / 1e6:,.1f} MB", (), i)
         for i, record in enumerate(records)
     ]
-    return bars(rows, "artifact size in megabytes")
+    return charts.bars(rows, "artifact size in megabytes")
 
 
 def _speed_plot(records: Sequence[Record], *, generation: bool) -> str:
@@ -179,7 +147,7 @@ def _speed_plot(records: Sequence[Record], *, generation: bool) -> str:
                 suffix = "" if generation else f" · {test.n_prompt} tokens"
                 value = _rate(test.avg_ts, test.stddev_ts)
                 rows.append(Bar(record.artifact + suffix, test.avg_ts, value, test.samples_ts, i))
-    return bars(rows, "tokens per second") if rows else ""
+    return charts.bars(rows, "tokens per second") if rows else ""
 
 
 def _step_plot(records: Sequence[Record]) -> str:
@@ -188,9 +156,8 @@ def _step_plot(records: Sequence[Record]) -> str:
         for i, record in enumerate(records)
         if record.accuracy.lowering
     ]
-    if not series:
-        return ""
-    return lines(series, label="KL divergence per decode step", x_label="decode step (0: after the prefill)", log=True)
+    label, x_label = "KL divergence per decode step", "decode step (0: after the prefill)"
+    return charts.lines(series, label=label, x_label=x_label, log=True) if series else ""
 
 
 def _slice_plot(records: Sequence[Record], slices: Callable[[Comparison], dict[str, Slice]]) -> str:
@@ -200,27 +167,18 @@ def _slice_plot(records: Sequence[Record], slices: Callable[[Comparison], dict[s
         return ""
     labels = list(dict.fromkeys(label for parts in losses.values() for label in parts))
     series = [Series(records[i].artifact, [parts[label].mean_kl for label in labels], i) for i, parts in losses.items()]
-    return dots(labels, series, "mean KL divergence as shipped")
+    return charts.dots(labels, series, "mean KL divergence as shipped")
 
 
-def _quantizations(manifests: Sequence[Manifest]) -> dict[str, Manifest]:
-    """One manifest per distinct quantization that has layers."""
-    return {m.quantization.key: m for m in reversed(manifests) if _linears(m)}
-
-
-def _layer_plot(manifests: Sequence[Manifest]) -> str:
-    series = [Series(_name_of(m), _linears(m), i) for i, m in enumerate(_quantizations(manifests).values())]
-    return lines(series, label="weight SQNR per layer", x_label="quantized weight", log=False) if series else ""
+def _layer_plot(quantized: Sequence[Manifest]) -> str:
+    series = [Series(_name_of(m), _linears(m), i) for i, m in enumerate(quantized)]
+    return charts.lines(series, label="weight SQNR per layer", x_label="quantized weight", log=False) if series else ""
 
 
 def _linears(described: Manifest) -> list[float]:
     """SQNR of the linears inside the layers; embedding and head have more bits and would flatten the plot."""
     inside = described.architecture.linear_shapes()
     return [layer.sqnr_db for layer in described.quantization.layers if layer.name in inside]
-
-
-def _layer_legend(manifests: Sequence[Manifest]) -> list[tuple[str, int]]:
-    return [(_name_of(m), i) for i, m in enumerate(_quantizations(manifests).values())]
 
 
 def _name_of(described: Manifest) -> str:
@@ -235,10 +193,11 @@ def choice_map(described: Manifest) -> str:
     costs = [math.log10(max(candidate.kl, 1e-12)) for candidate in candidates]
     low, high = min(costs), max(costs)
     cells = {
-        c.name: Cell(_title_of(c), 0, 0.15 + 0.85 * (cost - low) / ((high - low) or 1), c.promoted)
+        c.name: charts.Cell(_title_of(c), 0, 0.15 + 0.85 * (cost - low) / ((high - low) or 1), c.promoted)
         for c, cost in zip(candidates, costs, strict=True)
     }
-    return inline(TOP + MAP_HEIGHT + 6, "bits of every linear", linear_map(cells, 0, TOP, WIDTH))
+    drawn = charts.linear_map(cells, 0, charts.TOP, charts.WIDTH)
+    return charts.inline(charts.TOP + charts.MAP_HEIGHT + 6, "bits of every linear", drawn)
 
 
 def _title_of(candidate: Candidate) -> str:
@@ -257,16 +216,16 @@ def front(described: Manifest) -> str:
     expected = sum(c.promoted_kl if c.promoted else c.kl for c in candidates)
     points = pareto(candidates, smallest_mb(described), info.held_out_kl / expected)
     mb = smallest_mb(described) + sum(c.extra_bytes for c in chosen) / 1e6
-    x = linear([mb for mb, _ in points], LEFT, RIGHT)
-    y = logarithmic([kl for _, kl in points], BOTTOM, TOP)
+    x = charts.linear([mb for mb, _ in points], charts.LEFT, charts.RIGHT)
+    y = charts.logarithmic([kl for _, kl in points], charts.BOTTOM, charts.TOP)
     title = f"{mb:.1f} MB, KL {info.held_out_kl:.4f}, {len(chosen)} of {len(candidates)} linears promoted"
     parts = [
-        *axes(x, y, "MB of all weights"),
-        polyline([(x(mb), y(kl)) for mb, kl in points], 0, "expected KL"),
-        circle(x(mb), y(info.held_out_kl), title=title, fill=colour(3)),
-        text(RIGHT, TOP + 12, title, STRONG, "end"),
+        *charts.axes(x, y, "MB of all weights"),
+        charts.polyline([(x(mb), y(kl)) for mb, kl in points], 0, "expected KL"),
+        charts.circle(x(mb), y(info.held_out_kl), title=title, fill=charts.colour(3)),
+        charts.text(charts.RIGHT, charts.TOP + 12, title, charts.STRONG, "end"),
     ]
-    return inline(HEIGHT, "size and expected KL", parts)
+    return charts.inline(charts.HEIGHT, "size and expected KL", parts)
 
 
 def pareto(candidates: Sequence[Candidate], smallest: float, scale: float) -> list[tuple[float, float]]:

@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 from export.errors import ExportError
+from export.host import disk
 from export.plan import CONFIGS, QuantRecipe
 
 TASKS = CONFIGS / "tasks"
@@ -52,6 +53,10 @@ def manager(tasks: Sequence[str]) -> Any:
     only_local = set(tasks) <= set(local())
     if only_local or hub_trouble():
         os.environ["HF_HUB_OFFLINE"] = "1"
+    if only_local:
+        from export.pipeline import CACHE
+
+        os.environ["HF_DATASETS_CACHE"] = str(disk.cache_folder(CACHE) / "datasets")
     from lm_eval.tasks import TaskManager
 
     known = TaskManager(include_path=str(TASKS), include_defaults=not only_local)

@@ -33,7 +33,7 @@ from runtime_tests.checks.weights import checkpoint_of
 from runtime_tests.sessions import Session, greedy
 
 _DATE = "26 Jul 2024"
-"""The default of Llama 3.2's chat template for today's date."""
+"""The same day for templates that are given a text."""
 _MAX_GEN_TOKS = 256
 """New tokens where a task sets no limit, as in lm-evaluation-harness's HFLM."""
 _GREEDY = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
@@ -87,6 +87,7 @@ class SessionLM(TemplateLM):  # type: ignore[misc]
             self.tokenizer,
             chat_history,
             "the artifact's tokenizer",
+            chat_template.FIXED_DAY,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
             date_string=_DATE,

@@ -31,7 +31,7 @@ from . import catalog, results
 from .results import REFERENCE, Compared, Results, compare
 
 _HERE = Path(__file__).parent
-_TOKENIZER_FILES = ("tokenizer", "chat_template", "special_tokens", "generation_config")
+_TOKENIZER_FILES = ("tokenizer", "chat_template", "additional", "added_tokens", "special_tokens", "generation_config")
 _LOAD_LIMIT_S = 1800.0
 """For the tasks' data, which may come over the network."""
 _BOOTSTRAP_ITERS = 1000

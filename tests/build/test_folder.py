@@ -14,13 +14,16 @@ from pathlib import Path
 
 import pytest
 
+import export
 from export import manifest, pipeline
 from export.build import folder as artifact
+from export.checkpoints.origin import parse_origin
 from export.errors import ExportError
 from export.host import disk
 from export.plan import load_plan
 from tests.support.artifacts import COMPANIONS, add_companions
 from tests.support.processes import arguments, one_error, results
+from tests.support.reliability import LOCATION, MOVED_ARTIFACT
 
 TARGETS = ("onnx-cpu", "executorch-xnnpack", "coreml")
 MIDDLE = {
@@ -266,6 +269,7 @@ def test_libraries_keep_their_temporary_files_beside_the_artifact(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
+@MOVED_ARTIFACT
 def test_what_others_put_into_the_folder_is_never_deleted(old, tmp_path):
     out = shutil.copytree(old, tmp_path / "out")
     add_companions(out)
@@ -293,6 +297,7 @@ def no_locks(request, monkeypatch):
     return os.strerror(request.param)
 
 
+@LOCATION
 def test_without_locks_a_folder_is_refused_by_its_file_and_the_cache_goes_on(no_locks, old, tmp_path, capsys):
     refused(
         tmp_path / "out", rf"/\.out\.lock: cannot be locked \({no_locks}\), and two writers would damage .*/out; take"
@@ -325,6 +330,7 @@ def test_a_text_is_written_beside_and_replaces_a_link(tmp_path):
 # ── a checkout that cannot be written ───────────────────────────────────────────────────────────────────────────────
 
 
+@LOCATION
 def test_the_cache_moves_to_the_user_where_the_checkout_cannot_be_written(old, tmp_path, monkeypatch, capsys):
     (tmp_path / "checkout").write_text("a file: nothing can be made below it, by root neither")
     monkeypatch.setattr(pipeline, "CACHE", tmp_path / "checkout" / "build" / "cache")
@@ -337,6 +343,34 @@ def test_the_cache_moves_to_the_user_where_the_checkout_cannot_be_written(old, t
     )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "checkout"))
     refused(tmp_path / "again", "nor can .*; name a folder for the cache in XDG_CACHE_HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # an unknown user
+    refused(tmp_path / "again", "nor can ~/.cache/llama-on-device; name a folder for the cache in XDG_CACHE_HOME")
+
+
+def test_a_tilde_is_the_home_and_never_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    export.build("tiny", "int4-g32", "onnx-cpu", out="~/out")
+    assert manifest.read(tmp_path / "home" / "out").id == "tiny_int4-g32_onnx-cpu"
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # an unknown user
+    with pytest.raises(ExportError, match=r"^~/out: no home folder of that name is known; give the whole path$"):
+        export.build("tiny", "int4-g32", "onnx-cpu", out="~/out")
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_paths_that_are_not_utf8_are_refused_before_a_library_meets_them(tmp_path, monkeypatch):
+    place = tmp_path / "p\udcff"
+    place.mkdir()
+    refused(place / "out", r"p\\udcff/out': not in the encoding utf-8; give it in UTF-8, a path renamed")
+    (tmp_path / "link").symlink_to(place)
+    for text in (place, tmp_path / "link", "."):
+        monkeypatch.chdir(place)
+        with pytest.raises(ExportError, match="not in the encoding utf-8"):
+            parse_origin(str(text))
+    assert names(place) == []
 
 
 # ── full disk ───────────────────────────────────────────────────────────────────────────────────────────────────────

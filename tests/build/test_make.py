@@ -6,6 +6,9 @@ import subprocess
 import pytest
 
 from export import manifest
+from tests.support.reliability import LOCATION
+
+pytestmark = LOCATION
 
 PLAN = ["export", "llama", "int4-g32-scales", "coreml", "executorch-xnnpack", "onnx-cpu"]
 PATHS = (
@@ -24,7 +27,9 @@ def make(tmp_path):
     built.mkdir(parents=True)
     (built / manifest.FILE).touch()
     python = tmp_path / ".venv/bin/python"
-    python.write_text('#!/bin/sh\nshift\nprintf "%s\\0" "$@" >> calls; printf "\\0" >> calls\n')
+    python.write_text(
+        '#!/bin/sh\nshift\ncase $1 in export) sleep 0.05; esac\nprintf "%s\\0" "$@" >> calls; printf "\\0" >> calls\n'
+    )
     python.chmod(0o755)
 
     def run(*words):
@@ -50,10 +55,27 @@ def test_a_source_is_one_argument_whatever_its_characters(make, path):
     assert validated[:2] == ["runtime_tests", f"--source={path}"]
 
 
-@pytest.mark.parametrize("name", ["MODEL", "QUANT", "DEVICE", "TASKS", "LIMIT", "RECIPES", "VALIDATION", "RECORDS"])
+NAMES = (
+    "MODEL",
+    "QUANT",
+    "DEVICE",
+    "TASKS",
+    "LIMIT",
+    "RECIPES",
+    "VALIDATION",
+    "RECORDS",
+    "TARGETS",
+    "QUICK",
+    "STUDIED",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_no_variable_is_run(make, name):
     text = "x;touch${IFS}PWNED;$(shell touch PWNED)`touch PWNED`"
-    calls = make("build", "ci-artifacts", "tasks", "baseline", "compute-plan", f"{name}={text}")
+    calls = make(
+        *("build", "ci-artifacts", "tasks", "baseline", "compute-plan", "bench-quick", "study"), f"{name}={text}"
+    )
     assert any(word in argument for call in calls for argument in call for word in shlex.quote(text).split())
 
 
@@ -61,6 +83,13 @@ def test_several_recipes_and_rooms_are_several_arguments(make):
     first, second, *_ = make("ci-artifacts", "RECIPES=fp32 int4-g32")
     assert [first[2], second[2]] == ["fp32", "int4-g32"]
     assert make("unit", "ROOM=jobs places") == [["pytest", "tests/jobs", "tests/places"]]
+
+
+def test_targets_are_several_arguments_one_after_the_other(make):
+    calls = make("-j4", "build", "validate", "TARGETS=onnx-cpu coreml", "MODEL=llama")
+    assert [call[0] for call in calls] == ["export", "runtime_tests"]
+    assert calls[0][-2:] == ["onnx-cpu", "coreml"]
+    assert [name.rpartition("_")[2] for name in calls[1][1:]] == ["onnx-cpu", "coreml"]
 
 
 def test_the_recipes_of_ci_are_the_recipe_by_default(make):

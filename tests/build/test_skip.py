@@ -10,13 +10,15 @@ import time
 import pytest
 
 from export import __main__ as command
-from export import formats, manifest, pipeline
+from export import checkpoints, formats, manifest, pipeline
 from export.build import skip
 from export.checkpoints.origin import adapted, parse_origin
 from export.host import digests, disk
 from export.pipeline import export
 from export.plan import load_plan
+from export.quantization.keys import content_key
 from tests.support.checkpoints import write_folder, write_gguf
+from tests.support.reliability import IDENTITY
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,9 @@ def folder(tmp_path_factory, source):
     out = tmp_path_factory.mktemp("built") / "llama_int4-g32_onnx-cpu"
     export(plan(), parse_origin(str(source)), out)
     return out
+
+
+TEMPLATE = "additional_chat_templates/rag.jinja"
 
 
 def plan(quant="int4-g32", **changes):
@@ -76,6 +81,7 @@ def test_each_change_is_named(copy, source, tmp_path):
     assert reasons(source, copy)[0].startswith("export/: changed since commit ffffffffffff")
 
 
+@IDENTITY
 def test_a_changed_checkpoint_is_seen_whatever_its_size_and_time(copy, tmp_path):
     moved = write_folder(tmp_path / "model")
     altered(copy, checkpoint__origin=str(moved))
@@ -107,14 +113,17 @@ def test_a_hub_model_is_looked_up_in_the_hubs_cache(copy, source, tmp_path, monk
     assert all(reason.endswith("not found in hub:owner/other") for reason in missing)
 
 
+@IDENTITY
 def test_a_changed_tokenizer_is_built_again_and_the_file_named(copy, tmp_path, capsys):
     moved = write_folder(tmp_path / "model")
     altered(copy, checkpoint__origin=str(moved))
     assert reasons(moved, copy) == []
-    special, tokenizer = moved / "special_tokens_map.json", moved / "tokenizer.json"
-    special.write_text("{}")
-    assert reasons(moved, copy) == [f"{special}: new"]
-    special.unlink()
+    (moved / "additional_chat_templates").mkdir()
+    for name in ("special_tokens_map.json", "added_tokens.json", "generation_config.json", TEMPLATE):
+        (moved / name).write_text("{}")
+        assert reasons(moved, copy) == [f"{moved / name}: new"]
+        (moved / name).unlink()
+    tokenizer = moved / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text() + " ")
     assert reasons(moved, copy) == [f"{tokenizer}: changed"]
     assert skip.is_stale(plan(), parse_origin(str(moved)), copy, explain=True)
@@ -123,6 +132,21 @@ def test_a_changed_tokenizer_is_built_again_and_the_file_named(copy, tmp_path, c
     assert reasons(moved, copy) == [f"tokenizer.json: not found in {moved}"]
 
 
+@IDENTITY
+def test_every_file_that_the_tokenizer_is_made_of_decides_the_key(tmp_path):
+    folder, keys, recipe = write_folder(tmp_path / "model"), set(), plan("int4-g32-gptq-chat").quant
+    (folder / "additional_chat_templates").mkdir()
+    names = (None, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", TEMPLATE)
+    for name in names:
+        if name is not None:
+            (folder / name).write_text((folder / name).read_text() + " " if (folder / name).is_file() else "{}")
+        opened = checkpoints.load(plan().model, parse_origin(str(folder)))
+        assert TEMPLATE in opened.sha256 or name != TEMPLATE
+        keys.add(content_key(opened, recipe))
+    assert len(keys) == len(names)
+
+
+@IDENTITY
 def test_of_an_adapter_the_tokenizer_counts_that_is_read(tmp_path):
     base, adapter = write_folder(tmp_path / "base"), tmp_path / "adapter"
     adapter.mkdir()
@@ -153,8 +177,9 @@ def test_a_damaged_artifact_is_built_again(copy, source):
     assert reason == [f"{copy / 'model.onnx.data'}: differs from manifest.json (sha256)"]
 
 
+@IDENTITY
 def test_a_changed_calibration_text_is_seen(copy, source):
-    text = manifest.CalibrationInfo(texts={"prose.txt": "0" * 64}, tokens=1, held_out_kl=None, candidates=())
+    text = manifest.CalibrationInfo(texts={"prose.txt": "0" * 64}, day=None, tokens=1, held_out_kl=None, candidates=())
     altered(copy, quantization__calibration=json.loads(text.model_dump_json()))
     assert reasons(source, copy) == ["configs/calibration/prose.txt: changed"]
 

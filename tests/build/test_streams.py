@@ -1,6 +1,7 @@
 """Every command with a standard stream that is closed, full or not read: never a traceback."""
 
 import importlib
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,12 @@ import pytest
 from export import __main__ as export
 from export import manifest
 from export.build.command import describe, run
+from export.errors import ExportError
 from runtime_tests import __main__ as runtime_tests
 from tests.support import shape
+from tests.support.reliability import CONVERSATION
+
+pytestmark = CONVERSATION
 
 CHILDREN = {
     "export.host.processes", "export.toolbox.model_checks", "runtime_tests.jobs.worker", "runtime_tests.bench.forms",
@@ -68,6 +73,22 @@ def test_a_chat_ends_in_the_frame(built, streams, code, monkeypatch):
     assert ended(runtime_tests.app, ["chat", str(built)], streams) == code
 
 
+@pytest.mark.parametrize("arguments", [["verify", "ck-\udcff"], ["tiny", "int4-g32", "onnx-cpu", "--out", "o\udcff"]])
+def test_an_argument_that_is_not_utf8_is_a_line(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["export", *arguments])
+    assert run(export.app) == 1
+    line = f"error: {arguments[-1]!r}: not in the encoding utf-8; give it in UTF-8, a path renamed\n"
+    assert capsys.readouterr().err.endswith(line)
+
+
+def test_an_output_without_our_characters_gets_their_numbers(built, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(sys, "argv", ["export", "diff", str(built), str(built)])
+    assert run(export.app) == 0
+    assert rb"MB \u2192 " in written.getvalue()
+
+
 def in_shell(line, **options):
     return subprocess.run(
         ["bash", "-c", line], cwd=manifest.ROOT, env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable},
@@ -96,6 +117,8 @@ def test_streams_of_a_shell(redirected, code, said):
         (OSError(37, "No locks available"), "No locks available (the system names no file: ENOLCK)"),
         (OSError(2, "No such file or directory", "a/b"), "a/b: No such file or directory"),
         (OSError("cannot be\nread"), "cannot be read"),
+        (OSError(2, "No such file or directory", "a\nb"), r"a\x0ab: No such file or directory"),
+        (ExportError("tensor \x1b[31m\x9bred"), r"tensor \x1b[31m\x9bred"),
     ],
 )
 def test_a_system_error_says_writing_only_of_writing(error, line):

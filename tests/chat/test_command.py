@@ -14,6 +14,7 @@ from runtime_tests.chat import command
 from runtime_tests.chat.conversation import PrefixCache
 from tests.support.artifacts import reseal, set_fault
 from tests.support.conversations import CONTEXT, MESSAGES, ask, opened
+from tests.support.reliability import CONVERSATION
 
 
 @pytest.fixture
@@ -108,6 +109,7 @@ TOLD_SYSTEM = "error: left out: this system message: chat template: TemplateErro
 NOT_FINITE = "error: left out: the artifact computes NaN or infinity; validate it with `python -m runtime_tests`"
 
 
+@CONVERSATION
 @pytest.mark.parametrize(
     ("template", "fault", "refused", "line"),
     [
@@ -117,6 +119,10 @@ NOT_FINITE = "error: left out: the artifact computes NaN or infinity; validate i
         (AT_MOST_20, "", f"/system {'x' * 21}", f"{TOLD_SYSTEM}too long"),
         ("{{ (10 ** 10 if messages[-1].content == 'x' else 1) * '<|user|>a' }}", "", "x",
          "error: left out: this message: chat template: took more than 256 MB"),
+        ("{{ raise_exception('\x1b[31mred') if messages[-1].content == 'x' else '<|user|>a' }}", "", "x",
+         rf"{TOLD}\x1b[31mred"),
+        ("{{ '\\ud800' if messages[-1].content == 'x' else '<|user|>a' }}", "", "x",
+         r"error: left out: this message: chat template: writes half a character ('\ud800'), which no tokenizer takes"),
         (NOTHING, "", "nothing", "error: left out: this message: the chat template writes nothing for it"),
         (None, "", "x" * 300, "error: left out: the context is full: this conversation has"),
         (None, "", f"/system {'x' * 300}", "error: left out: the context is full: this conversation has"),
@@ -142,6 +148,7 @@ def test_what_is_refused_is_one_line_and_the_rest_is_answered(chat, artifact, te
     assert errors[0].startswith(line)
 
 
+@CONVERSATION
 def test_a_system_message_that_the_template_refuses_is_refused_at_once(chat, artifact):
     set_template(artifact, NO_SYSTEM)
     code, out, err = chat(artifact, "--system", "be brief", typed=b"hello\n")

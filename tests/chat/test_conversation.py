@@ -8,6 +8,7 @@ from runtime_tests.chat import conversation as module
 from runtime_tests.chat.conversation import End
 from tests.support.artifacts import set_fault
 from tests.support.conversations import MESSAGES, SHORT, ask, opened
+from tests.support.reliability import CONVERSATION, NUMBERS
 
 # ── the reused cache ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -136,6 +137,7 @@ def test_a_prompt_that_fills_the_context_gets_one_token_and_one_more_is_refused(
         ask(conversation, "a" * (SHORT - 2))
 
 
+@NUMBERS
 def test_a_token_that_the_model_does_not_have_is_refused_and_the_cache_stays(talk):
     conversation = talk()
     first = ask(conversation, "hello")
@@ -174,6 +176,7 @@ def test_bytes_shown_one_by_one_would_not_be_characters(words):
     assert naive == ["\N{REPLACEMENT CHARACTER}"] * 2
 
 
+@CONVERSATION
 @pytest.mark.parametrize("end", [End.LIMIT, End.STOPPED, End.CONTEXT, End.MODEL])
 def test_half_a_character_at_the_end_is_shown_and_kept_as_broken(talk, words, end, short, built):
     limit = 2 if end is End.LIMIT else 100

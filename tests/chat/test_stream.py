@@ -9,6 +9,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from export.checkpoints import tokenizer
 from runtime_tests.chat.stream import TextStream
 from tests.support.checkpoints import write_meta
+from tests.support.reliability import CONVERSATION
+
+pytestmark = CONVERSATION
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 

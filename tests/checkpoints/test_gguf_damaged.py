@@ -35,6 +35,7 @@ from tests.support.checkpoints import (
 )
 from tests.support.harms import claim, key, put
 from tests.support.processes import within
+from tests.support.reliability import NOT_DAMAGED
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
@@ -67,6 +68,12 @@ def test_a_missing_tokenizer_key_is_named(tmp_path, key):
         ({"llama.block_count": 2}, "tensors are missing"),
         ({"llama.block_count": 2**31}, "num_hidden_layers"),
         ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type is 'yarn'"),
+        (
+            {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0},
+            "llama.rope.scaling.type is 'linear' with factor 2.0; only 'none' is supported",
+        ),
+        ({"llama.rope.scaling.factor": 4.0}, "'linear' with factor 4.0"),
+        ({"llama.rope.scale_linear": 4.0}, "'linear' with factor 4.0"),
         ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count is 8, but heads have 16"),
         ({"llama.rope.freq_base": float("nan")}, "rope_theta"),
         ({"llama.context_length": 100}, "context_length 2048 is more than"),
@@ -154,6 +161,62 @@ def test_a_type_that_cannot_be_read_is_named_before_any_work(tmp_path, kind):
     path.write_bytes(data)
     with pytest.raises(ExportError, match=rf"tensor {name.decode()} is of type {kind}, .* use a file in F32, F16"):
         open_source(parse_origin(str(path)), None)
+
+
+@pytest.mark.parametrize("keys", [
+    {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 1.0}, {"llama.rope.scale_linear": 1.0},
+    {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0},
+])  # fmt: skip
+def test_rope_that_is_scaled_by_nothing_is_read(tmp_path, keys):
+    path = write_gguf(tmp_path / "model.gguf", extra=keys)
+    assert checkpoints.load(LLAMA, parse_origin(str(path))).architecture == SMALL
+
+
+def set_type(path, name, kind):
+    """Change the number of a tensor's type in the header."""
+    data = bytearray(path.read_bytes())
+    at = data.index(name) + len(name) + struct.calcsize("<IQQ")  # behind the number of dimensions, and two of them
+    struct.pack_into("<I", data, at, kind)
+    path.write_bytes(data)
+
+
+TAKE = "; take the model's file in Q4_0, Q4_K_M, Q8_0 or F16"
+
+
+@NOT_DAMAGED
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (4, "4, Q4_2, which llama.cpp has withdrawn"),
+        (31, "31, Q4_0_4_4, which llama.cpp has withdrawn"),
+        (33, "33, Q4_0_8_8, which llama.cpp has withdrawn"),
+        (36, "36, IQ4_NL_4_4 (or BitNet's I2_S), which llama.cpp has withdrawn"),
+        (139, "139, IQ4_K of ik_llama.cpp, which llama.cpp does not have"),
+        (153, "153, IQ2_KT of ik_llama.cpp, which llama.cpp does not have"),
+        (202, "202, a type of ik_llama.cpp, which llama.cpp does not have"),
+        (4_000_000_000, "4000000000, which is none of llama.cpp's"),
+    ],
+)
+def test_types_of_other_times_and_programs_are_named(tmp_path, kind, words):
+    path = write_gguf(tmp_path / "model.gguf", kind="Q4_0")
+    set_type(path, b"blk.0.attn_q.weight", kind)
+    assert refusal(LLAMA, path) == f"{path}: tensor 'blk.0.attn_q.weight' is of type {words}{TAKE}"
+
+
+FORMS_OF_OTHERS = {
+    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "a big-endian GGUF; convert it with `gguf-convert-endian"),
+    "version 1": (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), f"version 1, an older form of GGUF than 2 and 3{TAKE}"),
+    "version 4": (b"GGUF" + struct.pack("<IQQ", 4, 0, 0), f"version 4, a newer form of GGUF than 2 and 3{TAKE}"),
+    "GGJT": (b"tjgg" + bytes(60), f"a file of llama.cpp's form before GGUF{TAKE}"),
+}
+
+
+@NOT_DAMAGED
+@pytest.mark.parametrize("form", FORMS_OF_OTHERS)
+def test_forms_of_other_times_and_machines_are_not_damage(tmp_path, form):
+    data, words = FORMS_OF_OTHERS[form]
+    (path := tmp_path / "model.gguf").write_bytes(data)
+    assert f"{path}: {words}" in refusal(LLAMA, path)
 
 
 ABSURD = {

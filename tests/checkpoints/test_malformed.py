@@ -88,9 +88,9 @@ GOOD_LINE = "error: /x/model.safetensors: damaged safetensors (why); download or
 )  # fmt: skip
 def test_another_end_would_be_seen(code, stderr):
     """The twin: any other end fails the assertion."""
-    refused("safetensors: empty file", 1, f"stage\n{GOOD_LINE}\n")
+    refused("safetensors: seven bytes", 1, f"stage\n{GOOD_LINE}\n")
     with pytest.raises(AssertionError):
-        refused("safetensors: empty file", code, stderr)
+        refused("safetensors: seven bytes", code, stderr)
 
 
 def test_the_catalogue_holds_at_least_60_mistakes_of_every_form():

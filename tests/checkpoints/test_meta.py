@@ -7,6 +7,7 @@ import pickle
 import resource
 import shutil
 import struct
+import warnings
 import zipfile
 from collections import OrderedDict
 from functools import partial
@@ -24,6 +25,7 @@ from export.plan import ModelSpec, load_named, load_plan
 from export.quantization.eager import eager
 from tests.support.checkpoints import LLAMA, refusal
 from tests.support.harms import archive, put, saved
+from tests.support.reliability import NOT_DAMAGED
 
 PARAMS = {
     "dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 300, "multiple_of": 96,
@@ -248,7 +250,8 @@ def test_a_missing_tokenizer_model(tmp_path):
         ({"n_layers": 3}, "tensors are missing: model.layers.2"),
         ({"n_layers": 1}, "9 tensors are not part of the model"),
         ({"n_layers": 10**7}, "num_hidden_layers"),
-        ({"vocab_size": -1}, "vocab_size: Input should be greater than 0"),
+        ({"vocab_size": -2}, "vocab_size: Input should be greater than or equal to -1"),
+        ({"vocab_size": 0}, "vocab_size: Input should be greater than 0"),
         ({"vocab_size": 301}, "has shape [300, 128], the architecture needs [301, 128]"),
         ({"multiple_of": 256}, "has shape [480, 128], the architecture needs [512, 128]"),
         ({"ffn_dim_multiplier": float("inf")}, "ffn_dim_multiplier"),
@@ -263,6 +266,20 @@ def test_a_missing_tokenizer_model(tmp_path):
 )
 def test_parameters_our_model_does_not_have(tmp_path, change, words):
     assert words in refusal(LLAMA, write(tmp_path / "original", params=PARAMS | change))
+
+
+@NOT_DAMAGED
+def test_a_vocabulary_that_is_left_open_is_the_embeddings(tmp_path):
+    """As Meta's code fills in −1."""
+    opened = checkpoints.load(LLAMA, parse_origin(str(write(tmp_path / "o", params=PARAMS | {"vocab_size": -1}))))
+    assert opened.architecture.vocab_size == 300
+
+
+@NOT_DAMAGED
+def test_a_file_of_another_name_is_said_to_be_there(tmp_path):
+    folder = write(tmp_path / "original")
+    (folder / PTH).rename(folder / "consolidated.pth")
+    assert f"{PTH}: missing, but params.json is there; rename consolidated.pth if" in refusal(LLAMA, folder)
 
 
 @pytest.mark.parametrize("key", ["dim", "n_layers", "n_heads", "vocab_size", "norm_eps", "rope_theta"])
@@ -306,10 +323,27 @@ def replace_pickle(data):
     return archive(lambda name, old: data if name.endswith("data.pkl") else old)
 
 
+def beside(name, *, first):
+    """A second pickle, whose name torch's reader takes for the checked one's."""
+
+    def spoil(folder):
+        path = folder / PTH
+        with zipfile.ZipFile(path) as old:
+            records = [(record.filename, old.read(record)) for record in old.infolist()]
+        root = records[0][0].partition("/")[0]
+        second = (f"{root}/{name}", pickle.dumps(Call(os.mkdir, "ran"), 2))
+        with zipfile.ZipFile(path, "w") as new, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that are there twice
+            for record, data in [second, *records] if first else [*records, second]:
+                new.writestr(record, data)
+
+    return spoil
+
+
 HOSTILE = {
     "a call of mkdir": (saved({"norm.weight": Call(os.mkdir, "ran")}), "asks for posix.mkdir"),
     "a call of mkdir, legacy": (pth(pickle.dumps(Call(os.mkdir, "ran"))), "does not end as a zip archive"),
-    "legacy torch.save": (saved(random_tensors(), _use_new_zipfile_serialization=False), "does not end as a zip"),
+    "legacy torch.save": (saved(random_tensors(), _use_new_zipfile_serialization=False), "its form before 1.6"),
     "a bytearray of a terabyte": (saved({"x": Call(bytearray, 2**40)}), "asks for __builtin__.bytearray"),
     "protocol 4": (saved({"x": Call(os.mkdir, "ran")}, pickle_protocol=4), "asks for STACK_GLOBAL"),
     "a whole module": (saved(torch.nn.Linear(2, 2)), "asks for torch.nn.modules.linear.Linear"),
@@ -320,10 +354,10 @@ HOSTILE = {
     "a list": (saved([torch.ones(2)]), "holds no dictionary of tensors"),
     "an empty dictionary": (saved({}), "holds no dictionary of tensors"),
     "numbers as names": (saved({1: torch.ones(2)}), "its entry 1 is no tensor"),
-    "a training checkpoint": (saved({"model": {"norm.weight": torch.ones(2)}, "step": 3}), "its entry 'model' is no"),
-    "an OrderedDict in it": (saved({"x": OrderedDict(a=torch.ones(2))}), "its entry 'x' is no tensor"),
+    "a training checkpoint": (saved({"model": {"norm.weight": torch.ones(2)}, "step": 3}), "inside its entry 'model'"),
+    "an OrderedDict in it": (saved({"x": OrderedDict(a=torch.ones(2))}), "inside its entry 'x'; save that entry alone"),
     "no zip": (pth(b"\x80\x02}q\x00."), "does not end as a zip archive"),
-    "empty": (pth(b""), "does not end as a zip archive"),
+    "empty": (pth(b""), "is empty; download it again"),
     "an endless directory": (pth(bytes(100) + end_of(2**32 - 2)), "list of records is longer"),
     "a directory elsewhere": (pth(bytes(100) + end_of(50)), "not a checkpoint that is loaded"),
     "a zip64 end nowhere": (
@@ -335,6 +369,9 @@ HOSTILE = {
         "is compressed",
     ),
     "big-endian": (archive(lambda name, data: b"big" if "byteorder" in name else data), "not little-endian"),
+    "a pickle in capitals before it": (beside("DATA.PKL", first=True), "differ in capitals only"),
+    "a pickle in capitals after it": (beside("DATA.PKL", first=False), "differ in capitals only"),
+    "two pickles of one name": (beside("data.pkl", first=True), "records under one name"),
     "no pickle": (archive(lambda name, data: None if "data.pkl" in name else data), "holds 0 pickles"),
     "a pickle of 2.5 megabytes": (replace_pickle(b"\x80\x02" + b"N0" * 1_250_000 + b"}."), "holds 1 pickles"),
     "a pickle cut off": (archive(lambda name, data: data[:-40] if "data.pkl" in name else data), "not a checkpoint"),

@@ -4,11 +4,17 @@ import ast
 from pathlib import Path
 
 import pytest
+import torch
 
+from export import checkpoints
+from export.architecture import EMBEDDING
+from export.build import skip
 from export.checkpoints import origin
 from export.checkpoints.origin import Adapter, File, Folder, Hub, Package, Seed, adapted, origin_of, parse_origin
 from export.errors import ExportError
 from export.plan import ModelSpec, load_named
+from tests.support.checkpoints import LLAMA, refusal, weights, write_folder, write_gguf
+from tests.support.reliability import LOCATION
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,3 +88,97 @@ def test_no_other_module_looks_at_the_prefix():
         assert not list(prefixes(path.read_text())), path
     assert list(prefixes("if name.startswith('hub:'):\n    pass")) == [1]
     assert list(prefixes(Path(origin.__file__).read_text()))
+
+
+# ── links and names ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """As huggingface_hub keeps a file: a link by its name to a blob by its digest."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshots").mkdir()
+    write_gguf(tmp_path / "blobs/0f3a")
+    (tmp_path / "snapshots/m.gguf").symlink_to("../blobs/0f3a")
+    return tmp_path
+
+
+@LOCATION
+@pytest.mark.parametrize("name", ["snapshots/m.gguf", "snapshots/M.GGUF", "blobs/0f3a", "blobs/sha256-0f3a", "a.bin"])
+def test_a_gguf_is_known_by_its_first_bytes_under_the_name_that_is_given(hub, name):
+    if not (hub / name).exists():
+        (hub / name).symlink_to(hub / "blobs/0f3a")
+    place = parse_origin(str(hub / name))
+    opened = checkpoints.load(LLAMA, place)
+    assert place == File(hub / name, "")
+    assert list(opened.sha256) == [Path(name).name]
+    assert torch.equal(opened.read(EMBEDDING), weights()[EMBEDDING])
+    assert checkpoints.memory_bytes(place, opened.architecture) > (hub / "blobs/0f3a").stat().st_size
+    assert list(skip.changed_files(opened.sha256, place)) == []
+    write_gguf(hub / "blobs/0f3a", kind="Q8_0")
+    assert list(skip.changed_files(opened.sha256, place)) == [f"{hub / name}: changed"]
+
+
+@LOCATION
+def test_a_folder_of_links_and_a_link_to_a_folder_are_the_folder(tmp_path):
+    folder = write_folder(tmp_path / "c")
+    (tmp_path / "blobs").mkdir()
+    for path in list(folder.iterdir()):
+        path.rename(blob := tmp_path / "blobs" / f"{hash(path.name):x}")
+        path.symlink_to(blob)
+    (tmp_path / "link").symlink_to("c")
+    opened = checkpoints.load(LLAMA, parse_origin(str(tmp_path / "link")))
+    assert {"config.json", "model.safetensors"} <= set(opened.sha256)
+    assert list(skip.changed_files(opened.sha256, opened.origin)) == []
+
+
+@LOCATION
+@pytest.mark.parametrize("text", ["dangling.gguf", "./dangling.gguf", "owner/name"])
+def test_a_link_to_nothing_is_no_hub_id(place, text):
+    (place / "owner").mkdir()
+    (place / text).symlink_to("../blobs/gone")
+    with pytest.raises(ExportError, match=f"^{text}: a link to ../blobs/gone, which is not there$"):
+        parse_origin(text)
+
+
+@LOCATION
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("model.safetensors", "give the folder that it is in, {}"),
+        ("config.json", "give the folder that it is in, {}"),
+        ("adapter_model.safetensors", "give its folder {} with --adapter"),
+    ],
+)
+def test_a_file_of_a_folder_says_which_folder_to_give(tmp_path, name, remedy):
+    folder = write_folder(tmp_path / "c")
+    (folder / name).write_bytes(b"what only its name tells")
+    line = f"{folder / name}: not a checkpoint we read; {remedy.format(folder)}"
+    assert refusal(LLAMA, folder / name) == line
+
+
+@LOCATION
+def test_a_folder_that_holds_a_gguf_alone_says_which_file_to_give(tmp_path):
+    write_gguf(tmp_path / "m.gguf")
+    assert refusal(LLAMA, tmp_path) == f"{tmp_path}: no config.json, but m.gguf; give that file"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"])
+def test_a_link_out_of_the_folder_is_refused(tmp_path, name):
+    write_folder(tmp_path / "checkpoint")
+    path, elsewhere = tmp_path / "checkpoint" / name, tmp_path / "private"
+    if path.exists():
+        path.rename(elsewhere)
+    else:
+        elsewhere.write_text("{{ 'a key' }}")
+    path.symlink_to(elsewhere)
+    assert refusal(LLAMA, tmp_path / "checkpoint") == (
+        f"{path}: a link out of the folder, to {elsewhere}; copy that file here if it belongs to it"
+    )
+
+
+def test_a_link_inside_of_the_folder_is_the_file(tmp_path):
+    write_folder(tmp_path / "checkpoint")
+    (tmp_path / "checkpoint/config.json").rename(tmp_path / "checkpoint/config.old")
+    (tmp_path / "checkpoint/config.json").symlink_to("config.old")
+    assert checkpoints.open_source(parse_origin(str(tmp_path / "checkpoint")), None).architecture

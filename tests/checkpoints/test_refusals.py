@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from export.checkpoints import open_source, tokenizer
 from export.checkpoints.origin import parse_origin
@@ -41,7 +41,7 @@ def folder(tmp_path):
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"quantization_config": {"bits": 4}}, "already quantized"),
+        ({"quantization_config": "int4"}, "quantization_config is 'int4', expected an object"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "key 'low_freq_factor' is missing"),
@@ -56,7 +56,8 @@ def folder(tmp_path):
         ({"vocab_size": 10**15}, "model.embed_tokens.weight has shape"),
         ({"hidden_size": None}, "hidden_size"),
         ({"tie_word_embeddings": "perhaps"}, "tie_word_embeddings"),
-        ({"max_position_embeddings": 1024}, "context_length 2048 is more than"),
+        ({"max_position_embeddings": 1024}, "max_position_embeddings 1024; ask for at most 1024"),
+        ({"max_position_embeddings": 32}, "contexts of less than 64 tokens are not built"),
     ],
 )
 def test_a_config_our_model_does_not_compute(folder, changes, words):
@@ -130,7 +131,6 @@ def test_a_tensor_that_does_not_fit(folder, change, words):
 
 
 ATTACKS = {
-    "empty": put(FILE, b""),
     "seven bytes": put(FILE, bytes(7)),
     "header beyond the file": raw({}, length=1000),
     "header of 2^63": raw({}, length=2**63),
@@ -176,8 +176,6 @@ def shard_map(folder):
     ("change", "words"),
     [
         (lambda m: m.update({"model.norm.weight": "model-7.safetensors"}), "model-7.safetensors: missing"),
-        (lambda m: m.update({"model.extra": "model-0.safetensors"}), "differ from .*: model.extra"),
-        (lambda m: m.pop("model.norm.weight"), "differ from .*: model.norm.weight"),
         (lambda m: m.update({"model.norm.weight": "../model.safetensors"}), "not at a .safetensors file beside it"),
         (lambda m: m.update({"model.norm.weight": "/etc/passwd"}), "not at a .safetensors file beside it"),
         (lambda m: m.update({"model.norm.weight": "pytorch_model.bin"}), "not at a .safetensors file beside it"),
@@ -202,14 +200,6 @@ def test_an_index_that_is_none(tmp_path, content):
     assert "model.safetensors.index.json" in refusal(LLAMA, folder)
 
 
-def test_a_shard_that_lost_a_tensor(tmp_path):
-    folder = write_folder(tmp_path / "shards", shards=2)
-    tensors = load_file(folder / "model-1.safetensors")
-    tensors.pop(next(iter(tensors)))
-    save_file(tensors, folder / "model-1.safetensors")
-    assert "model-1.safetensors: its tensors differ" in refusal(LLAMA, folder)
-
-
 @pytest.mark.reliability("links in a circle and pipes in a checkpoint", "one line")
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_links_in_a_circle_and_pipes_are_no_files(folder, name):
@@ -231,6 +221,7 @@ def test_a_pipe_or_a_folder_is_no_gguf(tmp_path):
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 def test_an_oversized_json_is_not_read(folder, name):
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     with (folder / name).open("wb") as file:
         file.truncate(2**40)  # a hole, no bytes on the disk
     assert f"{name}: larger than 16777216 bytes" in refusal(LLAMA, folder)
@@ -242,7 +233,7 @@ def test_an_index_that_names_itself_or_a_shard_for_everything(tmp_path):
     write_index(folder, dict.fromkeys(names, "model.safetensors.index.json"))
     assert "not at a .safetensors file beside it" in refusal(LLAMA, folder)
     write_index(folder, dict.fromkeys(names, "model-0.safetensors"))
-    assert "its tensors differ from model.safetensors.index.json" in refusal(LLAMA, folder)
+    assert "model.layers.0.input_layernorm.weight, which model-0.safetensors does not hold" in refusal(LLAMA, folder)
     (folder / "model-1.safetensors").unlink()
     (folder / "model-1.safetensors").symlink_to(folder / "model-1.safetensors")
     write_index(folder, names)
@@ -253,20 +244,21 @@ def test_an_index_that_names_itself_or_a_shard_for_everything(tmp_path):
 
 
 def test_a_tokenizer_that_is_missing_broken_or_too_large(folder, tmp_path):
-    assert "261 tokens, the model's vocab_size is 200" in tokenizer_refusal(folder, tmp_path / "a", vocab_size=200)
+    assert "has id 255, but the model's vocab_size is 200" in tokenizer_refusal(folder, tmp_path / "a", vocab_size=200)
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
-    assert "tokenizer files do not load" in tokenizer_refusal(folder, tmp_path / "b")
+    assert "tokenizer.json: not a tokenizer that is read" in tokenizer_refusal(folder, tmp_path / "b")
     (folder / "tokenizer.json").unlink()
     assert "tokenizer.json: missing" in tokenizer_refusal(folder, tmp_path / "c")
 
 
 def test_a_tokenizer_without_an_end(folder, tmp_path):
+    (folder / "chat_template.jinja").unlink()
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "eos_token"}))
     assert "no end-of-sequence token" in tokenizer_refusal(folder, tmp_path / "a")
 
 
-@pytest.mark.parametrize("ids", [[], "x", ["2"], [5000], -1, True, {"a": 1}, [[2]], 1.5])
+@pytest.mark.parametrize("ids", ["x", ["2"], [5000], -1, True, {"a": 1}, [[2]], 1.5])
 def test_generation_defaults_that_are_no_ids(folder, tmp_path, ids):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
     text = tokenizer_refusal(folder, tmp_path / "a")

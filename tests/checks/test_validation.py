@@ -22,6 +22,7 @@ from runtime_tests.evidence.record import Outcome
 from tests.support.artifacts import reseal, set_fault
 from tests.support.harms import Execute
 from tests.support.records import failed
+from tests.support.reliability import NUMBERS
 
 KL, TOP1, SQNR = "lowering: mean KL", "lowering: top-1", "lowering: SQNR"
 WEIGHTS, CACHE, GOLDEN = "weights: differing numbers", "cache: broken promises", "golden tokens"
@@ -89,6 +90,7 @@ def test_nan_is_named_by_window_and_step(artifact, setting, in_process):
     assert "window 0, step 50" in record.detail
 
 
+@NUMBERS
 def test_nan_at_a_token_that_only_the_chat_template_writes_is_red(artifact, setting, in_process):
     set_fault(artifact, "end token overflows")
     record = check(artifact, setting)
@@ -97,6 +99,7 @@ def test_nan_at_a_token_that_only_the_chat_template_writes_is_red(artifact, sett
     assert f"NaN or infinity after token {end}, place " in record.detail
 
 
+@NUMBERS
 def test_what_the_template_writes_is_fed_where_there_is_one(built, artifact):
     loaded, described = tokenizer.load(built), manifest.read(built)
     ids = described.tokenizer

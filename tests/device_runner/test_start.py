@@ -8,7 +8,10 @@ import pytest
 import devices
 from export.errors import ExportError
 from runtime_tests.device_runner import build, onnx_kv, parse_answer, pte
-from tests.support import boards
+from tests.support.fakes import boards
+from tests.support.reliability import FOREIGN_WORDS
+
+pytestmark = FOREIGN_WORDS
 
 QUICK_S = 30
 OLD_GLIBC = "ImportError: libc.so.6: version `GLIBC_2.38' not found (required by onnxruntime_pybind11_state.so)"
@@ -122,13 +125,15 @@ def bundle(tmp_path, monkeypatch):
     return make
 
 
-def test_where_the_systems_c_library_does_not_start_the_runner_it_brings_its_own(bundle, capsys):
+def test_where_the_systems_c_library_does_not_start_the_runner_it_brings_its_own(bundle, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(pte._LOG, "warning", lambda text, *words: warnings.append(text % words))
     device, transport = bundle("echo 'sh: bin/runner: not found' >&2; exit 127", USAGE)
     with closing(transport):
         start = pte.install(transport, device, timeout_s=QUICK_S)
     assert start[0] == "runners/bundle/loader/ld-linux-aarch64.so.1"
     note = "127: sh: bin/runner: not found: the runner is started with the C library that it brings"
-    assert note in capsys.readouterr().err
+    assert note in warnings[0]
 
 
 def test_a_runner_that_starts_in_no_way_is_one_line(bundle):

@@ -8,6 +8,9 @@ import pytest
 
 from devices.transports import ssh
 from export.manifest import ROOT
+from tests.support.reliability import FOREIGN_WORDS
+
+pytestmark = FOREIGN_WORDS
 
 
 def end_of(words, redirection=""):

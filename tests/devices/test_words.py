@@ -10,7 +10,10 @@ import pytest
 import devices
 from devices import Completed, DeviceBusyError, DeviceError, DeviceLostError
 from devices.transports import marks, ssh
-from tests.support import boards
+from tests.support.fakes import boards
+from tests.support.reliability import FOREIGN_WORDS
+
+pytestmark = FOREIGN_WORDS
 
 QUICK_S = 30
 NOISE = {
@@ -219,6 +222,38 @@ def test_two_of_one_serial_beside_another(adb, monkeypatch):
     monkeypatch.setenv("PIXEL_8_SERIAL", "S")
     with pytest.raises(DeviceError, match=r"3 devices have the serial S; unplug all but one"):
         devices.open_transport(devices.load("pixel-8"))
+
+
+@pytest.mark.parametrize(
+    ("begin", "words"),
+    [(b"\x7fELF of another processor", "Exec format error"), (b"#!/no/such/shell\n", "No such file or directory")],
+)
+def test_an_adb_that_cannot_be_started(monkeypatch, tmp_path, begin, words):
+    program = tmp_path / "adb"
+    program.write_bytes(begin)
+    program.chmod(0o755)
+    monkeypatch.setenv("ADB", str(program))
+    with pytest.raises(DeviceError, match=rf"^{program}: cannot be started \({words}\); install it again$"):
+        devices.open_transport(devices.load("pixel-8"))
+
+
+# --- the user's ssh configuration ---
+
+
+def test_a_configuration_for_sitting_at_the_board_is_not_ours(tmp_path, monkeypatch):
+    (tmp_path / "config").write_text(
+        "Host *\n RemoteCommand tmux attach\n RequestTTY force\n PermitLocalCommand yes\n LocalCommand echo hello\n"
+        " LogLevel QUIET\n LocalForward 8080 localhost:80\n Port 2222\n"
+    )
+    monkeypatch.setenv("RASPBERRY_PI_5_HOST", "127.0.0.1")
+    device = devices.load("raspberry-pi-5")
+    address = device.transport._resolved(device.name).model_copy(update={"config": str(tmp_path / "config")})
+    command = ssh._SshLink(device.name, address)._ssh("yes", "true")
+    shown = subprocess.run([command[0], "-G", *command[1:]], capture_output=True, text=True, check=True).stdout
+    settings = dict(line.split(" ", 1) for line in shown.splitlines() if " " in line)
+    assert settings.get("remotecommand", "none") == "none"
+    assert (settings["permitlocalcommand"], settings["requesttty"], settings["loglevel"]) == ("no", "false", "ERROR")
+    assert (settings["clearallforwardings"], settings["port"]) == ("yes", "2222")
 
 
 # --- where ssh's socket lies ---

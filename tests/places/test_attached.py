@@ -16,7 +16,7 @@ from runtime_tests import validate
 from runtime_tests.device_runner import build, sdk
 from runtime_tests.evidence.record import Outcome, newest_run
 from runtime_tests.places.remote import AttachedDevice
-from tests.support import boards
+from tests.support.fakes import boards
 from tests.support.processes import FAKES
 from tests.support.records import failed
 

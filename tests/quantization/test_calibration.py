@@ -15,10 +15,9 @@ from export.plan import CalibrationText, Gptq, Mixture, QuantRecipe, WeightSchem
 from export.quantization import calibration, layerwise
 from export.quantization.eager import eager
 from export.quantization.gptq import Moments, choose_integers, inverse_factor, round_linears, target
-from export.quantization.nearest import SMALLEST_SCALE, round_to_nearest
-from export.quantization.scales import choose_scales
+from export.quantization.nearest import SMALLEST_SCALE, choose_scales, round_to_nearest
 from export.quantization.store import Unfinished
-from export.toolbox import dither
+from export.toolbox import synth
 
 GROUPS, CHANNELS = WeightScheme(bits=4, group_size=32), WeightScheme(bits=8, group_size=None)
 TEXT = Mixture(
@@ -295,16 +294,16 @@ def test_noise_of_one_step_takes_the_weights_off_their_grid():
     steps = torch.randint(0, 16, (4, 64), generator=torch.Generator().manual_seed(3))
     steps[:, ::32], steps[:, 1::32] = 0, 15
     weight = 0.25 * steps - 1
-    dithered = dither.dithered(weight, torch.Generator().manual_seed(0))
+    dithered = synth.dithered(weight, torch.Generator().manual_seed(0))
     difference = dithered - weight
     assert float(difference.abs().max()) <= 0.125
     assert float(difference.abs().mean()) == pytest.approx(0.0625, rel=0.2)
-    assert torch.equal(dithered, dither.dithered(weight, torch.Generator().manual_seed(0)))
-    assert not torch.equal(dithered, dither.dithered(weight, torch.Generator().manual_seed(1)))
+    assert torch.equal(dithered, synth.dithered(weight, torch.Generator().manual_seed(0)))
+    assert not torch.equal(dithered, synth.dithered(weight, torch.Generator().manual_seed(1)))
 
 
 def test_a_dithered_checkpoint_is_one(opened, tmp_path):
-    dither.write(opened, tmp_path, seed=0)
+    synth.write_dithered(opened, tmp_path, seed=0)
     again = checkpoints.load(load_plan("tiny", "int4-g32", "onnx-cpu").model, parse_origin(str(tmp_path)))
     assert again.architecture == opened.architecture
     for name in opened.architecture.tensor_shapes():

@@ -13,8 +13,7 @@ from export.model import RMSNorm
 from export.plan import CalibrationText, Gptq, Mixture, Promotion, WeightScheme, load_plan
 from export.quantization import calibration, schemes, sensitivity
 from export.quantization.eager import eager
-from export.quantization.nearest import round_to_nearest
-from export.quantization.scales import round_at_best_scales
+from export.quantization.nearest import round_at_best_scales, round_to_nearest
 from export.quantization.store import Unfinished
 from runtime_tests.checks import weights
 from runtime_tests.jobs import WeightsJob

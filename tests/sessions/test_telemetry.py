@@ -9,6 +9,9 @@ import pytest
 
 from export.manifest import ROOT
 from runtime_tests.device_runner import onnx_kv
+from tests.support.reliability import TELEMETRY
+
+pytestmark = TELEMETRY
 
 IMPORTS = {
     "a session": "import runtime_tests.sessions.onnx_kv",

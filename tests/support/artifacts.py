@@ -47,6 +47,7 @@ def edit_manifest(folder, change):
 COMPANIONS = (
     *(".gitattributes", ".git/config", ".cache/huggingface/download/model.metadata", ".huggingface/x", ".DS_Store"),
     *("._model.onnx", "Thumbs.db", "desktop.ini", "README.md~", ".manifest.json.swp", "__MACOSX/._model.onnx"),
+    *("@eaDir/model.onnx@SynoEAStream", "model.onnx.dvc", "LICENSE", "USE_POLICY.md", "lost+found/x"),
 )
 """Files that hubs, git, file managers and editors put into a folder."""
 

@@ -1,6 +1,7 @@
 """Tasks that need no network, against lm-evaluation-harness's own; names and data sets that cannot be had."""
 
 import json
+import os
 
 import huggingface_hub
 import jinja2
@@ -52,6 +53,14 @@ def loaded():
 def ask(config, document):
     """The prompt of a configuration for a document; lm-eval renders both with jinja."""
     return jinja2.Environment(keep_trailing_newline=True).from_string(config["doc_to_text"]).render(**document)
+
+
+def test_data_is_cached_where_results_may_be(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", "the user's, for tasks of the hub")
+    monkeypatch.setattr("export.host.disk.cache_folder", lambda preferred: tmp_path)
+    catalog.manager(["local_gsm8k"])
+    assert os.environ["HF_DATASETS_CACHE"] == str(tmp_path / "datasets")
+    assert not [path for path in catalog.TASKS.rglob("*.yaml") if "cache_dir" in path.read_text()]
 
 
 # ── what is asked ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -13,8 +13,8 @@ from export import formats, manifest, plan
 from export.__main__ import app
 from export.architecture import EMBEDDING, HEAD
 from export.errors import ExportError
-from export.formats import module_sizes
 from export.toolbox import commands, difference, evidence, inspection
+from export.toolbox.sizes import module_sizes
 from tests.support.records import sample_record
 
 FORMATS = ("onnx-cpu", "executorch-xnnpack", "coreml")

@@ -15,6 +15,7 @@ from export.errors import ExportError
 from export.toolbox import signature as signing
 from export.toolbox import verification
 from tests.support.artifacts import add_companions, reseal
+from tests.support.reliability import MOVED_ARTIFACT
 
 CURVES = {"P-256": ec.SECP256R1, "P-384": ec.SECP384R1, "P-521": ec.SECP521R1}
 
@@ -107,6 +108,7 @@ def test_each_difference_is_one_line(command, signed, keys, what):
     assert err == [f"error: {signed}: 1 found wrong"]
 
 
+@MOVED_ARTIFACT
 @pytest.mark.parametrize("companions_first", [True, False])
 def test_a_folder_that_went_through_a_hub_is_still_as_signed(artifact, keys, companions_first):
     steps = [lambda: add_companions(artifact), lambda: signing.sign(artifact, keys[0])]

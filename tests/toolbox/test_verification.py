@@ -18,6 +18,7 @@ from export.formats import StoredWeight
 from export.manifest import LayerInfo
 from export.toolbox import model_checks, verification
 from tests.support.artifacts import COMPANIONS, add_companions, edit_manifest, reseal
+from tests.support.reliability import MOVED_ARTIFACT
 
 FORMATS = ("onnx-cpu", "executorch-xnnpack", "coreml")
 PACKAGE = "model.mlpackage"
@@ -102,6 +103,26 @@ def test_each_changed_or_cut_file_is_named(folder, no_child, command):
     assert found(folder) == []
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+PULL = "is a Git LFS pointer, not the file; run `git lfs pull` in the clone that it is from"
+
+
+def test_pointers_are_told_by_everything_that_opens_an_artifact(folder, no_child, export_command):
+    for name in ("tokenizer.json", manifest.FILE):
+        (folder / name).write_bytes(POINTER)
+        assert found(folder) == [f"{folder / name}: {PULL}"]
+        for command in (["inspect", folder], ["diff", folder, folder]):
+            assert export_command(*command) == (1, "", f"error: {folder / name}: {PULL}\n"), command
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_other_line_ends_are_told(folder, no_child, name):
+    path = folder / name
+    assert b"\n" in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    only(found(folder), f"{name}: its line ends were changed, as git's core.autocrlf does; clone or copy it without")
+
+
 def test_a_file_beside_them_is_named(copy, no_child):
     folder = copy("coreml")
     (folder / PACKAGE / "Data" / "more").write_bytes(b"x")
@@ -158,6 +179,7 @@ def test_a_manifest_that_contradicts_itself_or_leads_outside(copy, no_child, cha
     assert [finding for finding in found(folder) if words in finding], found(folder)
 
 
+@MOVED_ARTIFACT
 @pytest.mark.reliability("what hubs, git, file managers and editors put beside an artifact", "left aside")
 def test_companions_are_left_aside_and_everything_a_runtime_reads_is_not(copy, no_child, record_property):
     folder = copy("coreml")
@@ -189,6 +211,7 @@ def snapshot(folder, place):
     return folder
 
 
+@MOVED_ARTIFACT
 @pytest.mark.reliability("an artifact opened where all its files are links", "the same line from every command")
 def test_a_hub_snapshot_is_refused_alike_by_everything_that_opens_an_artifact(
     folder, no_child, export_command, tmp_path
@@ -206,6 +229,7 @@ def test_a_hub_snapshot_is_refused_alike_by_everything_that_opens_an_artifact(
         manifest.verify_files(folder, manifest.read(folder))  # of chat, tasks and validation
 
 
+@MOVED_ARTIFACT
 def test_a_folder_that_is_a_link_is_the_folder_it_names(folder, no_child, tmp_path):
     (tmp_path / "link").symlink_to(folder)
     assert found(tmp_path / "link") == []

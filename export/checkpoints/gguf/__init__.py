@@ -78,6 +78,8 @@ class GgufSource:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files = (path,)
+        self.notes = ()
+        self.stated_ids: Mapping[str, Mapping[str, Any]] = {}
         header.check(path)
         try:
             self._reader = GGUFReader(path)
@@ -133,8 +135,17 @@ class GgufSource:
             raise ExportError(
                 f"{self.path}: one of {parts} parts; join them with `llama-gguf-split --merge` and give the whole file"
             )
-        if (scaling := self.metadata.get("llama.rope.scaling.type", str, "none")) != "none":
-            raise ExportError(f"{self.path}: llama.rope.scaling.type is {scaling!r}; only 'none' is supported")
+        self._refuse_scaled_rope()
+
+    def _refuse_scaled_rope(self) -> None:
+        """As llama.cpp a file without a type scales linearly, under a key of today or of 2023; by 1 is not at all."""
+        get = self.metadata.get
+        kind = get("llama.rope.scaling.type", str, "linear")
+        factor = get("llama.rope.scaling.factor", float, get("llama.rope.scale_linear", float, 1.0))
+        if kind not in ("none", "linear") or (kind == "linear" and factor not in (0.0, 1.0)):
+            raise ExportError(
+                f"{self.path}: llama.rope.scaling.type is {kind!r} with factor {factor}; only 'none' is supported"
+            )
 
     def _vocab_size(self) -> int:
         embedding = self.shapes.get(EMBEDDING)

@@ -31,18 +31,19 @@ def write(metadata: Metadata, folder: Path) -> None:
     write_generation_ids(folder, bos, _ends(metadata, tokens, eos))
 
 
-def _special_id(metadata: Metadata, kind: str, count: int) -> int:
+def _special_id(metadata: Metadata, kind: str, count: int, default: int | None = None) -> int:
     key = f"tokenizer.ggml.{kind}_token_id"
-    if not 0 <= (token := metadata.get(key, int)) < count:
+    if not 0 <= (token := metadata.get(key, int, default)) < count:
         raise ExportError(f"{metadata.path}: metadata key {key} is {token}, the file has {count} tokens")
     return token
 
 
 def _ends(metadata: Metadata, tokens: list[str], eos: int) -> int | list[int]:
-    """Every token that ends an answer: the file names one, Llama 3's chat has three (as in llama.cpp's loader)."""
-    if _pre_tokenizer_name(metadata) not in _LLAMA3:
-        return eos
-    return sorted({eos, *(tokens.index(end) for end in END_OF_ANSWER if end in tokens)})
+    """Every token that ends an answer: up to three keys name one, Llama 3's chat has three (llama.cpp's loader)."""
+    ends = {eos, *(_special_id(metadata, kind, len(tokens), eos) for kind in ("eot", "eom"))}
+    if _pre_tokenizer_name(metadata) in _LLAMA3:
+        ends |= {tokens.index(end) for end in END_OF_ANSWER if end in tokens}
+    return sorted(ends) if len(ends) > 1 else eos
 
 
 def _special(token: str) -> Any:

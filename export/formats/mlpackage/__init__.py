@@ -75,6 +75,11 @@ def needs(plan: Plan, architecture: Architecture) -> Needs:
     return Needs(memory, 2 * int(schemes.largest(plan.quant, architecture).stored_bits(float_bits=16) / 8))
 
 
+def tokenizer_notes(folder: Path) -> tuple[str, ...]:  # noqa: ARG001
+    """None: its clients are transformers, which every tokenizer is compared with, and others that need a Mac."""
+    return ()
+
+
 def lower(model: "QuantizedModel", build: Build) -> Lowered:
     """Write the package and count its contents."""
     from . import file

@@ -1,14 +1,15 @@
 """ExecuTorch `.pte` for XNNPACK, loadable by ExecuTorch's own LLM runners.
 
-`graph.py` is the model in the form that XNNPACK runs best, `functional_form.py` and `lowering.py` bring it through
-executorch in seconds, and `program.py` runs these steps and writes the file.
+`graph.py` is the model in the form that XNNPACK runs best, `program.py` brings it through executorch and writes the
+file, and `lowering.py` makes that take seconds.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.architecture import EMBEDDING, Architecture
 from export.errors import ExportError
-from export.formats import Build, Lowered, Needs, kv_layout, refuse_any_scales
+from export.formats import Build, Lowered, Needs, clients, kv_layout, refuse_any_scales
 from export.manifest import IOContract, TensorSpec
 from export.plan import Plan
 
@@ -69,6 +70,12 @@ def needs(plan: Plan, architecture: Architecture) -> Needs:
 def _table_bytes(plan: Plan, a: Architecture) -> int:
     """Bytes of the embedding table in the file."""
     return a.vocab_size * (a.hidden_size + 4 if plan.quant.embedding else 4 * a.hidden_size)
+
+
+def tokenizer_notes(folder: Path) -> tuple[str, ...]:
+    """ExecuTorch reads tokenizer.json alone."""
+    difference = clients.difference("pytorch_tokenizers", folder, Path(__file__).with_name("client.py"))
+    return () if difference is None else (f"ExecuTorch's tokenizer {difference}; give its runner ids instead of text",)
 
 
 def lower(model: "QuantizedModel", build: Build) -> Lowered:

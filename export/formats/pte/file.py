@@ -1,23 +1,28 @@
 """A finished `.pte`: its program, segments, integers and scales, read without any code of the lowering.
 
 Linears are found in the delegates' own XNNPACK graphs (`backends/xnnpack/serialization/schema.fbs`), in execution
-order; the embedding is an argument of the `embedding_byte` kernel call.
+order; the embedding is an argument of the `embedding_byte` kernel call. `share_tied_table` stores a table once that is
+both embedding and head.
 """
 
 import json
 import mmap
+import os
 import re
+import struct
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from executorch.backends.xnnpack.serialization import xnnpack_graph_serialize as xnnpack
 from executorch.exir._serialize._flatbuffer import _flatc_decompile
-from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
-from executorch.exir._serialize._program import _get_extended_header
+from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program, _patch_generated_flatbuffer_aliases
+from executorch.exir._serialize._program import _ExtendedHeader, _get_extended_header
+from executorch.exir._serialize.generated.executorch_flatbuffer.DataSegment import DataSegment
+from executorch.exir._serialize.generated.executorch_flatbuffer.Program import Program
 from numpy.typing import NDArray
 
 from export.architecture import EMBEDDING, HEAD, Architecture
@@ -27,6 +32,11 @@ from export.formats import StoredWeight
 Bytes = memoryview
 _FLOATS = re.compile(r'"(?:[^"\\]|\\.)*"|-?\b(?:inf|nan)\b')
 """Floats that flatc writes and JSON does not have; strings match too, so that their contents are skipped."""
+_SMALLEST = 64 * 1024
+"""Bytes of the smallest segment that is looked for as a duplicate."""
+_HEADER_AT = 8
+_PIECE = 2**22
+"""Bytes that are compared or moved at a time."""
 
 
 @dataclass(frozen=True)
@@ -145,3 +155,94 @@ def _decode(file: PteFile, constants: Any, weight: Any) -> tuple[NDArray[np.int8
         return nibbles.reshape(rows, columns), np.frombuffer(scale_bytes, np.float32).reshape(rows, 1)
     bf16 = np.frombuffer(scale_bytes, np.uint16).astype(np.uint32) << 16
     return nibbles.reshape(rows, columns), bf16.view(np.float32).reshape(rows, -1)
+
+
+# ── a tied table, stored once ───────────────────────────────────────────────────────────────────────────────────────
+# The delegate finds its weights as named data, a name that points at a segment of the file; the embedding's table lies
+# in the constant segment. The head's name is pointed there and the copy dropped, which changes offsets in the
+# flatbuffer (schema/program.fbs, `DataSegment.offset`) and in the header. Loaders address segments by offset and size,
+# so they need no change.
+
+
+def share_tied_table(path: Path) -> int:
+    """Remove the duplicate table from the file. Returns the bytes saved, 0 if there is no duplicate.
+
+    Only the program is read whole; weights are compared and moved in pieces.
+    """
+    _patch_generated_flatbuffer_aliases()  # until then the generated modules refer to each other by wrong names
+    with path.open("r+b") as file:
+        header = _get_extended_header(file.read(64))
+        assert header is not None
+        file.seek(0)
+        head = bytearray(file.read(header.segment_base_offset))
+        program = Program.GetRootAs(head, 0)
+        duplicate = _duplicate(file, header.segment_base_offset, program)
+        if duplicate is None:
+            return 0
+        index, inside = duplicate
+        begin, end = _cut(head, header, program, index, inside)
+        file.seek(0)
+        file.write(head)
+        _move_down(file, header.segment_base_offset + end, header.segment_base_offset + begin)
+    return end - begin
+
+
+def _duplicate(file: BinaryIO, base: int, program: Program) -> tuple[int, int] | None:
+    """Index of the named segment whose bytes are in the constant segment, too, and their offset there."""
+    table = program.ConstantSegment()
+    constants = program.Segments(table.SegmentIndex())
+    for entry in range(program.NamedDataLength()):
+        index = program.NamedData(entry).SegmentIndex()
+        segment = program.Segments(index)
+        if segment.Size() < _SMALLEST:
+            continue
+        for i in range(table.OffsetsLength()):
+            start = constants.Offset() + table.Offsets(i)
+            inside = start + segment.Size() <= constants.Offset() + constants.Size()
+            if inside and _same_bytes(file, base + segment.Offset(), base + start, segment.Size()):
+                return index, start
+    return None
+
+
+def _same_bytes(file: BinaryIO, a: int, b: int, size: int) -> bool:
+    """Whether the ranges of a file that start at `a` and `b` are equal, up to the first different piece."""
+    for done in range(0, size, _PIECE):
+        count = min(_PIECE, size - done)
+        if os.pread(file.fileno(), count, a + done) != os.pread(file.fileno(), count, b + done):
+            return False
+    return True
+
+
+def _cut(head: bytearray, header: _ExtendedHeader, program: Program, index: int, inside: int) -> tuple[int, int]:
+    """Point a segment at `inside` and later ones at their new places. Returns the range to drop, padding included."""
+    segments = [program.Segments(i) for i in range(program.SegmentsLength())]
+    begin = segments[index].Offset()
+    later = [segment for segment in segments if segment.Offset() > begin]
+    end = min((segment.Offset() for segment in later), default=header.segment_data_size)
+    for segment in later:
+        _set_offset(head, segment, segment.Offset() - (end - begin))
+    _set_offset(head, segments[index], inside)
+    resized = _ExtendedHeader(
+        program_size=header.program_size,
+        segment_base_offset=header.segment_base_offset,
+        segment_data_size=header.segment_data_size - (end - begin),
+    ).to_bytes()
+    head[_HEADER_AT : _HEADER_AT + len(resized)] = resized
+    return int(begin), int(end)
+
+
+def _move_down(file: BinaryIO, source: int, target: int) -> None:
+    """Move everything from `source` on to `target`, which precedes it, and cut the file after it."""
+    file.flush()
+    while piece := os.pread(file.fileno(), _PIECE, source):
+        os.pwrite(file.fileno(), piece, target)
+        source, target = source + len(piece), target + len(piece)
+    file.truncate(target)
+
+
+def _set_offset(data: bytearray, segment: DataSegment, offset: int) -> None:
+    """Overwrite the offset field of one segment in place."""
+    field = segment._tab.Offset(4)
+    if field == 0:
+        raise ExportError("the tied table stands first in the .pte file and cannot be moved; please report this")
+    struct.pack_into("<Q", data, segment._tab.Pos + field, offset)

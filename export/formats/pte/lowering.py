@@ -117,36 +117,21 @@ def _is_replay(node: fx.Node, target: Any, args: Any, kwargs: Any) -> bool:
     if not same_op or list(kwargs) != list(node.kwargs):
         return False
     first = 1 if type(target).__name__ == "ExecutorchCallDelegate" else 0  # the lowered module is not a value
-    new = [list(args[first:]), list(kwargs.values())]
-    old = [list(node.args[first:]), list(node.kwargs.values())]
-    return _identical(_mapped(new, _proxy_value), _mapped(old, _node_value))
+    return _identical([args[first:], list(kwargs.values())], [node.args[first:], list(node.kwargs.values())])
 
 
-def _proxy_value(x: Any) -> Any:
-    return x.data if hasattr(x, "proxy_or_node") else x
+def _identical(new: Any, old: Any) -> bool:
+    """Whether a new argument and a node's hold the same objects: of a proxy its value, of a node its recorded one.
 
-
-def _node_value(x: Any) -> Any:
-    """The recorded value of a node; a new object, equal to no other, if it has none."""
-    return x.meta.get("val", object()) if isinstance(x, fx.Node) else x
-
-
-def _mapped(x: Any, function: Callable[[Any], Any]) -> Any:
-    """Apply a function to the leaves of nested lists, tuples and dicts."""
-    if isinstance(x, list | tuple):
-        return [_mapped(y, function) for y in x]
-    if isinstance(x, dict):
-        return {key: _mapped(y, function) for key, y in x.items()}
-    return function(x)
-
-
-def _identical(a: Any, b: Any) -> bool:
-    """Same objects; equality only of types where it is cheap and complete, which excludes tensors and symbols."""
+    Equality counts only for types where it is cheap and complete, which excludes tensors and symbols.
+    """
+    a = new.data if hasattr(new, "proxy_or_node") else new
+    b = old.meta.get("val", object()) if isinstance(old, fx.Node) else old
     if a is b or (isinstance(a, torch.Tensor) and getattr(b, "constant", None) is a):
         return True
     if isinstance(a, torch.Tensor | torch.SymInt | torch.SymFloat | torch.SymBool):
         return False
-    if isinstance(a, list | tuple) and type(a) is type(b):
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(_identical, a, b))
     return type(a) is type(b) and bool(a == b)
 

@@ -1,50 +1,39 @@
-"""Writes the `.pte`: traced, delegated to XNNPACK, emitted, and a tied int8 table stored once in the finished file.
-
-The delegate finds its weights as named data, a name that points at a segment of the file; the embedding's table lies
-in the constant segment. `_share_tied_table` points the head's name there and drops the copy, which changes offsets in
-the flatbuffer (schema/program.fbs, `DataSegment.offset`) and in the header. Loaders address segments by offset and
-size, so they need no change.
-"""
+"""Writes the `.pte`: traced, brought into functional form, delegated to XNNPACK, emitted."""
 
 import logging
-import os
-import struct
+import operator
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import executorch.exir.passes._quant_patterns_and_replacements
 import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  (registers llama::update_cache and custom_sdpa)
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeCompileConfig, EdgeProgramManager, ExecutorchBackendConfig, to_edge_transform_and_lower
-from executorch.exir._serialize._flatbuffer_program import _patch_generated_flatbuffer_aliases
-from executorch.exir._serialize._program import _ExtendedHeader, _get_extended_header
-from executorch.exir._serialize.generated.executorch_flatbuffer.DataSegment import DataSegment
-from executorch.exir._serialize.generated.executorch_flatbuffer.Program import Program
 from executorch.exir.backend.canonical_partitioners.config_partitioner import DSJ
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+from torch import fx
+from torch._export.verifier import Verifier
+from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, OutputKind, OutputSpec, TensorArgument
+from torch.fx.traceback import NodeSource, NodeSourceAction
 
 from export.errors import ExportError
 from export.formats import Build
 from export.manifest import IOContract
 from export.quantization.store import QuantizedModel
 
-from .functional_form import functionalize, no_decompositions
+from .file import share_tied_table
 from .graph import PteLlama
 from .lowering import fast_lowering, replaced
 
 _Facts = dict[str, int | float | str]
-_SMALLEST = 64 * 1024
-"""Bytes of the smallest segment that is looked for as a duplicate."""
-_HEADER_AT = 8
-_PIECE = 2**22
-"""Bytes that are compared or moved at a time."""
+_aten = torch.ops.aten
 
 
 def write(model: QuantizedModel, build: Build, contract: IOContract) -> _Facts:
@@ -54,13 +43,24 @@ def write(model: QuantizedModel, build: Build, contract: IOContract) -> _Facts:
     with _quiet():
         program = functionalize(trace(module, contract.max_prefill))
     with _quiet(), _ordered_groups(), fast_lowering(), no_decompositions():
-        edge = _lower(program, _metadata(model, build, contract))
+        edge = to_edge_transform_and_lower(
+            program,
+            partitioner=[XnnpackPartitioner()],
+            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+            constant_methods=_metadata(model, build, contract),
+        )
         facts = _count(edge)
-        emitted = edge.to_executorch(_backend_config())
+        emitted = edge.to_executorch(
+            ExecutorchBackendConfig(
+                extract_delegate_segments=True,
+                sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),  # memory is planned for the largest shape
+                memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),  # inputs stay in the caller's
+            )
+        )
     path = build.folder / build.plan.target.artifact
     with path.open("wb") as file:
         emitted.write_to_file(file)
-    return {**facts, "tied_table_bytes_saved": _share_tied_table(path)}
+    return {**facts, "tied_table_bytes_saved": share_tied_table(path)}
 
 
 def trace(module: PteLlama, max_prefill: int) -> ExportedProgram:
@@ -69,25 +69,6 @@ def trace(module: PteLlama, max_prefill: int) -> ExportedProgram:
     sequence = Dim("sequence", min=1, max=max_prefill)
     with torch.no_grad():
         return torch.export.export(module, example, dynamic_shapes=({1: sequence}, None), strict=False)
-
-
-def _lower(program: ExportedProgram, constant_methods: dict[str, Any]) -> EdgeProgramManager:
-    """Edge dialect, with all that XNNPACK can run in delegates."""
-    return to_edge_transform_and_lower(
-        program,
-        partitioner=[XnnpackPartitioner()],
-        compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-        constant_methods=constant_methods,
-    )
-
-
-def _backend_config() -> ExecutorchBackendConfig:
-    """Inputs stay in the caller's memory; all other memory is planned for the largest shape."""
-    return ExecutorchBackendConfig(
-        extract_delegate_segments=True,
-        sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
-        memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
-    )
 
 
 def _metadata(model: QuantizedModel, build: Build, contract: IOContract) -> dict[str, Any]:
@@ -144,85 +125,104 @@ def _quiet() -> Iterator[None]:
         logging.root.setLevel(level)
 
 
-def _share_tied_table(path: Path) -> int:
-    """Remove the duplicate table from the file. Returns the bytes saved, 0 if there is no duplicate.
+# ── the functional form ─────────────────────────────────────────────────────────────────────────────────────────────
+# What torch's `run_decompositions` would yield, written directly. The graph consists of core ATen ops already and
+# mutates only the caches. torch would trace it three more times to find that out; rewriting the cache updates takes a
+# tenth of a second.
 
-    Only the program is read whole; weights are compared and moved in pieces.
+
+def functionalize(program: ExportedProgram) -> ExportedProgram:
+    """Rewrite cache updates as `auto_functionalized_v2` with buffer-mutation outputs; `item` and `narrow` as core ATen.
+
+    Edge dialect takes graphs without side effects: an update becomes a value, later readers of the cache read that
+    value, and the program returns it as the buffer's new contents.
     """
-    _patch_generated_flatbuffer_aliases()  # until then the generated modules refer to each other by wrong names
-    with path.open("r+b") as file:
-        header = _get_extended_header(file.read(64))
-        assert header is not None
-        file.seek(0)
-        head = bytearray(file.read(header.segment_base_offset))
-        program = Program.GetRootAs(head, 0)
-        duplicate = _duplicate(file, header.segment_base_offset, program)
-        if duplicate is None:
-            return 0
-        index, inside = duplicate
-        begin, end = _cut(head, header, program, index, inside)
-        file.seek(0)
-        file.write(head)
-        _move_down(file, header.segment_base_offset + end, header.segment_base_offset + begin)
-    return end - begin
+    graph, buffers = program.graph, program.graph_signature.inputs_to_buffers
+    mutated: list[tuple[fx.Node, str]] = []
+    ends: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is torch.ops.llama.update_cache.default:
+            buffer = buffers[node.args[1].name]
+            mutated.append((_functional_update(graph, node), buffer))
+        elif node.op == "call_function" and node.target is _aten.item.default:
+            node.target = _aten._local_scalar_dense.default
+        elif node.op == "call_function" and node.target is _aten.narrow.default:
+            _narrow_to_slice(graph, node, ends)
+    for node in graph.nodes:
+        if node.op not in ("placeholder", "output"):
+            node.meta.setdefault("from_node", _created_from(node))
+    output = graph.output_node()
+    output.args = (tuple(node for node, _ in mutated) + tuple(output.args[0]),)
+    graph.eliminate_dead_code()
+    graph.lint()
+    return _rebuilt(program, mutated)
 
 
-def _duplicate(file: BinaryIO, base: int, program: Program) -> tuple[int, int] | None:
-    """Index of the named segment whose bytes are in the constant segment, too, and their offset there."""
-    table = program.ConstantSegment()
-    constants = program.Segments(table.SegmentIndex())
-    for entry in range(program.NamedDataLength()):
-        index = program.NamedData(entry).SegmentIndex()
-        segment = program.Segments(index)
-        if segment.Size() < _SMALLEST:
-            continue
-        for i in range(table.OffsetsLength()):
-            start = constants.Offset() + table.Offsets(i)
-            inside = start + segment.Size() <= constants.Offset() + constants.Size()
-            if inside and _same_bytes(file, base + segment.Offset(), base + start, segment.Size()):
-                return index, start
-    return None
+def _functional_update(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """update_cache(value, cache, start) → the new cache as a value, which replaces the cache in later nodes."""
+    value, cache, start = node.args
+    arguments = {"value": value, "start_pos": start, "_cache_base_index": 0, "_all_bases": [cache]}
+    with graph.inserting_before(node):
+        call = graph.call_function(auto_functionalized_v2, (torch.ops.llama.update_cache.default,), arguments)
+        new = graph.call_function(operator.getitem, (call, 1))
+    assert isinstance(cache, fx.Node)
+    _copy_meta(node, call, (node.meta["val"], cache.meta["val"]))
+    _copy_meta(node, new, cache.meta["val"])
+    cache.replace_all_uses_with(new, delete_user_cb=lambda user: user is not call and user is not node)
+    graph.erase_node(node)
+    return new
 
 
-def _same_bytes(file: BinaryIO, a: int, b: int, size: int) -> bool:
-    """Whether the ranges of a file that start at `a` and `b` are equal, up to the first different piece."""
-    for done in range(0, size, _PIECE):
-        count = min(_PIECE, size - done)
-        if os.pread(file.fileno(), count, a + done) != os.pread(file.fileno(), count, b + done):
-            return False
-    return True
+def _narrow_to_slice(graph: fx.Graph, node: fx.Node, ends: dict[Any, fx.Node]) -> None:
+    """narrow(x, dim, start, length) → slice(x, dim, start, start + length); one addition per pair of operands."""
+    x, dim, start, length = node.args
+    if (start, length) not in ends:
+        with graph.inserting_before(node):
+            ends[start, length] = graph.call_function(operator.add, (start, length))
+        value: Any = length.meta["val"] if isinstance(length, fx.Node) else length
+        assert isinstance(start, fx.Node)
+        _copy_meta(node, ends[start, length], start.meta["val"] + value)
+    node.target, node.args = _aten.slice.Tensor, (x, dim, start, ends[start, length])
 
 
-def _cut(head: bytearray, header: _ExtendedHeader, program: Program, index: int, inside: int) -> tuple[int, int]:
-    """Point a segment at `inside` and later ones at their new places. Returns the range to drop, padding included."""
-    segments = [program.Segments(i) for i in range(program.SegmentsLength())]
-    begin = segments[index].Offset()
-    later = [segment for segment in segments if segment.Offset() > begin]
-    end = min((segment.Offset() for segment in later), default=header.segment_data_size)
-    for segment in later:
-        _set_offset(head, segment, segment.Offset() - (end - begin))
-    _set_offset(head, segments[index], inside)
-    resized = _ExtendedHeader(
-        program_size=header.program_size,
-        segment_base_offset=header.segment_base_offset,
-        segment_data_size=header.segment_data_size - (end - begin),
-    ).to_bytes()
-    head[_HEADER_AT : _HEADER_AT + len(resized)] = resized
-    return int(begin), int(end)
+def _copy_meta(source: fx.Node, new: fx.Node, value: Any) -> None:
+    """Give a node the metadata of the node it replaces."""
+    inherited = {key: item for key, item in source.meta.items() if key != "eager_input_vals"}
+    new.meta.update({**inherited, "val": value, "from_node": _created_from(source)})
 
 
-def _move_down(file: BinaryIO, source: int, target: int) -> None:
-    """Move everything from `source` on to `target`, which precedes it, and cut the file after it."""
-    file.flush()
-    while piece := os.pread(file.fileno(), _PIECE, source):
-        os.pwrite(file.fileno(), piece, target)
-        source, target = source + len(piece), target + len(piece)
-    file.truncate(target)
+def _created_from(node: fx.Node) -> list[NodeSource]:
+    """Provenance, which nodes of later dialects must have."""
+    return [NodeSource(node, "functionalize", [NodeSourceAction.CREATE])]
 
 
-def _set_offset(data: bytearray, segment: DataSegment, offset: int) -> None:
-    """Overwrite the offset field of one segment in place."""
-    field = segment._tab.Offset(4)
-    if field == 0:
-        raise ExportError("the tied table stands first in the .pte file and cannot be moved; please report this")
-    struct.pack_into("<Q", data, segment._tab.Pos + field, offset)
+def _rebuilt(program: ExportedProgram, mutated: list[tuple[fx.Node, str]]) -> ExportedProgram:
+    """The program with its changed graph, the caches declared as mutated buffers."""
+    mutations = [OutputSpec(OutputKind.BUFFER_MUTATION, TensorArgument(node.name), name) for node, name in mutated]
+    signature = program.graph_signature
+    program.graph_module.recompile()
+    return ExportedProgram(
+        root=program.graph_module,
+        graph=program.graph,
+        graph_signature=ExportGraphSignature(signature.input_specs, mutations + list(signature.output_specs)),
+        state_dict=program.state_dict,
+        range_constraints=program.range_constraints,
+        module_call_graph=[entry for entry in program.module_call_graph if entry.fqn == ""],
+        example_inputs=program.example_inputs,
+        constants=program.constants,
+        verifiers=[Verifier],
+    )
+
+
+@contextmanager
+def no_decompositions() -> Iterator[None]:
+    """Replace torch's `run_decompositions` by a check. Raises ExportError if an op of the graph needs decomposition."""
+
+    def check(self: ExportedProgram, table: Any = None, **_: Any) -> ExportedProgram:
+        targets = {node.target for node in self.graph.nodes if node.op == "call_function"}
+        if composite := sorted(str(target) for target in targets & set(table or ()) if "sym_" not in str(target)):
+            raise ExportError(f"the model form uses ops that need decomposition: {', '.join(composite)}")
+        return self
+
+    with replaced(ExportedProgram, "run_decompositions", check):
+        yield

@@ -12,6 +12,7 @@ from export import manifest
 from export.checkpoints.tokenizer import load as load_tokenizer
 from tests.support.metrics import random_tokens
 from tests.support.onnx import PREFILL, greedy, session_of
+from tests.support.reliability import NUMBERS
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +44,7 @@ def test_onnxruntime_genai_generates_what_our_session_does(untied, tmp_path):
     assert generator.get_sequence(0)[30:].tolist() == ours[: ours.index(ours[20])]
 
 
+@NUMBERS
 @pytest.mark.parametrize("options", [{"batch_size": 2}, {"num_beams": 3}])
 def test_onnxruntime_genai_refuses_a_batch(untied, options):
     """It marks no padding that stands before a shorter prompt, so the graph cannot tell it from tokens."""
@@ -57,6 +59,7 @@ def test_onnxruntime_genai_refuses_a_batch(untied, options):
         generator.append_tokens(prompts)
 
 
+@NUMBERS
 @pytest.mark.parametrize("mask", [[0, 1, 1], [1, 1, 0], [1, 0, 1], [1, 1, 1]])
 def test_padding_in_the_mask_is_refused_by_name(untied, mask):
     session = session_of(untied).runtime

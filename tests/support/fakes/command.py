@@ -37,7 +37,7 @@ def command(given):
     said = io.StringIO()
     with redirect_stderr(said), prepared(given):
         try:
-            with redirect_stdout(io.StringIO()):
+            with redirect_stdout(io.TextIOWrapper(io.BytesIO())):
                 code = run(app)
         except BaseException:
             code = -1

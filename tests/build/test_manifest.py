@@ -6,6 +6,9 @@ import subprocess
 import pytest
 
 from export import manifest
+from tests.support.reliability import IDENTITY
+
+pytestmark = IDENTITY
 
 
 def git(folder, *arguments):

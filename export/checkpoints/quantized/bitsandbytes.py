@@ -18,12 +18,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from export.architecture import Positive
+from export.checkpoints import safetensors
+from export.checkpoints.integers import OFFSET, TABLES, Integers, QuantizedFiles, Unfit
+from export.checkpoints.safetensors import SAVE_AGAIN, SafetensorsFiles
 from export.errors import ExportError
 from export.plan import explain
-
-from . import safetensors
-from .integers import OFFSET, TABLES, Integers, QuantizedFiles, Unfit
-from .safetensors import SAVE_AGAIN, SafetensorsFiles
 
 STATE = ".quant_state."
 _COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")

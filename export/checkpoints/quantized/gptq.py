@@ -19,11 +19,10 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
+from export.checkpoints.integers import Integers, QuantizedFiles, Unfit
+from export.checkpoints.safetensors import SafetensorsFiles
 from export.errors import ExportError
 from export.plan import explain
-
-from .integers import Integers, QuantizedFiles, Unfit
-from .safetensors import SafetensorsFiles
 
 _QWEIGHT = ".qweight"
 _PARTS = (".qzeros", ".scales", ".g_idx")

@@ -251,12 +251,6 @@ def test_a_config_of_another_kind(folder, value):
     assert "quantization_config is" in refusal(LLAMA, folder)
 
 
-def test_a_float_folder_that_says_it_is_quantized(tmp_path):
-    folder = write_folder(tmp_path / "float")
-    set_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
-    assert "says bitsandbytes 4-bit, but no tensor has a quant_state" in refusal(LLAMA, folder)
-
-
 def test_a_wrong_nibble_order_would_be_seen(folder):
     """The negative twin of the comparison with bitsandbytes: swapped nibbles are different weights."""
     before = open_source(parse_origin(str(folder)), None).read(LINEAR)

@@ -14,11 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from export.checkpoints import safetensors
+from export.checkpoints.integers import Integers
+from export.checkpoints.safetensors import Tensor
 from export.errors import ExportError
-
-from . import safetensors
-from .integers import Integers
-from .safetensors import Tensor
 
 _SCALES = ".qb"
 _BLOCK = 32
@@ -43,6 +42,7 @@ class _JlamaWeights:
 
     path: Path
     tensors: Mapping[str, Tensor]
+    notes = ()
 
     @property
     def files(self) -> tuple[Path, ...]:

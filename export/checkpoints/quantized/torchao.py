@@ -17,12 +17,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from export.architecture import Positive
+from export.checkpoints import safetensors
+from export.checkpoints.integers import Integers, QuantizedFiles, Unfit
+from export.checkpoints.safetensors import SAVE_AGAIN, SafetensorsFiles, open_mapped
 from export.errors import ExportError
 from export.plan import explain
-
-from . import safetensors
-from .integers import Integers, QuantizedFiles, Unfit
-from .safetensors import SAVE_AGAIN, SafetensorsFiles, open_mapped
 
 _KIND = "IntxUnpackedToInt8Tensor"
 _PARTS = {"qdata": ("I8",), "scale": ("F16", "BF16", "F32"), "zero_point": ("I8", "F16", "BF16", "F32")}

@@ -322,7 +322,8 @@ def test_settings_that_are_not_read_or_say_otherwise(folder, change, words):
 
 
 def test_a_folder_without_packed_integers_that_says_gptq(folder):
-    save_file({name: w.half() for name, w in weights().items()}, folder / "model.safetensors")
+    tensors = {name: w.half() for name, w in weights().items()}
+    save_file(tensors | {"model.x": torch.ones(1).int()}, folder / "model.safetensors")  # floats alone would be read
     assert "says GPTQ, but no tensor is a qweight" in refusal(LLAMA, folder)
 
 

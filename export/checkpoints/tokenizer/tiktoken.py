@@ -1,4 +1,4 @@
-"""Tokenizer files of an artifact and the token ids its runtimes must know; Llama 3's tokenizer.model in their form."""
+"""Llama 3's tokenizer.model, and other tokenizers that come without Hugging Face files, as these files."""
 
 import base64
 import binascii
@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from export.errors import ExportError
-from export.manifest import TokenizerIds
-
-from . import Source, chat_template
 
 _MAX_BYTES, _MAX_TOKEN_BYTES = 2**24, 512
 """Of tokenizer.model and of a token; Llama 3's are 2.2 MB and 128 bytes."""
@@ -26,45 +23,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
-
-
-def write(source: Source, folder: Path, vocab_size: int) -> TokenizerIds:
-    """Write the checkpoint's tokenizer into the artifact folder and read the ids back from what was written.
-
-    Raises ExportError: files that do not load, a hostile chat template, or ids outside the vocabulary.
-    """
-    from .safetensors import read_json
-
-    source.write_tokenizer(folder)
-    tokenizer = load(folder)
-    chat_template.check(tokenizer, "the checkpoint's tokenizer")
-    generation = folder / "generation_config.json"
-    ids = read_json(generation) if generation.is_file() else {}
-    eos, bos = ids.get("eos_token_id"), ids.get("bos_token_id")
-    eos, bos = tokenizer.eos_token_id if eos is None else eos, tokenizer.bos_token_id if bos is None else bos
-    if eos is None or eos == []:
-        raise ExportError(
-            "the checkpoint's tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json"
-        )
-    eos_ids = tuple(eos) if isinstance(eos, list) else (eos,)
-    if len(tokenizer) > vocab_size:
-        raise ExportError(f"tokenizer has {len(tokenizer)} tokens, the model's vocab_size is {vocab_size}: not a pair")
-    for token in (*eos_ids, *([] if bos is None else [bos])):
-        if type(token) is not int or not 0 <= token < vocab_size:
-            raise ExportError(
-                f"generation_config.json: bos or eos id {token!r} is not one of {vocab_size} tokens; correct it"
-            )
-    return TokenizerIds(bos_id=bos, eos_ids=eos_ids, has_chat_template=bool(tokenizer.chat_template))
-
-
-def load(folder: Path) -> Any:
-    """The transformers tokenizer of an artifact or model folder, offline. Raises ExportError: its files do not load."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise ExportError(f"{folder}: tokenizer files do not load ({' '.join(str(error).split())})") from None
 
 
 def write_tiktoken(tokenizer_model: Path, folder: Path) -> None:

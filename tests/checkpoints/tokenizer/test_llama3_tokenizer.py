@@ -162,7 +162,7 @@ NARROW = Architecture(
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("narrow")
-    synth.write(SeededSource("1", NARROW), folder)
+    synth.write_random(SeededSource("1", NARROW), folder)
     return folder
 
 
