@@ -105,3 +105,10 @@ def test_a_checkpoint_that_was_quantized_before_is_named(artifact):
         info = described.checkpoint.model_copy(update={"bits_per_weight": bits})
         text = card.render(described.model_copy(update={"checkpoint": info}), [])
         assert ("was quantized before (5.5 bits per weight)" in text) == said
+
+
+def test_code_of_our_own_is_not_escaped(described):
+    adds = described.model_copy(update={"tokenizer": described.tokenizer.model_copy(update={"adds_bos": True})})
+    text = card.render(with_backend(adds, "pte"), [])
+    for snippet in ("--temperature=0 --num_bos=1\n", ".numBos(1).build()", "$0.temperature = 0; $0.bosCount = 1 }"):
+        assert snippet in text

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 from xml.etree import ElementTree
@@ -22,6 +23,7 @@ from devices import __main__ as devices_command
 from devices import command as devices_frame
 from devices.transports import visible as device_words
 from export import card, manifest
+from export.__main__ import app
 from export.build import command as frame
 from export.host import console
 from export.host.console import Plain
@@ -30,7 +32,7 @@ from export.toolbox import inspection, tables
 from runtime_tests.chat import terminal
 from runtime_tests.evidence import baseline
 from runtime_tests.reports import ci, html, publication, readme, summary
-from tests.support import shape
+from tests.support import checkpoints, harms, shape
 from tests.support.artifacts import edit_manifest
 from tests.support.records import sample_record
 
@@ -244,7 +246,7 @@ def hostile_onnx(tmp_path):
     node = helper.make_node("Identity", [tensors[0].name], ["out"], name=tensors[0].name)
     out = helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, [1])
     model = helper.make_model(helper.make_graph([node], tensors[0].name, tensors[:1], [out]))
-    path = tmp_path / f"{NAME.replace(chr(0xDC9B), '')}.onnx"
+    path = tmp_path / f"{NAME}.onnx".replace("\udc9b", "")  # arguments are UTF-8
     path.write_bytes(model.SerializeToString())
     return path
 
@@ -321,3 +323,22 @@ def test_devices_say_what_others_say_in_a_line(monkeypatch, capsys):
     assert_shown(out, err)
     assert "[/nope]y" in out
     assert device_words("\x1b[2J\u202eé") == r"\x1b[2J\u202eé"
+
+
+def test_a_tensor_name_a_shard_and_a_template_say_their_words_in_a_line(tmp_path, monkeypatch, capsys):
+    """A build that is refused: what a stranger wrote stands in one line of ours."""
+    name = NASTY.replace("\udc9b", "")
+    for spoil in (
+        harms.header(lambda value: value.update({name: value.pop("model.norm.weight")})),
+        lambda folder: ((folder / checkpoints.FILE).unlink(), checkpoints.write_index(folder, {name: name})),
+        harms.put("chat_template.jinja", ("{{ raise_exception(" + json.dumps(name) + ") }}").encode()),
+    ):
+        folder = checkpoints.write_folder(tmp_path / "checkpoint")
+        spoil(folder)
+        monkeypatch.setattr(sys, "argv", ["export", "llama", "int4-g32", "onnx-cpu", "--source", str(folder)])
+        monkeypatch.chdir(tmp_path)
+        assert frame.run(app) == 1
+        out, err = capsys.readouterr()
+        assert_shown(out, err)
+        assert err.count("error: ") == 1
+        shutil.rmtree(folder)
