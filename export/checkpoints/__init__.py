@@ -129,7 +129,8 @@ def _open_folder(folder: Path) -> Source:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ExportError(f"{folder}: a LoRA adapter, not a model; give it with --adapter, and its base with --source")
     if not (folder / "config.json").exists() and (files := sorted(folder.glob("*.gguf"))):
-        raise ExportError(f"{folder}: no config.json, but {_first([path.name for path in files])}; give that file")
+        which = "that file" if len(files) == 1 else "one of these files"
+        raise ExportError(f"{folder}: no config.json, but {_first([path.name for path in files])}; give {which}")
     from .folder import FolderSource
 
     return FolderSource(folder)

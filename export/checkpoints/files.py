@@ -12,6 +12,12 @@ _DOWNLOAD = "download the file itself, for example with `hf download`"
 _MARKUP = (b"<!doctype", b"<html", b"<?xml", b"<head")
 _ANSWERS = (b"entry not found", b"repository not found", b"invalid username", b"access to model", b'{"error"')
 """How web pages and a hub's refusals begin, which download programs save under the file's name."""
+_FORMS = (
+    (b"GGUF", "a GGUF file; give it under a name that ends in .gguf, with --source"),
+    (b"PK\x03\x04", "a zip archive, as `torch.save` writes too; unpack it, or save the weights as safetensors"),
+    (b"\x1f\x8b", "packed with gzip; unpack it"),
+)
+"""How other forms begin that are given under a name of this one."""
 _MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 """How editors begin UTF-8 and UTF-16."""
 _UNFINISHED = (".incomplete", ".part", ".crdownload", ".download", ".aria2", ".tmp")
@@ -20,6 +26,11 @@ _HUB_DOWNLOADS = ".cache/huggingface/download"
 """Where `hf download --local-dir` keeps what has not arrived, under names of its own."""
 GATHER = "it is empty: saved under DeepSpeed ZeRO-3 without gathering; save again with `zero_to_fp32.py`"
 """What to do about a tensor without numbers."""
+
+
+def other_form(first: bytes) -> str | None:
+    """What a file is by its first bytes, and what to do, where it is not what its name says."""
+    return next((form for begin, form in _FORMS if first.startswith(begin)), None)
 
 
 def decoded(text: bytes) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _QUANTIZE_CONFIG = "quantize_config.json"
 """Where AutoGPTQ wrote what config.json holds today."""
+_PART_OF_INTEGERS = re.compile(r"_proj\.(?!weight$|bias$)")
 _CHUNK_BYTES = 2**20
 _ORIGINAL_LENGTH = "original_max_position_embeddings"
 _NO_ANSWER = (ValueError, TypeError, LookupError, AttributeError)
@@ -114,6 +116,21 @@ def _other_models(folder: Path) -> tuple[str, ...]:
     )
 
 
+def _open_unsaid(folder: Path, path: Path) -> "Weights":
+    """Where no settings say that the weights are quantized: floats, or bitsandbytes', whose tensors say it."""
+    from .quantized import bitsandbytes
+
+    stored = SafetensorsFiles(folder)
+    if any(bitsandbytes.STATE in name for name in stored.shapes):
+        return bitsandbytes.open_weights(stored, {}, path)
+    if not stored.all_floats and (part := next(filter(_PART_OF_INTEGERS.search, stored.shapes), None)):
+        raise ExportError(
+            f"{path}: says nothing of quantization, but {part} is a part of quantized weights; take the config.json "
+            "that came with them, or give a float checkpoint"
+        )
+    return stored
+
+
 def _open_weights(folder: Path, config: dict[str, Any], path: Path) -> "tuple[Weights, tuple[str, ...]]":
     """By what `config` (at `path`) and the tensors say of the form, and a note where the two disagree.
 
@@ -129,10 +146,10 @@ def _open_weights(folder: Path, config: dict[str, Any], path: Path) -> "tuple[We
         if quantization is not None:
             raise ExportError(f"{path}: says that the weights are quantized, but the tensors are Jlama's; remove that")
         return jlama.open_weights(folder), ()
+    if isinstance(config.get("quantization"), dict):
+        quantization = {"quant_method": "mlx"}
     if quantization is None:
-        stored = SafetensorsFiles(folder)
-        quantized = any(bitsandbytes.STATE in name for name in stored.shapes)
-        return bitsandbytes.open_weights(stored, {}, path) if quantized else stored, ()
+        return _open_unsaid(folder, path), ()
     if not isinstance(quantization, dict):
         raise ExportError(f"{path}: quantization_config is {quantization!r:.60}, expected an object")
     method = quantization.get("quant_method")

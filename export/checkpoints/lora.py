@@ -68,8 +68,8 @@ class _LoraConfig(BaseModel):
     peft_type: Literal["LORA"]
     r: _Rank
     lora_alpha: _Alpha
-    use_rslora: bool = False
-    use_dora: bool = False
+    use_rslora: bool | None = False
+    use_dora: bool | None = False
     bias: Literal["none"] = "none"
     rank_pattern: dict[str, _Rank] | None = None
     alpha_pattern: dict[str, _Alpha] | None = None
@@ -103,6 +103,11 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 def _read_config(path: Path) -> _LoraConfig:
     """Raises ExportError: not LoRA, or with something that is not merged here."""
     fields = read_json(path)
+    if "lora_parameters" in fields and "peft_type" not in fields:
+        raise ExportError(
+            f"{path}: an adapter of mlx-lm, which is not merged here; fuse it with `mlx_lm.fuse` and give the result, "
+            "in floats, with --source"
+        )
     try:
         config = _LoraConfig.model_validate(fields)
     except ValidationError as error:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from export.errors import ExportError
 from export.plan import explain
 
-from .files import decoded, missing, require_contents
+from .files import decoded, first_bytes, missing, other_form, require_contents
 
 _MAX_JSON_BYTES = 2**24
 """Of a configuration or an index; the index of 405B takes 0.1 MB."""
@@ -176,6 +176,8 @@ def _require_whole(entries: Mapping[str, _Entry], size: int) -> None:
 
 def damaged(path: Path, reason: object) -> ExportError:
     """An error about a file, in one line."""
+    if form := other_form(first_bytes(path)):
+        return ExportError(f"{path}: is {form}")
     text = " ".join(str(reason).split())[:200]
     return ExportError(f"{path}: damaged safetensors ({text}); download or save it again")
 

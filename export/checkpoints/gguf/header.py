@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from gguf import GGMLQuantizationType
 
-from export.checkpoints.files import require_contents
+from export.checkpoints.files import other_form, require_contents
 from export.errors import ExportError
 
 Value = TypeVar("Value", int, float, str, bool)
@@ -120,6 +120,8 @@ class _Header:
         if (first := self.data[:4]) != b"GGUF":
             if first in _ANCESTORS:
                 raise OtherError(f"a file of llama.cpp's form before GGUF; {_TAKE}")
+            if form := other_form(first):
+                raise OtherError(f"is {form}")
             raise BrokenError("it does not begin with GGUF")
         self.skip(4)
         version = self.number("I")

@@ -20,6 +20,7 @@ from tests.support.checkpoints import (
     LLAMA,
     PTH,
     SMALL,
+    UP,
     refusal,
     set_config,
     weights,
@@ -350,3 +351,38 @@ def test_what_a_config_leaves_out_is_what_transformers_puts_there(tmp_path, fiel
         many = SMALL.model_copy(update={"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32})
         save_file({n: t.bfloat16() for n, t in weights(many).items()}, folder / FILE, {"format": "pt"})
     assert_as_transformers(folder)
+
+
+@pytest.mark.parametrize(
+    ("parts", "fields", "words"),
+    [
+        (
+            {"qweight": torch.int32, "scales": torch.float16},
+            {},
+            "says nothing of quantization, but {}.qweight is a part",
+        ),
+        ({"weight_packed": torch.int32}, {}, "says nothing of quantization, but {}.weight_packed is a part"),
+        ({"weight": torch.int8, "SCB": torch.float32}, {}, "says nothing of quantization, but {}.SCB is a part"),
+        ({"weight": torch.uint32, "scales": torch.bfloat16}, {"quantization": {"bits": 4}}, "(quant_method 'mlx')"),
+    ],
+)
+def test_integers_without_a_word_of_them_are_named(tmp_path, parts, fields, words):
+    folder = write_folder(tmp_path / "c")
+    stored = {name: tensor for name, tensor in TENSORS.items() if name != f"{UP}.weight"}
+    save_file(stored | {f"{UP}.{part}": torch.zeros(2, 2, dtype=kind) for part, kind in parts.items()}, folder / FILE)
+    set_config(folder, **fields)
+    line = refusal(LLAMA, folder)
+    assert line.startswith(f"{folder}/config.json: ")
+    assert words.format(UP) in line
+
+
+@pytest.mark.parametrize(("begin", "words"), [(b"GGUF", "is a GGUF file; give it under a name that ends in .gguf"),
+                                              (b"PK\x03\x04", "is a zip archive, as `torch.save` writes too; unpack"),
+                                              (b"\x1f\x8b", "is packed with gzip; unpack it")])  # fmt: skip
+def test_another_form_under_this_name_is_named(tmp_path, begin, words):
+    folder = write_folder(tmp_path / "c")
+    for path in (folder / FILE, folder / "model.gguf"):
+        path.write_bytes(begin + b"\1" * 600)
+        if path.suffix != ".gguf" or begin != b"GGUF":
+            place = path if path.suffix == ".gguf" else folder
+            assert words in refusal(LLAMA, place)
