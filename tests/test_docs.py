@@ -122,6 +122,23 @@ def test_a_wrong_name_is_found(text, name):
     assert missing(ROOT / "README.md", text) == [name]
 
 
+def unheld(text):
+    """Rows of the security page that name no test, and tests that do not exist."""
+    for row in (line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| line |")):
+        tests = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", row)
+        if not tests:
+            yield row
+        for path, name in tests:
+            if name and f"def {name}(" not in (ROOT / path).read_text(encoding="utf-8"):
+                yield f"{path}::{name}"
+
+
+def test_every_line_of_the_security_page_has_its_test():
+    assert list(unheld((ROOT / "docs/security.md").read_text(encoding="utf-8"))) == []
+    wrong = "| a line | `tests/test_docs.py::test_that_is_none` |\n| a line | by nobody |"
+    assert list(unheld(wrong)) == ["tests/test_docs.py::test_that_is_none", "| a line | by nobody |"]
+
+
 def test_readme_is_short_and_narrow():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     prose = re.sub(r"<!-- results.*end of results -->", "", text, flags=re.DOTALL)
