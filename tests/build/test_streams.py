@@ -20,7 +20,7 @@ pytestmark = CONVERSATION
 
 CHILDREN = {
     "export.host.processes", "export.toolbox.model_checks", "runtime_tests.jobs.worker", "runtime_tests.bench.forms",
-    "runtime_tests.bench.exports", "runtime_tests.bench.runners.llama_quantize", "runtime_tests.sessions.mlpackage",
+    "runtime_tests.bench.exports", "runtime_tests.bench.runners.llamacpp", "runtime_tests.sessions.mlpackage",
     "runtime_tests.sessions.onnx_kv",
 }  # fmt: skip
 """Started by other programs of ours, which read what they say."""
