@@ -16,6 +16,7 @@ from .transports import (
     TransferError,
     Transport,
     last_line,
+    visible,
 )
 from .transports.connection import AnyAddress, open_transport
 
@@ -37,6 +38,7 @@ __all__ = [
     "open_transport",
     "physical_threads",
     "thread_count",
+    "visible",
 ]
 
 FOLDER = Path(__file__).parent

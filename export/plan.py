@@ -80,6 +80,13 @@ class ModelSpec(Strict):
             raise ValueError("architecture.rotated is not a model's: give `rotation` in a recipe")
         return self
 
+    @model_validator(mode="after")
+    def _not_longer_than_its_positions(self) -> "ModelSpec":
+        longest = self.architecture.max_position_embeddings if self.architecture else self.context_length
+        if self.context_length > longest:
+            raise ValueError(f"context_length {self.context_length} is more than max_position_embeddings {longest}")
+        return self
+
 
 class WeightScheme(Strict):
     """Symmetric integers with one scale per group (null: per output channel)."""

@@ -226,8 +226,8 @@ def _remedy(model: ModelSpec, longest: int) -> str:
 
 def _refuse_other_architecture(name: str, want: Architecture, got: Architecture, origin: Origin) -> None:
     """A 3B checkpoint must not become an artifact labelled 1B. Where positions end is no shape, and is handled."""
-    fields = Architecture.model_fields.keys() - {"max_position_embeddings"}
-    differ = sorted(key for key in fields if _in_float32(getattr(want, key)) != _in_float32(getattr(got, key)))
+    fields = [name for name in Architecture.model_fields if name != "max_position_embeddings"]
+    differ = [key for key in fields if _in_float32(getattr(want, key)) != _in_float32(getattr(got, key))]
     if differ:
         pairs = ", ".join(f"{key} {getattr(got, key)!r} (expected {getattr(want, key)!r})" for key in differ)
         raise ExportError(f"{origin}: not the shapes of {name}: {pairs}; use the model `llama` for other shapes")

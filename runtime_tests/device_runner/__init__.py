@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from devices import Device, Transport, last_line
+from devices import Device, Transport, visible
 from export.errors import ExportError
 from export.host.processes import signal_name
 from export.manifest import ROOT
@@ -91,6 +91,8 @@ def _line(command: Command) -> str:
             return "reset"
 
 
+_LONGEST = 300
+"""Characters of a runner's error."""
 _Time = Annotated[int, Field(gt=0, lt=10**15)]
 """Nanoseconds: rates are computed from it."""
 
@@ -178,7 +180,7 @@ def parse_answer(stdout: bytes, returncode: int, stderr: bytes = b"") -> Answer 
     if _STAGES.get(returncode) != failed.stage:
         text = f"exit status {returncode} with stage {failed.stage}: {failed.error}"
         return RunnerFailure(stage="protocol", error=text)
-    return RunnerFailure(stage=failed.stage, error=last_line(failed.error))
+    return RunnerFailure(stage=failed.stage, error=visible(failed.error)[:_LONGEST])
 
 
 def fitting(answer: Answer, commands: Sequence[Command], vocab_size: int) -> Answer:

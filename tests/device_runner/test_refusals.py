@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from devices import visible
 from export.formats.pte import file
 from runtime_tests.device_runner import Answer, Feed, Generate, Logits, RunnerFailure, Top, write_script
 from tests.device_runner.conftest import started
@@ -146,5 +147,5 @@ def test_an_error_is_json_whatever_the_file_is_called(bundle, tmp_path, name):
     (tmp_path / "script").write_text("feed 1\n")
     failure = started(bundle, name, tmp_path / "script")
     assert failure.stage == "load"
-    shown = name if isinstance(name, str) else "raw?.pte"
+    shown = visible(name) if isinstance(name, str) else "raw?.pte"
     assert shown in failure.error
