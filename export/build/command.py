@@ -1,6 +1,7 @@
 """How commands end: a user's mistake, a full disk and Ctrl-C are one line and an exit code, never a traceback."""
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -45,7 +46,8 @@ def run(app: typer.Typer) -> int:
     character for is written as `\u2192`.
     """
     _open_closed_streams()
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     quiet_libraries()
     interrupt.listen()
     return _flushed(_end_of(app))
