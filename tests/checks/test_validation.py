@@ -253,7 +253,8 @@ def test_a_rewriting_error_fails_only_its_gate(artifact, setting, in_process, mo
     assert record.accuracy.total.mean_kl > record.accuracy.quantization.mean_kl + 10 * record.accuracy.lowering.mean_kl
 
 
-def test_a_damaged_reference_in_the_cache_is_made_again(artifact, setting, in_process):
+def test_a_damaged_reference_in_the_cache_is_made_again(artifact, setting, in_process, tmp_path):
+    setting = replace(setting, cache=tmp_path / "cache")  # that no other test has put references into
     good = check(artifact, setting)
     damaged = sorted(setting.cache.glob("reference-*.npy"))
     before = [path.read_bytes() for path in damaged]
