@@ -81,3 +81,11 @@ def test_what_is_private_stays_in_its_module():
 
 def test_modules_are_named_by_nouns():
     assert not {name for name in shape.modules() if name.rpartition(".")[2].strip("_") in NO_NOUNS}
+
+
+def test_every_test_is_collected(pytestconfig):
+    """By default pytest enters no folder of the name `build`, as a room of ours has."""
+    left_out = {path.name for path in (pytestconfig.rootpath / "tests").iterdir() if path.is_dir()} & set(
+        pytestconfig.getini("norecursedirs")
+    )
+    assert left_out <= {"__pycache__"}
