@@ -1,7 +1,5 @@
 """An artifact folder is whole or not there, whatever ends the build: a signal, a full disk, a second build."""
 
-import errno
-import fcntl
 import json
 import os
 import re
@@ -21,7 +19,6 @@ from export.build import folder as artifact
 from export.checkpoints.origin import parse_origin
 from export.errors import ExportError
 from export.formats import admission
-from export.host import disk
 from export.plan import load_plan
 from tests.support.artifacts import COMPANIONS, add_companions
 from tests.support.processes import arguments, one_error, results
@@ -321,50 +318,6 @@ def test_an_artifact_has_the_same_modes_whatever_the_umask(umask, tmp_path, monk
     }
     assert modes == {(True, 0o755), (False, 0o644)}
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir() if path.is_dir()} == {0o755}
-
-
-# ── locks ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture(params=[errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def no_locks(request, monkeypatch):
-    """A file system without locks: NFS without its daemon, Lustre, some of FUSE."""
-
-    def flock(file, operation):
-        raise OSError(request.param, os.strerror(request.param))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    return os.strerror(request.param)
-
-
-@LOCATION
-def test_without_locks_a_folder_is_refused_by_its_file_and_the_cache_goes_on(no_locks, old, tmp_path, capsys):
-    refused(
-        tmp_path / "out", rf"/\.out\.lock: cannot be locked \({no_locks}\), and two writers would damage .*/out; take"
-    )
-    with disk.turn(tmp_path / "stored"):
-        pass
-    assert f"/.stored.lock: not locked ({no_locks})" in capsys.readouterr().err.replace("\n", "")
-    record = tmp_path / "records.jsonl"
-    with record.open("ab") as file:
-        disk.wait_for_lock(file)
-    assert disk.is_locked(record)  # what cannot be known is not removed
-
-
-def test_a_link_in_place_of_a_lock_is_refused_and_what_it_names_stays(old, tmp_path):
-    (tmp_path / "precious").write_text("mine")
-    (tmp_path / ".out.lock").symlink_to("precious")
-    refused(tmp_path / "out", r"/\.out\.lock: a link, which no build of ours makes; remove it")
-    assert (tmp_path / "precious").read_text() == "mine"
-
-
-def test_a_text_is_written_beside_and_replaces_a_link(tmp_path):
-    (tmp_path / "precious").write_text("mine")
-    (tmp_path / "README.md").symlink_to("precious")
-    disk.write_text(tmp_path / "README.md", "card")
-    assert ((tmp_path / "README.md").read_text(), (tmp_path / "precious").read_text()) == ("card", "mine")
-    assert not (tmp_path / "README.md").is_symlink()
-    assert names(tmp_path) == ["README.md", "precious"]
 
 
 # ── a checkout that cannot be written ───────────────────────────────────────────────────────────────────────────────

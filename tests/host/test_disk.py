@@ -1,0 +1,57 @@
+"""One writer for each path, with and without locks; what is written replaces a link and does not follow it."""
+
+import errno
+import fcntl
+import os
+
+import pytest
+
+from export.errors import ExportError
+from export.host import disk
+from tests.support.reliability import LOCATION
+
+
+def refused(path, words):
+    with pytest.raises(ExportError, match=words), disk.locked(path):
+        pass
+
+
+@pytest.fixture(params=[errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def no_locks(request, monkeypatch):
+    """A file system without locks: NFS without its daemon, Lustre, some of FUSE."""
+
+    def flock(file, operation):
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    return os.strerror(request.param)
+
+
+@LOCATION
+def test_without_locks_a_folder_is_refused_by_its_file_and_the_cache_goes_on(no_locks, tmp_path, capsys):
+    refused(
+        tmp_path / "out", rf"/\.out\.lock: cannot be locked \({no_locks}\), and two writers would damage .*/out; take"
+    )
+    with disk.turn(tmp_path / "stored"):
+        pass
+    assert f"/.stored.lock: not locked ({no_locks})" in capsys.readouterr().err.replace("\n", "")
+    record = tmp_path / "records.jsonl"
+    with record.open("ab") as file:
+        disk.wait_for_lock(file)
+    assert disk.is_locked(record)  # what cannot be known is not removed
+
+
+def test_a_link_in_place_of_a_lock_is_refused_and_what_it_names_stays(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / ".out.lock").symlink_to("precious")
+    refused(tmp_path / "out", r"/\.out\.lock: a link, which no build of ours makes; remove it")
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_text_is_written_beside_and_replaces_a_link(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "README.md").symlink_to("precious")
+    disk.write_text(tmp_path / "README.md", "card")
+    assert ((tmp_path / "README.md").read_text(), (tmp_path / "precious").read_text()) == ("card", "mine")
+    assert not (tmp_path / "README.md").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "precious"]
