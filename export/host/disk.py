@@ -153,11 +153,17 @@ def cache_folder(preferred: Path) -> Path:
 
     Raises ExportError: neither can be.
     """
+    if (folder := writable_folder(preferred)) != preferred:
+        console.print(f"  {preferred}: cannot be written; the cache is {folder}", soft_wrap=True)
+    return folder
+
+
+def writable_folder(preferred: Path) -> Path:
+    """The same without a word. Raises ExportError."""
     if _is_writable(preferred):
         return preferred
     own = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "llama-on-device"  # noqa: PTH111
     if own.is_absolute() and _is_writable(own):  # `~` stays where a user has neither HOME nor a name
-        console.print(f"  {preferred}: cannot be written; the cache is {own}", soft_wrap=True)
         return own
     raise ExportError(f"{preferred}: cannot be written, nor can {own}; name a folder for the cache in XDG_CACHE_HOME")
 

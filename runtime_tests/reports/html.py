@@ -182,7 +182,7 @@ def _linears(described: Manifest) -> list[float]:
 
 
 def _name_of(described: Manifest) -> str:
-    return f"{described.plan.model.name} {described.plan.quant.name}"
+    return f"{described.plan.name} {described.plan.quant.name}"
 
 
 def choice_map(described: Manifest) -> str:
