@@ -18,10 +18,12 @@ from typing import Annotated
 import typer
 
 from export import build as build_artifact
+from export import manifest
 
 from .build import request, skip
 from .build.command import run, with_default
 from .checkpoints.origin import origin_of
+from .errors import ExportError
 from .host import disk
 from .host.console import console, say
 from .toolbox import commands
@@ -67,6 +69,10 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
         raise typer.BadParameter("the same target twice", param_hint="TARGET")
     plans, origin = request.asked(model, quant, target, source=source, adapter=adapter, name=name, context=context)
     root, several = out and disk.expanded(out), len(plans) > 1
+    if several and root and (root / manifest.FILE).is_file():
+        raise ExportError(
+            f"{root}: an artifact's folder; for several targets --out is the folder that gets one for each"
+        )
     folders = {plan.target.name: request.place(plan, root, several) for plan in plans}
     stale = [plan for plan in plans if skip.is_stale(plan, origin, folders[plan.target.name], explain)]
     if len(stale) == 1:

@@ -100,6 +100,8 @@ class CheckpointInfo(Strict):
     bits_per_weight: float | None
     """Of its files, a GGUF's tokenizer included; null: random weights."""
     sha256: dict[FileName, str]
+    trained_on: str | None = None
+    """The base that a merged adapter names, as `origin`; null: there is no adapter."""
 
     @property
     def quantized_before(self) -> bool:

@@ -7,7 +7,7 @@ from .architecture import Architecture
 from .build import folder as artifact
 from .build import needs
 from .checkpoints import tokenizer, whereabouts
-from .checkpoints.origin import Origin, published, published_plan
+from .checkpoints.origin import Adapter, Origin, published, published_base, published_plan
 from .formats import Build
 from .host import disk, memory, mkl
 from .host.console import note, stage
@@ -74,11 +74,13 @@ def check(plan: Plan, architecture: Architecture, backend: formats.Format) -> No
 
 def describe(model: QuantizedModel, build: Build, lowered: formats.Lowered) -> Manifest:
     """The manifest of what was just written."""
+    origin = model.checkpoint.origin
     checkpoint_info = manifest.CheckpointInfo(
-        origin=published(model.checkpoint.origin),
+        origin=published(origin),
         description=model.checkpoint.source.description,
         bits_per_weight=model.checkpoint.bits_per_weight,
         sha256=model.checkpoint.sha256,
+        trained_on=published_base(origin.adapter.path) if isinstance(origin, Adapter) else None,
     )
     return Manifest(
         schema_version=1,

@@ -105,7 +105,9 @@ def refuse_foreign(out: Path, plan_id: str, origin: Origin) -> None:
     if not out.exists():
         return
     if not out.is_dir() or (any(out.iterdir()) and not (out / manifest.FILE).is_file()):
-        raise ExportError(f"{out}: exists and is not an artifact folder; give another --out")
+        inside = out.is_dir() and any(out.glob(f"*/{manifest.FILE}"))
+        other = f"--out {out / plan_id}" if inside else "another --out"
+        raise ExportError(f"{out}: exists and is not an artifact folder; give {other}")
     if (out / manifest.FILE).is_file() and (held_id := manifest.read_id(out)) != plan_id:
         content = f"another artifact ({held_id})" if held_id else "a damaged artifact"
         raise ExportError(f"{out}: holds {content}; give another --out or remove it")

@@ -187,7 +187,8 @@ class LoraSource:
         tokenizer = adapted_tokenizer_files(folder, (path for path in base.files if is_of_tokenizer(name_of(path))))
         self.files = (*weights, folder / ADAPTER_CONFIG, *self._stored.files, *tokenizer)
         require_inside([path for path in self.files if path not in base.files], folder)
-        merged = f"the adapter names {published_base(folder)} and is merged into {base_origin} ({base.description})"
+        trained_on = published_base(folder)
+        merged = f"the adapter was trained on {trained_on} and is merged into {base_origin} ({base.description})"
         self.notes = (*base.notes, merged, *self._stored.notes, *_unread(folder))
 
     @property

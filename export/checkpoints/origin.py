@@ -232,7 +232,7 @@ def published_base(adapter: Path) -> str:
     if _HUB_ID.fullmatch(name):
         return f"{_HUB}{name}" + (f"@{revision}" if revision else "")
     last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
-    return f"{_PRIVATE}{last:.80}" if last else "a model it does not name"
+    return f"{_PRIVATE}{last:.80}" if last else "unknown"
 
 
 def _single_slashes(path: str) -> str:
@@ -294,6 +294,11 @@ def joined(adapter: str | None, base: str) -> str:
 def is_private(text: str) -> bool:
     """Whether a manifest's origin names a path without telling it."""
     return any(part.startswith(_PRIVATE) for part in halves(text) if part)
+
+
+def hub_id(text: str) -> str | None:
+    """OWNER/NAME of a manifest's origin; None: it is of another kind."""
+    return _hub(text.removeprefix(_HUB), text).repo if text.startswith(_HUB) else None
 
 
 def last_part(text: str) -> str | None:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from export.manifest import Candidate, Manifest
+from export.build import request
+from export.manifest import UNKNOWN, Candidate, Manifest
 from export.toolbox import charts
 from export.toolbox.charts import Bar, Series
 from export.toolbox.tables import NONE
@@ -33,12 +34,27 @@ def render(records: Sequence[Record], manifests: Sequence[Manifest]) -> str:
         charts=_charts(records, manifests),
         chart_style=charts.STYLE,
         series=charts.SERIES,
+        commands=_commands(records, manifests),
         run=first,
         state=_state_rows(first),
         memory_gb=f"{first.environment.memory_bytes / 1e9:.0f}",
         bandwidth=next((rate / 1e9 for rate in rates if rate), None),
         tools={name: version for name, version in first.environment.tools.items() if version != "not installed"},
     )
+
+
+def _commands(records: Sequence[Record], manifests: Sequence[Manifest]) -> list[str]:
+    """Lines of a shell that build what the page shows, and validate it as it was, each at its commit."""
+    run, built = records[0], [f"build/{m.id}" for m in manifests]
+    options = ["--device", run.device, "--eval", run.accuracy.evaluation]
+    lines = [(m.source.commit, m.source.dirty, request.command(m)) for m in manifests]
+    lines.append((run.commit, run.dirty, request.shell(["-m", "runtime_tests", *options, *built])))
+    shown: list[str] = []
+    for i, (commit, dirty, line) in enumerate(lines):
+        if commit != UNKNOWN and (i == 0 or lines[i - 1][:2] != (commit, dirty)):
+            shown.append(f"git checkout {commit}" + ("  # and local changes" if dirty else ""))
+        shown.append(line)
+    return shown
 
 
 def _state_rows(record: Record) -> list[tuple[str, str, str]]:

@@ -43,8 +43,9 @@ _TRIAL_TEXTS = (*SAMPLES, *(piece * 512 for piece in ("a", " ", "\n", "1", "aB",
 """The same, and what patterns that backtrack never end on."""
 _TRIAL_LIMITS = Limits(memory_bytes=2**29, cpu_s=10, wall_s=60.0)
 _CONFIG = "tokenizer_config.json"
-_LEADING_AWAY = ("auto_map", "fast_tokenizer_files", "split_special_tokens")
-"""Keys there: code, another file, and special tokens of a text read as ordinary ones, those of a chat too."""
+_LEADING_AWAY = ("auto_map", "fast_tokenizer_files", "name_or_path", "split_special_tokens")
+"""Keys there: code, another file, a path where it was saved, and special tokens of a text read as ordinary ones, those
+of a chat too."""
 _SHOWN = 3
 """Tokens that a message lists."""
 
