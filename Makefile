@@ -139,9 +139,11 @@ lint: setup                         ## format, style, types, workflows
 	@.venv/bin/check-jsonschema -qq --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	@.venv/bin/check-jsonschema -qq --builtin-schema vendor.github-actions .github/actions/*/action.yml
 
-# each file in one process; torch in one thread of each, and threads that wait asleep: side by side they cost tenfold
+# one thread of torch in each process, and threads that wait asleep: turning, they would hold up the other process
+unit: export OMP_NUM_THREADS := 1
+unit: export OMP_WAIT_POLICY := passive
 unit: setup                         ## the tests without lint, with ROOM=checkpoints those of one room
-	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest --numprocesses=$(call quote,WORKERS) --dist=loadfile --no-loadscope-reorder $(addprefix tests/,$(call each,ROOM))
+	@$(PY) -m pytest --numprocesses=$(call quote,WORKERS) --dist=loadfile --no-loadscope-reorder $(addprefix tests/,$(call each,ROOM))
 
 # other examples in each round, until the time is over or a property fails
 fuzz: setup                         ## feed readers what chance makes of good files, for MINUTES
