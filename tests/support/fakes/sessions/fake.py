@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from export.checkpoints.integers import Integers
-from export.quantization.eager import as_torchao, eager
+from export.quantization.eager import eager
 from export.quantization.schemes import scheme_of
 from runtime_tests.sessions.base import Session
 
@@ -39,7 +39,7 @@ class FakeSession(Session):
             q = self.model.get_submodule("model.layers.0.self_attn.q_proj")
             size = manifest.architecture.head_dim
             order = torch.cat([torch.arange(size, 2 * size), torch.arange(size)])
-            weight = q.weight.detach().clone()
+            weight = q.weight.dequantize()
             weight[: 2 * size] = weight[order]
             q.weight = torch.nn.Parameter(weight, requires_grad=False)
         self.cache, self.dirty = None, False
@@ -54,8 +54,7 @@ class FakeSession(Session):
             scale = stored.get_tensor(f"{name}.scale").clone()
             if self.fault == "flipped scale" and name == "model.layers.1.mlp.down_proj.weight":
                 scale[: len(scale) // 2] *= -1
-            # once, not at every step as the reference does: with no int8 activations the same numbers
-            return as_torchao(Integers(stored.get_tensor(f"{name}.qdata"), scale, scheme.bits)).dequantize()
+            return Integers(stored.get_tensor(f"{name}.qdata"), scale, scheme.bits)
 
         return read
 
