@@ -7,7 +7,7 @@ from .architecture import Architecture
 from .build import folder as artifact
 from .build import needs
 from .checkpoints import tokenizer, whereabouts
-from .checkpoints.origin import Adapter, Origin, published, published_base, published_plan
+from .checkpoints.origin import Adapter, Origin, origin_of, published, published_base, published_plan
 from .formats import Build
 from .host import disk, memory, mkl
 from .host.console import note, stage
@@ -28,7 +28,7 @@ def export(plan: Plan, source: Origin | None, out: Path) -> Manifest:
     cache = disk.cache_folder(CACHE)
     needs.require(needs.estimate(plan, source, architecture, cache), out, cache)
     mkl.settle()
-    with artifact.building(out, plan.id, checkpoints.origin_of(plan.model, source)) as folder:
+    with artifact.building(out, plan.id, origin_of(plan.model, source)) as folder:
         with stage("checkpoint"):
             weights = checkpoints.load(plan.model, source)
             for line in weights.notes:

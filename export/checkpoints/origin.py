@@ -311,8 +311,10 @@ def name_for(model: ModelSpec, origin: Origin | None) -> str:
 
     Raises ExportError: no name can be made of that.
     """
+    if origin is None:
+        return model.name
     with suppress(ExportError):  # a model's own path may be missing where another is given
-        if origin is None or (model.source is not None and origin == parse_origin(model.source)):
+        if model.source is not None and origin == parse_origin(model.source):
             return model.name
     return cleaned(_own_name(origin))
 
