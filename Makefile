@@ -48,6 +48,7 @@ TARGETS := $(sort $(basename $(notdir $(wildcard configs/targets/*.yaml))))
 DEVICES := $(sort $(basename $(notdir $(wildcard devices/*.yaml))))
 PLAN     = $(call quote,MODEL) $(call quote,QUANT)
 CHECKPOINT = $(if $(value SOURCE),--source=$(call quote,SOURCE)) $(if $(value ADAPTER),--adapter=$(call quote,ADAPTER))
+MERGED   = $(if $(value ADAPTER),--source=adapter:$(call quote,ADAPTER)//$(call quote,SOURCE),$(CHECKPOINT))
 WEIGHTS  = $(CHECKPOINT) $(if $(value NAME),--name=$(call quote,NAME))
 # shell: the folders of a recipe, for some targets; Python knows the name that a checkpoint has
 folders  = $(PY) -m export folders $(call quote,MODEL) $(1) $(2) $(WEIGHTS)
@@ -165,14 +166,14 @@ shape: setup                        ## count files, lines, entries of each folde
 bench bench-quick bench-docs: QUANT := int4-g32
 
 bench: setup                        ## our artifacts against stock runtimes' on the same weights, interleaved
-	@$(PY) -m runtime_tests.bench $(PLAN) $(if $(value SOURCE),--source=$(call quote,SOURCE))
+	@$(PY) -m runtime_tests.bench $(PLAN) $(MERGED)
 
 bench-quick: setup                  ## the same ratios from two short repetitions, in three minutes once all is built
-	@$(PY) -m runtime_tests.bench $(PLAN) $(if $(value SOURCE),--source=$(call quote,SOURCE)) --only $(call quote,QUICK) \
+	@$(PY) -m runtime_tests.bench $(PLAN) $(MERGED) --only $(call quote,QUICK) \
 	  --repetitions 2 --passes 1 --generate 64 --no-long-context --no-accuracy
 
 bench-docs: setup                   ## bench with exports timed, written to docs/benchmarks (on a quiet machine)
-	@$(PY) -m runtime_tests.bench $(PLAN) $(if $(value SOURCE),--source=$(call quote,SOURCE)) --export --write
+	@$(PY) -m runtime_tests.bench $(PLAN) $(MERGED) --export --write
 
 bench-pages: setup                  ## write the pages in docs/benchmarks again from the records beside them
 	@$(PY) -m runtime_tests.bench.publish

@@ -258,10 +258,8 @@ def _no_manifest(folder: Path) -> str:
     if folder.is_dir() and (inside := sorted(path.parent.name for path in folder.glob(f"*/{FILE}"))):
         more = f" and {len(inside) - 3} more" if len(inside) > 3 else ""
         return f"{folder}: holds artifacts, {', '.join(inside[:3])}{more}; give the folder of one"
-    if not folder.is_dir():
-        there = "a file, no artifact folder" if folder.exists() else "no such folder"
-        return f"{folder}: {there}; give an artifact folder made by `python -m export`"
-    return f"{folder / FILE}: missing; give an artifact folder made by `python -m export`"
+    what = f"{folder}: a file" if folder.is_file() else f"{folder / FILE}: missing"
+    return f"{what}; give an artifact folder made by `python -m export`"
 
 
 def digest(folder: Path) -> str:

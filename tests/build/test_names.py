@@ -351,8 +351,8 @@ def test_a_checkpoint_is_found_where_it_was_built_from_and_asked_for_where_it_mo
     [
         ("artifact/model.onnx", "artifact/model.onnx: a part of an artifact; give the artifact's folder, artifact"),
         ("", ".: holds artifacts, artifact; give the folder of one"),
-        ("none", "none: no such folder; give an artifact folder made by `python -m export`"),
-        ("file", "file: a file, no artifact folder; give an artifact folder made by `python -m export`"),
+        ("none", "none/manifest.json: missing; give an artifact folder made by `python -m export`"),
+        ("file", "file: a file; give an artifact folder made by `python -m export`"),
         ("empty", "empty/manifest.json: missing; give an artifact folder made by `python -m export`"),
     ],
 )

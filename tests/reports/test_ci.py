@@ -103,7 +103,7 @@ def test_an_artifact_without_a_record_fails(report, folder):
     code, page, junit = report(folders=(folder, folder.parent / "never-built"))
     assert (code, junit.errors) == (1, 2)
     assert "no record of this build on host" in page
-    assert "never-built: no such folder; give an artifact folder made by" in page
+    assert "never-built/manifest.json: missing" in page
 
 
 def test_a_record_proves_nothing_of_files_that_changed_since(report, folder):
