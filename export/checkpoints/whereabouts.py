@@ -78,6 +78,12 @@ def given(checkpoint: CheckpointInfo) -> Origin | None:
     return origin
 
 
+def place(checkpoint: CheckpointInfo) -> str | None:
+    """For a job in a process of its own: where a checkpoint still is that was built from a place of this machine."""
+    there = next(origins(checkpoint), None) if _places(checkpoint.sha256) else None
+    return None if there is None else absolute(there)
+
+
 def told(checkpoint: CheckpointInfo, source: str | None) -> Origin:
     """The origin of the checkpoint that an artifact is compared with: `source`, or where it was built from.
 
@@ -85,9 +91,9 @@ def told(checkpoint: CheckpointInfo, source: str | None) -> Origin:
     """
     if source is not None:
         return parse_origin(source)
+    if (text := place(checkpoint)) is not None:
+        return parse_origin(text)
     places = _places(checkpoint.sha256)
-    if places and (there := next(origins(checkpoint), None)):
-        return there
     return followed(places[-1][0] if places else checkpoint.origin)
 
 

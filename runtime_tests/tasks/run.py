@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from export import manifest
-from export.checkpoints import tokenizer
+from export.checkpoints import tokenizer, whereabouts
 from export.errors import ExportError
 from export.formats import admission
 from export.host import digests
@@ -154,7 +154,7 @@ def _perform(
     job = jobs.TasksJob(
         folder=str(folder.resolve()),
         eager=facts["target"] == REFERENCE,
-        source=options.source,
+        source=options.source or whereabouts.place(described.checkpoint),
         threads=options.threads,
         tasks=options.tasks,
         limit=options.limit,
