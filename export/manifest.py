@@ -71,6 +71,9 @@ FILE = "manifest.json"
 UNKNOWN = "unknown"
 CARD = "README.md"
 SIGNATURE = "model.sig"
+PROVENANCE = "provenance.intoto.jsonl"
+_BESIDE = (FILE, CARD, SIGNATURE, PROVENANCE)
+"""What is written last, or anew."""
 ROOT = Path(__file__).parent.parent
 _VISIBLE_COMPANIONS = (
     *("Thumbs.db", "ehthumbs.db", "desktop.ini", "__MACOSX", "Icon\r", "@eaDir", "#recycle", "lost+found"),
@@ -192,7 +195,7 @@ class Manifest(Strict):
     tools: dict[str, str]
     source: SourceInfo
     files: dict[FileName, FileInfo]
-    """Every file except the manifest, the card, which validation rewrites, and the signature, which comes last."""
+    """Every file except the manifest, the card, which validation rewrites, and what `sign` writes last."""
 
     @model_validator(mode="after")
     def _id_is_the_plans(self) -> "Manifest":
@@ -262,7 +265,7 @@ def read_id(folder: Path) -> str | None:
 def unlisted(folder: Path) -> Iterator[Path]:
     """Files and links in an artifact folder that its manifest, of whatever version, does not list; no companions."""
     listed = _fields(folder).get("files")
-    names = {FILE, CARD, SIGNATURE, *(listed if isinstance(listed, dict) else ())}
+    names = {*_BESIDE, *(listed if isinstance(listed, dict) else ())}
     return (path for path in files(folder) if path.relative_to(folder).as_posix() not in names)
 
 
@@ -302,14 +305,14 @@ def _change(path: Path, now: FileInfo, listed: FileInfo) -> str:
 
 
 def hash_files(folder: Path) -> dict[str, FileInfo]:
-    """Name → digest and size of every file in a folder except manifest, card, signature and companions.
+    """Name → digest and size of every file in a folder except manifest, card, signature, provenance and companions.
 
     Raises ExportError: something in it is a link, or neither a file nor a folder.
     """
     if stray := next(strays(folder), None):
         raise ExportError(stray)
     named = {path.relative_to(folder).as_posix(): path for path in files(folder)}
-    return {name: file_info(path) for name, path in named.items() if name not in (FILE, CARD, SIGNATURE)}
+    return {name: file_info(path) for name, path in named.items() if name not in _BESIDE}
 
 
 def files(folder: Path) -> list[Path]:
