@@ -85,12 +85,15 @@ _MOST_BYTES = 2**26
 """Of a manifest that is read; the largest model's has some hundred kilobytes."""
 _SMALLEST_FLOAT_BITS = 15.5
 """Per weight: bf16 has 16, or less where two tensors share their numbers in the file."""
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Commit = Annotated[str, Field(pattern=rf"^([0-9a-f]{{40}}|[0-9a-f]{{64}}|{UNKNOWN})$")]
+"""Of git, in full: reports print commands with it. `unknown` where no git answers for this checkout."""
 
 
 class FileInfo(Strict):
     """One file of the artifact."""
 
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Sha256
     bytes: Annotated[int, Field(ge=0)]
 
 
@@ -101,7 +104,7 @@ class CheckpointInfo(Strict):
     description: str
     bits_per_weight: float | None
     """Of its files, a GGUF's tokenizer included; null: random weights."""
-    sha256: dict[FileName, str]
+    sha256: dict[FileName, Sha256]
 
     @property
     def quantized_before(self) -> bool:
@@ -139,7 +142,7 @@ class Candidate(Strict):
 class CalibrationInfo(Strict):
     """The texts that the integers were chosen with, and the loss that remains."""
 
-    texts: dict[FileName, str]
+    texts: dict[FileName, Sha256]
     """File → sha256."""
     day: str | None
     """The date that chat templates were given; null: no text passed one."""
@@ -168,11 +171,10 @@ class QuantizationInfo(Strict):
 class SourceInfo(Strict):
     """Our own code that made the artifact."""
 
-    commit: str
-    """`unknown` where this is no git checkout of its own, or git does not answer."""
+    commit: Commit
     dirty: bool | None
     """Whether the checkout had local changes; null: unknown."""
-    sha256: str
+    sha256: Sha256
 
     @property
     def revision(self) -> str:

@@ -11,6 +11,7 @@ from pydantic import ValidationError, model_validator
 from export.architecture import Strict
 from export.errors import ExportError
 from export.host import disk
+from export.manifest import Commit
 from export.plan import FileName, Name, explain
 from export.toolbox import evidence
 
@@ -221,7 +222,7 @@ class Record(Strict, evidence.Validation):
     state_before: DeviceState
     state_after: DeviceState
     """Around the timings."""
-    commit: str
+    commit: Commit
     dirty: bool | None
     seconds: float
     gates: tuple[Gate, ...]

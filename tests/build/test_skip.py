@@ -77,7 +77,7 @@ def test_each_change_is_named(copy, source, tmp_path):
     assert reasons(other, copy) == [f"checkpoint: {other}, was {source}"]
     altered(copy, tools__torchao="0.1")
     assert reasons(source, copy) == [f"torchao: {formats.tool_versions()['torchao']}, was 0.1"]
-    altered(copy, tools__torchao=formats.tool_versions()["torchao"], source__sha256="0", source__commit="f" * 40)
+    altered(copy, tools__torchao=formats.tool_versions()["torchao"], source__sha256="0" * 64, source__commit="f" * 40)
     assert reasons(source, copy)[0].startswith("export/: changed since commit ffffffffffff")
 
 
