@@ -80,7 +80,7 @@ def sign(folder: Path, described: Manifest, private_key: Path) -> Path:
     """Write the provenance of an admitted folder and replace an older one. Raises ExportError: no such key."""
     key = signature.key(private_key, "private")
     from securesystemslib.dsse import Envelope  # comes with model-signing
-    from securesystemslib.signer import CryptoSigner
+    from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  # public by its docs, not by __all__
 
     envelope = Envelope(_payload(folder, described), _PAYLOAD, {})
     envelope.sign(CryptoSigner(key))
@@ -103,7 +103,7 @@ def differences(folder: Path, described: Manifest, public_key: Path) -> Iterator
     key = signature.key(public_key, "public")
     from securesystemslib.dsse import Envelope
     from securesystemslib.exceptions import VerificationError
-    from securesystemslib.signer import SSlibKey
+    from securesystemslib.signer import SSlibKey  # type: ignore[attr-defined]  # as above
 
     try:
         envelope = Envelope.from_dict(json.loads(signature.content(path)))
