@@ -30,6 +30,8 @@ TOKENIZER_FILES = (
 _TEMPLATES = "additional_chat_templates"
 """A folder there, of templates besides the default one."""
 TOKENIZER_PATTERNS = (*TOKENIZER_FILES, f"{_TEMPLATES}/*.jinja")
+LARGEST_TOKENIZER_BYTES = 2**27
+"""Of each of these files; the largest vocabularies take a quarter of it."""
 _TOKENIZER_NAMES = frozenset({*TOKENIZER_FILES, _META_TOKENIZER})
 
 
@@ -244,12 +246,19 @@ def is_meta(folder: Path) -> bool:
 
 
 def tokenizer_files(folder: Path) -> tuple[Path, ...]:
-    """The files in a checkpoint's folder that its tokenizer and its generation defaults are read from."""
+    """The files in a checkpoint's folder that its tokenizer and its generation defaults are read from.
+
+    Raises ExportError: one is larger than any, such as a file with holes, of which a copy fills the disk.
+    """
     if is_meta(folder):
         paths = [folder / _META_TOKENIZER]
     else:
         paths = [*(folder / name for name in TOKENIZER_FILES), *sorted((folder / _TEMPLATES).glob("*.jinja"))]
-    return tuple(path for path in paths if path.is_file())
+    found = tuple(path for path in paths if path.is_file())
+    for path in found:
+        if path.stat().st_size > LARGEST_TOKENIZER_BYTES:
+            raise ExportError(f"{path}: larger than {LARGEST_TOKENIZER_BYTES} bytes, which no such file is")
+    return found
 
 
 def name_of(path: Path) -> str:
