@@ -184,7 +184,7 @@ readme: setup                       ## rewrite the generated parts of README.md 
 	@$(PY) -m runtime_tests.reports.readme
 
 reliability: setup                  ## run the tests that docs/reliability.md counts, and write its table
-	@$(PY) -m pytest -q -p tests.support.reliability -m 'reliability or kind'
+	@$(PY) -m pytest -q -p tests.support.reliability -m 'reliability or kind or hostile'
 
 lock: setup                         ## write constraints.txt from what is installed, and locks/ with uv (torch's hashes by hand)
 	@(sed -n '/^#/p' constraints.txt; .venv/bin/pip list --format=freeze | sed 's/+cpu//' | \

@@ -319,6 +319,9 @@ BROKEN = {
 }  # fmt: skip
 
 
+@pytest.mark.hostile(
+    "adapter", "patterns that never end, numbers out of range, tensors that do not fit", "refused by name"
+)
 @pytest.mark.parametrize("mistake", BROKEN)
 def test_an_adapter_that_does_not_fit_is_refused_by_name(base, adapter, mistake):
     change, words = BROKEN[mistake]

@@ -85,6 +85,9 @@ def renamed_part(kind, name):
     return change
 
 
+@pytest.mark.hostile(
+    "artifact", "pass marks, golden answers and recipes of its own", "judged by this checkout, and noted"
+)
 @pytest.mark.parametrize(
     ("change", "words"),
     [

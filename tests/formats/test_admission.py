@@ -364,7 +364,11 @@ def refused(here, command, export_command, capsys, setting, tmp_path):
     return ask
 
 
-@pytest.mark.reliability("a stranger's artifact: files, options, operators and links that no build writes", "one line")
+@pytest.mark.hostile(
+    "artifact",
+    "libraries, code, links, pipes, options, operators, nodes and references that no build writes",
+    "refused, in the same line by every command",
+)
 @pytest.mark.parametrize("what", HOSTILE)
 def test_whatever_opens_an_artifact_refuses_a_hostile_one_alike(what, tiny, tmp_path, refused):
     target, change, words = HOSTILE[what]

@@ -53,6 +53,7 @@ def test_ids_and_text_are_those_of_the_file_whatever_class_is_named(family, tmp_
                 assert loaded.decode(plain) == file.decode(plain, skip_special_tokens=False)
 
 
+@pytest.mark.hostile("checkpoint", "settings of a tokenizer that lead out of the folder", "in no artifact")
 def test_another_file_that_the_configuration_names_is_not_taken(tmp_path):
     folder = write_folder(tmp_path / "checkpoint")
     other = json.loads((folder / "tokenizer.json").read_text())
@@ -62,6 +63,7 @@ def test_another_file_that_the_configuration_names_is_not_taken(tmp_path):
     assert tokenizer.load(written(folder, tmp_path)[1]).convert_ids_to_tokens(256) == "<|begin|>"
 
 
+@pytest.mark.hostile("checkpoint", "settings of a tokenizer that lead out of the folder", "in no artifact")
 @pytest.mark.parametrize("key", ["tokenizer_file", "vocab_file", "merges_file", "auto_map", "init_inputs"])
 def test_what_leads_out_of_the_folder_is_in_no_artifact(tmp_path, key):
     folder = write_folder(tmp_path / "checkpoint")
@@ -73,6 +75,9 @@ def test_what_leads_out_of_the_folder_is_in_no_artifact(tmp_path, key):
 NAMES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 
 
+@pytest.mark.hostile(
+    "checkpoint", "links out of the folder, files of a terabyte in holes", "refused, nothing of them read or copied"
+)
 @pytest.mark.parametrize(
     "name", [*NAMES, "special_tokens_map.json", "added_tokens.json", "additional_chat_templates/x.jinja"]
 )
