@@ -70,6 +70,8 @@ class IOContract(Strict):
 FILE = "manifest.json"
 UNKNOWN = "unknown"
 CARD = "README.md"
+TEMPLATES = "additional_chat_templates"
+"""A folder of chat templates besides the default one."""
 SIGNATURE = "model.sig"
 ROOT = Path(__file__).parent.parent
 _VISIBLE_COMPANIONS = (
@@ -343,18 +345,23 @@ def is_companion(name: str) -> bool:
 
 def companions(folder: Path) -> list[Path]:
     """What lies in a folder and its sub-folders without being part of an artifact; not what is inside of these."""
-    return [Path(parent, name) for parent, names in _levels(folder) for name in names if is_companion(name)]
+    return [path for path, beside in _levels(folder) if beside]
 
 
 def _walk(folder: Path) -> Iterator[Path]:
     """Everything in a folder, companions left out."""
-    return (Path(parent, name) for parent, names in _levels(folder) for name in names if not is_companion(name))
+    return (path for path, beside in _levels(folder) if not beside)
 
 
-def _levels(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Each folder with the sorted names in it; links are not followed, companions not entered."""
+def _levels(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """Everything in a folder, and whether it is a companion; links are not followed, companions not entered.
+
+    transformers reads hidden chat templates too.
+    """
     for parent, folders, files in os.walk(folder):
-        yield parent, sorted(folders + files)
+        templates = Path(parent).name == TEMPLATES
+        for name in sorted(folders + files):
+            yield Path(parent, name), is_companion(name) and not (templates and name.endswith(".jinja"))
         folders[:] = [name for name in folders if not is_companion(name)]
 
 

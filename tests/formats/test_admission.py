@@ -9,6 +9,7 @@ import re
 import shutil
 import struct
 from dataclasses import replace
+from pathlib import Path
 
 import onnx
 import pytest
@@ -38,6 +39,16 @@ def added(name, text="x"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
         reseal(folder)
+
+    return change
+
+
+def beside(name, make=Path.touch):
+    """Without a word of it in the manifest."""
+
+    def change(folder):
+        (folder / name).parent.mkdir()
+        make(folder / name)
 
     return change
 
@@ -238,6 +249,10 @@ HOSTILE = {
     "Python code": (ONNX, added("__init__.py"), "file '__init__.py': no part"),
     "code deeper": (PTE, added("additional_chat_templates/x.py"), "file 'additional_chat_templates/x.py': no part"),
     "a template deeper": (PTE, added("additional_chat_templates/a/x.jinja"), "a/x.jinja': no part"),
+    "a template that hides": (
+        ONNX, beside("additional_chat_templates/.x.jinja"), "additional_chat_templates/.x.jinja: not listed"),
+    "a hidden template that is a pipe": (
+        ONNX, beside("additional_chat_templates/.x.jinja", os.mkfifo), ".x.jinja: neither a file nor a folder"),
     "weights beside": (PTE, added("weights.ptd"), "file 'weights.ptd': no part of an artifact of pte"),
     "a file in the package": (COREML, added(f"{PACKAGE}/Data/more.bin"), "Data/more.bin': no part"),
     "a hidden file that is listed": (
