@@ -194,7 +194,7 @@ readme: setup                       ## rewrite the generated parts of README.md 
 	@$(PY) -m runtime_tests.reports.readme
 
 reliability: setup                  ## run the tests that docs/reliability.md counts, and write its table
-	@$(PY) -m pytest -q -p tests.support.reliability -m 'reliability or kind'
+	@$(PY) -m pytest -q -p tests.support.reliability -m 'reliability or kind or hostile'
 
 # in an environment of its own, apart from what it looks at
 .venv-audit/.ready: locks/audit.txt

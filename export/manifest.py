@@ -70,6 +70,8 @@ class IOContract(Strict):
 FILE = "manifest.json"
 UNKNOWN = "unknown"
 CARD = "README.md"
+TEMPLATES = "additional_chat_templates"
+"""A folder of chat templates besides the default one."""
 SIGNATURE = "model.sig"
 PROVENANCE = "provenance.intoto.jsonl"
 _BESIDE = (FILE, CARD, SIGNATURE, PROVENANCE)
@@ -81,7 +83,7 @@ _VISIBLE_COMPANIONS = (
 )
 _AGAIN = "build the artifact again"
 _COPY = "copy it with `cp -rL`, or download with `hf download --local-dir`"
-_MOST_BYTES = 2**26
+_MOST_BYTES = 2**24
 """Of a manifest that is read; the largest model's has some hundred kilobytes."""
 _SMALLEST_FLOAT_BITS = 15.5
 """Per weight: bf16 has 16, or less where two tensors share their numbers in the file."""
@@ -285,24 +287,24 @@ def differing_files(folder: Path, manifest: Manifest) -> Iterator[str]:
     if links := list(strays(folder)):
         yield from links
         return
-    present = hash_files(folder)
+    present = _named(folder)
     for name, info in manifest.files.items():
         if name not in present:
             yield f"{folder / name}: missing; {_AGAIN}"
-        elif present[name] != info:
-            yield f"{folder / name}: {_change(folder / name, present[name], info)}"
+        elif (size := present[name].stat().st_size) != info.bytes or digests.sha256(present[name]) != info.sha256:
+            yield f"{folder / name}: {_change(folder / name, size, info)}"
     for name in sorted(present.keys() - manifest.files.keys()):
         yield f"{folder / name}: not listed in {FILE}; remove it or build again"
 
 
-def _change(path: Path, now: FileInfo, listed: FileInfo) -> str:
+def _change(path: Path, size: int, listed: FileInfo) -> str:
     """What happened to a file that is not as listed, and what to do."""
     if pointer := transit.pointer(path):
         return pointer
     if transit.has_other_line_ends(path, listed.sha256):
         return f"its line ends were changed, as git's core.autocrlf does; clone or copy it without, or {_AGAIN}"
-    if now.bytes != listed.bytes:
-        return f"{now.bytes} bytes, {FILE} says {listed.bytes}; {_AGAIN}"
+    if size != listed.bytes:
+        return f"{size} bytes, {FILE} says {listed.bytes}; {_AGAIN}"
     return f"differs from {FILE} (sha256); {_AGAIN}"
 
 
@@ -313,8 +315,13 @@ def hash_files(folder: Path) -> dict[str, FileInfo]:
     """
     if stray := next(strays(folder), None):
         raise ExportError(stray)
+    return {name: file_info(path) for name, path in _named(folder).items()}
+
+
+def _named(folder: Path) -> dict[str, Path]:
+    """Name → path of every file that a manifest lists."""
     named = {path.relative_to(folder).as_posix(): path for path in files(folder)}
-    return {name: file_info(path) for name, path in named.items() if name not in _BESIDE}
+    return {name: path for name, path in named.items() if name not in _BESIDE}
 
 
 def files(folder: Path) -> list[Path]:
@@ -343,18 +350,23 @@ def is_companion(name: str) -> bool:
 
 def companions(folder: Path) -> list[Path]:
     """What lies in a folder and its sub-folders without being part of an artifact; not what is inside of these."""
-    return [Path(parent, name) for parent, names in _levels(folder) for name in names if is_companion(name)]
+    return [path for path, beside in _levels(folder) if beside]
 
 
 def _walk(folder: Path) -> Iterator[Path]:
     """Everything in a folder, companions left out."""
-    return (Path(parent, name) for parent, names in _levels(folder) for name in names if not is_companion(name))
+    return (path for path, beside in _levels(folder) if not beside)
 
 
-def _levels(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Each folder with the sorted names in it; links are not followed, companions not entered."""
+def _levels(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """Everything in a folder, and whether it is a companion; links are not followed, companions not entered.
+
+    transformers reads hidden chat templates too.
+    """
     for parent, folders, files in os.walk(folder):
-        yield parent, sorted(folders + files)
+        templates = Path(parent).name == TEMPLATES
+        for name in sorted(folders + files):
+            yield Path(parent, name), is_companion(name) and not (templates and name.endswith(".jinja"))
         folders[:] = [name for name in folders if not is_companion(name)]
 
 

@@ -22,6 +22,7 @@ _NAME = re.compile(r"\w(?:[\w-]|\.(?!\.)){0,79}")
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _LONGEST_PART = 255
 """Bytes of a file's name that every file system takes."""
+_MOST_YAML_BYTES = 2**20
 
 
 def _require_name(text: str) -> str:
@@ -301,6 +302,8 @@ def load_record(cls: type[Record], path: Path) -> Record:
 
 def load_fields(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file. Raises ExportError."""
+    if path.exists() and not (path.is_file() and path.stat().st_size <= _MOST_YAML_BYTES):
+        raise ExportError(f"{path}: no file, or larger than {_MOST_YAML_BYTES} bytes, which no YAML of ours is")
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # an impossible date, too deep nesting

@@ -51,6 +51,13 @@ def test_measured_rows_appear(described):
     assert record.commit[:12] in text
 
 
+def test_a_note_on_the_verdict_stands_beside_it(described):
+    record = sample_record(notes=("not judged by the limits that it brings: x 1 (its own: 2)",))
+    lines = card.render(described, publication.measured_rows(record)).splitlines()
+    verdict = next(i for i, line in enumerate(lines) if line.startswith("| verdict"))
+    assert lines[verdict + 1] == "| note | not judged by the limits that it brings: x 1 (its own: 2) | of the verdict |"
+
+
 def test_the_loss_as_shipped_comes_first_with_a_line_for_every_slice(described):
     record = sample_record()
     total = record.accuracy.total

@@ -23,7 +23,9 @@ WORKER = (sys.executable, "-m", "export.toolbox.model_checks")
 
 
 def verify(folder: Path, limit_s: float, public_key: Path | None = None) -> list[str]:
-    """Everything that is wrong. Files outside the folder are never opened; the model is read in a child process.
+    """Everything that is wrong. Files outside the folder are never opened.
+
+    The model is read in a child process, once the rest is as it should.
 
     With a key the signature is checked first, and a folder that fails is not read further; then its provenance.
     """
@@ -41,7 +43,7 @@ def verify(folder: Path, limit_s: float, public_key: Path | None = None) -> list
             findings += provenance.differences(folder, described, public_key)
     except OSError as error:
         return [describe(error)]
-    return findings + in_child(folder, limit_s)
+    return findings or in_child(folder, limit_s)
 
 
 def about_signature(folder: Path, public_key: Path | None) -> str:

@@ -71,6 +71,7 @@ def measured_rows(record: Record) -> list[Measured]:
     """The card's table: verdict, accuracy, speed, machine and commit."""
     verdict = record.outcome.value + (f": {record.detail}" if record.detail else "")
     rows = [Measured("verdict", verdict, f"{len(record.gates)} gates")]
+    rows += [Measured("note", note, "of the verdict") for note in record.notes]
     if record.accuracy.total:
         rows += _total_rows(record.accuracy.total)
     if record.accuracy.quantization:

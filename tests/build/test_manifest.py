@@ -134,6 +134,7 @@ def test_names_that_people_give():
         assert TypeAdapter(FileName).validate_python(text) == text
 
 
+@pytest.mark.hostile("artifact", "names, ids and paths that lead elsewhere", "refused where the manifest is read")
 @pytest.mark.parametrize(
     ("key", "word"),
     [
@@ -160,6 +161,7 @@ def test_a_plans_names_are_checked_where_a_manifest_is_read(artifact, key, word)
     assert str(refused.value).isprintable()
 
 
+@pytest.mark.hostile("artifact", "names, ids and paths that lead elsewhere", "refused where the manifest is read")
 @pytest.mark.parametrize("identity", ["../../.ssh", "tiny_int4-g32_onnx-cpu", "", "x\n"])
 def test_an_id_is_its_plans(artifact, identity):
     edit_manifest(artifact, lambda fields: fields.update(id=identity))
@@ -167,6 +169,7 @@ def test_an_id_is_its_plans(artifact, identity):
         manifest.read(artifact)
 
 
+@pytest.mark.hostile("artifact", "names, ids and paths that lead elsewhere", "refused where the manifest is read")
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a\nb", "a//b", "\x1b[2Jx"])
 @pytest.mark.parametrize("place", ["files", "checkpoint"])
 def test_file_names_are_checked_where_a_manifest_is_read(artifact, place, name):
@@ -180,13 +183,17 @@ def test_file_names_are_checked_where_a_manifest_is_read(artifact, place, name):
     assert str(refused.value).isprintable()
 
 
+@pytest.mark.hostile("artifact", "names, ids and paths that lead elsewhere", "refused where the manifest is read")
 def test_a_manifest_without_an_end_is_not_read(artifact):
     with (artifact / manifest.FILE).open("r+b") as file:
-        file.truncate(2**26 + 1)
-    with pytest.raises(ExportError, match="more than 64 MiB, which no manifest is"):
+        file.truncate(2**24 + 1)
+    with pytest.raises(ExportError, match="more than 16 MiB, which no manifest is"):
         manifest.read(artifact)
 
 
+@pytest.mark.hostile(
+    "artifact", "code, packages and downloads that a manifest names", "never imported, nothing sent or downloaded"
+)
 @pytest.mark.parametrize("name", ["base", "board", "timing", "site", "pte.x", "__init__"])
 def test_only_a_session_of_ours_is_imported(artifact, name):
     edit_manifest(artifact, lambda fields: fields["plan"]["target"].update(session=name))

@@ -41,6 +41,7 @@ def test_without_locks_a_folder_is_refused_by_its_file_and_the_cache_goes_on(no_
     assert disk.is_locked(record)  # what cannot be known is not removed
 
 
+@pytest.mark.hostile("local user", "links planted where we write", "replaced or refused, never followed")
 def test_a_link_in_place_of_a_lock_is_refused_and_what_it_names_stays(tmp_path):
     (tmp_path / "precious").write_text("mine")
     (tmp_path / ".out.lock").symlink_to("precious")
@@ -48,6 +49,7 @@ def test_a_link_in_place_of_a_lock_is_refused_and_what_it_names_stays(tmp_path):
     assert (tmp_path / "precious").read_text() == "mine"
 
 
+@pytest.mark.hostile("local user", "links planted where we write", "replaced or refused, never followed")
 def test_a_text_is_written_beside_and_replaces_a_link(tmp_path):
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "README.md").symlink_to("precious")

@@ -56,6 +56,7 @@ def test_signing_again_replaces_the_signature_and_leaves_nothing_else(signed, ke
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.hostile("local user", "links planted where we write", "replaced or refused, never followed")
 def test_a_link_where_a_signature_might_be_written_is_not_followed(artifact, keys, tmp_path):
     (tmp_path / "precious").write_text("mine")
     for place in (f".{artifact.name}.sig", f"{artifact.name}/model.sig.tmp"):
@@ -81,6 +82,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.hostile("artifact", "signatures that do not fit", "one line")
 @pytest.mark.reliability("signed folders changed, signatures forged or broken", "one line")
 @pytest.mark.parametrize("what", DAMAGE)
 def test_each_difference_is_one_line(command, signed, keys, what):
