@@ -11,7 +11,7 @@ from typing import NamedTuple
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFound
 
-from . import formats
+from . import formats, storage
 from .errors import ExportError
 from .host import disk
 from .host.text import Markdown, code, markdown, visible
@@ -58,6 +58,7 @@ def render(manifest: Manifest, measured: Sequence[Measured]) -> str:
         parameters=manifest.architecture.parameters,
         worst=min(manifest.quantization.layers, key=lambda layer: layer.sqnr_db, default=None),
         calibration=manifest.quantization.calibration,
+        weights=storage.line(manifest),
         measured=measured,
         usage=Markdown(usage.strip()),
         licence=_LICENCES.get(manifest.plan.model.license) or manifest.plan.model.license,

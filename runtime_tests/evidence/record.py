@@ -229,6 +229,8 @@ class Record(Strict, evidence.Validation):
     latency: Latency | None
     outcome: Outcome
     detail: str
+    folder: str = ""
+    """Of the artifact: relative where it lies below the working folder; empty in records of older versions."""
     notes: tuple[str, ...] = ()
     """What the artifact claims beside what it was judged by."""
 
