@@ -10,13 +10,12 @@ from export import manifest
 from export.errors import ExportError
 from export.host import disk
 from export.host.console import console
-from export.host.text import visible
 from export.manifest import Manifest
 
 from .checks import comparisons, conformance, files, gates, limits, speed, tokens, weights
 from .checks.subject import Finding, Setting, StoppedError, Subject, Timing
 from .evidence import baseline, proof, regression
-from .evidence.record import Accuracy, Comparison, Environment, Outcome, Record
+from .evidence.record import Accuracy, Comparison, Environment, Outcome, Record, folder_text
 from .evidence.regression import Reached
 from .places import facts, outcome_of
 
@@ -58,7 +57,7 @@ def validate(folder: Path, described: Manifest, setting: Setting) -> Record:
         latency=timing.latency,
         outcome=outcome,
         detail=detail,
-        folder=_shown(folder),
+        folder=folder_text(folder),
         notes=notes,
     )
 
@@ -123,12 +122,6 @@ def _proof_of(subject: Subject, environment: Environment) -> str:
         return ""
     setting = subject.setting
     return proof.key(subject.folder, setting.device, setting.evaluation, environment, subject.judged_by)
-
-
-def _shown(folder: Path) -> str:
-    """The artifact's folder for people: relative where it lies below the working folder."""
-    absolute, here = folder.resolve(), Path.cwd()
-    return visible(str(absolute.relative_to(here) if absolute.is_relative_to(here) else absolute))
 
 
 def _accuracy_of(subject: Subject, finding: Finding) -> Accuracy:

@@ -7,7 +7,6 @@ from typing import Any
 
 from export import storage
 from export.manifest import UNKNOWN, Manifest
-from export.storage import Part
 from export.toolbox import charts
 from export.toolbox.inspection import numbers
 from export.toolbox.tables import NONE
@@ -43,8 +42,8 @@ def render(
         figures=plots.figures(records, manifests, names),
         meaning=meanings.of,
         number=_number,
+        numbers=numbers,
         css=_css,
-        chart_style=charts.STYLE,
         series=charts.SERIES,
         run=first,
         runs=runs,
@@ -78,7 +77,6 @@ def _recipes(records: Sequence[Record], manifests: Sequence[Manifest], names: Se
 
 def _recipe(record: Record, described: Manifest) -> dict[str, Any]:
     """The facts that artifacts of one quantization share."""
-    parts = storage.parts(described)
     info, checkpoint = described.quantization.calibration, described.checkpoint
     calibrated = f"{info.tokens:,} tokens of {len(info.texts)} texts" if info else "no text"
     if info and info.held_out_kl is not None:
@@ -86,7 +84,7 @@ def _recipe(record: Record, described: Manifest) -> dict[str, Any]:
     facts = {
         "weights": storage.line(described),
         "bits per weight": f"{described.quantization.bits_per_weight:.2f}: integers, scales, and floats of 32 bits",
-        "promoted": _promoted(described, parts),
+        "promoted": _promoted(described),
         "calibrated with": calibrated,
         "checkpoint": checkpoint.description,
         "from": checkpoint.origin,
@@ -94,18 +92,15 @@ def _recipe(record: Record, described: Manifest) -> dict[str, Any]:
         "double quantization": _detour(record, described),
         "integers taken over": described.quantization.from_checkpoint or "none: the checkpoint holds no integers",
     }
-    return {"parts": parts, "facts": facts}
+    return {"parts": storage.parts(described), "facts": facts}
 
 
-def _promoted(described: Manifest, parts: Sequence[Part]) -> str:
-    """The linears that got more bits than the recipe's own scheme: `8 of 14 linears: q_proj 0–1, k_proj 0–1`."""
+def _promoted(described: Manifest) -> str:
+    """How many linears got more bits than the recipe's own scheme; the table beside it tells which."""
     info = described.quantization.calibration
-    chosen = {c.name for c in info.candidates if c.promoted} if info else set()
     if info is None or not info.candidates:
         return "none: the recipe promotes no linears"
-    places = [(part.kind, [name for name in part.names if name in chosen]) for part in parts]
-    listed = ", ".join(f"{kind} {numbers(names)}" for kind, names in places if names)
-    return f"{len(chosen)} of {len(info.candidates)} linears{': ' if listed else ''}{listed}"
+    return f"{sum(c.promoted for c in info.candidates)} of {len(info.candidates)} linears, by KL saved per byte"
 
 
 def _before(described: Manifest) -> str:

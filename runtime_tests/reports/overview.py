@@ -8,9 +8,10 @@ from pydantic import ValidationError
 
 from export import manifest
 from export.plan import Name
-from export.toolbox import charts, evidence
+from export.toolbox import evidence
 from export.toolbox.tables import NONE
 from runtime_tests.checks import loss
+from runtime_tests.evidence.record import folder_text
 
 from . import templates
 
@@ -81,7 +82,6 @@ def render(build: Path, known: Sequence[Entry], listed: Sequence[Run]) -> str:
     failed = sum(1 for row in rows if row.newest and not row.newest.holds)
     return templates.render(
         _TEMPLATE,
-        chart_style=charts.STYLE,
         rows=rows,
         failed=failed,
         runs=listed,
@@ -95,17 +95,17 @@ def render(build: Path, known: Sequence[Entry], listed: Sequence[Run]) -> str:
 def _rows(build: Path, known: Sequence[Entry]) -> list[_Row]:
     """The last record of each folder and device, then folders of build/ without a record; by name and path."""
     built = {path.parent: manifest.digest(path.parent) for path in sorted(build.glob(f"*/{manifest.FILE}"))}
-    by_digest = {digest: folder for folder, digest in built.items()}
+    by_digest = {digest: folder_text(folder) for folder, digest in built.items()}
     newest: dict[tuple[str, str, str], Entry] = {}
     for entry in known:
-        folder = entry.folder or str(by_digest.get(entry.manifest_sha256, ""))
+        folder = entry.folder or by_digest.get(entry.manifest_sha256, "")
         newest[entry.artifact, folder, entry.device] = entry
     rows = [_Row(name, folder, entry, _since(folder, entry)) for (name, folder, _), entry in newest.items()]
-    validated = {Path(row.folder).resolve() for row in rows if row.folder}
+    validated = {row.folder for row in rows}
     rows += [
-        _Row(manifest.read_id(path) or path.name, str(path), None, "not validated")
+        _Row(manifest.read_id(path) or path.name, folder_text(path), None, "not validated")
         for path in built
-        if path.resolve() not in validated
+        if folder_text(path) not in validated
     ]
     return sorted(rows, key=lambda row: (row.artifact, row.folder, row.newest.device if row.newest else ""))
 

@@ -59,7 +59,7 @@ def figures(records: Sequence[Record], manifests: Sequence[Manifest], names: Seq
     layers = [(_name_of(m), i) for i, m in enumerate(quantized)]
     drawn = [
         Figure("Size", "Bytes of the artifact that ships, without tokenizer files.", bars=_sizes(records, names)),
-        Figure("Decode", "Tokens per second; dots are repeats.", bars=_speeds(records, names, generation=True)),
+        Figure("Decode", "Tokens per second; dots are repeats.", bars=decode(records, names)),
         Figure(
             "Prefill", "Prompt tokens per second; dots are repeats.", bars=_speeds(records, names, generation=False)
         ),
@@ -105,8 +105,12 @@ def _sizes(records: Sequence[Record], names: Sequence[str]) -> list[Row]:
     )
 
 
-def _speeds(records: Sequence[Record], names: Sequence[str], *, generation: bool) -> list[Row]:
+def decode(records: Sequence[Record], names: Sequence[str]) -> list[Row]:
     """Tokens per second with every repeat; empty when nothing was timed."""
+    return _speeds(records, names, generation=True)
+
+
+def _speeds(records: Sequence[Record], names: Sequence[str], *, generation: bool) -> list[Row]:
     return _bars(
         [
             (

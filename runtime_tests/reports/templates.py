@@ -8,10 +8,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from markupsafe import Markup, escape
 
 from export.host.text import visible
+from export.toolbox import charts
 from export.toolbox.tables import markdown
 
 _PAGES = Path(__file__).parent
-"""`page.html.j2` is there, which the HTML pages extend."""
+"""`frame.html.j2` is there, which the HTML pages extend."""
 
 
 def render(template: Path, **values: object) -> str:
@@ -26,6 +27,7 @@ def render(template: Path, **values: object) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=template.name.endswith(".md.j2"),
     )
+    environment.globals["chart_style"] = charts.STYLE
     environment.filters |= {"markdown": markdown, "versions": _versions, "breakable": _breakable}
     return environment.get_template(template.name).render(values)
 

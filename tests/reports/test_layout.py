@@ -47,7 +47,10 @@ def deep(described):
     """The same of 30 layers under a long name, half of them promoted, from a 4-bit checkpoint with an adapter."""
     architecture = described.architecture.model_copy(update={"num_hidden_layers": 30})
     layer, names = described.quantization.layers[1], list(architecture.linear_shapes())
-    layers = [layer.model_copy(update={"name": name, "sqnr_db": 18 + i % 7 + i % 11}) for i, name in enumerate(names)]
+    layers = [
+        layer.model_copy(update={"name": name, "sqnr_db": 18 + i % 7 + i % 11, "bits": 4 + 4 * (i % 2 == 0)})
+        for i, name in enumerate(names)
+    ]
     candidates = tuple(
         Candidate(name=name, kl=1e-3 / (i + 1), promoted_kl=1e-6, extra_bytes=70_000, promoted=i % 2 == 0)
         for i, name in enumerate(names)
@@ -104,7 +107,8 @@ SPOILED = {
     ),
     "a label behind the edge": ("<svg viewBox='0 0 440 40'><text x=420 y=20>prefill</text></svg>", 'cut: "prefill"'),
     "a number on the repeats": (
-        "<div class=track style='position:relative'>1,234<u style='position:absolute;left:4px;top:9px;width:6px;height:6px'></u></div>",
+        "<div class=track style='position:relative'>1,234"
+        "<u style='position:absolute;left:4px;top:9px;width:6px;height:6px'></u></div>",
         'overlap: "1,234" and "a dot"|overlap: "a dot" and "1,234"',
     ),
 }
