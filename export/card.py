@@ -11,8 +11,9 @@ from typing import NamedTuple
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFound
 
-from . import formats, storage
+from . import formats
 from .errors import ExportError
+from .formats import storage
 from .host import disk
 from .host.text import Markdown, code, markdown, visible
 from .manifest import CARD, Manifest

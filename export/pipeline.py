@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from . import card, checkpoints, formats, manifest, quantization, storage
+from . import card, checkpoints, formats, manifest, quantization
 from .architecture import Architecture
 from .build import folder as artifact
 from .build import needs
 from .checkpoints import tokenizer
 from .checkpoints.origin import Origin
-from .formats import Build
+from .formats import Build, storage
 from .host import disk, memory, mkl
 from .host.console import console, note, stage
 from .manifest import Manifest, TokenizerIds

@@ -14,7 +14,6 @@ FLOORS = (  # a room imports from floors above its own line only
     {"export.plan"},
     {"export.host"},
     {"export.manifest"},
-    {"export.storage"},
     {"export.model"},
     {"export.checkpoints"},
     {"export.quantization"},

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from export import formats, manifest, storage
+from export import formats, manifest
 from export.architecture import Strict
-from export.formats import Contents, admission
+from export.formats import Contents, admission, storage
 from export.host import transit
 from export.host.console import Plain, say
 from export.manifest import FileInfo, Manifest, TensorSpec

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from export import storage
+from export.formats import storage
 from export.manifest import UNKNOWN, Manifest
 from export.toolbox import charts
 from export.toolbox.inspection import numbers

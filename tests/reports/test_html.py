@@ -7,7 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from export import manifest, storage
+from export import manifest
+from export.formats import storage
 from export.toolbox import charts
 from runtime_tests.checks import loss
 from runtime_tests.evidence.record import Outcome

@@ -8,7 +8,7 @@ from export import manifest
 from export.manifest import CalibrationInfo, Candidate
 from runtime_tests.evidence.record import Gate, Outcome
 from runtime_tests.reports import html, overview, publication
-from tests.support import layout
+from tests.reports import layout
 from tests.support.records import sample_comparison, sample_latency, sample_record
 
 LONG = "a-fine-tune-of-somebody_with-a-very-long-name_of-its-own-and-then-some-more"

@@ -2,9 +2,11 @@
 
 import pytest
 
-from export import card, manifest, storage
+from export import card, manifest
 from export.architecture import EMBEDDING, HEAD, ROTATE_IN, ROTATE_OUT
+from export.formats import storage
 from export.toolbox import inspection
+from tests.support.artifacts import export_with
 
 FALSE = "int4 groups of 64, embedding int8, last two layers int8"
 
@@ -94,6 +96,15 @@ def test_a_part_knows_its_layers_and_its_lowest_sqnr(described):
     ]
     assert parts[1].names == ("model.layers.1.self_attn.q_proj.weight",)
     assert parts[1].sqnr_db == 3.5
+
+
+def test_a_build_says_it_and_not_what_the_recipe_says_of_itself(described, store, tmp_path, capsys):
+    export_with(store, described.plan, tmp_path / "out")
+    lines = capsys.readouterr().err.splitlines()
+    words = "int4 in groups of 32 (14 linears), int8 per channel (embedding and head), rounded to nearest"
+    assert f"  weights: {words}" in lines
+    assert not any(FALSE in line for line in lines)
+    assert f"Weights: {words}; " in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_card_and_inspect_say_it_instead_of_the_recipes_own_words(described, built, capsys):

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from .architecture import EMBEDDING, GATE_UP, HEAD, QKV, ROTATE_IN, ROTATE_OUT
-from .manifest import UNKNOWN, LayerInfo, Manifest
+from export.architecture import EMBEDDING, GATE_UP, HEAD, QKV, ROTATE_IN, ROTATE_OUT
+from export.manifest import UNKNOWN, LayerInfo, Manifest
 
 _KINDS = (*QKV, "self_attn.o_proj", *GATE_UP, "mlp.down_proj")
 _OTHERS = {EMBEDDING: "embedding", HEAD: "head", ROTATE_IN: "rotations", ROTATE_OUT: "rotations"}
