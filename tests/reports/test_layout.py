@@ -8,8 +8,10 @@ from export import manifest
 from export.manifest import CalibrationInfo, Candidate
 from runtime_tests.evidence.record import Gate, Outcome
 from runtime_tests.reports import html, overview, publication
+from runtime_tests.tasks import results, tables
 from tests.reports import layout
 from tests.support.records import sample_comparison, sample_latency, sample_record
+from tests.tasks import test_results
 
 LONG = "a-fine-tune-of-somebody_with-a-very-long-name_of-its-own-and-then-some-more"
 WORDS = "the process died by SIGSEGV after 12,345 calls, first: model.layers.29.mlp.down_proj.weight of " + "x" * 90
@@ -71,7 +73,7 @@ def deep(described):
 
 @pytest.fixture(scope="module")
 def pages(built, tmp_path_factory):
-    """A run of one artifact, one of six with all that can go wrong, and the page over all of them."""
+    """A run of one artifact, one of six with all that can go wrong, the page over all of them, scores of tasks."""
     build = tmp_path_factory.mktemp("build") / "build"
     plain = manifest.read(built)
     long = deep(plain)
@@ -93,7 +95,9 @@ def pages(built, tmp_path_factory):
         (build / "reports" / records[0].run_id).mkdir(parents=True)
         publication.report(records, manifests, build)
     read = lambda *parts: (build / "reports").joinpath(*parts, "index.html").read_text()  # noqa: E731
-    return {"one": read(one[0].run_id), "six": read(bad.run_id), "all": read()}
+    test_results.write(build, LONG, {f"local_{LONG}": 0.4, "gsm8k": 0.3}, base="llama32-1b-instruct", path=LONG)
+    scores = tables.write(results.compare(results.read_all(build)), build).read_text()
+    return {"one": read(one[0].run_id), "six": read(bad.run_id), "all": read(), "tasks": scores}
 
 
 SPOILED = {
@@ -122,7 +126,7 @@ def found(pages, tmp_path_factory):
     return layout.measure(pages | spoiled | closed, tmp_path_factory.mktemp("layout"))
 
 
-@pytest.mark.parametrize("page", ["one", "six", "all"])
+@pytest.mark.parametrize("page", ["one", "six", "all", "tasks"])
 def test_nothing_is_cut_or_overlaps(found, page):
     assert {where: found[where] for where in layout.wheres(page)} == {where: [] for where in layout.wheres(page)}
 
