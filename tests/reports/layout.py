@@ -91,7 +91,7 @@ def wheres(name):
 
 def measure(pages, folder):
     """Findings of each page by `wheres(NAME)`; one start of the browser for all of them."""
-    shown = list(zip((*SCREENS, PAPER), ("", "", "", "data-print=1"), strict=True))
+    shown = [(width, "") for width in SCREENS] + [(PAPER, "data-print=1")]
     frames = [
         f'<iframe id="{where}" style="border:0;width:{width}px" {printed} srcdoc="{escape(page)}"></iframe>'
         for name, page in pages.items()
@@ -100,8 +100,8 @@ def measure(pages, folder):
     harness = folder / "harness.html"
     head = "<!doctype html><meta charset=utf-8><pre id=findings></pre>"
     harness.write_text(f"{head}{''.join(frames)}<script>{_MEASURE}</script>")
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={folder}/profile")
-    command = [browser(), *options, "--dump-dom", harness.as_uri()]
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars")
+    command = [browser(), *options, f"--user-data-dir={folder}/profile", "--dump-dom", harness.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     findings = json.loads(unescape(re.search(r'<pre id="findings">(.*?)</pre>', done.stdout, re.DOTALL)[1]))
     assert len(findings) == len(frames)
