@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFo
 
 from . import formats
 from .errors import ExportError
+from .formats import storage
 from .host import disk
 from .host.text import Markdown, code, markdown, visible
 from .manifest import CARD, Manifest
@@ -58,6 +59,7 @@ def render(manifest: Manifest, measured: Sequence[Measured]) -> str:
         parameters=manifest.architecture.parameters,
         worst=min(manifest.quantization.layers, key=lambda layer: layer.sqnr_db, default=None),
         calibration=manifest.quantization.calibration,
+        weights=storage.line(manifest),
         measured=measured,
         usage=Markdown(usage.strip()),
         licence=_LICENCES.get(manifest.plan.model.license) or manifest.plan.model.license,

@@ -8,9 +8,9 @@ from .build import folder as artifact
 from .build import needs
 from .checkpoints import tokenizer
 from .checkpoints.origin import Origin
-from .formats import Build
+from .formats import Build, storage
 from .host import disk, memory, mkl
-from .host.console import note, stage
+from .host.console import console, note, stage
 from .manifest import Manifest, TokenizerIds
 from .plan import Plan, shortened
 from .quantization import schemes
@@ -35,7 +35,7 @@ def export(plan: Plan, source: Origin | None, out: Path) -> Manifest:
                 note(line)
             build = Build(plan, _tokenizer(weights, backend, folder), folder)
             memory.give_back()
-        with stage("quantize", plan.quant.description):
+        with stage("quantize", plan.quant.name):
             model = quantization.quantize(weights, plan.quant, cache)
             memory.give_back()
         with stage("lower", plan.target.description):
@@ -44,6 +44,7 @@ def export(plan: Plan, source: Origin | None, out: Path) -> Manifest:
             described = describe(model, build, lowered)
             manifest.write(folder, described)
             card.write(folder, described, [])
+        console.print(f"  weights: {storage.line(described)}", soft_wrap=True)
     return described
 
 

@@ -31,7 +31,7 @@ from export.host.text import CONVERSATION, Markdown, code, markdown, visible
 from export.toolbox import inspection, tables
 from runtime_tests.chat import terminal
 from runtime_tests.evidence import baseline
-from runtime_tests.reports import ci, html, publication, readme, summary
+from runtime_tests.reports import ci, html, overview, publication, readme, summary
 from tests.support import checkpoints, harms, shape
 from tests.support.artifacts import edit_manifest
 from tests.support.records import sample_record
@@ -336,10 +336,13 @@ def test_ci_holds_no_mark_of_others(tmp_path, capsys):
 
 
 @pytest.mark.hostile("text", "Markdown and HTML in cards, CI pages and reports", "shown as text")
-def test_a_report_holds_no_mark_of_others(built):
-    page = html.render([poisoned(sample_record())], [poisoned(manifest.read(built))])
-    assert_shown(page)
-    assert "<img" not in page
+def test_a_report_holds_no_mark_of_others(built, tmp_path):
+    bad = poisoned(sample_record(folder="a", notes=("a",)))
+    entry = overview.Entry(**sample_record().model_dump()).model_copy(update=dict(bad))
+    runs = [overview.Run(NAME, [entry], has_page) for has_page in (True, False)]
+    pages = html.render([bad], [poisoned(manifest.read(built))], runs), overview.render(tmp_path, [entry], runs)
+    assert_shown(*pages)
+    assert not any("<img" in page for page in pages)
 
 
 def test_devices_say_what_others_say_in_a_line(monkeypatch, capsys):

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from export import formats, manifest
 from export.architecture import Strict
-from export.formats import Contents, admission
+from export.formats import Contents, admission, storage
 from export.host.console import Plain, say
 from export.manifest import FileInfo, Manifest, TensorSpec
 
@@ -115,7 +115,7 @@ def _about(described: Manifest) -> list[Row]:
     return [
         ("id", described.id),
         ("model", f"{plan.model.name}, {described.checkpoint.description}, from {described.checkpoint.origin}"),
-        ("recipe", f"{plan.quant.name}: {plan.quant.description}"),
+        ("recipe", f"{plan.quant.name}: {storage.line(described)}"),
         ("target", f"{plan.target.name}: {plan.target.description}"),
         ("bits per weight", f"{quantization.bits_per_weight:.2f}"),
         ("calibrated with", f"{calibration.tokens:,} tokens" if calibration else "no text"),
@@ -178,11 +178,11 @@ def alike(named: Sequence[tuple[str, Row]]) -> list[tuple[str, Row, list[str]]]:
     groups: dict[tuple[str, Row], list[str]] = {}
     for name, values in named:
         groups.setdefault((_LAYER.sub(".*.", name, count=1), values), []).append(name)
-    return [(pattern.replace("*", _numbers(names), 1), values, names) for (pattern, values), names in groups.items()]
+    return [(pattern.replace("*", numbers(names), 1), values, names) for (pattern, values), names in groups.items()]
 
 
-def _numbers(names: Sequence[str]) -> str:
-    """Numbers of layers as ranges: `0–3,7`."""
+def numbers(names: Sequence[str]) -> str:
+    """Numbers of the layers that these tensors are of, as ranges: `0–3,7`."""
     runs: list[list[int]] = []
     for number in sorted(int(match[1]) for name in names if (match := _LAYER.search(name))):
         if runs and number == runs[-1][1] + 1:

@@ -326,8 +326,10 @@ def test_a_crash_is_one_row_and_the_run_goes_on(command, built, artifact, tmp_pa
     assert "died by SIGSEGV" in out
     lines = (tmp_path / "build" / "records" / "records.jsonl").read_text().splitlines()
     assert [json.loads(line)["outcome"] for line in lines] == ["crash", "pass"]
+    assert [json.loads(line)["folder"] for line in lines] == ["artifact", "good"]
     page = (tmp_path / "build" / "report" / "index.html").read_text()
     assert "1 of 2 artifacts failed" in page
+    assert "1 of 2 failed" in (tmp_path / "build" / "reports" / "index.html").read_text()
 
 
 def test_mistakes_end_in_one_line(command, built, tmp_path, capsys):
