@@ -19,14 +19,6 @@ from tests.support.tokenizers import ADDS_BOS, write_family
 pytestmark = RUNTIME_TOKENIZER
 
 BEGINNING = "The capital of France is"
-EVALUATED = f"""
-import sys
-sys.path.insert(0, {str(manifest.ROOT)!r})
-import coremltools as ct
-from runtime_tests.sessions.mlpackage import Evaluated, Path
-ct.models.MLModel = lambda path, compute_units: Evaluated(Path(path), 1)
-"""
-"""Off a Mac, the evaluator of the saved package stands in for Core ML: it has the same calls."""
 LOOP = "fed, ids = past - len(answer) + (answer[-1:] == [token]), answer"
 """The last token of an answer is fed only if another one comes."""
 CLIENTS = {
@@ -73,7 +65,7 @@ def require_same(client, kind, checkpoint, tmp_path):
     assert command.startswith(f"pip install {client}=={versions[client]} ")
     assert f"transformers=={versions['transformers']}" in command or "transformers" not in code
     assert "+cpu" not in command
-    stand_in = EVALUATED if client == "coremltools" else ""
+    stand_in = snippets.EVALUATED if client == "coremltools" else ""
     done = snippets.run(out, f"{stand_in}{code}\n{told}\nprint()\nprint(fed, *ids)\n", tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     fed, *answer = map(int, done.stdout.splitlines()[-1].split())
@@ -82,13 +74,13 @@ def require_same(client, kind, checkpoint, tmp_path):
     assert expected.count(described.tokenizer.bos_id) == (
         ADDS_BOS[kind] or described.tokenizer.chat_example.count("<|im_start|>")
     )
-    assert answer[:8] == greedy(open_session(out, described, threads=2), expected, len(answer))[:8]
+    assert answer[:8] == greedy(open_session(out, described, threads=2), expected, 8)[: len(answer)]
     return described, code
 
 
 @pytest.mark.parametrize(
     ("family", "client"),
-    [*((kind, "onnxruntime-genai") for kind in ADDS_BOS), ("smollm2", "onnxruntime"), ("llama3", "coremltools")],
+    [*((kind, "onnxruntime-genai") for kind in ADDS_BOS), ("smollm2", "onnxruntime"), ("fallback", "coremltools")],
     indirect=["family"],
 )
 def test_a_conversation_is_fed_as_the_chat_template_writes_it(family, client, tmp_path):
