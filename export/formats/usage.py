@@ -1,6 +1,7 @@
 """What usage texts (`usage.md.j2`) are given beside the manifest: what they ask, versions, strings of a language."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from export.checkpoints.chat_template import QUESTION
@@ -65,12 +66,12 @@ def shell(text: str) -> Markdown:
     return Markdown("$" + _quoted("'", "'\\", text, lambda character: rf"\U{ord(character):08x}"))
 
 
-def _quoted(quote: str, special: str, text: str, escape: Any) -> Markdown:
+def _quoted(quote: str, special: str, text: str, escape: Callable[[str], str]) -> Markdown:
     """One line of printable ASCII that stands for the text, so no text of others ends a block of code."""
 
     def written(character: str) -> str:
         if character in special:
             return f"\\{character}"
-        return character if " " <= character <= "~" else _NAMED.get(character) or str(escape(character))
+        return character if " " <= character <= "~" else _NAMED.get(character) or escape(character)
 
     return Markdown(f"{quote}{''.join(map(written, text))}{quote}")
