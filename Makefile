@@ -52,7 +52,7 @@ FOLDERS  = $(call built,$(call quote,QUANT))
 CHECKED  = $(foreach recipe,$(call each,RECIPES),$(call built,$(recipe)))
 WEIGHTS  = $(if $(value SOURCE),--source=$(call quote,SOURCE))
 
-.PHONY: all setup locked build validate test lint unit fuzz shape bench bench-quick bench-docs bench-pages study detours tasks devices lab baseline tiny ci-artifacts ci-report ci-diff compute-plan golden readme reliability audit lock clean help $(DEVICES)
+.PHONY: all setup locked build validate test lint unit fuzz shape bench bench-quick bench-docs bench-pages study detours tasks devices lab baseline tiny ci-artifacts ci-report ci-diff cards compute-plan golden readme reliability audit lock clean help $(DEVICES)
 
 all: build validate
 
@@ -123,6 +123,9 @@ ci-diff: setup                      ## Markdown diff of MODEL × RECIPES × TARG
 	  else echo "no $$before to compare $$folder with"; fi; echo; \
 	done > build/ci/diff.md
 	@tee -a "$${GITHUB_STEP_SUMMARY:-/dev/null}" < build/ci/diff.md
+
+cards: setup                        ## run the Python on the cards of MODEL × QUANT in clean environments, some GB
+	@$(PY) -m tests.formats.cards.venvs $(FOLDERS)
 
 compute-plan: setup                 ## on which processor Core ML runs each operation of MODEL × RECIPES (on a Mac)
 	@$(PY) -m runtime_tests.coreml.compute_plan \

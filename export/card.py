@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFo
 
 from . import formats
 from .errors import ExportError
-from .formats import storage
+from .formats import storage, usage
 from .host import disk
 from .host.text import Markdown, code, markdown, visible
 from .manifest import CARD, Manifest
@@ -50,7 +50,7 @@ def render(manifest: Manifest, measured: Sequence[Measured]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["code"] = code
-    library, usage = _usage_of(environment, manifest)
+    library, how_to_run = _usage_of(environment, manifest)
     body = environment.get_template("card.md.j2").render(
         manifest=manifest,
         a=manifest.architecture,
@@ -61,7 +61,7 @@ def render(manifest: Manifest, measured: Sequence[Measured]) -> str:
         calibration=manifest.quantization.calibration,
         weights=storage.line(manifest),
         measured=measured,
-        usage=Markdown(usage.strip()),
+        usage=Markdown(how_to_run.strip()),
         licence=_LICENCES.get(manifest.plan.model.license) or manifest.plan.model.license,
     )
     return str(ModelCard(f"---\n{_front_matter(manifest, library).to_yaml()}\n---\n\n{body}"))
@@ -74,8 +74,8 @@ def _usage_of(environment: Environment, manifest: Manifest) -> tuple[str, str]:
         template = environment.get_template(name)
     except TemplateNotFound:
         raise ExportError(f"{name}: missing; a format needs a text that shows how it is run") from None
-    first, _, usage = template.render(manifest=manifest).partition("\n")
-    return first.removeprefix("library:").strip(), usage
+    first, _, text = template.render(usage.context(manifest)).partition("\n")
+    return first.removeprefix("library:").strip(), text
 
 
 def _front_matter(manifest: Manifest, library: str) -> ModelCardData:

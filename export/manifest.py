@@ -47,9 +47,17 @@ class TokenizerIds(Strict):
     pad_id: int | None
     adds_bos: bool
     """Whether a text that is encoded begins with BOS; chat templates write their own."""
-    has_chat_template: bool
+    ends: tuple[str, ...]
+    """The tokens of `eos_ids` as text, where they have one: what a runner that decodes every token prints last."""
+    chat_example: str | None
+    """What the chat template writes for one question, up to the answer; null: there is none, a base model."""
     notes: tuple[str, ...]
     """What those who run the artifact must know of its tokenizer, a line each."""
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether it is a model to talk to."""
+        return self.chat_example is not None
 
 
 class IOContract(Strict):

@@ -114,8 +114,26 @@ def test_a_checkpoint_that_was_quantized_before_is_named(artifact):
         assert ("was quantized before (5.5 bits per weight)" in text) == said
 
 
+@pytest.mark.parametrize("backend", ["pte", "onnx_kv", "mlpackage"])
+@pytest.mark.parametrize("talks", [True, False])
+def test_who_can_talk_is_asked_and_who_cannot_continues(described, backend, talks):
+    example = described.tokenizer.chat_example if talks else None
+    tokenizer = described.tokenizer.model_copy(update={"chat_example": example})
+    text = card.render(with_backend(described.model_copy(update={"tokenizer": tokenizer}), backend), [])
+    assert ("apply_chat_template" in text) == ("What is the capital of France?" in text) == talks
+    assert ('"The capital of France is"' in text) != talks
+    assert ("python -m runtime_tests chat FOLDER" in text) == talks
+
+
 def test_code_of_our_own_is_not_escaped(described):
-    adds = described.model_copy(update={"tokenizer": described.tokenizer.model_copy(update={"adds_bos": True})})
-    text = card.render(with_backend(adds, "pte"), [])
-    for snippet in ("--temperature=0 --num_bos=1\n", ".numBos(1).build()", "$0.temperature = 0; $0.bosCount = 1 }"):
+    ids = {"adds_bos": True, "chat_example": None, "ends": ("<|end|>",)}
+    text = card.render(
+        with_backend(described.model_copy(update={"tokenizer": described.tokenizer.model_copy(update=ids)}), "pte"), []
+    )
+    for snippet in (
+        "--num_bos=1 --prompt=$'The capital of France is'\n",
+        ".numBos(1)",
+        '["<|end|>"]',
+        'setOf<String>("<|end|>")',
+    ):
         assert snippet in text

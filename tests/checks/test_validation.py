@@ -112,7 +112,7 @@ def test_what_the_template_writes_is_fed_where_there_is_one(built, artifact):
     start = [ids.bos_id] if ids.bos_id is not None and written[0] != ids.bos_id else []
     window = evaluation.template_window(loaded, described)
     assert window.tokens[0, :-1].tolist() == [*start, *written, *ids.eos_ids]
-    bare = described.model_copy(update={"tokenizer": ids.model_copy(update={"has_chat_template": False, "bos_id": 1})})
+    bare = described.model_copy(update={"tokenizer": ids.model_copy(update={"chat_example": None, "bos_id": 1})})
     assert evaluation.template_window(loaded, bare).tokens[0, :-1].tolist() == [1, *ids.eos_ids]
 
 

@@ -86,7 +86,8 @@ def write(source: Source, folder: Path, vocab_size: int) -> TokenizerIds:
         eos_ids=special.eos,
         pad_id=special.pad,
         adds_bos=adds_bos(loaded),
-        has_chat_template=bool(loaded.chat_template),
+        ends=tuple(token for token in loaded.convert_ids_to_tokens(list(special.eos)) if token is not None),
+        chat_example=_example(loaded),
         notes=(*notes, *special.notes),
     )
 
@@ -290,6 +291,15 @@ def _around(loaded: Any) -> Iterator[str]:
             f"tokenizer.json puts {before_text} before and {behind_text} behind a text, not BOS alone; "
             f"onnxruntime-genai and ExecuTorch put {bos} before it"
         )
+
+
+def _example(loaded: Any) -> str | None:
+    """The question of model cards as the chat template writes it, on a fixed day; None: there is no template."""
+    if not loaded.chat_template:
+        return None
+    return chat_template.render(
+        loaded, chat_template.QUESTION, "the checkpoint's tokenizer", today=chat_template.FIXED_DAY
+    )
 
 
 def _require_chat_inside(loaded: Any, vocab_size: int, places: _Places) -> None:
