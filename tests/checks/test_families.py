@@ -17,6 +17,7 @@ from tests.support.tokenizers import ADDS_BOS, write_family
 
 
 @pytest.mark.parametrize("family", ["llama3", "fallback"])
+@pytest.mark.usefixtures("in_process")
 def test_an_artifact_is_validated_and_answers_whatever_its_tokenizer(family, setting, tmp_path, monkeypatch, capsys):
     if family == "llama3":
         pytest.importorskip("llama_models", reason="llama-models (Meta's own tokenizer) is not installed")

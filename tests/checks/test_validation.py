@@ -310,8 +310,9 @@ def test_golden_tokens_are_varied_and_clear():
     assert answer.smallest_margin > 0.08 * answer.logit_rms
 
 
-def test_a_crash_is_one_row_and_the_run_goes_on(command, built, artifact, tmp_path, capsys):
+def test_a_crash_is_one_row_and_the_run_goes_on(command, built, artifact, tmp_path, capsys, in_process):
     set_fault(artifact, "segfault")
+    in_process.append(artifact)
     good = shutil.copytree(built, tmp_path / "good")
     assert command(artifact, good) == 1
     out = capsys.readouterr().out

@@ -264,7 +264,6 @@ OWNER = lock.Owner.this_process().model_dump()
         *({**OWNER, "started": value} for value in ("x", None)),
         *({**OWNER, "more": 1}, {}, [], None, 7, {**OWNER, "since": "x" * 3000}),
     ],
-    ids=lambda owner: str(owner)[:60],
 )
 def test_a_lock_of_odd_words_is_another_runs(owner):
     assert lock.Owner.parse(json.dumps(owner)) is None

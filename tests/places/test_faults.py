@@ -26,7 +26,7 @@ EMULATED = ("emulated-android", "emulated-pi5")
 QUICK_S = 30
 GRACE_S = 1
 """For a device to end a program, and again to answer a ping: shorter than for real devices."""
-MARGIN_S = 10
+MARGIN_S = 20
 ROOT = Path(__file__).parents[2]
 
 

