@@ -10,6 +10,7 @@ from . import build as _room  # noqa: F401 – loaded later, the room would take
 
 if TYPE_CHECKING:
     from .manifest import Manifest
+    from .plan import Device
 
 
 def build(  # noqa: PLR0913 – the options of the command
@@ -20,13 +21,15 @@ def build(  # noqa: PLR0913 – the options of the command
     source: str | Path | None = None,
     adapter: str | Path | None = None,
     context: int | None = None,
+    device: "Device" = "cpu",
     out: str | Path | None = None,
 ) -> "Manifest":
     """Build one artifact folder and return its manifest; a folder that holds what would be written stays as it is.
 
     `model`, `recipe` and `target` are names in configs/models, configs/quant and configs/targets. `source` is a folder,
     a .gguf file or a hub id, `adapter` the folder of a LoRA adapter that is merged into it. `context` replaces the
-    model's context_length (tokens), `out` the folder build/MODEL_RECIPE_TARGET below the working folder.
+    model's context_length (tokens), `out` the folder build/MODEL_RECIPE_TARGET below the working folder. `device` is
+    where calibration computes: `cpu` or `cuda`, whose integers differ a little.
     Raises ExportError: a mistake in any of these, or a machine that cannot build it.
     """
     from . import manifest
@@ -36,7 +39,7 @@ def build(  # noqa: PLR0913 – the options of the command
     from .host.console import console
     from .plan import load_plan
 
-    plan = load_plan(model, recipe, target, context)
+    plan = load_plan(model, recipe, target, context, device)
     origin = chosen_origin(plan.model, source, adapter)
     folder = Path("build") / plan.id if out is None else disk.expanded(out)
     if not skip.is_stale(plan, origin, folder):

@@ -13,6 +13,7 @@ from .build.command import run, with_default
 from .checkpoints.origin import chosen_origin
 from .host import disk
 from .host.console import console, say
+from .plan import Device, load_plan
 from .toolbox import commands
 
 app = typer.Typer(cls=with_default("build"), help=__doc__, add_completion=False, pretty_exceptions_enable=False)
@@ -27,25 +28,26 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     source: Annotated[str | None, typer.Option(help="folder, .gguf file or hub id of the weights")] = None,
     adapter: Annotated[Path | None, typer.Option(help="folder of a LoRA adapter that is merged into it")] = None,
     out: Annotated[Path | None, typer.Option(help="the finished folder of one target")] = None,
+    device: Annotated[Device, typer.Option(help="where calibration computes; integers differ a little")] = "cpu",
     explain: Annotated[bool, typer.Option("--explain", help="say why each artifact is built again")] = False,
 ) -> None:
     """Build build/MODEL_QUANT_TARGET, one artifact folder for each target: quantize once, lower, describe.
 
     A folder that holds what would be written again is left as it is.
     """
-    from .plan import load_plan
-
     if len(target) > 1 and out:
         raise typer.BadParameter("names the folder of one target; leave it out or give one target", param_hint="--out")
     if len(set(target)) < len(target):
         raise typer.BadParameter("the same target twice", param_hint="TARGET")
     out = out and disk.expanded(out)
-    plans = [load_plan(model, quant, name) for name in target]
+    plans = [load_plan(model, quant, name, device=device) for name in target]
     origin = chosen_origin(plans[0].model, source, adapter)
     stale = [plan for plan in plans if skip.is_stale(plan, origin, out or Path("build") / plan.id, explain)]
     if len(stale) == 1:
         folder = out or Path("build") / stale[0].id
-        built = build_artifact(model, quant, stale[0].target.name, source=source, adapter=adapter, out=folder)
+        built = build_artifact(
+            model, quant, stale[0].target.name, source=source, adapter=adapter, device=device, out=folder
+        )
         say(
             f"{folder}: {built.plan.target.artifact} {built.artifact_bytes / 1e6:.1f} MB, "
             f"{built.quantization.bits_per_weight:.2f} bits per weight"

@@ -161,6 +161,9 @@ class CalibrationInfo(Strict):
     """Mean KL to the float model on held-out windows of the same texts, nats."""
     candidates: tuple[Candidate, ...]
     """Most KL saved per byte first; empty where the recipe promotes nothing."""
+    processor: str = "unknown"
+    """What computed: `cpu x86_64 AVX512`; the last bits of its sums decide a few integers. Artifacts of before it was
+    recorded have none."""
 
 
 class QuantizationInfo(Strict):

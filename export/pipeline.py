@@ -13,7 +13,7 @@ from .host import disk, memory, mkl
 from .host.console import console, note, stage
 from .manifest import Manifest, TokenizerIds
 from .plan import Plan, shortened
-from .quantization import schemes
+from .quantization import processors, schemes
 from .quantization.store import QuantizedModel
 
 CACHE = manifest.ROOT / "build" / "cache"
@@ -25,6 +25,7 @@ def export(plan: Plan, source: Origin | None, out: Path) -> Manifest:
     architecture = plan.quant.reshaped(checkpoints.architecture_of(plan.model, source))
     plan = fitted(plan, architecture)
     check(plan, architecture, backend)
+    processors.require(plan.device)
     cache = disk.cache_folder(CACHE)
     needs.require(needs.estimate(plan, source, architecture, cache), out, cache)
     mkl.settle()
@@ -36,7 +37,7 @@ def export(plan: Plan, source: Origin | None, out: Path) -> Manifest:
             build = Build(plan, _tokenizer(weights, backend, folder), folder)
             memory.give_back()
         with stage("quantize", plan.quant.name):
-            model = quantization.quantize(weights, plan.quant, cache)
+            model = quantization.quantize(weights, plan.quant, cache, plan.device)
             memory.give_back()
         with stage("lower", plan.target.description):
             lowered = backend.lower(model, build)

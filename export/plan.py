@@ -13,6 +13,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 from .architecture import Architecture, Positive, PositiveNumber, Strict
 from .errors import ExportError
 
+Device = Literal["cpu", "cuda"]
+"""Where calibration computes."""
 Levels = Literal["even", "nf4", "fp4"]
 """What codes stand for: evenly spaced integers, or the sixteen levels of bitsandbytes' types."""
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -275,6 +277,8 @@ class Plan(Strict):
     model: ModelSpec
     quant: QuantRecipe
     target: Target
+    device: Device = "cpu"
+    """cpu: the same everywhere that processors are alike, and where nothing is calibrated."""
 
     @property
     def id(self) -> str:
@@ -340,7 +344,7 @@ def load_named(cls: type[Record], kind: str, name: str) -> Record:
     return load_record(cls, CONFIGS / kind / f"{name}.yaml")
 
 
-def load_plan(model: str, quant: str, target: str, context_length: int | None = None) -> Plan:
+def load_plan(model: str, quant: str, target: str, context_length: int | None = None, device: Device = "cpu") -> Plan:
     """The plan of three names; `context_length` replaces the model's own."""
     spec = load_named(ModelSpec, "models", model)
     if context_length is not None:
@@ -348,7 +352,10 @@ def load_plan(model: str, quant: str, target: str, context_length: int | None = 
             spec = ModelSpec.model_validate(spec.model_dump() | {"context_length": context_length})
         except ValidationError as error:
             raise ExportError(f"model {model!r}: {explain(error)}") from None
-    return Plan(model=spec, quant=load_named(QuantRecipe, "quant", quant), target=load_named(Target, "targets", target))
+    recipe = load_named(QuantRecipe, "quant", quant)
+    if device != "cpu" and recipe.calibration is None:
+        raise ExportError(f"--device {device}: recipe {quant!r} calibrates nothing; leave the option out")
+    return Plan(model=spec, quant=recipe, target=load_named(Target, "targets", target), device=device)
 
 
 def shortened(plan: Plan, positions: int) -> Plan:

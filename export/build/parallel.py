@@ -86,6 +86,8 @@ def work(waiting: list[Plan], source: Origin | None, fit: Fit) -> dict[str, str]
 def command(plan: Plan, source: Origin | None) -> list[str]:
     """Command line of the build of one target."""
     words = [sys.executable, "-m", "export", plan.model.name, plan.quant.name, plan.target.name]
+    if plan.device != "cpu":
+        words.append(f"--device={plan.device}")
     return words if source is None else [*words, f"--source={source}"]
 
 

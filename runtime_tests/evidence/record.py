@@ -11,8 +11,8 @@ from pydantic import ValidationError, model_validator
 from export.architecture import Strict
 from export.errors import ExportError
 from export.host import disk
-from export.manifest import Commit
 from export.host.text import visible
+from export.manifest import Commit
 from export.plan import FileName, Name, explain
 from export.toolbox import evidence
 

@@ -142,7 +142,7 @@ def test_every_file_that_the_tokenizer_is_made_of_decides_the_key(tmp_path):
             (folder / name).write_text((folder / name).read_text() + " " if (folder / name).is_file() else "{}")
         opened = checkpoints.load(plan().model, parse_origin(str(folder)))
         assert TEMPLATE in opened.sha256 or name != TEMPLATE
-        keys.add(content_key(opened, recipe))
+        keys.add(content_key(opened, recipe, None))
     assert len(keys) == len(names)
 
 
