@@ -46,6 +46,10 @@ QUICK   := device-runner,runner-stock,genai,genai-stock,session,llamacpp-q4_0,ll
 STUDIED := int4-g32-gptq-chat,int4-g64-gptq,int4-g32-gptq-prose,int4-g32-scales,int4-g32
 TARGETS := $(sort $(basename $(notdir $(wildcard configs/targets/*.yaml))))
 DEVICES := $(sort $(basename $(notdir $(wildcard devices/*.yaml))))
+LOCKS   := $(sort $(wildcard locks/*.txt))
+# digests and text of others, in which every long word looks like a key
+NO_SECRETS := --exclude-files '^(locks|configs/(calibration|evals/text|tasks/data))/|^docs/.*\.(json|svg)$$|/baselines/' \
+  --exclude-lines '^base_model:'
 PLAN     = $(call quote,MODEL) $(call quote,QUANT)
 CHECKPOINT = $(if $(value SOURCE),--source=$(call quote,SOURCE)) $(if $(value ADAPTER),--adapter=$(call quote,ADAPTER))
 MERGED   = $(if $(value ADAPTER),--source=adapter:$(call quote,ADAPTER)//$(call quote,SOURCE),$(CHECKPOINT))
@@ -55,7 +59,7 @@ folders  = $(PY) -m export folders $(call quote,MODEL) $(1) $(2) $(WEIGHTS)
 FOLDERS  = $(call folders,$(call quote,QUANT),$(call each,TARGETS))
 CHECKED  = for recipe in $(call each,RECIPES); do $(call folders,"$$recipe",$(call each,TARGETS)) || exit 1; done
 
-.PHONY: all setup locked build validate test lint unit fuzz shape bench bench-quick bench-docs bench-pages study detours tasks devices lab baseline tiny ci-artifacts ci-report ci-diff compute-plan golden readme reliability lock clean help $(DEVICES)
+.PHONY: all setup locked build validate test lint unit fuzz shape bench bench-quick bench-docs bench-pages study detours tasks devices lab baseline tiny ci-artifacts ci-report ci-diff cards compute-plan golden readme reliability audit lock clean help $(DEVICES)
 
 all: build validate
 
@@ -126,6 +130,9 @@ ci-diff: setup                      ## Markdown diff of MODEL × RECIPES × TARG
 	  else echo "no $$before to compare $$folder with"; fi; echo; \
 	done > build/ci/diff.md
 	@tee -a "$${GITHUB_STEP_SUMMARY:-/dev/null}" < build/ci/diff.md
+
+cards: setup                        ## run the Python on the cards of MODEL × QUANT in clean environments, some GB
+	@$(PY) -m tests.formats.cards.venvs $(FOLDERS)
 
 compute-plan: setup                 ## on which processor Core ML runs each operation of MODEL × RECIPES (on a Mac)
 	@folders=$$(for recipe in $(call each,RECIPES); do $(call folders,"$$recipe",coreml) || exit 1; done) && \
@@ -198,7 +205,20 @@ readme: setup                       ## rewrite the generated parts of README.md 
 	@$(PY) -m runtime_tests.reports.readme
 
 reliability: setup                  ## run the tests that docs/reliability.md counts, and write its table
-	@$(PY) -m pytest -q -p tests.support.reliability -m 'reliability or kind'
+	@$(PY) -m pytest -q -p tests.support.reliability -m 'reliability or kind or hostile'
+
+# in an environment of its own, apart from what it looks at
+.venv-audit/.ready: locks/audit.txt
+	@$(call quote,PYTHON) -m venv .venv-audit
+	@.venv-audit/bin/pip install -q --disable-pip-version-check --no-deps --only-binary=:all: --require-hashes -r $<
+	@touch $@
+
+# strict: a package that PyPI does not answer for is an error; its last line says so, after a traceback where no net is
+audit: .venv-audit/.ready           ## secrets in tracked files, and known vulnerabilities of what locks/ installs (asks PyPI)
+	@git ls-files -z | xargs -0 .venv-audit/bin/detect-secrets-hook --no-verify $(NO_SECRETS)
+	@if git grep -lIE '\bhf_[A-Za-z0-9]{34}\b'; then echo "error: tokens of the Hugging Face hub" >&2; exit 1; fi
+	@.venv-audit/bin/pip-audit --strict --disable-pip --progress-spinner=off $(LOCKS:%=-r %) 2> .venv-audit/said; \
+	status=$$?; tail -n 1 .venv-audit/said >&2; exit $$status
 
 lock: setup                         ## write constraints.txt from what is installed, and locks/ with uv (torch's hashes by hand)
 	@(sed -n '/^#/p' constraints.txt; .venv/bin/pip list --format=freeze | sed 's/+cpu//' | \
@@ -206,6 +226,9 @@ lock: setup                         ## write constraints.txt from what is instal
 	@(sed -n '/^#/p' locks/release.txt; grep -vE '^(#|llama_cpp_python=|diskcache=|torch=)' constraints.txt | \
 	  uv pip compile - -q --universal --python-version 3.11 --no-deps --generate-hashes --no-annotate --no-header; \
 	  sed -n '/^torch==/,$$p' locks/release.txt) > locks/release.tmp && mv locks/release.tmp locks/release.txt
+	@(sed -n '/^#/p' locks/audit.txt; printf 'detect-secrets\npip-audit\n' | \
+	  uv pip compile - -q --universal --python-version 3.11 --generate-hashes --no-annotate --no-header) > locks/audit.tmp \
+	  && mv locks/audit.tmp locks/audit.txt
 
 clean:                              ## remove build/ (artifacts, caches, reports)
 	rm -rf build

@@ -26,6 +26,7 @@ from .checkpoints.origin import origin_of
 from .errors import ExportError
 from .host import disk
 from .host.console import console, say
+from .plan import Device
 from .toolbox import commands
 
 app = typer.Typer(cls=with_default("build"), help=__doc__, add_completion=False, pretty_exceptions_enable=False)
@@ -57,6 +58,7 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     name: _Name = None,
     context: _Context = None,
     out: _Out = None,
+    device: Annotated[Device, typer.Option(help="where calibration computes; integers differ a little")] = "cpu",
     explain: Annotated[bool, typer.Option("--explain", help="say why each artifact is built again")] = False,
 ) -> None:
     """Build build/NAME_RECIPE_TARGET, one artifact folder for each target: quantize once, lower, describe.
@@ -67,7 +69,9 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     """
     if len(set(target)) < len(target):
         raise typer.BadParameter("the same target twice", param_hint="TARGET")
-    plans, origin = request.asked(model, quant, target, source=source, adapter=adapter, name=name, context=context)
+    plans, origin = request.asked(
+        model, quant, target, source=source, adapter=adapter, name=name, context=context, device=device
+    )
     root, several = out and disk.expanded(out), len(plans) > 1
     if several and root and (root / manifest.FILE).is_file():
         raise ExportError(
@@ -78,7 +82,15 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     if len(stale) == 1:
         folder = folders[stale[0].target.name]
         built = build_artifact(
-            model, quant, stale[0].target.name, source=source, adapter=adapter, name=name, context=context, out=folder
+            model,
+            quant,
+            stale[0].target.name,
+            source=source,
+            adapter=adapter,
+            name=name,
+            context=context,
+            device=device,
+            out=folder,
         )
         say(
             f"{folder}: {built.plan.target.artifact} {built.artifact_bytes / 1e6:.1f} MB, "

@@ -15,6 +15,7 @@ from . import formats
 from .build import request
 from .checkpoints.origin import halves, hub_id, last_part
 from .errors import ExportError
+from .formats import storage, usage
 from .host import disk
 from .host.text import Markdown, code, markdown, visible
 from .manifest import CARD, Manifest
@@ -51,7 +52,7 @@ def render(manifest: Manifest, measured: Sequence[Measured]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["code"] = code
-    library, usage = _usage_of(environment, manifest)
+    library, how_to_run = _usage_of(environment, manifest)
     body = environment.get_template("card.md.j2").render(
         manifest=manifest,
         a=manifest.architecture,
@@ -62,8 +63,9 @@ def render(manifest: Manifest, measured: Sequence[Measured]) -> str:
         parameters=manifest.architecture.parameters,
         worst=min(manifest.quantization.layers, key=lambda layer: layer.sqnr_db, default=None),
         calibration=manifest.quantization.calibration,
+        weights=storage.line(manifest),
         measured=measured,
-        usage=Markdown(usage.strip()),
+        usage=Markdown(how_to_run.strip()),
         licence=_LICENCES.get(manifest.plan.model.license) or manifest.plan.model.license,
     )
     return str(ModelCard(f"---\n{_front_matter(manifest, library).to_yaml()}\n---\n\n{body}"))
@@ -76,8 +78,8 @@ def _usage_of(environment: Environment, manifest: Manifest) -> tuple[str, str]:
         template = environment.get_template(name)
     except TemplateNotFound:
         raise ExportError(f"{name}: missing; a format needs a text that shows how it is run") from None
-    first, _, usage = template.render(manifest=manifest).partition("\n")
-    return first.removeprefix("library:").strip(), usage
+    first, _, text = template.render(usage.context(manifest)).partition("\n")
+    return first.removeprefix("library:").strip(), text
 
 
 class _Lineage(NamedTuple):

@@ -47,9 +47,17 @@ class TokenizerIds(Strict):
     pad_id: int | None
     adds_bos: bool
     """Whether a text that is encoded begins with BOS; chat templates write their own."""
-    has_chat_template: bool
+    ends: tuple[str, ...]
+    """The tokens of `eos_ids` as text, where they have one: what a runner that decodes every token prints last."""
+    chat_example: str | None
+    """What the chat template writes for one question, up to the answer; null: there is none, a base model."""
     notes: tuple[str, ...]
     """What those who run the artifact must know of its tokenizer, a line each."""
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether it is a model to talk to."""
+        return self.chat_example is not None
 
 
 class IOContract(Strict):
@@ -70,7 +78,12 @@ class IOContract(Strict):
 FILE = "manifest.json"
 UNKNOWN = "unknown"
 CARD = "README.md"
+TEMPLATES = "additional_chat_templates"
+"""A folder of chat templates besides the default one."""
 SIGNATURE = "model.sig"
+PROVENANCE = "provenance.intoto.jsonl"
+_BESIDE = (FILE, CARD, SIGNATURE, PROVENANCE)
+"""What is written last, or anew."""
 ROOT = Path(__file__).parent.parent
 _VISIBLE_COMPANIONS = (
     *("Thumbs.db", "ehthumbs.db", "desktop.ini", "__MACOSX", "Icon\r", "@eaDir", "#recycle", "lost+found"),
@@ -78,16 +91,19 @@ _VISIBLE_COMPANIONS = (
 )
 _AGAIN = "build the artifact again"
 _COPY = "copy it with `cp -rL`, or download with `hf download --local-dir`"
-_MOST_BYTES = 2**26
+_MOST_BYTES = 2**24
 """Of a manifest that is read; the largest model's has some hundred kilobytes."""
 _SMALLEST_FLOAT_BITS = 15.5
 """Per weight: bf16 has 16, or less where two tensors share their numbers in the file."""
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Commit = Annotated[str, Field(pattern=rf"^([0-9a-f]{{40}}|[0-9a-f]{{64}}|{UNKNOWN})$")]
+"""Of git, in full: reports print commands with it. `unknown` where no git answers for this checkout."""
 
 
 class FileInfo(Strict):
     """One file of the artifact."""
 
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Sha256
     bytes: Annotated[int, Field(ge=0)]
 
 
@@ -99,7 +115,7 @@ class CheckpointInfo(Strict):
     description: str
     bits_per_weight: float | None
     """Of its files, a GGUF's tokenizer included; null: random weights."""
-    sha256: dict[FileName, str]
+    sha256: dict[FileName, Sha256]
     trained_on: str | None = None
     """The base that a merged adapter names, as `origin`; null: there is no adapter."""
 
@@ -139,7 +155,7 @@ class Candidate(Strict):
 class CalibrationInfo(Strict):
     """The texts that the integers were chosen with, and the loss that remains."""
 
-    texts: dict[FileName, str]
+    texts: dict[FileName, Sha256]
     """File → sha256."""
     day: str | None
     """The date that chat templates were given; null: no text passed one."""
@@ -148,6 +164,9 @@ class CalibrationInfo(Strict):
     """Mean KL to the float model on held-out windows of the same texts, nats."""
     candidates: tuple[Candidate, ...]
     """Most KL saved per byte first; empty where the recipe promotes nothing."""
+    processor: str = "unknown"
+    """What computed: `cpu x86_64 AVX512`; the last bits of its sums decide a few integers. Artifacts of before it was
+    recorded have none."""
 
 
 class QuantizationInfo(Strict):
@@ -168,11 +187,10 @@ class QuantizationInfo(Strict):
 class SourceInfo(Strict):
     """Our own code that made the artifact."""
 
-    commit: str
-    """`unknown` where this is no git checkout of its own, or git does not answer."""
+    commit: Commit
     dirty: bool | None
     """Whether the checkout had local changes; null: unknown."""
-    sha256: str
+    sha256: Sha256
 
     @property
     def revision(self) -> str:
@@ -195,7 +213,7 @@ class Manifest(Strict):
     tools: dict[str, str]
     source: SourceInfo
     files: dict[FileName, FileInfo]
-    """Every file except the manifest, the card, which validation rewrites, and the signature, which comes last."""
+    """Every file except the manifest, the card, which validation rewrites, and what `sign` writes last."""
 
     @model_validator(mode="after")
     def _id_is_the_plans(self) -> "Manifest":
@@ -284,7 +302,7 @@ def read_checkpoint(folder: Path) -> CheckpointInfo | None:
 def unlisted(folder: Path) -> Iterator[Path]:
     """Files and links in an artifact folder that its manifest, of whatever version, does not list; no companions."""
     listed = _fields(folder).get("files")
-    names = {FILE, CARD, SIGNATURE, *(listed if isinstance(listed, dict) else ())}
+    names = {*_BESIDE, *(listed if isinstance(listed, dict) else ())}
     return (path for path in files(folder) if path.relative_to(folder).as_posix() not in names)
 
 
@@ -302,36 +320,41 @@ def differing_files(folder: Path, manifest: Manifest) -> Iterator[str]:
     if links := list(strays(folder)):
         yield from links
         return
-    present = hash_files(folder)
+    present = _named(folder)
     for name, info in manifest.files.items():
         if name not in present:
             yield f"{folder / name}: missing; {_AGAIN}"
-        elif present[name] != info:
-            yield f"{folder / name}: {_change(folder / name, present[name], info)}"
+        elif (size := present[name].stat().st_size) != info.bytes or digests.sha256(present[name]) != info.sha256:
+            yield f"{folder / name}: {_change(folder / name, size, info)}"
     for name in sorted(present.keys() - manifest.files.keys()):
         yield f"{folder / name}: not listed in {FILE}; remove it or build again"
 
 
-def _change(path: Path, now: FileInfo, listed: FileInfo) -> str:
+def _change(path: Path, size: int, listed: FileInfo) -> str:
     """What happened to a file that is not as listed, and what to do."""
     if pointer := transit.pointer(path):
         return pointer
     if transit.has_other_line_ends(path, listed.sha256):
         return f"its line ends were changed, as git's core.autocrlf does; clone or copy it without, or {_AGAIN}"
-    if now.bytes != listed.bytes:
-        return f"{now.bytes} bytes, {FILE} says {listed.bytes}; {_AGAIN}"
+    if size != listed.bytes:
+        return f"{size} bytes, {FILE} says {listed.bytes}; {_AGAIN}"
     return f"differs from {FILE} (sha256); {_AGAIN}"
 
 
 def hash_files(folder: Path) -> dict[str, FileInfo]:
-    """Name → digest and size of every file in a folder except manifest, card, signature and companions.
+    """Name → digest and size of every file in a folder except manifest, card, signature, provenance and companions.
 
     Raises ExportError: something in it is a link, or neither a file nor a folder.
     """
     if stray := next(strays(folder), None):
         raise ExportError(stray)
+    return {name: file_info(path) for name, path in _named(folder).items()}
+
+
+def _named(folder: Path) -> dict[str, Path]:
+    """Name → path of every file that a manifest lists."""
     named = {path.relative_to(folder).as_posix(): path for path in files(folder)}
-    return {name: file_info(path) for name, path in named.items() if name not in (FILE, CARD, SIGNATURE)}
+    return {name: path for name, path in named.items() if name not in _BESIDE}
 
 
 def files(folder: Path) -> list[Path]:
@@ -360,18 +383,23 @@ def is_companion(name: str) -> bool:
 
 def companions(folder: Path) -> list[Path]:
     """What lies in a folder and its sub-folders without being part of an artifact; not what is inside of these."""
-    return [Path(parent, name) for parent, names in _levels(folder) for name in names if is_companion(name)]
+    return [path for path, beside in _levels(folder) if beside]
 
 
 def _walk(folder: Path) -> Iterator[Path]:
     """Everything in a folder, companions left out."""
-    return (Path(parent, name) for parent, names in _levels(folder) for name in names if not is_companion(name))
+    return (path for path, beside in _levels(folder) if not beside)
 
 
-def _levels(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Each folder with the sorted names in it; links are not followed, companions not entered."""
+def _levels(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """Everything in a folder, and whether it is a companion; links are not followed, companions not entered.
+
+    transformers reads hidden chat templates too.
+    """
     for parent, folders, files in os.walk(folder):
-        yield parent, sorted(folders + files)
+        templates = Path(parent).name == TEMPLATES
+        for name in sorted(folders + files):
+            yield Path(parent, name), is_companion(name) and not (templates and name.endswith(".jinja"))
         folders[:] = [name for name in folders if not is_companion(name)]
 
 

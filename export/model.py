@@ -42,13 +42,14 @@ def scale_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return (1 - blend) * frequencies / scaling.factor + blend * frequencies
 
 
-def rope_tables(architecture: Architecture, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin for positions 0…length-1, float32 [length, D/2].
+def rope_tables(architecture: Architecture, length: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sin for positions 0…length-1, float32 [length, D/2], on the device; None: in the memory of the CPU.
 
-    By numpy, whose bits do not depend on threads: they are constants of every artifact (`first_calls.py`).
+    By numpy, whose bits do not depend on threads: they are constants of every artifact (`host/mkl.py`).
     """
     angles = torch.outer(torch.arange(length, dtype=torch.float32), rope_frequencies(architecture)).double().numpy()
-    return torch.from_numpy(np.cos(angles)).float(), torch.from_numpy(np.sin(angles)).float()
+    cos, sin = (torch.from_numpy(function(angles)).float().to(device) for function in (np.cos, np.sin))
+    return cos, sin
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -164,7 +165,7 @@ class Llama(nn.Module):
         """tokens int64 [B, S] continue the cache (None: empty). Returns logits float32 [B, S, V] and the new cache."""
         start = cache[0][0].shape[2] if cache else 0
         end = start + tokens.shape[1]
-        cos, sin = (table[start:end] for table in rope_tables(self.architecture, end))
+        cos, sin = (table[start:end] for table in rope_tables(self.architecture, end, tokens.device))
         x = self.model.rotate_in(self.model.embed_tokens(tokens))
         present = []
         for i, layer in enumerate(self.model.layers):

@@ -8,12 +8,12 @@ from .build import folder as artifact
 from .build import needs
 from .checkpoints import tokenizer, whereabouts
 from .checkpoints.origin import Adapter, Origin, origin_of, published, published_base, published_plan
-from .formats import Build
+from .formats import Build, storage
 from .host import disk, memory, mkl
-from .host.console import note, stage
+from .host.console import console, note, stage
 from .manifest import Manifest, TokenizerIds
 from .plan import Plan, shortened
-from .quantization import schemes
+from .quantization import processors, schemes
 from .quantization.store import QuantizedModel
 
 CACHE = manifest.ROOT / "build" / "cache"
@@ -25,6 +25,7 @@ def export(plan: Plan, source: Origin | None, out: Path) -> Manifest:
     architecture = plan.quant.reshaped(checkpoints.architecture_of(plan.model, source))
     plan = fitted(plan, architecture)
     check(plan, architecture, backend)
+    processors.require(plan.device)
     cache = disk.cache_folder(CACHE)
     needs.require(needs.estimate(plan, source, architecture, cache), out, cache)
     mkl.settle()
@@ -35,8 +36,8 @@ def export(plan: Plan, source: Origin | None, out: Path) -> Manifest:
                 note(line)
             build = Build(plan, _tokenizer(weights, backend, folder), folder)
             memory.give_back()
-        with stage("quantize", plan.quant.description):
-            model = quantization.quantize(weights, plan.quant, cache)
+        with stage("quantize", plan.quant.name):
+            model = quantization.quantize(weights, plan.quant, cache, plan.device)
             memory.give_back()
         with stage("lower", plan.target.description):
             lowered = backend.lower(model, build)
@@ -45,6 +46,7 @@ def export(plan: Plan, source: Origin | None, out: Path) -> Manifest:
             whereabouts.remember(weights.origin, weights.sha256)
             manifest.write(folder, described)
             card.write(folder, described, [])
+        console.print(f"  weights: {storage.line(described)}", soft_wrap=True)
     return described
 
 

@@ -14,6 +14,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 from .architecture import Architecture, Positive, PositiveNumber, Strict
 from .errors import ExportError
 
+Device = Literal["cpu", "cuda"]
+"""Where calibration computes."""
 Levels = Literal["even", "nf4", "fp4"]
 """What codes stand for: evenly spaced integers, or the sixteen levels of bitsandbytes' types."""
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -26,6 +28,7 @@ _LONGEST_PART = 255
 _LONGEST_ID = 200
 """Bytes of an artifact's id: the names of locks and of unfinished builds are longer."""
 _LONGEST_CLEANED = 80
+_MOST_YAML_BYTES = 2**20
 
 
 def _require_name(text: str) -> str:
@@ -293,6 +296,8 @@ class Plan(Strict):
     model: ModelSpec
     quant: QuantRecipe
     target: Target
+    device: Device = "cpu"
+    """cpu: the same everywhere that processors are alike, and where nothing is calibrated."""
 
     @model_validator(mode="before")
     @classmethod
@@ -347,6 +352,8 @@ def load_record(cls: type[Record], path: Path) -> Record:
 
 def load_fields(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file. Raises ExportError."""
+    if path.exists() and not (path.is_file() and path.stat().st_size <= _MOST_YAML_BYTES):
+        raise ExportError(f"{path}: no file, or larger than {_MOST_YAML_BYTES} bytes, which no YAML of ours is")
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # an impossible date, too deep nesting
@@ -383,7 +390,7 @@ def load_named(cls: type[Record], kind: str, name: str) -> Record:
     return load_record(cls, CONFIGS / kind / f"{name}.yaml")
 
 
-def load_plan(model: str, quant: str, target: str, context_length: int | None = None) -> Plan:
+def load_plan(model: str, quant: str, target: str, context_length: int | None = None, device: Device = "cpu") -> Plan:
     """The plan of three names, for the model's own checkpoint; `context_length` replaces the model's own."""
     spec = load_named(ModelSpec, "models", model)
     if context_length is not None:
@@ -391,11 +398,15 @@ def load_plan(model: str, quant: str, target: str, context_length: int | None = 
             spec = ModelSpec.model_validate(spec.model_dump() | {"context_length": context_length})
         except ValidationError as error:
             raise ExportError(f"model {model!r}: {explain(error)}") from None
+    recipe = load_named(QuantRecipe, "quant", quant)
+    if device != "cpu" and recipe.calibration is None:
+        raise ExportError(f"--device {device}: recipe {quant!r} calibrates nothing; leave the option out")
     return Plan(
         name=spec.name,
         model=spec,
-        quant=load_named(QuantRecipe, "quant", quant),
+        quant=recipe,
         target=load_named(Target, "targets", target),
+        device=device,
     )
 
 

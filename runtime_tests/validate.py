@@ -17,7 +17,7 @@ from export.manifest import Manifest
 from .checks import comparisons, conformance, files, gates, limits, speed, tokens, weights
 from .checks.subject import Finding, Setting, StoppedError, Subject, Timing
 from .evidence import baseline, proof, regression
-from .evidence.record import Accuracy, Comparison, Environment, Outcome, Record
+from .evidence.record import Accuracy, Comparison, Environment, Outcome, Record, folder_text
 from .evidence.regression import Reached
 from .places import facts, outcome_of
 
@@ -60,6 +60,7 @@ def validate(folder: Path, described: Manifest, setting: Setting) -> Record:
         latency=timing.latency,
         outcome=outcome,
         detail=detail,
+        folder=folder_text(folder),
         notes=notes,
     )
 

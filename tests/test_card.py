@@ -65,6 +65,13 @@ def test_a_verdicts_detail_stays_in_the_record(described):
         assert "/home/me" not in text
 
 
+def test_a_note_on_the_verdict_stands_beside_it(described):
+    record = sample_record(notes=("not judged by the limits that it brings: x 1 (its own: 2)",))
+    lines = card.render(described, publication.measured_rows(record)).splitlines()
+    verdict = next(i for i, line in enumerate(lines) if line.startswith("| verdict"))
+    assert lines[verdict + 1] == "| note | not judged by the limits that it brings: x 1 (its own: 2) | of the verdict |"
+
+
 def test_the_loss_as_shipped_comes_first_with_a_line_for_every_slice(described):
     record = sample_record()
     total = record.accuracy.total
@@ -121,8 +128,26 @@ def test_a_checkpoint_that_was_quantized_before_is_named(artifact):
         assert ("was quantized before (5.5 bits per weight)" in text) == said
 
 
+@pytest.mark.parametrize("backend", ["pte", "onnx_kv", "mlpackage"])
+@pytest.mark.parametrize("talks", [True, False])
+def test_who_can_talk_is_asked_and_who_cannot_continues(described, backend, talks):
+    example = described.tokenizer.chat_example if talks else None
+    tokenizer = described.tokenizer.model_copy(update={"chat_example": example})
+    text = card.render(with_backend(described.model_copy(update={"tokenizer": tokenizer}), backend), [])
+    assert ("apply_chat_template" in text) == ("What is the capital of France?" in text) == talks
+    assert ('"The capital of France is"' in text) != talks
+    assert ("python -m runtime_tests chat FOLDER" in text) == talks
+
+
 def test_code_of_our_own_is_not_escaped(described):
-    adds = described.model_copy(update={"tokenizer": described.tokenizer.model_copy(update={"adds_bos": True})})
-    text = card.render(with_backend(adds, "pte"), [])
-    for snippet in ("--temperature=0 --num_bos=1\n", ".numBos(1).build()", "$0.temperature = 0; $0.bosCount = 1 }"):
+    ids = {"adds_bos": True, "chat_example": None, "ends": ("<|end|>",)}
+    text = card.render(
+        with_backend(described.model_copy(update={"tokenizer": described.tokenizer.model_copy(update=ids)}), "pte"), []
+    )
+    for snippet in (
+        "--num_bos=1 --prompt=$'The capital of France is'\n",
+        ".numBos(1)",
+        '["<|end|>"]',
+        'setOf<String>("<|end|>")',
+    ):
         assert snippet in text

@@ -1,6 +1,7 @@
 """What releases and boards install is what was seen working together, byte for byte."""
 
 import re
+import subprocess
 
 import pytest
 
@@ -23,8 +24,8 @@ def plain(pin):
 def test_the_lock_holds_every_constraint_with_hashes():
     constraints = {plain(pin) for pin in pins("constraints.txt") if pin.split("==")[0] not in PEERS}
     assert {plain(pin) for pin in pins("locks/release.txt")} == constraints
-    for name in ("locks/release.txt", "locks/build.txt"):
-        for block in re.split(r"\n(?=[\w.-]+==)", (ROOT / name).read_text())[1:]:
+    for path in (ROOT / "locks").iterdir():
+        for block in re.split(r"\n(?=[\w.-]+==)", path.read_text())[1:]:
             assert "--hash=sha256:" in block, block.splitlines()[0]
 
 
@@ -37,3 +38,40 @@ def test_a_board_gets_wheels_whose_digests_are_known(name):
     assert all(re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}( \\)?", line) for line in hashes)
     with pytest.raises(sdk.UnavailableError, match=r"no hashes of .*==0; run `make setup`"):
         sdk.locked(f"{name}==0")
+
+
+TOKEN = f"hf_{'a' * 34}"  # built here, so that no file holds one
+UNREACHED = "Traceback ...\n  File ...\nrequests.exceptions.ConnectionError: no pypi.org\n"
+AUDITS = {
+    "nothing": ({}, "", 0, "No known vulnerabilities found"),
+    "a vulnerability": ({"pip-audit": (1, "Found 1 known vulnerability in 1 package\n")}, "", 2, "Found 1 known"),
+    "no network": ({"pip-audit": (1, UNREACHED)}, "", 2, "requests.exceptions.ConnectionError: no pypi.org"),
+    "a secret": ({"detect-secrets-hook": (1, "Secret Type: AWS Access Key\n")}, "", 2, "Secret Type: AWS Access Key"),
+    "a token of the hub": ({}, f"HF_TOKEN={TOKEN} make", 2, "error: tokens of the Hugging Face hub"),
+}
+
+
+@pytest.mark.parametrize("found", AUDITS)
+def test_an_audit_is_green_only_where_everything_was_looked_at(tmp_path, found):
+    programs, notes, code, words = AUDITS[found]
+    for name in ("Makefile", "configs", "devices", "locks"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / ".venv-audit/bin").mkdir(parents=True)
+    good = {"pip-audit": (0, "No known vulnerabilities found\n"), "detect-secrets-hook": (0, "")}
+    for name, (status, said) in (good | programs).items():
+        program = tmp_path / ".venv-audit/bin" / name
+        program.write_text(f"#!/bin/sh\necho {name} \"$@\" >> calls\nprintf %s '{said}' >&2\nexit {status}\n")
+        program.chmod(0o755)
+    (tmp_path / "notes.md").write_text(notes)
+    for words_of_git in (["init", "-q"], ["add", "notes.md"]):
+        subprocess.run(["git", *words_of_git], cwd=tmp_path, check=True)
+    command = ["make", "--no-print-directory", "-o", ".venv-audit/.ready", "audit"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    lines = [line for line in ended.stderr.splitlines() if not line.startswith("make:")]
+    assert ended.returncode == code
+    assert lines[0].startswith(words)
+    assert len(lines) == 1
+    assert TOKEN not in ended.stdout + ended.stderr
+    if "pip-audit" in (calls := (tmp_path / "calls").read_text()):
+        assert "--strict --disable-pip" in calls  # else what PyPI does not know counts as harmless
+        assert all(f"-r locks/{path.name}" in calls for path in (ROOT / "locks").iterdir())

@@ -31,7 +31,7 @@ from export.host.text import CONVERSATION, Markdown, code, markdown, visible
 from export.toolbox import inspection, tables
 from runtime_tests.chat import terminal
 from runtime_tests.evidence import baseline
-from runtime_tests.reports import ci, html, publication, readme, summary
+from runtime_tests.reports import ci, html, overview, publication, readme, summary
 from tests.support import checkpoints, harms, shape
 from tests.support.artifacts import edit_manifest
 from tests.support.records import sample_record
@@ -62,6 +62,11 @@ def assert_shown(*texts):
 # ── the rules ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.hostile(
+    "text",
+    "escapes, markup, bidirectional and zero-width characters, names of a megabyte",
+    "shown, never obeyed; a verdict is the last line",
+)
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
@@ -110,6 +115,7 @@ def test_markdown_shows_exactly_the_text(value):
         assert page.startswith("#") or not any(token.type == "heading_open" for token in tokens)
 
 
+@pytest.mark.hostile("text", "Markdown and HTML in cards, CI pages and reports", "shown as text")
 @pytest.mark.parametrize("make", [markdown, code])
 @pytest.mark.parametrize("value", [*MARKS, NASTY])
 def test_a_cell_shows_exactly_the_text(value, make):
@@ -165,6 +171,11 @@ def test_nothing_is_printed_past_the_rule():
 # ── where it comes out ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.hostile(
+    "text",
+    "escapes, markup, bidirectional and zero-width characters, names of a megabyte",
+    "shown, never obeyed; a verdict is the last line",
+)
 def test_errors_stages_results_and_logs_are_lines(capsys):
     frame.fail(NASTY, 1)
     devices_frame.fail(NASTY)
@@ -181,6 +192,11 @@ def test_errors_stages_results_and_logs_are_lines(capsys):
     assert err.count("x[/nope]y [red]\\x1b[2J") == 7
 
 
+@pytest.mark.hostile(
+    "text",
+    "escapes, markup, bidirectional and zero-width characters, names of a megabyte",
+    "shown, never obeyed; a verdict is the last line",
+)
 def test_a_name_of_a_megabyte_pushes_nothing_away(capsys):
     frame.fail("begin " + "x" * 10**6 + " end", 1)
     err = capsys.readouterr().err
@@ -189,6 +205,11 @@ def test_a_name_of_a_megabyte_pushes_nothing_away(capsys):
     assert err.endswith("x end\n")
 
 
+@pytest.mark.hostile(
+    "text",
+    "escapes, markup, bidirectional and zero-width characters, names of a megabyte",
+    "shown, never obeyed; a verdict is the last line",
+)
 def test_a_terminal_draws_no_markup(capsys):
     drawn = io.StringIO()
     screen = Plain(file=drawn, force_terminal=True, color_system=None, width=300)
@@ -226,6 +247,7 @@ def kinds(page):
     }
 
 
+@pytest.mark.hostile("text", "Markdown and HTML in cards, CI pages and reports", "shown as text")
 def test_a_card_holds_no_mark_of_others(built):
     described, record = manifest.read(built), sample_record()
     honest = kinds(card.render(described, publication.measured_rows(record)))
@@ -266,6 +288,11 @@ def test_inspect_and_diff_show_the_names_of_a_file(hostile_onnx, export_command,
     assert json.loads(shown)["path"] == str(hostile_onnx)
 
 
+@pytest.mark.hostile(
+    "text",
+    "escapes, markup, bidirectional and zero-width characters, names of a megabyte",
+    "shown, never obeyed; a verdict is the last line",
+)
 def test_the_verdict_of_verify_is_the_last_line(artifact, export_command):
     (artifact / NAME).write_text("")
     edit_manifest(artifact, lambda fields: fields.update(id=NASTY.replace("\udc9b", "")))
@@ -290,6 +317,7 @@ def test_a_run_is_shown(capsys, tmp_path):
     assert_shown(out, err)
 
 
+@pytest.mark.hostile("text", "Markdown and HTML in cards, CI pages and reports", "shown as text")
 def test_ci_holds_no_mark_of_others(tmp_path, capsys):
     bad = poisoned(sample_record(outcome="crash"))
     judged = baseline.Judged(NASTY, bad, "", (), NASTY)
@@ -307,10 +335,14 @@ def test_ci_holds_no_mark_of_others(tmp_path, capsys):
     assert not kinds(block)[1] - {"text"}
 
 
-def test_a_report_holds_no_mark_of_others(built):
-    page = html.render([poisoned(sample_record())], [poisoned(manifest.read(built))])
-    assert_shown(page)
-    assert "<img" not in page
+@pytest.mark.hostile("text", "Markdown and HTML in cards, CI pages and reports", "shown as text")
+def test_a_report_holds_no_mark_of_others(built, tmp_path):
+    bad = poisoned(sample_record(folder="a", notes=("a",)))
+    entry = overview.Entry(**sample_record().model_dump()).model_copy(update=dict(bad))
+    runs = [overview.Run(NAME, [entry], has_page) for has_page in (True, False)]
+    pages = html.render([bad], [poisoned(manifest.read(built))], runs), overview.render(tmp_path, [entry], runs)
+    assert_shown(*pages)
+    assert not any("<img" in page for page in pages)
 
 
 def test_devices_say_what_others_say_in_a_line(monkeypatch, capsys):

@@ -81,7 +81,7 @@ def unsafe(workflow):
 
 
 def test_there_are_workflows():
-    assert [path.stem for path in WORKFLOWS] == ["artifacts", "ci", "devices", "nightly"]
+    assert [path.stem for path in WORKFLOWS] == ["artifacts", "audit", "ci", "devices", "nightly"]
 
 
 def test_workflows_and_actions_are_valid():

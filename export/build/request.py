@@ -11,7 +11,7 @@ from export.checkpoints import whereabouts
 from export.checkpoints.origin import Adapter, Origin, chosen_origin, halves, last_part, name_for
 from export.host.text import visible
 from export.manifest import Manifest
-from export.plan import ModelSpec, Plan, load_named, load_plan, names
+from export.plan import Device, ModelSpec, Plan, load_named, load_plan, names
 
 _WEIGHTS = (".safetensors", ".gguf", ".pth")
 _SHOWN_DIGITS = 16
@@ -26,12 +26,13 @@ def asked(  # noqa: PLR0913 – the options of the command
     adapter: str | Path | None = None,
     name: str | None = None,
     context: int | None = None,
+    device: Device = "cpu",
 ) -> tuple[list[Plan], Origin | None]:
     """One plan for each target, and where the weights come from; None: from where the model's YAML says.
 
     Without a name the artifact has the checkpoint's or the adapter's own, or the model's. Raises ExportError.
     """
-    plans = [load_plan(model, recipe, target, context) for target in targets]
+    plans = [load_plan(model, recipe, target, context, device) for target in targets]
     origin = chosen_origin(source, adapter)
     return [named(plan, origin, name) for plan in plans], origin
 
@@ -56,6 +57,8 @@ def words(plan: Plan, source: str | None, adapter: str | None = None) -> list[st
         command += ["--name", plan.name]
     if plan.model.context_length != _usual_context(plan.model):
         command += ["--context", str(plan.model.context_length)]
+    if plan.device != "cpu":
+        command += ["--device", plan.device]
     return command
 
 

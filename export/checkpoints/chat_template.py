@@ -17,6 +17,8 @@ _RENDERER = LimitedWorker(Path(__file__).with_name("template_renderer.py"))
 FIXED_DAY = "2024-07-26"
 """For text that must not depend on the day; the default of Llama 3.2's template where it cannot ask."""
 HELLO = ({"role": "user", "content": "Hello"},)
+QUESTION = ({"role": "user", "content": "What is the capital of France?"},)
+"""Of model cards."""
 
 
 def check(tokenizer: Any, origin: str) -> None:

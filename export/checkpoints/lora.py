@@ -47,6 +47,7 @@ _REPLACING = ("weight", "base_layer.weight")
 _TABLES = ("model.embed_tokens", "lm_head")
 """Modules that are one table in a tied model."""
 _BY_HAND = "merge with peft (`merge_and_unload`, `save_pretrained`) and give the result with --source"
+_LARGEST_SCALING = torch.finfo(torch.float32).max
 _Rank = Annotated[int, Field(gt=0, le=2**16)]
 _Alpha = Annotated[float, Field(allow_inf_nan=False)]
 _Value = TypeVar("_Value", int, float)
@@ -280,7 +281,11 @@ def _changes_of(stored: SafetensorsFiles, config: _LoraConfig, base: "Source") -
         parts = _of_one_table(stored, parts, base)
     for module, names in parts.items():
         _require_parts(stored, module, names, config, shapes[f"{module}.weight"])
-    return {f"{module}.weight": _Change(names, config.scaling(module)) for module, names in parts.items()}
+    changes = {f"{module}.weight": _Change(names, config.scaling(module)) for module, names in parts.items()}
+    for name, change in changes.items():
+        if abs(change.scaling) > _LARGEST_SCALING:
+            raise ExportError(f"{stored.folder}: {name}: the adapter is scaled by {change.scaling:.3g}; save it again")
+    return changes
 
 
 def _refuse_other_vocabulary(stored: SafetensorsFiles, names: Mapping[str, str], vocabulary: int) -> None:

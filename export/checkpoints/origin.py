@@ -15,6 +15,7 @@ from pathlib import Path
 
 from export.errors import ExportError
 from export.host.disk import require_utf8
+from export.manifest import TEMPLATES
 from export.plan import ModelSpec, Plan, cleaned, not_a_file_name
 
 _HUB, _SEED, _PACKAGE, _ADAPTER, _PRIVATE = "hub:", "seed:", "package:", "adapter:", "local:"
@@ -28,9 +29,9 @@ TOKENIZER_FILES = (
     _GENERATION,
 )
 """Of a Hugging Face folder: what the tokenizer and the generation defaults are read from."""
-_TEMPLATES = "additional_chat_templates"
-"""A folder there, of templates besides the default one."""
-TOKENIZER_PATTERNS = (*TOKENIZER_FILES, f"{_TEMPLATES}/*.jinja")
+TOKENIZER_PATTERNS = (*TOKENIZER_FILES, f"{TEMPLATES}/*.jinja")
+LARGEST_TOKENIZER_BYTES = 2**27
+"""Of each of these files; the largest vocabularies take a quarter of it."""
 _TOKENIZER_NAMES = frozenset({*TOKENIZER_FILES, _META_TOKENIZER})
 ADAPTER_CONFIG = "adapter_config.json"
 _MOST_CONFIG_BYTES = 2**24
@@ -347,22 +348,29 @@ def is_meta(folder: Path) -> bool:
 
 
 def tokenizer_files(folder: Path) -> tuple[Path, ...]:
-    """The files in a checkpoint's folder that its tokenizer and its generation defaults are read from."""
+    """The files in a checkpoint's folder that its tokenizer and its generation defaults are read from.
+
+    Raises ExportError: one is larger than any, such as a file with holes, of which a copy fills the disk.
+    """
     if is_meta(folder):
         paths = [folder / _META_TOKENIZER]
     else:
-        paths = [*(folder / name for name in TOKENIZER_FILES), *sorted((folder / _TEMPLATES).glob("*.jinja"))]
-    return tuple(path for path in paths if path.is_file())
+        paths = [*(folder / name for name in TOKENIZER_FILES), *sorted((folder / TEMPLATES).glob("*.jinja"))]
+    found = tuple(path for path in paths if path.is_file())
+    for path in found:
+        if path.stat().st_size > LARGEST_TOKENIZER_BYTES:
+            raise ExportError(f"{path}: larger than {LARGEST_TOKENIZER_BYTES} bytes, which no such file is")
+    return found
 
 
 def name_of(path: Path) -> str:
     """A checkpoint's file as manifests and keys name it: without its folder, but for a further chat template's."""
-    return f"{_TEMPLATES}/{path.name}" if path.parent.name == _TEMPLATES else path.name
+    return f"{TEMPLATES}/{path.name}" if path.parent.name == TEMPLATES else path.name
 
 
 def is_of_tokenizer(name: str) -> bool:
     """Whether a file of that name is one of the tokenizer's, not of the weights."""
-    return name in _TOKENIZER_NAMES or name.startswith(f"{_TEMPLATES}/")
+    return name in _TOKENIZER_NAMES or name.startswith(f"{TEMPLATES}/")
 
 
 def adapted_tokenizer_files(adapter: Path, base: Iterable[Path]) -> tuple[Path, ...]:

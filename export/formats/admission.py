@@ -10,18 +10,20 @@ import json
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 
 from export import formats, manifest
-from export.checkpoints.origin import TOKENIZER_PATTERNS
+from export.checkpoints import tokenizer
+from export.checkpoints.origin import LARGEST_TOKENIZER_BYTES, TOKENIZER_PATTERNS
 from export.errors import ExportError
 from export.manifest import Manifest
 
 _PLAIN = re.compile(r"[\w./-]+", re.ASCII)
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-_CODE = ("auto_map", "custom_generate", "fast_tokenizer_files", "init_inputs")
-"""Keys by which transformers finds Python code or other files; a build takes none of them over."""
 _LARGEST_CONFIG_BYTES = 2**24
+_MOST_FINDINGS = 20
+"""That are told of a file's contents; a file may hold millions."""
 
 
 def admit(folder: Path) -> Manifest:
@@ -33,12 +35,7 @@ def admit(folder: Path) -> Manifest:
 
 def require(folder: Path, described: Manifest) -> None:
     """Raise ExportError for the first finding."""
-    refuse(findings(folder, described))
-
-
-def refuse(found: Iterator[str]) -> None:
-    """Raise ExportError for the first of them, if any."""
-    if finding := next(found, None):
+    if finding := next(findings(folder, described), None):
         raise ExportError(finding)
 
 
@@ -58,15 +55,16 @@ def files(folder: Path, described: Manifest) -> Iterator[str]:
     except ExportError as error:
         yield f"{manifest.FILE}: {error}"
         return
-    yield from (*_contradictions(described, own), *_unknown_files(described, own))
-    yield from manifest.differing_files(folder, described)
+    problems = [*_contradictions(described, own), *_unknown_files(described, own)]
+    yield from problems or manifest.differing_files(folder, described)
 
 
 def contents(folder: Path, described: Manifest) -> Iterator[str]:
     """What no build of ours writes into a file of its tokenizer or its model."""
     try:
         yield from _code(folder)
-        yield from formats.vocabulary(described.plan.target.backend).foreign(folder, described)
+        foreign = formats.vocabulary(described.plan.target.backend).foreign(folder, described)
+        yield from islice(foreign, _MOST_FINDINGS)
     except ExportError as error:
         yield str(error)
     except Exception as error:  # parsers of foreign formats raise what they like
@@ -90,9 +88,12 @@ def _contradictions(described: Manifest, own: tuple[str, ...]) -> Iterator[str]:
 
 def _unknown_files(described: Manifest, own: tuple[str, ...]) -> Iterator[str]:
     """Files that no build writes, and parts of the model that the manifest does not list."""
-    for name in described.files:
-        if not any(_matches(name, pattern) for pattern in (*own, *TOKENIZER_PATTERNS)):
+    for name, info in described.files.items():
+        of_tokenizer = any(_matches(name, pattern) for pattern in TOKENIZER_PATTERNS)
+        if not of_tokenizer and name not in own:
             yield f"{manifest.FILE}: file {name!r}: no part of an artifact of {described.plan.target.backend}; refused"
+        if of_tokenizer and info.bytes > LARGEST_TOKENIZER_BYTES:
+            yield f"{manifest.FILE}: file {name!r}: {info.bytes} bytes, which no such file is; refused"
     for name in own:
         if name not in described.files:
             yield f"{manifest.FILE}: files do not hold {name!r}, a part of the artifact; build it again"
@@ -117,6 +118,6 @@ def _code(folder: Path) -> Iterator[str]:
         raise ExportError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(fields, dict):
         raise ExportError(f"{path}: expected a JSON object, found {type(fields).__name__}")
-    for key in _CODE:
-        if fields.get(key):
+    for key in filter(tokenizer.leads_away, fields):
+        if fields[key]:
             yield f"{path}: {key}: names code or other files, which no artifact of ours needs; refused"

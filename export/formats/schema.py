@@ -12,8 +12,8 @@ from typing import Any
 
 from export.errors import ExportError
 
-_LARGEST_BYTES = 2**26
-"""Of a graph without its weights; Llama 3.2's take a few megabytes."""
+_LARGEST_BYTES = 2**24
+"""Of a graph without its weights; Llama 3.2's take less than a megabyte."""
 
 
 def module(package: str, folder: str, name: str) -> Any:
@@ -37,6 +37,20 @@ def read(path: Path) -> bytes:
     if path.stat().st_size > _LARGEST_BYTES:
         raise ExportError(f"{path}: larger than {_LARGEST_BYTES} bytes, which no graph of ours is; build it again")
     return path.read_bytes()
+
+
+def parsed(message: Any, path: Path) -> Any:
+    """A graph's file as a protobuf message, all of it.
+
+    Raises ExportError: it holds fields that the schema does not have, or one twice; a runtime of another version may
+    read them.
+    """
+    data = read(path)
+    message.ParseFromString(data)
+    message.DiscardUnknownFields()
+    if message.ByteSize() != len(data):
+        raise ExportError(f"{path}: holds fields that no build writes; refused")
+    return message
 
 
 def fields(message: Any) -> set[str]:

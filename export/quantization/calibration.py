@@ -15,9 +15,9 @@ from export.errors import ExportError
 from export.host.console import track
 from export.manifest import CalibrationInfo, Candidate
 from export.model import Llama, RMSNorm
-from export.plan import Mixture, QuantRecipe
+from export.plan import Device, Mixture, QuantRecipe
 
-from . import schemes, sensitivity, texts
+from . import processors, schemes, sensitivity, texts
 from .layerwise import ReadWeight, Streams, Task, chunks, round_layers, round_layers_at_best_scales
 from .nearest import Rounded, round_to_nearest
 from .schemes import Schemes
@@ -25,17 +25,21 @@ from .sensitivity import Head, Sensitivity
 from .store import Result, Unfinished
 
 
-def calibrate(checkpoint: Checkpoint, recipe: QuantRecipe, unfinished: Unfinished) -> Result:
-    """Linears by what they compute on calibration text, embedding and head to nearest; no integers are kept."""
+def calibrate(checkpoint: Checkpoint, recipe: QuantRecipe, unfinished: Unfinished, device: Device) -> Result:
+    """Linears by what they compute on calibration text, embedding and head to nearest; no integers are kept.
+
+    Raises ExportError: the GPU has too little memory.
+    """
     assert recipe.calibration is not None
     outside = round_outside(checkpoint, schemes.of_recipe(recipe, checkpoint.architecture))
-    ids = tokens(checkpoint, recipe.calibration, unfinished).to(device())
-    calibrator = Calibrator(checkpoint, recipe, outside, unfinished, *split(ids, recipe.calibration.held_out_every))
-    if recipe.method == "scales":
-        return calibrator.search_scales()
-    if recipe.promotion is None:
-        return calibrator.gptq(calibrator.base, unfinished)
-    return calibrator.gptq_with_promotion()
+    with processors.computing_on(device):
+        ids = tokens(checkpoint, recipe.calibration, unfinished, device)
+        calibrator = Calibrator(checkpoint, recipe, outside, unfinished, *split(ids, recipe.calibration.held_out_every))
+        if recipe.method == "scales":
+            return calibrator.search_scales()
+        if recipe.promotion is None:
+            return calibrator.gptq(calibrator.base, unfinished)
+        return calibrator.gptq_with_promotion()
 
 
 def round_outside(checkpoint: Checkpoint, base: Schemes) -> dict[str, Rounded]:
@@ -55,7 +59,7 @@ class Calibrator:
     """What is quantized besides the linears of layers."""
     unfinished: Unfinished
     used: Tensor
-    """Windows that are calibrated with, token ids int64 [W, L]."""
+    """Windows that are calibrated with, token ids int64 [W, L]. All is computed on their device."""
     held_out: Tensor
     """Windows on which the loss is measured."""
 
@@ -119,6 +123,7 @@ class Calibrator:
                 tokens=token_count,
                 held_out_kl=kl,
                 candidates=candidates,
+                processor=processors.name(self.used.device.type),
             ),
             kept=(),
             not_kept={n: held.reason if isinstance(held, Unfit) else reason for n, held in codes.items() if held},
@@ -157,11 +162,11 @@ class Calibrator:
 
     def read(self, name: str) -> Tensor:
         """A weight of the full model, on the device."""
-        return self.checkpoint.read(name).to(device())
+        return self.checkpoint.read(name).to(self.used.device)
 
     def read_quantized(self, name: str) -> Tensor:
         """A weight outside the layers as the quantized model has it, on the device."""
-        return self.outside[name].dequantized().to(device()) if name in self.outside else self.read(name)
+        return self.outside[name].dequantized().to(self.used.device) if name in self.outside else self.read(name)
 
     def embedded(self, ids: Tensor, read: ReadWeight) -> Tensor:
         """What enters the first layer, float32 [W, L, D]: the embedding of the ids, rotated where the model is."""
@@ -194,11 +199,6 @@ class Calibrator:
         return total / count
 
 
-def device() -> torch.device:
-    """Where calibration computes."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def split(ids: Tensor, held_out_every: int) -> tuple[Tensor, Tensor]:
     """Windows that are calibrated with, and those that are held out."""
     held = torch.arange(len(ids), device=ids.device) % held_out_every == held_out_every - 1
@@ -209,8 +209,8 @@ def split(ids: Tensor, held_out_every: int) -> tuple[Tensor, Tensor]:
     return ids[~held], ids[held]
 
 
-def tokens(checkpoint: Checkpoint, mixture: Mixture, unfinished: Unfinished) -> Tensor:
-    """The calibration text in the checkpoint's own tokens, int64 [W, L]: windows of texts, then of generated ones."""
+def tokens(checkpoint: Checkpoint, mixture: Mixture, unfinished: Unfinished, device: Device) -> Tensor:
+    """The calibration text in the checkpoint's own tokens, int64 [W, L] on the device; generated windows come last."""
     vocab = checkpoint.architecture.vocab_size
     with tempfile.TemporaryDirectory() as folder:
         info = tokenizer.write(checkpoint.source, Path(folder), vocab)
@@ -218,21 +218,26 @@ def tokens(checkpoint: Checkpoint, mixture: Mixture, unfinished: Unfinished) -> 
     ids = texts.windows(mixture, loaded)
     if mixture.generated is not None:
         prompts = texts.prompt_ids(texts.lines(mixture.generated.prompts), loaded, str(checkpoint.origin))
-        ids = torch.cat([ids, _generated(checkpoint, mixture, prompts, frozenset(info.eos_ids), unfinished)])
+        ids = torch.cat([ids, _generated(checkpoint, mixture, prompts, frozenset(info.eos_ids), unfinished, device)])
     if int(ids.max()) >= vocab:
         raise ExportError(f"the tokenizer gives id {int(ids.max())}, beyond the vocabulary")
-    return ids
+    return ids.to(device)
 
 
 def _generated(
-    checkpoint: Checkpoint, mixture: Mixture, prompts: list[list[int]], ends: frozenset[int], unfinished: Unfinished
+    checkpoint: Checkpoint,
+    mixture: Mixture,
+    prompts: list[list[int]],
+    ends: frozenset[int],
+    unfinished: Unfinished,
+    device: Device,
 ) -> Tensor:
     """Windows that the full model writes; a run that is resumed does not write them again."""
     assert mixture.generated is not None
     if (ids := unfinished.read_windows()) is not None:
         return ids
     a = checkpoint.architecture
-    weights = {name: checkpoint.read(name).to(device()) for name in a.tensor_shapes()}
+    weights = {name: checkpoint.read(name).to(device) for name in a.tensor_shapes()}
     weights.setdefault(HEAD, weights[EMBEDDING])
     ids = texts.conversations(Llama(a).load(weights), prompts, ends, mixture.generated.windows, mixture.length)
     unfinished.write_windows(ids)

@@ -17,10 +17,10 @@ from export.plan import QuantRecipe
 from . import texts
 
 
-def content_key(checkpoint: Checkpoint, recipe: QuantRecipe) -> str:
-    """sha256 over everything that decides the integers."""
+def content_key(checkpoint: Checkpoint, recipe: QuantRecipe, processor: str | None) -> str:
+    """sha256 over everything that decides the integers; `processor` is None where no calibration depends on it."""
     seed = str(checkpoint.origin) if isinstance(checkpoint.origin, Seed) else None
-    return _key({"weights": checkpoint.sha256, "seed": seed}, recipe, checkpoint.architecture)
+    return _key({"weights": checkpoint.sha256, "seed": seed, "processor": processor}, recipe, checkpoint.architecture)
 
 
 def origin_key(origin: Origin, recipe: QuantRecipe, architecture: Architecture) -> str:

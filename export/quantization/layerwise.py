@@ -76,7 +76,7 @@ def round_layers_at_best_scales(
     read: ReadWeight, a: Architecture, schemes: Mapping[str, WeightScheme], stream: Tensor
 ) -> Iterator[tuple[str, Rounded]]:
     """Name and integers of every linear, in execution order. `stream` enters the first layer; it is overwritten."""
-    rope = rope_tables(a, stream.shape[1])
+    rope = rope_tables(a, stream.shape[1], stream.device)
     for index in range(a.num_hidden_layers):
         prefix = f"model.layers.{index}."
         layer = load_layer(read, a, prefix)
@@ -121,7 +121,7 @@ def round_layers(read: ReadWeight, a: Architecture, task: Task, streams: Streams
     `streams` enter the first layer; at the end they are what leaves the last one. Raises ExportError where
     calibration text says too little.
     """
-    rope = tuple(table.to(streams.full.device) for table in rope_tables(a, streams.full.shape[1]))
+    rope = rope_tables(a, streams.full.shape[1], streams.full.device)
     for index in range(a.num_hidden_layers):
         prefix = f"model.layers.{index}."
         full, quantized = load_layer(read, a, prefix), load_layer(read, a, prefix)

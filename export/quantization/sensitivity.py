@@ -55,7 +55,7 @@ def measure(
     """
     # A backward pass through the whole model would hold all its weights and activations. Layer by layer it needs the
     # stream before each layer (computed without gradients) and one layer's graph, built again on the way back.
-    rope = rope_tables(a, streams[0].shape[1])
+    rope = rope_tables(a, streams[0].shape[1], streams[0].device)
     entering = [streams]
     with torch.no_grad():
         for index in range(a.num_hidden_layers):
@@ -83,7 +83,7 @@ def gradient_of_sample(head: Head, stream: Tensor, generator: torch.Generator) -
     probabilities = logits.detach().softmax(-1)
     drawn = torch.multinomial(probabilities, 1, generator=generator)
     of_logits = probabilities.neg_()  # d log p(y) / d logits = onehot(y) − p
-    of_logits[torch.arange(len(drawn)), drawn[:, 0]] += 1
+    of_logits[torch.arange(len(drawn), device=drawn.device), drawn[:, 0]] += 1
     (gradient,) = torch.autograd.grad(logits, stream, of_logits)
     return gradient
 

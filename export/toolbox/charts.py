@@ -42,24 +42,15 @@ LEFT, RIGHT, TOP, BOTTOM = 52, WIDTH - 12, 10, HEIGHT - 34
 """Edges of an inline chart's axes."""
 _KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _LINEAR = re.compile(rf"layers\.(\d+)\.\w+\.({'|'.join(_KINDS)})\b")
+KINDS = len(_KINDS)
 NAMES, CELL = 80, 20
-MAP_HEIGHT = len(_KINDS) * CELL + 16
+MAP_HEIGHT = KINDS * CELL + 16
 """Of a map of linears: width of the names' column, height of a row, height with the numbers of its layers."""
 MOST_TICKS = 7
 
 
-class Bar(NamedTuple):
-    """One horizontal bar; `samples` are drawn on it as dots, in the unit of the value."""
-
-    label: str
-    value: float
-    text: str
-    samples: Sequence[float]
-    colour: int
-
-
 class Series(NamedTuple):
-    """Values over x = 0, 1, 2 and so on, or one for each row."""
+    """Values over x = 0, 1, 2 and so on."""
 
     label: str
     values: Sequence[float]
@@ -123,7 +114,8 @@ def text(x: float, y: float, content: str, css: str = "", anchor: str = "") -> s
     return _element("text", _escape(content), x=x, y=y, css=css, text_anchor=anchor)
 
 
-def _line(x1: float, y1: float, x2: float, y2: float) -> str:
+def line(x1: float, y1: float, x2: float, y2: float) -> str:
+    """A thin line, of a grid or to a name."""
     return _element("line", x1=x1, y1=y1, x2=x2, y2=y2, css="grid")
 
 
@@ -147,6 +139,11 @@ def rect(x: float, y: float, width: float, height: float, **style: str) -> str:
 def circle(x: float, y: float, r: str = "5.5", **style: str) -> str:
     """A point."""
     return _element("circle", cx=x, cy=y, r=r, **style)
+
+
+def hover(x: float, y: float, title: str) -> str:
+    """A place that shows a name under the pointer."""
+    return circle(x, y, "4", title=title, fill="transparent")
 
 
 def colour(series: int) -> str:
@@ -191,49 +188,22 @@ def logarithmic(values: Sequence[float], start: float, end: float) -> _Scale:
     return _Scale(ticks[0], ticks[-1], ticks, start, end, log=True)
 
 
-def _tick_text(value: float) -> str:
+def whole(last: float, start: float, end: float) -> _Scale:
+    """From 0 to `last`, with about four ticks at whole numbers."""
+    return _Scale(0, max(last, 1), range(0, math.floor(last) + 1, max(1, round(last / 4))), start, end, log=False)
+
+
+def tick_text(value: float) -> str:
+    """`0.05`, `2e-03`, `1200`."""
     return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e") if 0 < abs(value) < 0.01 else f"{value:.4g}"
 
 
 def axes(x: _Scale, y: _Scale, x_label: str) -> list[str]:
     """Horizontal grid lines with their values, the values of x, and the label of x."""
-    grid = [_line(x.start, y(tick), x.end, y(tick)) for tick in y.ticks]
-    beside = [text(x.start - 6, y(tick) + 4, _tick_text(tick), MUTED, "end") for tick in y.ticks]
-    below = [text(x(tick), y.start + 16, _tick_text(tick), MUTED, "middle") for tick in x.ticks]
+    grid = [line(x.start, y(tick), x.end, y(tick)) for tick in y.ticks]
+    beside = [text(x.start - 6, y(tick) + 4, tick_text(tick), MUTED, "end") for tick in y.ticks]
+    below = [text(x(tick), y.start + 16, tick_text(tick), MUTED, "middle") for tick in x.ticks]
     return [*grid, *beside, *below, text((x.start + x.end) / 2, y.start + 31, x_label, MUTED, "middle")]
-
-
-def bars(rows: Sequence[Bar], label: str) -> str:
-    """Horizontal bars from zero: label above, value beside, every sample as a dot."""
-    track, height = 312, 46
-    largest = max([1e-12, *(max(row.value, *row.samples, 0.0) for row in rows)])
-    parts = []
-    for i, row in enumerate(rows):
-        y, scale = i * height, (track - 4) / largest
-        bar = rect(0, y + 20, max(row.value * scale, 2), 12, title=f"{row.label}: {row.text}", fill=colour(row.colour))
-        parts += [text(0, y + 14, row.label), text(WIDTH, y + 31, row.text, STRONG, "end")]
-        parts += [rect(0, y + 20, track, 12, css="track"), bar]
-        parts += [circle(value * scale, y + 26, title=f"{value:.4g}", css="sample", r="2.6") for value in row.samples]
-    return inline(len(rows) * height + 4, label, parts)
-
-
-def dots(rows: Sequence[str], series: Sequence[Series], label: str) -> str:
-    """One row per name, one dot per series on a logarithmic axis."""
-    values = [value for line in series for value in line.values if value > 0]
-    if not values:
-        return _nothing(label)
-    left, right, height = 92, WIDTH - 24, 30
-    bottom = 14 + len(rows) * height
-    x = logarithmic(values, left, right)
-    parts = [_line(x(tick), 4, x(tick), bottom) for tick in x.ticks]
-    parts += [text(x(tick), bottom + 16, _tick_text(tick), MUTED, "middle") for tick in x.ticks]
-    for i, row in enumerate(rows):
-        y = 14 + (i + 0.5) * height
-        parts += [text(left - 10, y + 4, row, "", "end"), _line(left, y, right, y)]
-        for dot in series:
-            title = f"{row}, {dot.label}: {dot.values[i]:.2e}"
-            parts.append(circle(x(dot.values[i]), y, title=title, fill=colour(dot.colour)))
-    return inline(bottom + 22, label, parts)
 
 
 def lines(series: Sequence[Series], *, label: str, x_label: str, log: bool) -> str:
@@ -242,7 +212,7 @@ def lines(series: Sequence[Series], *, label: str, x_label: str, log: bool) -> s
     if not values:
         return _nothing(label)
     count = max(len(line.values) for line in series)
-    x = _Scale(0, max(count - 1, 1), range(0, count, max(1, round((count - 1) / 4))), LEFT, RIGHT, log=False)
+    x = whole(count - 1, LEFT, RIGHT)
     y = (logarithmic if log else linear)(values, BOTTOM, TOP)
     drawn = [
         polyline([(x(i), y(value)) for i, value in enumerate(line.values)], line.colour, line.label) for line in series
@@ -263,10 +233,10 @@ def scatter(points: Sequence[Point], label: str, x_label: str, y_label: str) -> 
     ordered = sorted(points, key=lambda point: -point.y)
     rows = apart([y(point.y) for point in ordered])
     parts = [text(16, 22, f"{label} ({y_label})", STRONG), *axes(x, y, x_label)]
-    parts += [_line(x(tick), y.start, x(tick), y.end) for tick in x.ticks]
+    parts += [line(x(tick), y.start, x(tick), y.end) for tick in x.ticks]
     for point, row in zip(ordered, rows, strict=True):
         parts += [
-            _line(x(point.x), y(point.y), names - 8, row),
+            line(x(point.x), y(point.y), names - 8, row),
             circle(x(point.x), y(point.y), css=OURS if point.ours else STOCK),
             text(names, row + 4, point.name, STRONG if point.ours else MUTED),
         ]

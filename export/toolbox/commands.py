@@ -106,14 +106,16 @@ def sign(
     path: _Folder,
     key: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="private key (PEM): P-256, P-384 or P-521")],
 ) -> None:
-    """Write model.sig over everything in a folder that holds what its manifest says."""
+    """Write the provenance of a folder that holds what its manifest says, then model.sig over everything in it."""
     from export.formats import admission
 
-    from . import signature
+    from . import provenance, signature
 
     _require_folder(path)
-    admission.admit(path)
-    say(f"{signature.sign(path, key)}: signed with {key}")
+    described = admission.admit(path)
+    say(
+        f"{provenance.sign(path, described, key)}: signed with {key}", f"{signature.sign(path, key)}: signed with {key}"
+    )
 
 
 def _require_folder(path: Path) -> None:

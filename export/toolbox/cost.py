@@ -19,8 +19,8 @@ from export.checkpoints.origin import parse_origin
 from export.errors import ExportError
 from export.host import memory
 from export.host.console import say
-from export.plan import ModelSpec, QuantRecipe, load_named
-from export.quantization import schemes
+from export.plan import Device, ModelSpec, QuantRecipe, load_named
+from export.quantization import processors, schemes
 from export.quantization.calibration import Calibrator, round_outside, split, tokens
 from export.quantization.rotation import rotated
 from export.quantization.store import Unfinished
@@ -34,12 +34,14 @@ def main(
     model: Annotated[str, typer.Argument(help="a name in configs/models")],
     quant: Annotated[str, typer.Argument(help="a recipe with method gptq")],
     source: Annotated[str | None, typer.Option(help="where the weights are, when not where the YAML says")] = None,
+    device: Annotated[Device, typer.Option(help="where calibration computes")] = "cpu",
     layers: Annotated[int, typer.Option(min=1, help="layers to calibrate")] = 1,
 ) -> None:
     """Time and memory of the first layers, and what the whole model would take."""
     recipe = load_named(QuantRecipe, "quant", quant)
     if recipe.gptq is None or recipe.calibration is None:
         raise ExportError(f"recipe {quant!r}: method {recipe.method!r} calibrates no layers; give one with gptq")
+    processors.require(device)
     origin = None if source is None else parse_origin(source)
     opened = rotated(checkpoints.load(load_named(ModelSpec, "models", model), origin), recipe)
     whole = opened.architecture.num_hidden_layers
@@ -49,7 +51,7 @@ def main(
         unfinished = Unfinished(Path(folder))
         begun = time.perf_counter()
         outside = round_outside(opened, schemes.of_recipe(recipe, short))
-        ids = tokens(opened, recipe.calibration, unfinished)
+        ids = tokens(opened, recipe.calibration, unfinished, device)
         calibrator = Calibrator(opened, recipe, outside, unfinished, *split(ids, recipe.calibration.held_out_every))
         times = [time.perf_counter()]
         with torch.inference_mode():

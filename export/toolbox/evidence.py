@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from export import manifest
+from export.manifest import Sha256
 from export.plan import Name
 
 _HOLDS = ("pass", "inconclusive")
@@ -69,7 +70,7 @@ class Machine(Part):
 class Validation(Part):
     """One artifact, one run."""
 
-    manifest_sha256: str
+    manifest_sha256: Sha256
     device: Name
     emulated: bool
     """Its results count, its timings do not."""

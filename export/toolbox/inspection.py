@@ -9,8 +9,7 @@ from rich.table import Table
 
 from export import formats, manifest
 from export.architecture import Strict
-from export.formats import Contents, admission
-from export.host import transit
+from export.formats import Contents, admission, storage
 from export.host.console import Plain, say
 from export.manifest import FileInfo, Manifest, TensorSpec
 
@@ -33,7 +32,6 @@ class Inspection(Strict):
     sizes: tuple[ModuleSize, ...]
     layers: tuple[LayerScheme, ...]
     files: dict[str, FileInfo]
-    """As they are now; the tables compare them with the manifest, if any."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,10 @@ class Section:
 
 
 def inspect(path: Path) -> Inspection:
-    """Read an artifact folder, or a bare file or package. Raises ExportError: it is neither, or damaged."""
+    """Read an artifact folder that is admitted, or a bare file or package. Raises ExportError: neither, or damaged."""
     if (path / manifest.FILE).is_file():
-        described, files, note = manifest.read(path), manifest.hash_files(path), ""
-        for name in files:
-            transit.require_no_pointer(path / name)
-        admission.refuse(admission.contents(path, described))
+        described, note = admission.admit(path), ""
+        files = described.files
         reader, file = formats.reader(described.plan.target.backend), path / described.plan.target.artifact
         contents = formats.contents(reader, file, described.architecture)
         contents = with_tied_head(contents, described.architecture)
@@ -108,7 +104,8 @@ def _sections(inspection: Inspection) -> Iterator[Section]:
     yield Section("layers", ("layer", "scheme", "count", "bytes"), _layers(inspection.layers))
     if described:
         yield Section("tools", ("tool", "version"), list(described.tools.items()))
-    yield Section("files", ("file", "bytes", "sha256", ""), list(_files(inspection)))
+    files = [(name, f"{info.bytes:,}", info.sha256) for name, info in inspection.files.items()]
+    yield Section("files", ("file", "bytes", "sha256"), files)
 
 
 def _about(described: Manifest) -> list[Row]:
@@ -118,7 +115,7 @@ def _about(described: Manifest) -> list[Row]:
     return [
         ("id", described.id),
         ("model", f"{plan.model.name}, {described.checkpoint.description}, from {described.checkpoint.origin}"),
-        ("recipe", f"{plan.quant.name}: {plan.quant.description}"),
+        ("recipe", f"{plan.quant.name}: {storage.line(described)}"),
         ("target", f"{plan.target.name}: {plan.target.description}"),
         ("bits per weight", f"{quantization.bits_per_weight:.2f}"),
         ("calibrated with", f"{calibration.tokens:,} tokens" if calibration else "no text"),
@@ -181,11 +178,11 @@ def alike(named: Sequence[tuple[str, Row]]) -> list[tuple[str, Row, list[str]]]:
     groups: dict[tuple[str, Row], list[str]] = {}
     for name, values in named:
         groups.setdefault((_LAYER.sub(".*.", name, count=1), values), []).append(name)
-    return [(pattern.replace("*", _numbers(names), 1), values, names) for (pattern, values), names in groups.items()]
+    return [(pattern.replace("*", numbers(names), 1), values, names) for (pattern, values), names in groups.items()]
 
 
-def _numbers(names: Sequence[str]) -> str:
-    """Numbers of layers as ranges: `0–3,7`."""
+def numbers(names: Sequence[str]) -> str:
+    """Numbers of the layers that these tensors are of, as ranges: `0–3,7`."""
     runs: list[list[int]] = []
     for number in sorted(int(match[1]) for name in names if (match := _LAYER.search(name))):
         if runs and number == runs[-1][1] + 1:
@@ -193,16 +190,6 @@ def _numbers(names: Sequence[str]) -> str:
         else:
             runs.append([number, number])
     return ",".join(str(a) if a == b else f"{a}–{b}" for a, b in runs)
-
-
-def _files(inspection: Inspection) -> Iterator[Row]:
-    """Size and digest of each, and how it differs from the manifest."""
-    recorded = inspection.manifest.files if inspection.manifest else inspection.files
-    for name, info in inspection.files.items():
-        note = "differs from the manifest" if name in recorded else "not in the manifest"
-        yield (name, f"{info.bytes:,}", info.sha256, "" if recorded.get(name) == info else note)
-    for name in sorted(recorded.keys() - inspection.files.keys()):
-        yield (name, "", "", "missing")
 
 
 WIDTH, MARGIN, _BAR = 900, 20, 26

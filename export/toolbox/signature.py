@@ -8,10 +8,10 @@ a folder that went through a hub or a file manager stays as it was signed.
 import base64
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from export import manifest
 from export.errors import ExportError
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
 _LARGEST_BYTES = 2**24
 """A signature has a line for every file."""
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What reading JSON that is something else ends in."""
 
 
 def sign(folder: Path, private_key: Path) -> Path:
@@ -32,7 +34,7 @@ def sign(folder: Path, private_key: Path) -> Path:
     `private_key`: PEM, P-256, P-384 or P-521. Raises ExportError: the package is missing, or no such key.
     """
     signing = _library("signing")
-    _require_key(private_key, "private")
+    key(private_key, "private")
     signer = signing.Config().use_elliptic_key_signer(private_key=private_key).set_hashing_config(_everything(folder))
     finished = folder / SIGNATURE
     with tempfile.TemporaryDirectory(dir=folder.resolve().parent, prefix=".sign-") as private:
@@ -49,14 +51,14 @@ def differences(folder: Path, public_key: Path) -> Iterator[str]:
     Raises ExportError: the package is missing, or no such key.
     """
     verifying = _library("verifying")
-    _require_key(public_key, "public")
+    key(public_key, "public")
     signature = folder / SIGNATURE
     if not signature.is_file():
         yield f"{signature}: missing; nobody signed this folder"
         return
     try:
         signed = _signed_files(signature)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except UNREADABLE as error:
         yield f"{signature}: not a signature ({type(error).__name__}); sign the folder again"
         return
     verifier = (
@@ -91,11 +93,16 @@ def _changes(folder: Path, signed: dict[str, str]) -> Iterator[str]:
 
 def _signed_files(signature: Path) -> dict[str, str]:
     """File name → sha256 in the bundle's in-toto statement; to be trusted only once the signature is verified."""
-    if signature.stat().st_size > _LARGEST_BYTES:
-        raise ValueError
-    bundle = json.loads(signature.read_bytes())
+    bundle = json.loads(content(signature))
     statement = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
     return {str(file["name"]): str(file["digest"]) for file in statement["predicate"]["resources"]}
+
+
+def content(path: Path) -> bytes:
+    """Of a signature or a provenance. Raises ValueError: larger than any."""
+    if path.stat().st_size > _LARGEST_BYTES:
+        raise ValueError
+    return path.read_bytes()
 
 
 def _everything(folder: Path) -> "hashing.Config":
@@ -118,23 +125,22 @@ def _library(name: str) -> ModuleType:
         ) from None
 
 
-def _require_key(path: Path, half: str) -> None:
-    """Refuse a file that does not hold this half of a key on a supported curve."""
+def key(path: Path, half: Literal["private", "public"]) -> Any:
+    """Half of a key pair on a supported curve. Raises ExportError: the package is missing, or the file holds none."""
+    _library("signing")
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
-    loaders: dict[str, Callable[[bytes], Any]] = {
-        "private": lambda data: load_pem_private_key(data, None),
-        "public": load_pem_public_key,
-    }
     try:
-        key = loaders[half](path.read_bytes())
+        data = path.read_bytes()
+        read = load_pem_private_key(data, None) if half == "private" else load_pem_public_key(data)
     except TypeError:
         raise ExportError(f"{path}: the key has a passphrase; `openssl pkey -in {path}` writes it without") from None
     except (ValueError, UnsupportedAlgorithm):
         raise ExportError(f"{path}: not a {half} key in PEM; see docs/inspect.md for how to make one") from None
-    if not isinstance(key, EllipticCurvePrivateKey | EllipticCurvePublicKey) or key.curve.name not in _CURVES:
+    if not isinstance(read, EllipticCurvePrivateKey | EllipticCurvePublicKey) or read.curve.name not in _CURVES:
         raise ExportError(
             f"{path}: not an elliptic-curve key on P-256, P-384 or P-521; see docs/inspect.md for how to make one"
         )
+    return read

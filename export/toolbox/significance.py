@@ -5,7 +5,7 @@ repeats on a steady device are, and need the samples, of which a baseline stores
 """
 
 from collections.abc import Sequence
-from math import inf, sqrt
+from math import inf, isfinite, nan, sqrt
 from statistics import stdev
 
 from scipy.stats import t as student_t
@@ -16,8 +16,10 @@ def _half_interval(standard_error: float, freedom: float) -> float:
 
 
 def paired(before: Sequence[float], now: Sequence[float]) -> float:
-    """For the mean difference of the same items measured twice (paired t); 0 for a single item."""
+    """For the mean difference of the same items measured twice (paired t); 0 for a single item, NaN if one is none."""
     differences = [b - a for a, b in zip(before, now, strict=True)]
+    if not all(map(isfinite, differences)):
+        return nan
     count = len(differences)
     return _half_interval(stdev(differences) / sqrt(count), count - 1) if count > 1 else 0.0
 

@@ -17,15 +17,17 @@ from export.host import processes
 from export.manifest import Manifest
 from export.quantization import schemes
 
-from . import signature
+from . import provenance, signature
 
 WORKER = (sys.executable, "-m", "export.toolbox.model_checks")
 
 
 def verify(folder: Path, limit_s: float, public_key: Path | None = None) -> list[str]:
-    """Everything that is wrong. Files outside the folder are never opened; the model is read in a child process.
+    """Everything that is wrong. Files outside the folder are never opened.
 
-    With a key the signature is checked first, and a folder that fails is not read further.
+    The model is read in a child process, once the rest is as it should.
+
+    With a key the signature is checked first, and a folder that fails is not read further; then its provenance.
     """
     if strays := list(manifest.strays(folder)):
         return strays
@@ -37,16 +39,20 @@ def verify(folder: Path, limit_s: float, public_key: Path | None = None) -> list
         return [describe(error)]
     try:
         findings = [*admission.files(folder, described), *_wrong_layers(described)]
+        if public_key:
+            findings += provenance.differences(folder, described, public_key)
     except OSError as error:
         return [describe(error)]
-    return findings + in_child(folder, limit_s)
+    return findings or in_child(folder, limit_s)
 
 
 def about_signature(folder: Path, public_key: Path | None) -> str:
     """The end of the line that reports a whole artifact: whether its signature was checked."""
+    there = [name for name in (manifest.SIGNATURE, manifest.PROVENANCE) if (folder / name).exists()]
     if public_key:
-        return f", and as signed with {public_key}"
-    return f"; {manifest.SIGNATURE} was not checked (give --key)" if (folder / manifest.SIGNATURE).exists() else ""
+        without = "" if manifest.PROVENANCE in there else ", without a provenance"
+        return f", and as signed with {public_key}{without}"
+    return f"; {there[0]} was not checked (give --key)" if there else ""
 
 
 def _wrong_layers(described: Manifest) -> Iterator[str]:

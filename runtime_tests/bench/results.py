@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import AliasChoices, Field
 
 from export.architecture import Strict
+from export.manifest import Commit
 from runtime_tests.evidence.record import Environment, Outcome, Slice
 
 _Passes = tuple[tuple[int, int], ...]
@@ -203,7 +204,7 @@ class Benchmark(Strict):
     started_at: str
     """UTC, ISO 8601."""
     seconds: float
-    commit: str
+    commit: Commit
     dirty: bool | None
     environment: Environment
     load_average_after: float
@@ -266,7 +267,7 @@ class StudyRun(Strict):
     model: str
     evaluation: str
     environment: Environment
-    commit: str
+    commit: Commit
     tools: dict[str, str]
 
 

@@ -11,7 +11,7 @@ from export.checkpoints.whereabouts import told
 from export.errors import ExportError
 from export.host.console import stage
 from export.manifest import Manifest
-from export.quantization import quantize
+from export.quantization import content_key, requantize
 from export.quantization.store import QuantizedModel
 from runtime_tests.evidence.record import Outcome
 from runtime_tests.jobs import SourceDiffersError, WeightsJob
@@ -28,6 +28,7 @@ def check(subject: Subject) -> Finding:
     detail = f"{result['values']:,} integers and scales compared" if result["values"] else "nothing is quantized"
     detail += f", first: {result['first']}" if result["first"] else ""
     detail += f", missing: {result['missing'][0]}" if result["missing"] else ""
+    detail += f"; {result['again']}" if result["again"] else ""
     problems = result["differing"] + len(result["missing"])
     name = "weights: differing numbers"
     return Finding((gates.judge(name, problems, "at most", 0, Outcome.WEIGHTS_DIFFER, detail),))
@@ -35,17 +36,18 @@ def check(subject: Subject) -> Finding:
 
 def rebuild(described: Manifest, source: str | None, cache: Path) -> QuantizedModel:
     """The quantized model of an artifact, from its checkpoint and the cached integers. Raises SourceDiffersError."""
+    recipe, calibrated = described.plan.quant, described.quantization.calibration
+    processor = calibrated.processor if calibrated else None
     try:
         weights = checkpoint_of(described, source)
-        model = quantize(weights, described.plan.quant, cache)
+        if content_key(weights, recipe, processor) != described.quantization.key:
+            raise SourceDiffersError(
+                f"{described.id}: quantized from another checkpoint ({weights.origin} now), or by another version of "
+                "the recipe, export/quantization/ or torchao; build the artifact again"
+            )
+        return requantize(weights, recipe, cache, processor)
     except ExportError as error:
         raise SourceDiffersError(str(error)) from None
-    if model.key != described.quantization.key:
-        raise SourceDiffersError(
-            f"{described.id}: quantized from another checkpoint ({weights.origin} now), or by another version of the "
-            "recipe, export/quantization/__init__.py or torchao; build the artifact again"
-        )
-    return model
 
 
 def checkpoint_of(described: Manifest, source: str | None) -> Checkpoint:
@@ -59,7 +61,10 @@ def checkpoint_of(described: Manifest, source: str | None) -> Checkpoint:
 
 
 def compare(job: WeightsJob) -> dict[str, Any]:
-    """Counts of compared and of differing numbers, the first weight with one, and the names of missing weights."""
+    """Counts of compared and of differing numbers, the first weight with one, the names of missing weights.
+
+    `again` says where the integers were calibrated a second time; empty: they are the first ones.
+    """
     folder = Path(job.folder)
     described = manifest.read(folder)
     model = rebuild(described, job.source, Path(job.cache))
@@ -71,7 +76,20 @@ def compare(job: WeightsJob) -> dict[str, Any]:
         count, wrong = differences(model, stored)
         values, differing = values + count, differing + wrong
         first = first or (stored.name if wrong else "")
-    return {"values": values, "differing": differing, "missing": sorted(missing), "first": first}
+    return {
+        "values": values,
+        "differing": differing,
+        "missing": sorted(missing),
+        "first": first,
+        "again": _calibrated_again(described, model),
+    }
+
+
+def _calibrated_again(described: Manifest, model: QuantizedModel) -> str:
+    was, now = described.quantization.calibration, model.calibration
+    if was is None or now is None or was.processor == now.processor:
+        return ""
+    return f"calibrated on {was.processor}, here again on {now.processor}"
 
 
 def differences(model: QuantizedModel, stored: formats.StoredWeight) -> tuple[int, int]:

@@ -1,19 +1,25 @@
 """Brings coremltools and a Python runner to a Mac.
 
 The Mac needs Python 3.11 or later and a way to the package index: a virtual environment is made in the working folder,
-once.
+once, of wheels whose sha256 are in the lock.
 """
 
+import tempfile
 from importlib.metadata import version
+from pathlib import Path
 
 from devices import Device, Transport
 from export.errors import ExportError
 
 from . import own_runner, started
 from .onnx_kv import CACHE, push_session
+from .sdk import locked, refuse_changed, with_dependencies
 
 _ENVIRONMENT = "runners/coremltools"
 _PYTHON = f"{_ENVIRONMENT}/bin/python"
+_REQUIREMENTS = "runners/coremltools.txt"
+_INSTALL = f"install --quiet --no-deps --only-binary=:all: --require-hashes --requirement {_REQUIREMENTS}"
+"""Wheels only: what a source archive is built with would come without digests."""
 
 
 def install(transport: Transport, device: Device, *, timeout_s: float) -> tuple[str, ...]:
@@ -28,10 +34,14 @@ def install(transport: Transport, device: Device, *, timeout_s: float) -> tuple[
     number = version("coremltools")
     check = ["sh", "-c", f"{_PYTHON} -c 'import coremltools as c; assert c.__version__ == \"{number}\"'"]
     if transport.run(check, timeout_s=timeout_s).returncode:
-        packages = f"coremltools=={number} numpy=={version('numpy')}"
-        script = f"python3 -m venv {_ENVIRONMENT} && {_PYTHON} -m pip install --quiet {packages}"
+        with tempfile.TemporaryDirectory() as scratch:
+            pinned = Path(scratch) / "requirements.txt"
+            pinned.write_text("\n".join(map(locked, with_dependencies("coremltools", "numpy"))), encoding="utf-8")
+            transport.push(pinned, _REQUIREMENTS, timeout_s=timeout_s)
+        script = f"python3 -m venv {_ENVIRONMENT} && {_PYTHON} -m pip {_INSTALL}"
         installed = transport.run(["sh", "-c", script], timeout_s=timeout_s)
         if installed.returncode:
+            refuse_changed(installed.stderr.decode(errors="replace"))
             raise ExportError(f"{device.name}: coremltools=={number} cannot be installed there: {installed.reason}")
     push_session(transport, "mlpackage", timeout_s)
     paths = ("env", "PYTHONPATH=runners", f"PYTHONPYCACHEPREFIX={CACHE}")

@@ -13,6 +13,9 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Literal
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 from devices import last_line
 from export.errors import ExportError
 from export.host.digests import sha256
@@ -25,6 +28,8 @@ LOCK = ROOT / "locks" / "release.txt"
 """Every package with the sha256 of its wheels, for all platforms and Pythons."""
 _PYTHON = "3.11"
 """Of the wheel that is fetched: the C++ libraries in a wheel do not depend on its Python version."""
+_CHANGED = "DO NOT MATCH THE HASHES"
+"""pip's words."""
 _PARTS = ("executorch/lib/", "executorch/include/", "executorch/share/")
 
 
@@ -80,7 +85,10 @@ def _fetch(abi: Abi, version: str, cache: Path) -> Path:
 
 
 def download(packages: Sequence[str], python: str, platforms: Sequence[str], into: Path) -> list[Path]:
-    """The wheels of `name==version` for that Python and the first platform that has one. Raises UnavailableError."""
+    """The wheels of `name==version` for that Python and the first platform that has one.
+
+    Raises UnavailableError: there are none; ExportError: they are not those that the lock holds.
+    """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--python-version", python, "--implementation", "cp"]
     command += ["--abi", f"cp{python.replace('.', '')}", *(f"--platform={platform}" for platform in platforms)]
@@ -89,9 +97,20 @@ def download(packages: Sequence[str], python: str, platforms: Sequence[str], int
     command += ["--require-hashes", "--requirement", str(pinned), "--dest", str(into)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(into.glob("*.whl"))
+    refuse_changed(done.stderr)
     if done.returncode or len(wheels) != len(packages):
         raise UnavailableError(f"pip download failed: {last_line(done.stderr)}")
     return wheels
+
+
+def refuse_changed(pip_said: str) -> None:
+    """Raise ExportError where pip compared a download with the lock and stopped."""
+    if _CHANGED in pip_said:
+        names = ", ".join(re.findall(r"^ +(\S+==\S+) from ", pip_said, re.MULTILINE)) or "a package"
+        raise ExportError(
+            f"{names}: the index has another file than the ones whose sha256 are in locks/{LOCK.name}; nothing of it "
+            "was installed: use an index that you trust (`pip config list` shows yours)"
+        )
 
 
 def locked(package: str) -> str:
@@ -100,6 +119,18 @@ def locked(package: str) -> str:
     if found := re.search(f"^{re.escape(package)}{hashes}", LOCK.read_text(encoding="utf-8"), re.MULTILINE):
         return found[0]
     raise UnavailableError(f"{LOCK}: no hashes of {package}; run `make setup`")
+
+
+def with_dependencies(*names: str) -> list[str]:
+    """`name==version` of installed packages and all that they need, names as the lock spells them."""
+    found, waiting = dict[str, str](), list(names)
+    while waiting:
+        if (name := canonicalize_name(waiting.pop())) not in found:
+            installed = distribution(name)
+            found[name] = f"{name}=={installed.version}"
+            needed = map(Requirement, installed.requires or ())
+            waiting += [one.name for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
+    return sorted(found.values())
 
 
 def settle(finished: Path, place: Path) -> Path:

@@ -11,6 +11,8 @@ from pydantic import ValidationError, model_validator
 from export.architecture import Strict
 from export.errors import ExportError
 from export.host import disk
+from export.host.text import visible
+from export.manifest import Commit
 from export.plan import FileName, Name, explain
 from export.toolbox import evidence
 
@@ -221,7 +223,7 @@ class Record(Strict, evidence.Validation):
     state_before: DeviceState
     state_after: DeviceState
     """Around the timings."""
-    commit: str
+    commit: Commit
     dirty: bool | None
     seconds: float
     gates: tuple[Gate, ...]
@@ -229,6 +231,8 @@ class Record(Strict, evidence.Validation):
     latency: Latency | None
     outcome: Outcome
     detail: str
+    folder: str = ""
+    """Of the artifact, as `folder_text` writes it; empty in records of older versions."""
     notes: tuple[str, ...] = ()
     """What the artifact claims beside what it was judged by."""
 
@@ -236,6 +240,12 @@ class Record(Strict, evidence.Validation):
     def timings(self) -> Latency | None:
         """The timings that may be shown as its speed; None for an emulated device."""
         return self.latency if self.timed else None
+
+
+def folder_text(folder: Path) -> str:
+    """An artifact's folder as a record holds it: relative where it lies below the working folder."""
+    absolute, here = folder.resolve(), Path.cwd()
+    return visible(str(absolute.relative_to(here) if absolute.is_relative_to(here) else absolute))
 
 
 def append(record: Strict, path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from export.architecture import Strict
 from export.errors import ExportError
+from export.manifest import Commit
 from export.toolbox import significance
 from runtime_tests.checks import gates
 
@@ -53,7 +54,7 @@ class Reached(Strict):
     """The baseline of one artifact."""
 
     run_id: str
-    commit: str
+    commit: Commit
     plan_key: PlanKey
     size_bytes: int
     mean_kl: float

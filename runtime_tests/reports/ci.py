@@ -56,10 +56,12 @@ def main(
 
 
 def render(artifacts: Sequence[Judged]) -> str:
-    """The verdict, every artifact, and what changed since the baseline."""
+    """The verdict, every artifact, notes on its verdict, and what changed since the baseline."""
     failed = sum(not artifact.holds for artifact in artifacts)
     verdict = f"{failed} of {len(artifacts)} artifacts failed" if failed else "every artifact holds"
     lines = [f"## Artifacts: {verdict}", "", tables.markdown([_COLUMNS, *map(row, artifacts)])]
+    noted = [(artifact, note) for artifact in artifacts if artifact.record for note in artifact.record.notes]
+    lines += ["", *(f"- {code(artifact.name)}: {escaped(note)}" for artifact, note in noted)] if noted else []
     lines += ["", "### Against the baseline", "", *against(artifacts), *_measured_on(artifacts)]
     return "\n".join(lines) + "\n"
 
@@ -132,6 +134,8 @@ def _suite(artifact: Judged) -> TestSuite:
     facts = {"device": record.device, "cpu": record.environment.cpu, "commit": record.commit, "run_id": record.run_id}
     for name, value in facts.items():
         suite.add_property(name, visible(value))
+    for note in record.notes:
+        suite.add_property("note", visible(note))
     for gate in record.gates:
         suite.add_testcase(_case(artifact.name, gate.name, _verdict(gate)))
     if not artifact.holds and all(gate.verdict != "fail" for gate in record.gates):

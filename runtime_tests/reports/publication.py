@@ -1,13 +1,13 @@
 """Writes records, reports and the measured rows of model cards."""
 
 import errno
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from export import card, manifest
 from export.card import Measured
 from export.errors import ExportError
+from export.host import disk
 from export.host.console import console
 from export.host.text import Markdown, code
 from export.manifest import Manifest
@@ -17,7 +17,7 @@ from runtime_tests.evidence import record as records_file
 from runtime_tests.evidence.record import Comparison, Latency, Record, Slice
 from runtime_tests.tasks import results, tables
 
-from . import html
+from . import html, overview
 
 
 def keep(record: Record, build: Path, folder: Path, described: Manifest) -> None:
@@ -59,18 +59,26 @@ def task_rows(build: Path, manifest_sha256: str) -> list[Measured]:
 
 
 def report(records: Sequence[Record], manifests: Sequence[Manifest], build: Path) -> Path:
-    """Render the run's page; the latest one is also `build/report/index.html`."""
-    page = build / "reports" / records[0].run_id / "index.html"
-    page.write_text(html.render(records, manifests), encoding="utf-8")
-    latest = build / "report" / "index.html"
+    """Render the run's page, the latest one also as `build/report/index.html`, and `build/reports/index.html` over all.
+
+    Each links those before it.
+    """
+    pages, latest = build / "reports", build / "report" / "index.html"
+    run_id = records[0].run_id
+    known = overview.entries(build)
+    runs = overview.runs(build, known)
+    earlier = [run for run in runs if run.has_page and run.run_id < run_id]
     latest.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(page, latest)
+    disk.write_text(pages / run_id / "index.html", html.render(records, manifests, earlier, "../.."))
+    disk.write_text(latest, html.render(records, manifests, earlier, ".."))
+    disk.write_text(pages / "index.html", overview.render(build, known, overview.runs(build, known)))
     return latest
 
 
 def measured_rows(record: Record) -> list[Measured]:
     """The card's table: verdict, accuracy, speed, machine and commit."""
     rows = [Measured("verdict", _verdict(record), f"{len(record.gates)} gates")]
+    rows += [Measured("note", note, "of the verdict") for note in record.notes]
     if record.accuracy.total:
         rows += _total_rows(record.accuracy.total)
     if record.accuracy.quantization:

@@ -1,4 +1,4 @@
-"""A run in the terminal: a table of all artifacts, a table of their losses, then failed gates.
+"""A run in the terminal: a table of all artifacts, a table of their losses, then notes and failed gates.
 
 Plain text where stdout is no terminal.
 """
@@ -48,7 +48,7 @@ def _loss_row(artifact: str, accuracy: Accuracy) -> list[str]:
 
 
 def show(records: Sequence[Record], page: Path) -> None:
-    """Print the run: both tables, each failed gate, the path of the report."""
+    """Print the run: both tables, what the verdicts do not say, each failed gate, the path of the report."""
     console = Plain()
     if console.is_terminal:
         console.print(table(records))
@@ -58,6 +58,8 @@ def show(records: Sequence[Record], page: Path) -> None:
     if losses:
         say("", *plain([_LOSSES, *losses]))
     for record in records:
+        for note in record.notes:
+            console.print(f"{record.artifact}: note: {note}", style="yellow", soft_wrap=True)
         for line in problems(record):
             console.print(line, style="red" if not record.holds else "yellow", soft_wrap=True)
     console.print(f"report: {page}", soft_wrap=True)

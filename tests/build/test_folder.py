@@ -272,6 +272,7 @@ def test_libraries_keep_their_temporary_files_beside_the_artifact(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
+@pytest.mark.hostile("local user", "files in and beside a build's folder, any umask", "kept; modes as ever")
 @MOVED_ARTIFACT
 def test_what_others_put_into_the_folder_is_never_deleted(old, tmp_path):
     out = shutil.copytree(old, tmp_path / "out")
@@ -286,6 +287,7 @@ def test_what_others_put_into_the_folder_is_never_deleted(old, tmp_path):
     assert all((out / name).read_text() == "x" for name in COMPANIONS if "/" not in name or name.startswith("."))
 
 
+@pytest.mark.hostile("local user", "files in and beside a build's folder, any umask", "kept; modes as ever")
 def test_neighbours_that_no_build_made_stay(old, tmp_path):
     """Names that a build might take, taken before it: by the user, or by another who waits for it to follow a link."""
     out = shutil.copytree(old, tmp_path / "out")
@@ -305,6 +307,7 @@ def test_neighbours_that_no_build_made_stay(old, tmp_path):
     assert len(list(tmp_path.glob(".out.*/mine.txt"))) == 6
 
 
+@pytest.mark.hostile("local user", "files in and beside a build's folder, any umask", "kept; modes as ever")
 @pytest.mark.parametrize("umask", [0o000, 0o077])
 def test_an_artifact_has_the_same_modes_whatever_the_umask(umask, tmp_path, monkeypatch):
     before = os.umask(umask)

@@ -87,6 +87,7 @@ NAMES = (
 )
 
 
+@pytest.mark.hostile("text", "variables of make with commands in them", "never run")
 @pytest.mark.parametrize("name", NAMES)
 def test_no_variable_is_run(make, name):
     text = "x;touch${IFS}PWNED;$(shell touch PWNED)`touch PWNED`"

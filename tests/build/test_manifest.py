@@ -75,6 +75,46 @@ NO_NAMES = (
 NO_FILES = ("", ".", "..", "/a", "../a", "a/../b", "a//b", "a/", "./a", "a\\b", "C:\\a", "a\nb", "\x1b[2J", "x" * 256)
 
 
+NO_COMMITS = (
+    *("", "HEAD", "main", "Unknown", "-q", "c" * 39, "c" * 41, "C" * 40, "g" * 40, "c" * 63 + "\n"),
+    *(
+        f"{'c' * 40}\n",
+        f"{'c' * 40};id",
+        f"{'c' * 40} && id",
+        f" {'c' * 40}",
+        f"$(id){'c' * 34}",
+        f"unknown\n{'c' * 40}",
+    ),
+)
+"""A commit becomes a word of a command that people copy, a digest of what they compare."""
+
+
+@pytest.mark.parametrize("text", NO_COMMITS)
+def test_what_is_no_commit_or_digest(text):
+    for form in (manifest.Commit, manifest.Sha256):
+        with pytest.raises(ValidationError, match="String should match pattern"):
+            TypeAdapter(form).validate_python(text)
+    for commit in ("c" * 40, "c" * 64, "unknown"):
+        assert TypeAdapter(manifest.Commit).validate_python(commit) == commit
+
+
+WRONG_DIGESTS = {
+    "source.commit": lambda fields: fields["source"].update(commit="HEAD; id"),
+    "source.sha256": lambda fields: fields["source"].update(sha256="id"),
+    "checkpoint.sha256.model.safetensors": lambda f: f["checkpoint"].update(sha256={"model.safetensors": "$(id)"}),
+    "quantization.calibration.texts.a.txt": lambda fields: fields["quantization"].update(
+        calibration={"texts": {"a.txt": "x"}, "day": None, "tokens": 1, "held_out_kl": None, "candidates": []}
+    ),
+}
+
+
+@pytest.mark.parametrize("field", WRONG_DIGESTS)
+def test_commits_and_digests_are_checked_where_a_manifest_is_read(artifact, field):
+    edit_manifest(artifact, WRONG_DIGESTS[field])
+    with pytest.raises(ExportError, match=f"manifest.json: damaged or of another version: {field}: String should"):
+        manifest.read(artifact)
+
+
 @pytest.mark.parametrize("text", NO_NAMES)
 def test_what_is_no_name(text):
     with pytest.raises(ValidationError, match="is no name: at most 80 letters, digits, _, - and single dots"):
@@ -94,6 +134,7 @@ def test_names_that_people_give():
         assert TypeAdapter(FileName).validate_python(text) == text
 
 
+@pytest.mark.hostile("artifact", "names, ids and paths that lead elsewhere", "refused where the manifest is read")
 @pytest.mark.parametrize(
     ("key", "word"),
     [
@@ -120,6 +161,7 @@ def test_a_plans_names_are_checked_where_a_manifest_is_read(artifact, key, word)
     assert str(refused.value).isprintable()
 
 
+@pytest.mark.hostile("artifact", "names, ids and paths that lead elsewhere", "refused where the manifest is read")
 @pytest.mark.parametrize("identity", ["../../.ssh", "tiny_int4-g32_onnx-cpu", "", "x\n"])
 def test_an_id_is_its_plans(artifact, identity):
     edit_manifest(artifact, lambda fields: fields.update(id=identity))
@@ -127,6 +169,7 @@ def test_an_id_is_its_plans(artifact, identity):
         manifest.read(artifact)
 
 
+@pytest.mark.hostile("artifact", "names, ids and paths that lead elsewhere", "refused where the manifest is read")
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a\nb", "a//b", "\x1b[2Jx"])
 @pytest.mark.parametrize("place", ["files", "checkpoint"])
 def test_file_names_are_checked_where_a_manifest_is_read(artifact, place, name):
@@ -140,13 +183,17 @@ def test_file_names_are_checked_where_a_manifest_is_read(artifact, place, name):
     assert str(refused.value).isprintable()
 
 
+@pytest.mark.hostile("artifact", "names, ids and paths that lead elsewhere", "refused where the manifest is read")
 def test_a_manifest_without_an_end_is_not_read(artifact):
     with (artifact / manifest.FILE).open("r+b") as file:
-        file.truncate(2**26 + 1)
-    with pytest.raises(ExportError, match="more than 64 MiB, which no manifest is"):
+        file.truncate(2**24 + 1)
+    with pytest.raises(ExportError, match="more than 16 MiB, which no manifest is"):
         manifest.read(artifact)
 
 
+@pytest.mark.hostile(
+    "artifact", "code, packages and downloads that a manifest names", "never imported, nothing sent or downloaded"
+)
 @pytest.mark.parametrize("name", ["base", "board", "timing", "site", "pte.x", "__init__"])
 def test_only_a_session_of_ours_is_imported(artifact, name):
     edit_manifest(artifact, lambda fields: fields["plan"]["target"].update(session=name))

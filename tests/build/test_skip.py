@@ -77,7 +77,7 @@ def test_each_change_is_named(copy, source, tmp_path):
     assert reasons(other, copy) == ["checkpoint: local:model.gguf, was local:model"]
     altered(copy, tools__torchao="0.1")
     assert reasons(source, copy) == [f"torchao: {formats.tool_versions()['torchao']}, was 0.1"]
-    altered(copy, tools__torchao=formats.tool_versions()["torchao"], source__sha256="0", source__commit="f" * 40)
+    altered(copy, tools__torchao=formats.tool_versions()["torchao"], source__sha256="0" * 64, source__commit="f" * 40)
     assert reasons(source, copy)[0].startswith("export/: changed since commit ffffffffffff")
 
 
@@ -140,7 +140,7 @@ def test_every_file_that_the_tokenizer_is_made_of_decides_the_key(tmp_path):
             (folder / name).write_text((folder / name).read_text() + " " if (folder / name).is_file() else "{}")
         opened = checkpoints.load(plan().model, parse_origin(str(folder)))
         assert TEMPLATE in opened.sha256 or name != TEMPLATE
-        keys.add(content_key(opened, recipe))
+        keys.add(content_key(opened, recipe, None))
     assert len(keys) == len(names)
 
 

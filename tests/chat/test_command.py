@@ -197,7 +197,7 @@ def set_template(folder, text):
 
 def test_an_artifact_without_a_chat_template(chat, artifact):
     fields = json.loads((artifact / manifest.FILE).read_text())
-    fields["tokenizer"]["has_chat_template"] = False
+    fields["tokenizer"]["chat_example"] = None
     (artifact / manifest.FILE).write_text(json.dumps(fields))
     code, out, err = chat(artifact, typed=b"hello\n")
     assert (code, out) == (1, "")

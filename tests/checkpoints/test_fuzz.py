@@ -80,6 +80,7 @@ def test_device_yaml(tmp_path, monkeypatch, kind, record_property):
 # ── JSON ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.hostile("artifact", "manifests made by chance", "verified, or named in lines")
 @pytest.mark.reliability("manifest.json made by chance", "verified, or named in lines")
 def test_manifest_json(artifact, monkeypatch, record_property):
     monkeypatch.setattr(verification, "in_child", lambda folder, limit_s: [])
@@ -131,6 +132,7 @@ def opened(tmp_path, monkeypatch):
     assert [path for room in rooms for path in room.rglob("*")] == []
 
 
+@pytest.mark.hostile("checkpoint", "headers, JSON and zips made by chance", "read, or one line")
 @pytest.mark.parametrize(("form", "name"), [(form, name) for form, names in FILES.items() for name in names])
 def test_json_of_a_checkpoint(opened, form, name, record_property):
     place, read = opened
@@ -150,6 +152,7 @@ def test_json_of_a_checkpoint(opened, form, name, record_property):
     count(refused, record_property)
 
 
+@pytest.mark.hostile("checkpoint", "headers, JSON and zips made by chance", "read, or one line")
 def test_a_zip_of_tensors(opened, record_property):
     """The central directory, the pickle and the names in it."""
     place, read = opened
@@ -176,6 +179,7 @@ def gguf(path):
     open_source(parse_origin(str(path)), None)
 
 
+@pytest.mark.hostile("checkpoint", "headers, JSON and zips made by chance", "read, or one line")
 @pytest.mark.reliability("{kind} header made by chance", "read, or one line")
 @pytest.mark.parametrize("kind", ["safetensors", "GGUF"])
 def test_headers(tmp_path, kind, record_property):

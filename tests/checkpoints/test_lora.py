@@ -297,6 +297,7 @@ BROKEN = {
     "a magnitude without DoRA": (
         add(Q + "lora_magnitude_vector", 64), "is not merged into",
     ),
+    "a scaling beyond float32": (configure(lora_alpha=1e308), "_proj.weight: the adapter is scaled by 2.5e+307"),
     "DoRA without magnitudes": (configure(use_dora=True), "has no lora_magnitude_vector for"),
     "LoRA on a norm": (
         add("base_model.model.model.norm.lora_A.weight", 4, 64), "is not merged into",
@@ -318,6 +319,9 @@ BROKEN = {
 }  # fmt: skip
 
 
+@pytest.mark.hostile(
+    "adapter", "patterns that never end, numbers out of range, tensors that do not fit", "refused by name"
+)
 @pytest.mark.parametrize("mistake", BROKEN)
 def test_an_adapter_that_does_not_fit_is_refused_by_name(base, adapter, mistake):
     change, words = BROKEN[mistake]

@@ -392,6 +392,9 @@ HOSTILE = {
 }  # fmt: skip
 
 
+@pytest.mark.hostile(
+    "checkpoint", "pickles and zips that run code, name other files or take memory", "not opened; one line"
+)
 @pytest.mark.parametrize("attack", HOSTILE)
 def test_a_file_that_is_no_plain_dictionary_of_weights(tmp_path, monkeypatch, attack):
     monkeypatch.chdir(tmp_path)

@@ -87,6 +87,9 @@ def test_a_model_has_weights_of_its_own_or_needs_a_source():
         origin_of(load_named(ModelSpec, "models", "llama"), None)
 
 
+@pytest.mark.hostile(
+    "artifact", "code, packages and downloads that a manifest names", "never imported, nothing sent or downloaded"
+)
 @pytest.mark.parametrize(
     "text",
     ["package:evil.x/f", "package:evil/../f", "package:evil//etc/f", "package:/f", "package:evil/", "package:a b/f"],
@@ -125,6 +128,9 @@ def hub(place, monkeypatch):
     return snapshot
 
 
+@pytest.mark.hostile(
+    "artifact", "code, packages and downloads that a manifest names", "never imported, nothing sent or downloaded"
+)
 def test_a_hub_model_that_a_manifest_tells_is_the_one_in_the_cache(hub):
     for text in ("hub:owner/name", "owner/name", "hub:owner/name@abc"):
         assert followed(text) == Folder(hub, text)
@@ -132,6 +138,9 @@ def test_a_hub_model_that_a_manifest_tells_is_the_one_in_the_cache(hub):
     assert followed("adapter:model//owner/name").base == Folder(hub, "owner/name")
 
 
+@pytest.mark.hostile(
+    "artifact", "code, packages and downloads that a manifest names", "never imported, nothing sent or downloaded"
+)
 @pytest.mark.parametrize(
     "text",
     [
@@ -248,6 +257,9 @@ def test_a_folder_that_holds_a_gguf_alone_says_which_file_to_give(tmp_path):
     assert refusal(LLAMA, tmp_path) == f"{tmp_path}: no config.json, but m.gguf; give that file"
 
 
+@pytest.mark.hostile(
+    "checkpoint", "links out of the folder, files of a terabyte in holes", "refused, nothing of them read or copied"
+)
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"])
 def test_a_link_out_of_the_folder_is_refused(tmp_path, name):
     write_folder(tmp_path / "checkpoint")

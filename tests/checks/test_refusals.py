@@ -1,6 +1,7 @@
 """`python -m runtime_tests` on a wrong folder, a damaged artifact, a lost checkpoint: one line, cause and remedy."""
 
 import json
+import os
 
 import pytest
 
@@ -85,6 +86,9 @@ def renamed_part(kind, name):
     return change
 
 
+@pytest.mark.hostile(
+    "artifact", "pass marks, golden answers and recipes of its own", "judged by this checkout, and noted"
+)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -134,6 +138,15 @@ def test_limits_that_are_none(check, artifact, tmp_path, text, words):
     assert code == 1
     assert "mine.yaml: " in error
     assert words in error
+
+
+@pytest.mark.hostile("record", "limits that are a pipe or have no end", "one line")
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.touch() or os.truncate(path, 2**40)])
+def test_limits_without_an_end(check, artifact, tmp_path, make):
+    make(tmp_path / "mine.yaml")
+    code, error, _ = check("--limits", tmp_path / "mine.yaml", artifact)
+    line = f"error: {tmp_path}/mine.yaml: no file, or larger than 1048576 bytes, which no YAML of ours is"
+    assert (code, error.splitlines()[-1]) == (1, line)
 
 
 def test_limits_do_not_go_with_tasks(check, artifact, tmp_path):

@@ -112,7 +112,7 @@ def test_what_the_template_writes_is_fed_where_there_is_one(built, artifact):
     start = [ids.bos_id] if ids.bos_id is not None and written[0] != ids.bos_id else []
     window = evaluation.template_window(loaded, described)
     assert window.tokens[0, :-1].tolist() == [*start, *written, *ids.eos_ids]
-    bare = described.model_copy(update={"tokenizer": ids.model_copy(update={"has_chat_template": False, "bos_id": 1})})
+    bare = described.model_copy(update={"tokenizer": ids.model_copy(update={"chat_example": None, "bos_id": 1})})
     assert evaluation.template_window(loaded, bare).tokens[0, :-1].tolist() == [1, *ids.eos_ids]
 
 
@@ -213,6 +213,9 @@ def bring_own(fields, **changes):
     fields["plan"]["target"].update(limits=OWN_LIMITS, limits_on={platform.machine(): OWN_LIMITS}, **changes)
 
 
+@pytest.mark.hostile(
+    "artifact", "pass marks, golden answers and recipes of its own", "judged by this checkout, and noted"
+)
 def test_an_artifact_brings_no_pass_mark_of_its_own(artifact, setting, in_process, capsys):
     """Wrong weights, files recorded anew, limits that nothing exceeds: judged by those of configs/."""
     set_fault(artifact, "flipped scale")
@@ -224,6 +227,9 @@ def test_an_artifact_brings_no_pass_mark_of_its_own(artifact, setting, in_proces
     assert note in capsys.readouterr().err
 
 
+@pytest.mark.hostile(
+    "artifact", "pass marks, golden answers and recipes of its own", "judged by this checkout, and noted"
+)
 def test_golden_tokens_are_those_of_the_model_in_configs(artifact, setting, in_process):
     """A manifest that says its weights are others still builds from the seed whose answer is known."""
     edit_manifest(artifact, lambda fields: fields["plan"]["model"].update(source="seed:7"))
@@ -253,6 +259,7 @@ def test_a_rewriting_error_fails_only_its_gate(artifact, setting, in_process, mo
     assert record.accuracy.total.mean_kl > record.accuracy.quantization.mean_kl + 10 * record.accuracy.lowering.mean_kl
 
 
+@pytest.mark.hostile("record", "damaged and pickled results in the cache", "made again, never unpickled")
 def test_a_damaged_reference_in_the_cache_is_made_again(artifact, setting, in_process, tmp_path):
     setting = replace(setting, cache=tmp_path / "cache")  # that no other test has put references into
     good = check(artifact, setting)
@@ -319,8 +326,10 @@ def test_a_crash_is_one_row_and_the_run_goes_on(command, built, artifact, tmp_pa
     assert "died by SIGSEGV" in out
     lines = (tmp_path / "build" / "records" / "records.jsonl").read_text().splitlines()
     assert [json.loads(line)["outcome"] for line in lines] == ["crash", "pass"]
+    assert [json.loads(line)["folder"] for line in lines] == ["artifact", "good"]
     page = (tmp_path / "build" / "report" / "index.html").read_text()
     assert "1 of 2 artifacts failed" in page
+    assert "1 of 2 failed" in (tmp_path / "build" / "reports" / "index.html").read_text()
 
 
 def test_mistakes_end_in_one_line(command, built, tmp_path, capsys):

@@ -3,11 +3,15 @@
 import re
 import shutil
 import subprocess
+import zipfile
+from functools import partial
 
 import pytest
 
+import devices
 from export.errors import ExportError
-from runtime_tests.device_runner import build, sdk
+from export.host import digests
+from runtime_tests.device_runner import build, mlpackage, sdk
 
 
 def test_a_bundle_is_built_once(bundle, monkeypatch):
@@ -49,6 +53,58 @@ def test_a_wheel_that_cannot_be_had_is_one_line(monkeypatch, tmp_path):
     with pytest.raises(sdk.UnavailableError, match=r"executorch .* for aarch64: pip download failed: ERROR"):
         sdk.find("aarch64", tmp_path / "sdk")
     assert list((tmp_path / "sdk").iterdir()) == []
+
+
+def test_a_wheel_that_is_not_the_locked_one_is_refused(monkeypatch, tmp_path):
+    """An index with an empty wheel of the locked release; the twin has its sha256 in the lock."""
+    (pin,) = sdk.with_dependencies("numpy")
+    wheel = tmp_path / f"{pin.replace('==', '-')}-cp311-cp311-manylinux_2_28_aarch64.whl"
+    described = f"{pin.replace('==', '-')}.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(f"{described}/WHEEL", "Wheel-Version: 1.0\n")
+        archive.writestr(
+            f"{described}/METADATA", "Metadata-Version: 2.1\nName: {}\nVersion: {}\n".format(*pin.split("=="))
+        )
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    (tmp_path / "got").mkdir()
+    fetch = partial(sdk.download, [pin], "3.11", ["manylinux_2_28_aarch64"], tmp_path / "got")
+    with pytest.raises(ExportError, match=f"^{pin}: the index has another file than .* locks/release.txt") as refused:
+        fetch()
+    assert not isinstance(refused.value, sdk.UnavailableError)
+    monkeypatch.setattr(sdk, "LOCK", tmp_path / "lock.txt")
+    sdk.LOCK.write_text(f"{pin} \\\n    --hash=sha256:{digests.sha256(wheel)}\n")
+    assert [path.name for path in fetch()] == [wheel.name]
+
+
+class Mac:
+    """Without coremltools; pip there ends as `pip` says."""
+
+    def __init__(self, pip):
+        self.pip, self.pushed, self.scripts = pip, {}, []
+
+    def push(self, local, remote, *, timeout_s):
+        self.pushed[remote] = local.read_text()
+
+    def run(self, command, *, timeout_s):
+        self.scripts.append(command[-1])
+        return devices.Completed(1, b"", b"ModuleNotFoundError" if len(self.scripts) == 1 else self.pip)
+
+
+def test_a_mac_installs_what_the_lock_holds_and_nothing_else():
+    said = (
+        b"ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE. ...\n    sympy==1 from https://x:\n"
+    )
+    mac = Mac(said + b"        Expected sha256 00\n             Got        11\n")
+    with pytest.raises(ExportError, match=r"^sympy==1: the index has another file than .* locks/release.txt"):
+        mlpackage.install(mac, devices.load("macbook-m3"), timeout_s=1)
+    ((place, pinned),) = mac.pushed.items()
+    assert f"--no-deps --only-binary=:all: --require-hashes --requirement {place}" in mac.scripts[-1]
+    pins = re.findall(r"^([\w.-]+)==\S+ \\\n    --hash=sha256:[0-9a-f]{64}", pinned, re.MULTILINE)
+    assert len(pins) == pinned.count("==")
+    assert {"coremltools", "numpy", "protobuf", "sympy", "mpmath", "typing-extensions"} <= set(pins)
+    with pytest.raises(ExportError, match=r"coremltools==\S+ cannot be installed there: no room$"):
+        mlpackage.install(Mac(b"no room"), devices.load("macbook-m3"), timeout_s=1)
 
 
 def test_no_library_of_the_bundle_comes_from_elsewhere(bundle):

@@ -90,6 +90,9 @@ def test_an_answer_that_is_not_the_documented_one_is_refused(changes):
 ASKED = [Feed((1,)), Generate(2), Top(2), Logits()]
 
 
+@pytest.mark.hostile(
+    "device", "folders, processors, locks and answers of odd words", "reach no path, command or markup; one line"
+)
 @pytest.mark.parametrize(
     ("changes", "word"),
     [

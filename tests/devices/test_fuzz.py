@@ -66,6 +66,7 @@ def stranger(monkeypatch, tmp_path):
     return visit
 
 
+@pytest.mark.hostile("device", "answers made by chance", "a value, or one line")
 def test_answers_of_a_device(stranger, record_property):
     refused = []
     opened = st.just((0, b"/data/run\naarch64\n64\n", False))

@@ -48,6 +48,11 @@ def board(tmp_path, monkeypatch):
         transport.close()
 
 
+@pytest.mark.hostile(
+    "device",
+    "output around our words, without an end, larger than expected",
+    "not taken for an answer; ended in one line",
+)
 @pytest.mark.parametrize("noise", NOISE)
 def test_what_a_board_prints_around_our_words_changes_nothing(board, tmp_path, noise):
     transport, there = board(**NOISE[noise])
@@ -192,6 +197,11 @@ def test_a_script_cut_anywhere_gave_no_answer():
 # --- devices of strangers ---
 
 
+@pytest.mark.hostile(
+    "device",
+    "output around our words, without an end, larger than expected",
+    "not taken for an answer; ended in one line",
+)
 @pytest.mark.parametrize("stream", ["", ">&2"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_board_that_prints_without_an_end_is_one_line(board, tmp_path, when, stream):
@@ -202,6 +212,11 @@ def test_a_board_that_prints_without_an_end_is_one_line(board, tmp_path, when, s
     assert str(refused.value).isprintable()
 
 
+@pytest.mark.hostile(
+    "device",
+    "output around our words, without an end, larger than expected",
+    "not taken for an answer; ended in one line",
+)
 @pytest.mark.parametrize("script", ["yes", "yes >&2", "head -c 70000000 /dev/zero"])
 def test_a_program_that_prints_without_an_end_is_ended(board, script):
     transport, _ = board()
@@ -217,6 +232,11 @@ def test_what_is_said_after_the_deadline_is_not_kept(board, monkeypatch):
         processes.call_held(["sh", "-c", "sleep 0.3; exec yes"], deadline)
 
 
+@pytest.mark.hostile(
+    "device",
+    "output around our words, without an end, larger than expected",
+    "not taken for an answer; ended in one line",
+)
 def test_a_file_larger_than_expected_is_not_fetched(board, tmp_path):
     transport, there = board()
     (there / "logits").write_bytes(bytes(3_000_000))
@@ -232,6 +252,9 @@ ODD_ABIS = {
 }  # fmt: skip
 
 
+@pytest.mark.hostile(
+    "device", "folders, processors, locks and answers of odd words", "reach no path, command or markup; one line"
+)
 @pytest.mark.parametrize("kind", ODD_ABIS)
 def test_a_board_that_reports_no_abi_is_one_line(board, tmp_path, kind):
     put(tmp_path / "tools", "uname", f"printf {ODD_ABIS[kind]}")
@@ -241,6 +264,7 @@ def test_a_board_that_reports_no_abi_is_one_line(board, tmp_path, kind):
     assert len(str(refused.value)) < 600
 
 
+@pytest.mark.hostile("device", "links beside an artifact", "not sent")
 def test_only_the_named_files_of_a_folder_are_sent(board, tmp_path):
     """What hides beside them may be a link to any file of this user."""
     transport, there = board()
@@ -256,6 +280,9 @@ def test_only_the_named_files_of_a_folder_are_sent(board, tmp_path):
 OWNER = lock.Owner.this_process().model_dump()
 
 
+@pytest.mark.hostile(
+    "device", "folders, processors, locks and answers of odd words", "reach no path, command or markup; one line"
+)
 @pytest.mark.parametrize(
     "owner",
     [
@@ -275,6 +302,9 @@ def test_a_lock_that_is_no_json_is_another_runs(text):
     assert lock.Owner.parse(json.dumps(OWNER)) == lock.Owner(**OWNER)
 
 
+@pytest.mark.hostile(
+    "device", "folders, processors, locks and answers of odd words", "reach no path, command or markup; one line"
+)
 def test_words_of_a_device_are_no_markup_in_the_list(monkeypatch, capsys):
     monkeypatch.setattr(listing, "_state", lambda device: (False, "[/nope] [red]x"))
     assert listing.main([]) == 0

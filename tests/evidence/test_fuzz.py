@@ -25,6 +25,7 @@ def folder(built, tmp_path, monkeypatch):
     return shutil.copytree(built, tmp_path / "artifact")
 
 
+@pytest.mark.hostile("record", "records and baselines made by chance", "shown, left out, or one line")
 def test_records(folder, tmp_path, record_property):
     path, described, refused = tmp_path / "records.jsonl", manifest.read(folder), []
     good = json.loads(sample_record(manifest_sha256=manifest.digest(folder)).model_dump_json())
@@ -55,6 +56,7 @@ def test_records(folder, tmp_path, record_property):
     count(refused, record_property)
 
 
+@pytest.mark.hostile("record", "records and baselines made by chance", "shown, left out, or one line")
 def test_a_baseline(folder, tmp_path, record_property):
     refused, run = [], sample_record(manifest_sha256=manifest.digest(folder))
     record.append(run, tmp_path / "records.jsonl")

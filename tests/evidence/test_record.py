@@ -31,6 +31,15 @@ def test_a_record_of_another_shape_is_refused_with_its_line(tmp_path, change):
         record.newest_run(path, "host")
 
 
+@pytest.mark.parametrize("field", ["commit", "manifest_sha256"])
+def test_a_record_whose_commit_or_digest_is_none_is_refused(tmp_path, field):
+    """The report shows `git checkout COMMIT` of it."""
+    path = tmp_path / "records.jsonl"
+    path.write_text(sample_record().model_copy(update={field: "HEAD\nrm -rf ."}).model_dump_json() + "\n")
+    with pytest.raises(ExportError, match=f"line 1.*{field}: String should match pattern"):
+        record.newest_run(path, "host")
+
+
 def test_older_runs_and_other_devices_are_not_read(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_text('{"run_id": "20200101-000000", "device": "host", "of": "another version"}\n')

@@ -5,12 +5,17 @@ Nothing of these folders is run, followed or overwritten; what is refused is nam
 
 import json
 import os
+import re
 import shutil
+import struct
 from dataclasses import replace
+from pathlib import Path
 
 import onnx
 import pytest
 from coremltools.proto import Model_pb2
+from flatbuffers import number_types
+from flatbuffers.table import Table
 from onnx import helper
 
 from export import manifest
@@ -34,6 +39,16 @@ def added(name, text="x"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
         reseal(folder)
+
+    return change
+
+
+def beside(name, make=Path.touch):
+    """Without a word of it in the manifest."""
+
+    def change(folder):
+        (folder / name).parent.mkdir()
+        make(folder / name)
 
     return change
 
@@ -95,6 +110,50 @@ def program(old, new):
     return edit
 
 
+def patched(find, new):
+    """Other bytes where a search of the program's bytes says."""
+
+    def edit(folder):
+        data = bytearray((folder / "model.pte").read_bytes())
+        for at in find(bytes(data)):
+            data[at : at + len(new)] = new
+        (folder / "model.pte").write_bytes(data)
+        reseal(folder)
+
+    return edit
+
+
+def graphs(data):
+    """Where the XNNPACK graphs of a program begin, at their heads."""
+    return [found.start() - 4 for found in re.finditer(b"XH00", data)]
+
+
+def records(data, number, of):
+    """Places of the field with that number in the records of a list of each XNNPACK graph."""
+    for start in graphs(data):
+        (inside,) = struct.unpack_from("<I", data, start + 10)
+        root = Table(data, start + inside + struct.unpack_from("<I", data, start + inside)[0])
+        at = root.Offset(4 + 2 * of)
+        for i in range(root.VectorLen(at)):
+            one = Table(data, root.Indirect(root.Vector(at) + 4 * i))
+            if field := one.Offset(4 + 2 * number):
+                yield one.Pos + field
+
+
+def datatypes(data):
+    """Places of the datatypes of plain values in XNNPACK's graphs."""
+    for at in records(data, 1, 2):
+        one = Table(data, at + struct.unpack_from("<I", data, at)[0])
+        if (field := one.Offset(4)) and one.Get(number_types.Int16Flags, one.Pos + field) == 1:
+            yield one.Pos + field
+
+
+def shared_lists(data):
+    """A list of the program's methods that is as long as the file: each entry is the same method."""
+    root = Table(data, struct.unpack_from("<I", data)[0])
+    return [root.Vector(root.Offset(6)) - 4]
+
+
 def package(change):
     def edit(folder):
         spec = Model_pb2.Model()
@@ -109,6 +168,45 @@ def package(change):
 def operations(spec):
     (block,) = spec.mlProgram.functions["main"].block_specializations.values()
     return block.operations
+
+
+def contents(change):
+    def edit(folder):
+        path = folder / PACKAGE / "Manifest.json"
+        path.write_text(change(path.read_text()))
+        reseal(folder)
+
+    return edit
+
+
+def unknown_field(name):
+    """A field of a protobuf that this version of its schema does not have, which other readers may follow."""
+
+    def edit(folder):
+        with (folder / name).open("ab") as file:
+            file.write(b"\xfa\xf0\x04\x04evil")
+        reseal(folder)
+
+    return edit
+
+
+def nested_weights(spec):
+    one = next(one for one in operations(spec) if one.attributes["val"].immediateValue.HasField("tensor"))
+    value = one.attributes["val"].immediateValue.list.values.add()
+    value.blobFileValue.fileName = "@model_path/../../../../secret"
+
+
+def fields_of_data(model):
+    next(one for one in model.graph.initializer if one.external_data).external_data.add(key="checksum", value="x")
+
+
+def with_holes(name):
+    """Far larger than the manifest says, without taking any room: to hash it takes an hour."""
+
+    def edit(folder):
+        os.truncate(folder / name, 2**42)
+
+    return edit
 
 
 def listed(change):
@@ -151,6 +249,10 @@ HOSTILE = {
     "Python code": (ONNX, added("__init__.py"), "file '__init__.py': no part"),
     "code deeper": (PTE, added("additional_chat_templates/x.py"), "file 'additional_chat_templates/x.py': no part"),
     "a template deeper": (PTE, added("additional_chat_templates/a/x.jinja"), "a/x.jinja': no part"),
+    "a template that hides": (
+        ONNX, beside("additional_chat_templates/.x.jinja"), "additional_chat_templates/.x.jinja: not listed"),
+    "a hidden template that is a pipe": (
+        ONNX, beside("additional_chat_templates/.x.jinja", os.mkfifo), ".x.jinja: neither a file nor a folder"),
     "weights beside": (PTE, added("weights.ptd"), "file 'weights.ptd': no part of an artifact of pte"),
     "a file in the package": (COREML, added(f"{PACKAGE}/Data/more.bin"), "Data/more.bin': no part"),
     "a hidden file that is listed": (
@@ -190,11 +292,25 @@ HOSTILE = {
     "a function": (ONNX, graph(foreign_function), "the model has functions; refused"),
     "a subgraph": (ONNX, graph(branch), ".then_branch' has g; refused"),
     "metadata": (ONNX, graph(lambda m: m.metadata_props.add(key="ort_config", value="{}")), "has metadata_props"),
+    "an unknown field": (ONNX, unknown_field("model.onnx"), "model.onnx: holds fields that no build writes; refused"),
+    "more about data": (ONNX, graph(fields_of_data), "external data with 'checksum'; refused"),
+    "a file with holes": (ONNX, with_holes("model.onnx.data"), f"{2**42} bytes, manifest.json says"),
+    "a tokenizer with holes": (
+        ONNX, listed(lambda f: f["files"]["tokenizer.json"].update(bytes=2**40)), f"{2**40} bytes, which no such file"),
     "data in another file": (ONNX, graph(data_in("tokenizer.json")), "external data 'tokenizer.json', not model.onnx"),
     "data outside": (ONNX, graph(data_in("../secret")), "external data '../secret'"),
     "a kernel": (PTE, program(b"llama::custom_sdpa", b"evil::custom_sdpa!"), "operator 'evil::custom_sdpa!.out'"),
     "a delegate": (PTE, program(b"XnnpackBackend", b"QnnBackendEvil"), "delegate 'QnnBackendEvil'; refused"),
     "a method": (PTE, program(b"get_vocab_size", b"get_vocab_evil"), "method 'get_vocab_evil'; refused"),
+    "data beside the segments": (
+        PTE, patched(lambda d: [at + 22 for at in graphs(d)], bytes([1])), "graph 0 has data inside of it"),
+    "a graph that leaves its segment": (
+        PTE, patched(lambda d: [at + 14 for at in graphs(d)], bytes(3) + b"\x01"), "XNNPACK graph 0 has another head"),
+    "a node of XNNPACK": (
+        PTE, patched(lambda d: records(d, 0, 1), bytes([6])), "XNNPACK graph 0 has a node of kind 6; refused"),
+    "a datatype of XNNPACK": (PTE, patched(datatypes, bytes([4])), "graph 0 has a value of datatype 4; refused"),
+    "lists that lie in each other": (
+        PTE, patched(shared_lists, struct.pack("<I", 2**30)), "model.pte is not readable: "),
     "a method's answer": (
         PTE, listed(lambda f: f["tokenizer"].update(eos_ids=[1])), "get_eos_ids returns [257], the manifest has [1]"),
     "an operation": (
@@ -202,6 +318,14 @@ HOSTILE = {
     "a second function": (
         COREML, package(lambda s: s.mlProgram.functions["evil"].CopyFrom(s.mlProgram.functions["main"])),
         "function 'evil'; refused"),
+    "weights outside, in a list": (COREML, package(nested_weights), "a value that is no tensor, of operation 'const'"),
+    "an unknown field of a package": (COREML, unknown_field(MODEL), "holds fields that no build writes; refused"),
+    "more about an item": (
+        COREML, contents(lambda text: text.replace('"name": "weights",', '"name": "weights", "url": "http://x",')),
+        "Manifest.json: not written as a build writes it; refused"),
+    "an item given twice": (
+        COREML, contents(lambda text: text.replace('"path": "com', '"path": "../x", "path": "com', 1)),
+        "Manifest.json: not written as a build writes it; refused"),
     "weights outside": (
         COREML,
         package(lambda s: operations(s)[0].attributes["x"].blobFileValue.MergeFromString(b"\x0a\x0a@x/../../y")),
@@ -213,6 +337,8 @@ HOSTILE = {
     "code of a tokenizer": (
         ONNX, tokenizer_config(auto_map={"AutoTokenizer": ["x.Evil", None]}), "auto_map: names code or other files"),
     "another tokenizer file": (ONNX, tokenizer_config(fast_tokenizer_files=["tokenizer.4.json"]), "fast_tokenizer"),
+    "a tokenizer outside": (ONNX, tokenizer_config(tokenizer_file="/etc/passwd"), "tokenizer_file: names code"),
+    "a vocabulary outside": (PTE, tokenizer_config(vocab_file="../vocab.json"), "vocab_file: names code"),
 }  # fmt: skip
 
 
@@ -241,6 +367,10 @@ def refused(here, command, export_command, capsys, setting, tmp_path):
             tasks.evaluate([(folder, described)], options, tmp_path)
         yield "tasks", str(raised.value)
         yield "baseline", baseline.judge(folder, tmp_path / "none", "host").problem
+        for name, others in (("inspect", ()), ("diff", (folder,))):
+            code, out, err = export_command(name, folder, *others)
+            assert (code, out) == (1, "")
+            yield name, err.removeprefix("error: ").rstrip()
         (tmp_path / "key").touch()
         code, out, err = export_command("sign", folder, "--key", tmp_path / "key")
         assert (code, out) == (1, "")
@@ -249,7 +379,11 @@ def refused(here, command, export_command, capsys, setting, tmp_path):
     return ask
 
 
-@pytest.mark.reliability("a stranger's artifact: files, options, operators and links that no build writes", "one line")
+@pytest.mark.hostile(
+    "artifact",
+    "libraries, code, links, pipes, options, operators, nodes and references that no build writes",
+    "refused, in the same line by every command",
+)
 @pytest.mark.parametrize("what", HOSTILE)
 def test_whatever_opens_an_artifact_refuses_a_hostile_one_alike(what, tiny, tmp_path, refused):
     target, change, words = HOSTILE[what]

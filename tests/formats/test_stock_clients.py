@@ -3,9 +3,6 @@
 On the real default model, because a random model generates no text.
 """
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -15,6 +12,7 @@ from export.checkpoints.tokenizer import load
 from export.pipeline import export
 from export.plan import load_plan
 from runtime_tests.sessions import greedy, open_session
+from tests.formats.cards import snippets
 
 QUESTION = [{"role": "user", "content": "Name three colours of the rainbow."}]
 LENGTH = 40
@@ -131,12 +129,10 @@ def test_onnxruntime_genai_gives_our_text(built):
     assert text == our_answer(folder)
 
 
-@pytest.mark.parametrize("target", ["executorch-xnnpack", "onnx-cpu"])
-def test_the_cards_python_snippet_runs_as_it_stands(built, target):
+@pytest.mark.parametrize("target", ["executorch-xnnpack", "onnx-cpu", "coreml"])
+def test_the_cards_python_answers_as_it_stands(built, target, tmp_path):
     folder = built(target)
-    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=False, cwd=folder, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.split()) > 5
+    for _, code in snippets.python((folder / "README.md").read_text()):
+        done = snippets.run(folder, snippets.EVALUATED * (target == "coreml") + code, tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "The capital of France is Paris" in done.stdout

@@ -56,7 +56,7 @@ def keys(built, tmp_path, monkeypatch):
                 file.write("\n# another version\n")
         kinds = ("huggingface", "fp32", "quantized", "noise")
         return {
-            "store": quantization.content_key(opened, plan.quant),
+            "store": quantization.content_key(opened, plan.quant, None),
             **{kind: reference.locate(kind, described, tokens, tmp_path).name for kind in kinds},
             "artifact": skip.reasons(plan, None, built),
         } | ({"tasks": run.reference_key(described, asked)} if TASKS else {})
@@ -152,7 +152,7 @@ def test_tokenizer_files_are_part_of_a_checkpoint(tmp_path):
     again = checkpoints.load(model, parse_origin(str(source)))
     assert again.sha256.keys() - opened.sha256.keys() == {"special_tokens_map.json"}
     assert again.bits_per_weight == opened.bits_per_weight
-    assert quantization.content_key(again, recipe) != quantization.content_key(opened, recipe)
+    assert quantization.content_key(again, recipe, None) != quantization.content_key(opened, recipe, None)
 
 
 def test_origin_and_digests_import_no_torch():

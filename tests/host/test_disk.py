@@ -57,6 +57,7 @@ def test_a_lock_is_gone_in_the_end_and_one_that_was_removed_locks_nothing(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.hostile("local user", "links planted where we write", "replaced or refused, never followed")
 def test_a_link_in_place_of_a_lock_is_refused_and_what_it_names_stays(tmp_path):
     (tmp_path / "precious").write_text("mine")
     (tmp_path / ".out.lock").symlink_to("precious")
@@ -64,6 +65,7 @@ def test_a_link_in_place_of_a_lock_is_refused_and_what_it_names_stays(tmp_path):
     assert (tmp_path / "precious").read_text() == "mine"
 
 
+@pytest.mark.hostile("local user", "links planted where we write", "replaced or refused, never followed")
 def test_a_text_is_written_beside_and_replaces_a_link(tmp_path):
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "README.md").symlink_to("precious")

@@ -46,6 +46,7 @@ GOOD = {
 }  # fmt: skip
 
 
+@pytest.mark.hostile("device", "answers made by chance", "a value, or one line")
 def test_answers_of_a_runner(built, record_property):
     """What was timed becomes numbers of a record that can be read again."""
     described, refused = manifest.read(built), []

@@ -141,7 +141,7 @@ def assert_same(model, expected):
 
 
 def ids_of(opened, mixture):
-    return calibration.tokens(opened, mixture, Unfinished(Path("/nowhere")))
+    return calibration.tokens(opened, mixture, Unfinished(Path("/nowhere")), "cpu")
 
 
 def divergence(opened, model):
@@ -199,15 +199,15 @@ def test_an_interrupted_run_goes_on_where_it_was(plan, opened, calibrated, tmp_p
 def test_other_text_is_another_model(plan, opened):
     fewer = TEXT.model_copy(update={"texts": TEXT.texts[:1]})
     other = plan.quant.model_copy(update={"calibration": fewer})
-    assert quantization.content_key(opened, plan.quant) != quantization.content_key(opened, other)
+    assert quantization.content_key(opened, plan.quant, None) != quantization.content_key(opened, other, None)
 
 
 def test_the_text_itself_is_part_of_the_key(plan, opened, monkeypatch, tmp_path):
-    before = quantization.content_key(opened, plan.quant)
+    before = quantization.content_key(opened, plan.quant, None)
     for text in TEXT.texts:
         (tmp_path / text.file).write_text("other words " * 2000)
     monkeypatch.setattr("export.quantization.texts.TEXT", tmp_path)
-    assert quantization.content_key(opened, plan.quant) != before
+    assert quantization.content_key(opened, plan.quant, None) != before
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def six_bits(plan, opened, tmp_path_factory):
 @pytest.fixture(scope="module")
 def sensitivities(plan, opened):
     """On many windows, so that the draw of tokens matters little."""
-    ids = calibration.tokens(opened, TEXT, Unfinished(Path("/nowhere")))
+    ids = calibration.tokens(opened, TEXT, Unfinished(Path("/nowhere")), "cpu")
     norm = RMSNorm(256, opened.architecture.rms_norm_eps)
     norm.weight = torch.nn.Parameter(opened.read("model.norm.weight"), requires_grad=False)
     table = opened.read(EMBEDDING)
@@ -142,7 +142,8 @@ def test_it_loses_less_than_without_promotion(plan, opened, six_bits, tmp_path):
 
 
 def test_the_loss_on_held_out_windows_is_the_models(opened, six_bits):
-    _, held_out = calibration.split(calibration.tokens(opened, TEXT, Unfinished(Path("/nowhere"))), TEXT.held_out_every)
+    ids = calibration.tokens(opened, TEXT, Unfinished(Path("/nowhere")), "cpu")
+    _, held_out = calibration.split(ids, TEXT.held_out_every)
     read = lambda name: opened.read(EMBEDDING if name == "lm_head.weight" else name)  # noqa: E731
     with torch.no_grad():
         p = eager(read, opened.architecture, "none")(held_out)[0].log_softmax(-1)
@@ -182,7 +183,8 @@ def test_scales_for_what_is_computed_lose_less_than_nearest(plan, opened, tmp_pa
     scales = quantization.quantize(opened, searched, tmp_path)
     plain = quantization.quantize(opened, plan.quant, tmp_path)
     gptq = quantization.quantize(opened, mixed(plan), tmp_path)
-    held_out = calibration.split(calibration.tokens(opened, TEXT, Unfinished(Path("/nowhere"))), TEXT.held_out_every)[1]
+    ids = calibration.tokens(opened, TEXT, Unfinished(Path("/nowhere")), "cpu")
+    held_out = calibration.split(ids, TEXT.held_out_every)[1]
     read = lambda name: opened.read(EMBEDDING if name == "lm_head.weight" else name)  # noqa: E731
     with torch.no_grad():
         p = eager(read, opened.architecture, "none")(held_out)[0].log_softmax(-1)

@@ -175,8 +175,8 @@ def test_the_seed_decides_every_rotation():
 
 
 def test_the_seed_is_part_of_the_key():
-    keys = [quantization.content_key(opened(), plan_of(seed=seed).quant) for seed in (0, 1)]
-    keys.append(quantization.content_key(opened(), load_plan("tiny", "int4-g32", "onnx-cpu").quant))
+    keys = [quantization.content_key(opened(), plan_of(seed=seed).quant, None) for seed in (0, 1)]
+    keys.append(quantization.content_key(opened(), load_plan("tiny", "int4-g32", "onnx-cpu").quant, None))
     assert len(set(keys)) == 3
 
 
@@ -234,7 +234,7 @@ def test_calibration_walks_the_rotated_model(tmp_path):
     recipe = plan_of(method="gptq", calibration=TEXT, gptq=Gptq(damping=0.01, pull=0.02)).quant
     weights = opened()
     model = quantization.quantize(weights, recipe, tmp_path)
-    ids = calibration.tokens(weights, TEXT, Unfinished(tmp_path / "none"))
+    ids = calibration.tokens(weights, TEXT, Unfinished(tmp_path / "none"), "cpu")
     _, held_out = calibration.split(ids, TEXT.held_out_every)
     with torch.no_grad():
         full = eager(weights.read, weights.architecture, "none")(held_out)[0].log_softmax(-1)

@@ -64,10 +64,10 @@ def test_a_finished_answer_is_followed_by_the_next_prompt(model):
 
 def test_generated_windows_are_kept_by_an_interrupted_run(opened, tmp_path, monkeypatch):
     unfinished = Unfinished(tmp_path / "unfinished")
-    first = calibration.tokens(opened, WRITTEN, unfinished)
+    first = calibration.tokens(opened, WRITTEN, unfinished, "cpu")
     assert first.shape == (5, 24)
     monkeypatch.setattr(texts, "conversations", lambda *_: pytest.fail("written again"))
-    assert torch.equal(calibration.tokens(opened, WRITTEN, unfinished), first)
+    assert torch.equal(calibration.tokens(opened, WRITTEN, unfinished, "cpu"), first)
 
 
 def test_a_tokenizer_without_a_chat_template_cannot_generate(opened, tmp_path):
@@ -81,11 +81,11 @@ def test_a_tokenizer_without_a_chat_template_cannot_generate(opened, tmp_path):
 def test_prompts_are_part_of_what_decides_the_integers(opened, tmp_path, monkeypatch):
     plan = load_plan("tiny", "int4-g32-gptq", "onnx-cpu").quant
     recipe = plan.model_copy(update={"calibration": WRITTEN})
-    before = quantization.content_key(opened, recipe)
+    before = quantization.content_key(opened, recipe, None)
     (tmp_path / "prompts.txt").write_text("Another question?\n")
     (tmp_path / "prose.txt").write_text(texts.read("prose.txt"))
     monkeypatch.setattr(texts, "TEXT", tmp_path)
-    assert quantization.content_key(opened, recipe) != before
+    assert quantization.content_key(opened, recipe, None) != before
     assert set(texts.sha256(WRITTEN)) == {"prose.txt", "prompts.txt"}
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from export import manifest
 from export.manifest import CalibrationInfo
-from runtime_tests.reports import html
+from runtime_tests.reports import html, plots
 from tests.support.records import sample_record
 
 
@@ -16,7 +16,7 @@ def mixed(tiny):
 
 
 def test_every_linear_has_a_cell_and_the_promoted_ones_a_frame(mixed):
-    drawn = html.choice_map(mixed)
+    drawn = plots.choice_map(mixed)
     chosen = [candidate for candidate in mixed.quantization.calibration.candidates if candidate.promoted]
     assert drawn.count("<rect") == len(mixed.architecture.linear_shapes())
     assert drawn.count("stroke-width") == len(chosen)
@@ -25,11 +25,11 @@ def test_every_linear_has_a_cell_and_the_promoted_ones_a_frame(mixed):
 
 def test_the_front_ends_where_everything_is_promoted_and_holds_the_choice(mixed):
     candidates = mixed.quantization.calibration.candidates
-    points = html.pareto(candidates, html.smallest_mb(mixed), 1.0)
+    points = plots.pareto(candidates, plots.smallest_mb(mixed), 1.0)
     assert len(points) == len(candidates) + 1
     assert [x for x, _ in points] == sorted(x for x, _ in points)
     assert [y for _, y in points] == sorted((y for _, y in points), reverse=True)
-    drawn = html.front(mixed)
+    drawn = plots.front(mixed)
     chosen = [candidate for candidate in candidates if candidate.promoted]
     assert f"{len(chosen)} of {len(candidates)} linears promoted" in drawn
     size = re.search(r"([\d.]+) MB, KL", drawn).group(1)
@@ -43,10 +43,10 @@ def test_the_front_ends_where_everything_is_promoted_and_holds_the_choice(mixed)
 
 def test_without_promotion_nothing_is_drawn(built, mixed):
     plain = manifest.read(built)
-    assert html.choice_map(plain) == html.front(plain) == ""
+    assert plots.choice_map(plain) == plots.front(plain) == ""
     info = mixed.quantization.calibration.model_dump() | {"held_out_kl": None}
     unknown = mixed.quantization.model_copy(update={"calibration": CalibrationInfo(**info)})
-    assert html.front(mixed.model_copy(update={"quantization": unknown})) == ""
+    assert plots.front(mixed.model_copy(update={"quantization": unknown})) == ""
 
 
 def test_the_report_shows_them(mixed, built):

@@ -1,5 +1,6 @@
 """The page holds the numbers, loads nothing, and says what failed."""
 
+import ast
 import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -7,13 +8,16 @@ from xml.etree import ElementTree
 import pytest
 
 from export import manifest
+from export.formats import storage
 from export.toolbox import charts
 from runtime_tests.checks import loss
 from runtime_tests.evidence.record import Outcome
-from runtime_tests.reports import html, summary
+from runtime_tests.evidence.regression import AGAINST
+from runtime_tests.reports import html, meanings, plots, summary
+from tests.support import shape
 from tests.support.records import sample_record
 
-VOID = {"meta", "link", "img", "br", "hr", "input"}
+VOID = {"meta", "link", "img", "br", "hr", "input", "wbr"}
 
 
 class Balance(HTMLParser):
@@ -21,12 +25,13 @@ class Balance(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.open, self.fetched = [], []
+        self.open, self.fetched, self.links = [], [], []
 
     def handle_starttag(self, tag, attrs):
         if tag not in VOID:
             self.open.append(tag)
-        self.fetched += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        found = [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        (self.links if tag == "a" else self.fetched).extend(found)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -48,6 +53,82 @@ def test_the_page_holds_the_numbers(page):
     assert "python -m export tiny int4-g32 fake" in commands
     validated = f"python -m runtime_tests --device {record.device} --eval {record.accuracy.evaluation}"
     assert commands[-1] == f"{validated} build/tiny_int4-g32_fake"
+
+
+def test_every_gate_has_a_meaning_on_the_page(page):
+    """Their names are the first argument of the functions that make them."""
+    names = [AGAINST]
+    for path in (file for file in shape.product_code() if file.suffix == ".py"):
+        for node in ast.walk(shape.tree(path)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("judge", "count"):
+                words = [part.value for part in node.args[:1] if isinstance(part, ast.Constant)]
+                names += [word for word in words if isinstance(word, str) and len(node.args) > 2]
+    assert "lowering: SQNR" in names
+    assert "files intact: problems" in names
+    assert {name for name in names if not meanings.of(name)} == set()
+    assert meanings.of("lowering: mean KL") in page(sample_record())
+
+
+def test_counts_are_shown_as_counts(page):
+    gate = sample_record().gates[0]
+    text = page(sample_record(gates=(gate.model_copy(update={"value": 122907.0, "limit": 0.0}),)))
+    assert ">122,907</td>" in text
+    assert ">at most 0</td>" in text
+
+
+def test_notes_stand_beside_the_verdict(page):
+    note = "not judged by the limits that it brings: target.max_mean_kl 0.1"
+    summary_of, _, gates = page(sample_record(notes=(note,))).partition("Where the loss is")
+    assert f"Not{note[3:]}." in summary_of
+    assert f"Not{note[3:]}." in gates
+
+
+def test_the_page_shows_the_recipe_as_it_was_quantized(page, built):
+    described = manifest.read(built)
+    text = page(sample_record())
+    assert f"<dd>{storage.line(described)}</dd>" in text
+    for kind in ("q_proj", "down_proj", "embedding", "head"):
+        assert f"<td>{kind}</td>" in text
+    assert described.plan.quant.description not in text
+    for fact in ("random weights, seed 20", "none: random weights", "no: the checkpoint was not quantized before"):
+        assert f"<dd>{fact}</dd>" in text
+    assert '<td data-label="context, tokens">256</td>' in text
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        (
+            False,
+            "yes: the second time lost KL 4.7e-05; what the first one lost is unknown without the floats before it",
+        ),
+        (True, "no: every integer is the checkpoint&#39;s own"),
+    ],
+)
+def test_a_detour_says_what_is_known_of_its_loss(built, kept, said):
+    described = manifest.read(built)
+    layers = tuple(layer.model_copy(update={"kept": kept}) for layer in described.quantization.layers)
+    described = described.model_copy(
+        update={
+            "quantization": described.quantization.model_copy(update={"layers": layers}),
+            "checkpoint": described.checkpoint.model_copy(update={"bits_per_weight": 4.5}),
+        }
+    )
+    text = html.render([sample_record()], [described])
+    assert "<dd>4.5 per weight: quantized before</dd>" in text
+    assert said in text
+
+
+def test_the_worst_layers_are_named_in_the_plot_and_every_layer_on_hover(built):
+    described = manifest.read(built)
+    inside = [layer for layer in described.quantization.layers if "proj" in layer.name]
+    drawn = ElementTree.fromstring(plots.layer_plot([described]))
+    words = [element.text for element in drawn if element.tag == "text"]
+    for layer in sorted(inside, key=lambda layer: layer.sqnr_db)[:3]:
+        _, _, number, _, kind, _ = layer.name.split(".")
+        assert f"{number} {kind} {layer.sqnr_db:.1f}" in words
+    titles = {title.text for title in drawn.iter("title")}
+    assert {f"{layer.name}: {layer.sqnr_db:.1f} dB" for layer in inside} <= titles
 
 
 def test_the_page_shows_every_slice_of_every_comparison(page):
@@ -101,6 +182,8 @@ def test_the_page_loads_nothing_and_is_well_formed(page):
     parser.feed(text)
     assert parser.open == []
     assert parser.fetched == []
+    assert parser.links
+    assert all(link.startswith(("#", "../../reports/")) for link in parser.links)
     assert not re.search(r"https?://|@import|url\(|<script", text)
 
 
@@ -123,8 +206,15 @@ def test_plots_are_valid_svg_for_any_numbers(values, log):
     drawn = charts.lines([charts.Series("a<b", values, 0)], label="x", x_label="step", log=log)
     assert "nan" not in drawn
     ElementTree.fromstring(drawn)
-    ElementTree.fromstring(charts.dots(["row"] * len(values), [charts.Series("a", values, 7)], "x"))
-    ElementTree.fromstring(charts.bars([charts.Bar("a&b", abs(v), "1", [abs(v)], 1) for v in values], "x"))
+
+
+@pytest.mark.parametrize("rates", [(0.0, 0.0), (1e-12,), (5.0, 5.0, 1e9)])
+def test_bars_and_their_repeats_stay_on_the_track(rates):
+    record = sample_record()
+    test = record.latency.tests[-1].model_copy(update={"avg_ts": rates[0], "samples_ts": rates})
+    latency = record.latency.model_copy(update={"tests": (record.latency.tests[0], test)})
+    (row,) = plots.decode([record.model_copy(update={"latency": latency})], ["a"])
+    assert all(0 <= at <= 100 for at in (row.share, *(dot.at for dot in row.dots)))
 
 
 def test_the_terminal_names_the_worst_text_and_positions(tmp_path, capsys):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
 
 from export import manifest, pipeline
 from export.formats import admission
@@ -75,3 +76,14 @@ def add_companions(folder: Path) -> None:
     for name in COMPANIONS:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("x")
+
+
+def write_key(folder, name, private, passphrase=None):
+    """NAME.pem and NAME.pub.pem, as openssl writes them."""
+    pem = serialization.Encoding.PEM
+    lock = serialization.BestAvailableEncryption(passphrase) if passphrase else serialization.NoEncryption()
+    paths = folder / f"{name}.pem", folder / f"{name}.pub.pem"
+    paths[0].write_bytes(private.private_bytes(pem, serialization.PrivateFormat.PKCS8, lock))
+    public = private.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+    paths[1].write_bytes(public)
+    return paths

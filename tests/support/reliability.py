@@ -1,4 +1,4 @@
-"""Counts the cases of tests marked `reliability` or `kind` and writes docs/reliability.md: `make reliability`.
+"""Counts the cases of tests marked with a name of `HEADS` and writes docs/reliability.md: `make reliability`.
 
 A test records with `record_property` how many `cases` it went through (default: one), and a `note` on them.
 """
@@ -12,8 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "reliability.md"
-HEADS = {"kind": "kind", "reliability": "trouble"}
-"""Marker → head of the first column of its table, which stands between two comments that name the marker."""
+HEADS = {"kind": ("kind",), "reliability": ("trouble",), "hostile": ("who is hostile", "inputs tried")}
+"""Marker → heads of the first columns of its table, which stands between two comments that name the marker.
+
+The marker has a text for each of these, then the outcome.
+"""
 
 
 # ── kinds of what people's own files and machines do ──────────────────────────────────────────────────────────────────
@@ -65,7 +68,7 @@ class Row:
     files: list[str] = field(default_factory=list)
 
 
-TABLES: dict[str, dict[str, Row]] = {marker: {} for marker in HEADS}
+TABLES: dict[str, dict[tuple[str, ...], Row]] = {marker: {} for marker in HEADS}
 SKIPPED: dict[str, str] = {}
 
 
@@ -76,16 +79,16 @@ def pytest_runtest_makereport(item, call):
         return report
     given = item.callspec.params if hasattr(item, "callspec") else {}
     for marker in filter(None, map(item.get_closest_marker, TABLES)):
-        trouble, outcome = marker.args
+        *what, outcome = marker.args
         if report.skipped:
             SKIPPED[item.name] = str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else str(report.longrepr)
             continue
         if report.when != "call" or not report.passed:
             continue
-        row = TABLES[marker.name].setdefault(trouble.format(**given), Row(outcome))
+        row = TABLES[marker.name].setdefault(tuple(text.format(**given) for text in what), Row(outcome))
         found = dict(item.user_properties)
         row.cases += int(found.get("cases", 1))
-        row.notes += [str(found["note"])] if "note" in found else []
+        row.notes += [str(found["note"])] if "note" in found and marker.name == "reliability" else []
         file = item.path.relative_to(ROOT).as_posix()
         if file not in row.files:
             row.files.append(file)
@@ -102,12 +105,14 @@ def pytest_sessionfinish(session, exitstatus):
         PAGE.write_text(text, encoding="utf-8")
 
 
-def table(head, rows):
-    """The rows in the order in which they ran, and the tests that were skipped."""
-    lines = [f"| {head} | cases | outcome in all of them | tests |", "|---|---|---|---|"]
-    for trouble, row in rows.items():
+def table(heads, rows):
+    """The rows in the order in which they ran, or by who is hostile, and the tests that were skipped."""
+    lines = ["| " + " | ".join([*heads, "cases", "outcome in all of them", "tests"]) + " |"]
+    lines.append("|---" * (len(heads) + 3) + "|")
+    for what, row in sorted(rows.items(), key=lambda item: item[0][:-1]):
         outcome = "; ".join([row.outcome, *row.notes])
-        lines.append(f"| {trouble} | {row.cases:,} | {outcome} | {', '.join(f'`{name}`' for name in row.files)} |")
+        files = ", ".join(f"`{name}`" for name in row.files)
+        lines.append("| " + " | ".join([*what, f"{row.cases:,}", outcome, files]) + " |")
     total = sum(row.cases for row in rows.values())
     date = datetime.datetime.now(datetime.UTC).date()
     lines += ["", f"{total:,} cases, {date}, {platform.system()}, Python {platform.python_version()}."]

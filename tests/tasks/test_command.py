@@ -125,7 +125,7 @@ def test_the_chat_template_is_the_artifacts_own(evaluate, artifact, described):
     template = "{{ '<|begin|>' }}{% for m in messages %}[{{ m.role }}:{{ date_string }}] {{ m.content }}{% endfor %}"
     template += "{% if add_generation_prompt %}[answer]{% endif %}"
     (artifact / "chat_template.jinja").write_text(template)
-    ids = described.tokenizer.model_copy(update={"has_chat_template": True})
+    ids = described.tokenizer.model_copy(update={"chat_example": "a question"})
     reseal(artifact, tokenizer=ids)
 
     def prompt(*arguments):

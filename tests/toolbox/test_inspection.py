@@ -15,6 +15,7 @@ from export.architecture import EMBEDDING, HEAD
 from export.errors import ExportError
 from export.toolbox import commands, difference, evidence, inspection
 from export.toolbox.sizes import module_sizes
+from tests.support.artifacts import reseal
 from tests.support.records import sample_record
 
 FORMATS = ("onnx-cpu", "executorch-xnnpack", "coreml")
@@ -101,17 +102,13 @@ def test_layers_that_are_alike_are_one_row():
     ]
 
 
-def test_a_changed_file_is_marked(tiny, tmp_path, export_command):
+def test_a_changed_folder_is_refused_as_verify_does(tiny, tmp_path, export_command):
     folder = shutil.copytree(tiny("onnx-cpu"), tmp_path / "copy")
-    (folder / "tokenizer.json").write_text("{}")
     (folder / "more.txt").write_text("")
-    (folder / "chat_template.jinja").unlink()
-    _, out, _ = export_command("inspect", folder)
-    marked = {line.split()[0]: line for line in out.splitlines() if "manifest" in line or "missing" in line}
-    assert "differs from the manifest" in marked["tokenizer.json"]
-    assert "not in the manifest" in marked["more.txt"]
-    assert "missing" in marked["chat_template.jinja"]
-    assert "model.onnx" not in marked
+    line = f"{folder}/more.txt: not listed in manifest.json; remove it or build again\n"
+    assert export_command("verify", folder)[1] == line
+    assert export_command("inspect", folder) == (1, "", f"error: {line}")
+    assert export_command("diff", tiny("onnx-cpu"), folder) == (1, "", f"error: {line}")
 
 
 def test_a_bare_file_is_read_and_says_that_it_has_no_manifest(tiny, tmp_path, export_command, folder):
@@ -226,6 +223,7 @@ def test_a_swapped_pair_of_scales_is_two_numbers(tiny, tmp_path, nowhere):
     other = int(np.flatnonzero(data[0] != data[0, 0])[0])
     data[0, [0, other]] = data[0, [other, 0]]
     data.flush()
+    reseal(folder)
     compared = difference.compare(tiny("executorch-xnnpack"), folder, [nowhere])
     assert [(weight.name, weight.integers, weight.scales) for weight in compared.weights.differing] == [(name, 0, 2)]
 

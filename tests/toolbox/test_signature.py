@@ -8,39 +8,17 @@ import subprocess
 import sys
 
 import pytest
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from export import manifest
 from export.errors import ExportError
 from export.toolbox import signature as signing
 from export.toolbox import verification
-from tests.support.artifacts import add_companions, reseal
+from tests.support.artifacts import add_companions, reseal, write_key
 from tests.support.reliability import MOVED_ARTIFACT
 
+pytestmark = pytest.mark.usefixtures("no_child")
 CURVES = {"P-256": ec.SECP256R1, "P-384": ec.SECP384R1, "P-521": ec.SECP521R1}
-
-
-def write_key(folder, name, private, passphrase=None):
-    """NAME.pem and NAME.pub.pem, as openssl writes them."""
-    pem = serialization.Encoding.PEM
-    lock = serialization.BestAvailableEncryption(passphrase) if passphrase else serialization.NoEncryption()
-    paths = folder / f"{name}.pem", folder / f"{name}.pub.pem"
-    paths[0].write_bytes(private.private_bytes(pem, serialization.PrivateFormat.PKCS8, lock))
-    public = private.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
-    paths[1].write_bytes(public)
-    return paths
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory):
-    return write_key(tmp_path_factory.mktemp("keys"), "key", ec.generate_private_key(ec.SECP256R1()))
-
-
-@pytest.fixture(autouse=True)
-def no_child(monkeypatch):
-    """The model itself is not read: signatures are of bytes."""
-    monkeypatch.setattr(verification, "in_child", lambda folder, limit_s: [])
 
 
 @pytest.fixture
@@ -50,25 +28,15 @@ def signed(artifact, keys):
     return artifact
 
 
-@pytest.fixture
-def command(export_command):
-    """Exit code and lines."""
-
-    def run(*arguments):
-        code, out, err = export_command(*arguments)
-        return code, out.splitlines(), err.splitlines()
-
-    return run
-
-
 def test_a_signed_folder_passes_and_without_a_key_nobody_is_believed(command, artifact, keys):
     private, public = keys
     assert command("verify", artifact) == (0, [f"{artifact}: as its manifest says"], [])
-    assert command("sign", artifact, "--key", private) == (0, [f"{artifact}/model.sig: signed with {private}"], [])
+    written = [f"{artifact}/{name}: signed with {private}" for name in ("provenance.intoto.jsonl", "model.sig")]
+    assert command("sign", artifact, "--key", private) == (0, written, [])
     whole = f"{artifact}: as its manifest says"
     assert command("verify", artifact, "--key", public) == (0, [f"{whole}, and as signed with {public}"], [])
     assert command("verify", artifact) == (0, [f"{whole}; model.sig was not checked (give --key)"], [])
-    assert "model.sig" not in manifest.read(artifact).files
+    assert not {"model.sig", "provenance.intoto.jsonl"} & manifest.read(artifact).files.keys()
 
 
 @pytest.mark.parametrize("curve", CURVES)
@@ -88,6 +56,7 @@ def test_signing_again_replaces_the_signature_and_leaves_nothing_else(signed, ke
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.hostile("local user", "links planted where we write", "replaced or refused, never followed")
 def test_a_link_where_a_signature_might_be_written_is_not_followed(artifact, keys, tmp_path):
     (tmp_path / "precious").write_text("mine")
     for place in (f".{artifact.name}.sig", f"{artifact.name}/model.sig.tmp"):
@@ -113,6 +82,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.hostile("artifact", "signatures that do not fit", "one line")
 @pytest.mark.reliability("signed folders changed, signatures forged or broken", "one line")
 @pytest.mark.parametrize("what", DAMAGE)
 def test_each_difference_is_one_line(command, signed, keys, what):

@@ -1,6 +1,6 @@
 """Intervals are those of scipy's own t tests, and stay silent where values are nearly identical."""
 
-from math import inf
+from math import inf, isnan, nan
 from statistics import mean, stdev
 
 import numpy as np
@@ -36,5 +36,7 @@ def test_one_more_value_lies_within_the_prediction_interval_nineteen_times_of_tw
 def test_what_does_not_vary_has_no_noise_and_warns_of_nothing():
     assert significance.paired([0.2] * 3, [0.3] * 3) == pytest.approx(0, abs=1e-15)
     assert significance.paired([0.2], [0.3]) == 0
+    assert isnan(significance.paired([nan, 0.2, 0.3], [0.1, 0.2, 0.3]))
+    assert isnan(significance.paired([0.1, 0.2], [inf, 0.2]))
     assert significance.unpaired(0.0, 1, 0.0, 1) == 0
     assert significance.unpaired(0.5, 1, 0.5, 4) == inf

@@ -5,6 +5,7 @@ vocabulary and merges out of it and split text by the class's own rules. So the 
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from . import ids
 from .tiktoken import CHAT_TEMPLATE, END_OF_ANSWER, begin_with, save, write_generation_ids, write_tiktoken
 
 __all__ = [
-    "CHAT_TEMPLATE", "END_OF_ANSWER", "NEUTRAL_CLASS", "SAMPLES", "adds_bos", "begin_with", "load",
+    "CHAT_TEMPLATE", "END_OF_ANSWER", "NEUTRAL_CLASS", "SAMPLES", "adds_bos", "begin_with", "leads_away", "load",
     "sample_ids", "save", "try_out", "write", "write_generation_ids", "write_tiktoken",
 ]  # fmt: skip
 NEUTRAL_CLASS = "PreTrainedTokenizerFast"
@@ -43,9 +44,10 @@ _TRIAL_TEXTS = (*SAMPLES, *(piece * 512 for piece in ("a", " ", "\n", "1", "aB",
 """The same, and what patterns that backtrack never end on."""
 _TRIAL_LIMITS = Limits(memory_bytes=2**29, cpu_s=10, wall_s=60.0)
 _CONFIG = "tokenizer_config.json"
-_LEADING_AWAY = ("auto_map", "fast_tokenizer_files", "name_or_path", "split_special_tokens")
-"""Keys there: code, another file, a path where it was saved, and special tokens of a text read as ordinary ones, those
-of a chat too."""
+_LEADING_AWAY = re.compile(r"auto_map|custom_generate|init_inputs|name_or_path|tokenizer_object|.*_files?", re.DOTALL)
+"""Keys there by which some version of transformers finds Python code or other files, and where it was saved."""
+_SPLITTING = "split_special_tokens"
+"""A key there: special tokens of a text are read as ordinary ones, those of a chat too."""
 _SHOWN = 3
 """Tokens that a message lists."""
 
@@ -84,7 +86,8 @@ def write(source: Source, folder: Path, vocab_size: int) -> TokenizerIds:
         eos_ids=special.eos,
         pad_id=special.pad,
         adds_bos=adds_bos(loaded),
-        has_chat_template=bool(loaded.chat_template),
+        ends=tuple(token for token in loaded.convert_ids_to_tokens(list(special.eos)) if token is not None),
+        chat_example=_example(loaded),
         notes=(*notes, *special.notes),
     )
 
@@ -97,9 +100,11 @@ def load(folder: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        loaded = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        loaded.encode("a")  # which reads settings that loading does not
     except Exception as error:
         raise ExportError(f"{folder}: tokenizer files do not load ({' '.join(str(error).split())})") from None
+    return loaded
 
 
 def try_out(path: Path, name: str = "") -> None:
@@ -130,11 +135,16 @@ def sample_ids(folder: Path) -> dict[str, list[int]]:
     return {text: file.encode(text, add_special_tokens=False).ids for text in SAMPLES}
 
 
+def leads_away(key: str) -> bool:
+    """Whether a key of tokenizer_config.json names code or other files, so that it is in no artifact."""
+    return _LEADING_AWAY.fullmatch(key) is not None
+
+
 def _set_class(folder: Path) -> None:
     """The neutral class in tokenizer_config.json; what would lead away from tokenizer.json is taken out."""
     path = folder / _CONFIG
     fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    changed = {key: value for key, value in fields.items() if key not in _LEADING_AWAY}
+    changed = {key: value for key, value in fields.items() if not (leads_away(key) or key == _SPLITTING)}
     changed["tokenizer_class"] = NEUTRAL_CLASS
     if changed != fields:
         path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -281,6 +291,15 @@ def _around(loaded: Any) -> Iterator[str]:
             f"tokenizer.json puts {before_text} before and {behind_text} behind a text, not BOS alone; "
             f"onnxruntime-genai and ExecuTorch put {bos} before it"
         )
+
+
+def _example(loaded: Any) -> str | None:
+    """The question of model cards as the chat template writes it, on a fixed day; None: there is no template."""
+    if not loaded.chat_template:
+        return None
+    return chat_template.render(
+        loaded, chat_template.QUESTION, "the checkpoint's tokenizer", today=chat_template.FIXED_DAY
+    )
 
 
 def _require_chat_inside(loaded: Any, vocab_size: int, places: _Places) -> None:

@@ -4,6 +4,7 @@
 """
 
 import io
+import json
 import warnings
 from contextlib import redirect_stderr
 from importlib.util import find_spec
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 FILES = tuple(f"model.mlpackage/{name}" for name in (
     "Data/com.apple.CoreML/model.mlmodel", "Manifest.json", "Data/com.apple.CoreML/weights/weight.bin",
 ))  # fmt: skip
+AUTHOR = "com.apple.CoreML"
+MODEL, WEIGHTS = f"{AUTHOR}/model.mlmodel", f"{AUTHOR}/weights"
+"""Items of a package."""
 TOOLS = ("coremltools",)
 LOGGERS = ("coremltools",)
 _LIBRARIES_BYTES = 230_000_000
@@ -132,6 +136,22 @@ def metadata(plan: Plan, key: str) -> dict[str, str]:
     """User-defined metadata of the package; swift-transformers finds the tokenizer by the last key."""
     name = plan.model.base_model or plan.model.name
     return {"plan": plan.id, "quantization": key, "co.huggingface.exporters.name": name}
+
+
+def listing(model: str, weights: str) -> str:
+    """The package's Manifest.json, by the identifiers of its two items."""
+    items = ((model, MODEL, "Specification"), (weights, WEIGHTS, "Weights"))
+    entries = {
+        identifier: {
+            "author": AUTHOR,
+            "description": f"CoreML Model {description}",
+            "name": path.rpartition("/")[2],
+            "path": path,
+        }
+        for identifier, path, description in items
+    }
+    listed = {"fileFormatVersion": "1.0.0", "itemInfoEntries": entries, "rootModelIdentifier": model}
+    return json.dumps(listed, indent=4) + "\n"
 
 
 def _contract(a: Architecture, context_length: int) -> IOContract:

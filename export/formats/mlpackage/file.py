@@ -1,7 +1,6 @@
 """A Core ML package on disk: made reproducible, and its weights read back by the names that `graph.py` gives."""
 
 import hashlib
-import json
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -18,11 +17,9 @@ from export.errors import ExportError
 from export.formats import StoredWeight, split_weights
 from export.host.digests import sha256
 
+from . import MODEL, WEIGHTS, listing
 from .graph import mil_name
 
-_AUTHOR = "com.apple.CoreML"
-MODEL = f"{_AUTHOR}/model.mlmodel"
-_WEIGHTS = f"{_AUTHOR}/weights"
 _TABLE = mil_name((EMBEDDING,))
 _FUSED = {QKV[0]: QKV, GATE_UP[0]: GATE_UP}
 """First weight of a fused group → all of the group, in row order."""
@@ -39,7 +36,7 @@ def seal(package: Path, metadata: dict[str, str], license_name: str) -> dict[str
     about.userDefined.update(metadata)
     about.license = license_name
     (package / "Data" / MODEL).write_bytes(spec.SerializeToString(deterministic=True))
-    weights = package / "Data" / _WEIGHTS / "weight.bin"
+    weights = package / "Data" / WEIGHTS / "weight.bin"
     _write_manifest(package, weights)
     return _count(spec, weights)
 
@@ -48,17 +45,10 @@ def _write_manifest(package: Path, weights: Path) -> None:
     """Write Manifest.json with identifiers derived from the contents."""
     digest = hashlib.sha256((package / "Data" / MODEL).read_bytes())
     digest.update(bytes.fromhex(sha256(weights)))
-    entries = {
-        str(uuid.uuid5(uuid.NAMESPACE_OID, f"{path} {digest.hexdigest()}")): {
-            "author": _AUTHOR,
-            "description": f"CoreML Model {description}",
-            "name": path.rpartition("/")[2],
-            "path": path,
-        }
-        for path, description in ((MODEL, "Specification"), (_WEIGHTS, "Weights"))
-    }
-    manifest = {"fileFormatVersion": "1.0.0", "itemInfoEntries": entries, "rootModelIdentifier": next(iter(entries))}
-    (package / "Manifest.json").write_text(json.dumps(manifest, indent=4) + "\n", encoding="utf-8")
+    model, weights_id = (
+        str(uuid.uuid5(uuid.NAMESPACE_OID, f"{path} {digest.hexdigest()}")) for path in (MODEL, WEIGHTS)
+    )
+    (package / "Manifest.json").write_text(listing(model, weights_id), encoding="utf-8")
 
 
 def _count(spec: Any, weights: Path) -> dict[str, int | float | str]:
@@ -115,7 +105,7 @@ def read_weights(package: Path, architecture: Architecture) -> Iterator[StoredWe
     """Every quantized weight under the checkpoint's name, fused projections split."""
     operations = {op.outputs[0].name: op for op in _block(_read_spec(package)).operations if op.outputs}
     shapes = architecture.tensor_shapes()
-    reader = BlobReader(str(package / "Data" / _WEIGHTS / "weight.bin"))
+    reader = BlobReader(str(package / "Data" / WEIGHTS / "weight.bin"))
     for names, output in expected(architecture, set(operations)):
         producer = operations[weight_of(operations[output])]
         if producer.type == "constexpr_blockwise_shift_scale":

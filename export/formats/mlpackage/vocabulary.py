@@ -1,6 +1,7 @@
 """What `graph.py` and coremltools' backend write, and whether a finished package holds anything else."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from export.formats import schema
 from export.manifest import Manifest
 
-from . import FILES, metadata
+from . import FILES, MODEL, WEIGHTS, listing, metadata
 
 OPERATIONS = frozenset({
     "abs", "add", "cast", "concat", "const", "constexpr_blockwise_shift_scale", "equal", "gather", "greater", "less",
@@ -26,28 +27,31 @@ _FIELDS = {
     "operation": {"type", "inputs", "outputs", "attributes"},
 }
 """Fields that are ever set."""
-_MODEL, _CONTENTS, _WEIGHTS = FILES
+_MODEL, _CONTENTS, _ = FILES
+_IDENTIFIER = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _BLOBS = {"", "@model_path/weights/weight.bin"}
 
 
 def foreign(folder: Path, described: Manifest) -> Iterator[str]:
     """Everything in the files that a build does not write."""
     yield from (f"{folder / _CONTENTS}: {line}; refused" for line in _items(folder / _CONTENTS))
-    spec = schema.module("coremltools", "proto", "Model_pb2").Model()
-    spec.ParseFromString(schema.read(folder / _MODEL))
+    spec = schema.parsed(schema.module("coremltools", "proto", "Model_pb2").Model(), folder / _MODEL)
     yield from (f"{folder / _MODEL}: {line}; refused" for line in _parts(spec, described))
 
 
 def _items(path: Path) -> Iterator[str]:
-    """Of the table of contents: two items, one of them the model."""
-    listed = json.loads(schema.read(path))
-    paths = {key: entry["path"] for key, entry in listed["itemInfoEntries"].items()}
-    ours = {name.partition("/Data/")[2].removesuffix("/weight.bin"): name for name in (_MODEL, _WEIGHTS)}
-    for item in sorted(map(str, paths.values())):
-        if item not in ours:
-            yield f"item {item!r}"
-    if ours.get(str(paths.get(listed["rootModelIdentifier"]))) != _MODEL:
+    """Of the table of contents: two items, one of them the model, and nothing else about them."""
+    data = schema.read(path)
+    listed = json.loads(data)
+    paths = {key: str(entry["path"]) for key, entry in listed["itemInfoEntries"].items()}
+    foreign_items = sorted(item for item in paths.values() if item not in (MODEL, WEIGHTS))
+    yield from (f"item {item!r}" for item in foreign_items)
+    if paths.get(listed["rootModelIdentifier"]) != MODEL:
         yield "the model is another item"
+    elif not foreign_items:
+        named = {item: key for key, item in paths.items() if _IDENTIFIER.fullmatch(key)}
+        if data != listing(named.get(MODEL, ""), named.get(WEIGHTS, "")).encode():
+            yield "not written as a build writes it"
 
 
 def _parts(spec: Any, described: Manifest) -> Iterator[str]:
@@ -75,6 +79,8 @@ def _operation(operation: Any) -> Iterator[str]:
     yield from _unknown("operation", operation)
     bindings = (binding for argument in operation.inputs.values() for binding in argument.arguments)
     values = [*(binding.value for binding in bindings), *operation.attributes.values()]
+    if any(schema.fields(value.immediateValue) - {"tensor"} for value in values):
+        yield f"a value that is no tensor, of operation {operation.type!r}"
     for file in sorted({value.blobFileValue.fileName for value in values} - _BLOBS):
         yield f"weight file {file!r}"
 

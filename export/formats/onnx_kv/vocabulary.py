@@ -32,14 +32,15 @@ _FIELDS = {
     "initializer": {"name", "dims", "data_type", "data_location", "external_data", "int64_data"},
 }
 """Fields that are ever set."""
+_PLACE = {"location", "offset", "length"}
+"""What is said of a tensor's place in the data file."""
 
 
 def foreign(folder: Path, described: Manifest) -> Iterator[str]:
     """Everything in the files that a build does not write."""
     yield from _options(folder, described)
     onnx: Any = schema.module("onnx", "", "onnx_ml_pb2")
-    model = onnx.ModelProto()
-    model.ParseFromString(schema.read(folder / FILE))
+    model = schema.parsed(onnx.ModelProto(), folder / FILE)
     yield from (f"{folder / FILE}: {line}; refused" for line in _parts(model))
 
 
@@ -87,6 +88,8 @@ def _parts(model: Any) -> Iterator[str]:
         places = [entry.value for entry in tensor.external_data if entry.key == "location"]
         if tensor.external_data and places != [DATA]:
             yield f"{tensor.name!r}: external data {', '.join(places)!r}, not {DATA}"
+        for key in sorted({entry.key for entry in tensor.external_data} - _PLACE):
+            yield f"{tensor.name!r}: external data with {key!r}"
 
 
 def _unknown(kind: str, message: Any, name: str) -> Iterator[str]:

@@ -38,7 +38,11 @@ def with_template(folder, text):
     return folder
 
 
-@pytest.mark.reliability("hostile chat templates", "one line, within the memory and processor time allowed")
+@pytest.mark.hostile(
+    "checkpoint",
+    "chat templates that reach for Python, never end or grow",
+    "one line, within the time and memory of a child",
+)
 @pytest.mark.parametrize("attack", HOSTILE)
 def test_a_hostile_template_is_refused(tmp_path, monkeypatch, attack):
     monkeypatch.setattr(chat_template, "LIMITS", Limits(cpu_s=1))

@@ -53,6 +53,7 @@ def test_ids_and_text_are_those_of_the_file_whatever_class_is_named(family, tmp_
                 assert loaded.decode(plain) == file.decode(plain, skip_special_tokens=False)
 
 
+@pytest.mark.hostile("checkpoint", "settings of a tokenizer that lead out of the folder", "in no artifact")
 def test_another_file_that_the_configuration_names_is_not_taken(tmp_path):
     folder = write_folder(tmp_path / "checkpoint")
     other = json.loads((folder / "tokenizer.json").read_text())
@@ -60,6 +61,36 @@ def test_another_file_that_the_configuration_names_is_not_taken(tmp_path):
     (folder / "tokenizer.4.0.0.json").write_text(json.dumps(other))
     set_tokenizer_config(folder, fast_tokenizer_files=["tokenizer.4.0.0.json"])
     assert tokenizer.load(written(folder, tmp_path)[1]).convert_ids_to_tokens(256) == "<|begin|>"
+
+
+@pytest.mark.hostile("checkpoint", "settings of a tokenizer that lead out of the folder", "in no artifact")
+@pytest.mark.parametrize("key", ["tokenizer_file", "vocab_file", "merges_file", "auto_map", "init_inputs"])
+def test_what_leads_out_of_the_folder_is_in_no_artifact(tmp_path, key):
+    folder = write_folder(tmp_path / "checkpoint")
+    set_tokenizer_config(folder, **{key: ["/etc/passwd"]})
+    _, out = written(folder, tmp_path)
+    assert key not in json.loads((out / "tokenizer_config.json").read_text())
+
+
+NAMES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+
+
+@pytest.mark.hostile(
+    "checkpoint", "links out of the folder, files of a terabyte in holes", "refused, nothing of them read or copied"
+)
+@pytest.mark.parametrize(
+    "name", [*NAMES, "special_tokens_map.json", "added_tokens.json", "additional_chat_templates/x.jinja"]
+)
+def test_a_file_with_holes_is_not_copied(tmp_path, name):
+    """A terabyte that takes no room, but its copy does."""
+    folder = write_folder(tmp_path / "checkpoint")
+    (folder / name).parent.mkdir(exist_ok=True)
+    with (folder / name).open("ab") as file:
+        file.truncate(2**40)
+    assert (
+        tokenizer_refusal(folder, tmp_path / "out")
+        == f"{folder / name}: larger than 134217728 bytes, which no such file is"
+    )
 
 
 def test_special_tokens_of_a_text_stay_whole_as_in_every_client(tmp_path):
@@ -178,7 +209,11 @@ def test_a_text_that_is_not_utf_8_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"eos_token": 257}, {"chat_template": [{"name": "default"}]}, {"padding_side": "top"}]
+    "fields",
+    [
+        *({"eos_token": 257}, {"chat_template": [{"name": "default"}]}, {"padding_side": "top"}),
+        *({"model_max_length": value} for value in ([], "x")),
+    ],
 )
 def test_what_transformers_does_not_take_is_named_by_its_file(tmp_path, fields):
     folder = write_folder(tmp_path / "checkpoint")

@@ -36,7 +36,9 @@ HOSTILE = {
 }
 
 
-@pytest.mark.reliability("tokenizers that grow, hang or crash", "one line, within the memory and time allowed")
+@pytest.mark.hostile(
+    "checkpoint", "tokenizers that grow, never end or crash", "one line, within the time and memory of a child"
+)
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hostile_tokenizer_is_one_line(tmp_path, kind):
     folder = tmp_path / "checkpoint"
