@@ -297,6 +297,11 @@ def is_private(text: str) -> bool:
     return any(part.startswith(_PRIVATE) for part in halves(text) if part)
 
 
+def is_public(text: str) -> bool:
+    """Whether a manifest's origin means the same on every machine."""
+    return text.startswith((_HUB, _SEED, _PACKAGE))
+
+
 def hub_id(text: str) -> str | None:
     """OWNER/NAME of a manifest's origin; None: it is of another kind."""
     return _hub(text.removeprefix(_HUB), text).repo if text.startswith(_HUB) else None
