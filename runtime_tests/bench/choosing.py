@@ -124,7 +124,13 @@ def _megabytes(recipe: QuantRecipe, architecture: Architecture) -> str:
 def answered(answers: Answers) -> list[tuple[str, list[Row]]]:
     """Each question with a row for each recipe's answer."""
     return [
-        (question, [("recipe", "answer"), *((recipe, given[at]) for recipe, given in answers.answers.items())])
+        (
+            question,
+            [
+                ("recipe", "answer"),
+                *((recipe, " ".join(given[at].split())) for recipe, given in answers.answers.items()),
+            ],
+        )
         for at, question in enumerate(answers.questions)
     ]
 
