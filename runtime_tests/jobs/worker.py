@@ -57,6 +57,10 @@ def _run(job: jobs.Job) -> dict[str, Any]:  # noqa: C901, PLR0911 – one line p
             from runtime_tests.reference import compute
 
             return compute(job)
+        case jobs.TraceJob():
+            from runtime_tests.trace.run import compute as compute_trace
+
+            return compute_trace(job)
         case jobs.BenchJob():
             from runtime_tests.bench.runners import measure as measure_contender
 
