@@ -1,4 +1,4 @@
-"""An artifact's values beside the eager model's: each part from what the artifact itself gave it, and everything so far.
+"""An artifact's values beside the eager model's: each part from the artifact's own values, and everything so far.
 
 Where only the whole is compared, every part after a fault looks faulty, and rounding that adds up looks like a fault.
 A part that is fed with the artifact's own values answers for itself.

@@ -59,7 +59,7 @@ def notes(trace: Trace) -> list[str]:
     return [
         f"values: {trace.note}",
         f"logits without reading them: {plain_logits}",
-        f"a part breaks where its median token, alone, is under what no rounding of its runtime comes down to: {limits} dB",
+        f"a part breaks where its median token is under a limit that its runtime's rounding stays above: {limits} dB",
     ]
 
 
