@@ -1,6 +1,7 @@
 """The proof: `python -m runtime_tests [--device DEVICE] [--source DIR_OR_HF_ID] [--eval NAME] [FOLDER …]` validates.
 
 With `--tasks NAME,…` it evaluates lm-evaluation-harness tasks instead: docs/tasks.md. `chat PATH`: docs/chat.md.
+`trace PATH` finds the layer that is wrong: docs/nonsense.md.
 """
 
 import shutil
@@ -81,7 +82,7 @@ def trace(
     out: Annotated[Path | None, typer.Option(help="folder of the page; default: build/trace/ID")] = None,
 ) -> None:
     """Find the first layer of an artifact that leaves the reference: exit 0 only if none does."""
-    from .trace import page, run
+    from .sessions.trace import page, run
 
     known = _load_device(device)
     if not here(known):

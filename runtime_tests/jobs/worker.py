@@ -58,7 +58,7 @@ def _run(job: jobs.Job) -> dict[str, Any]:  # noqa: C901, PLR0911, PLR0912 – o
 
             return compute(job)
         case jobs.TraceJob():
-            from runtime_tests.trace.run import compute as compute_trace
+            from runtime_tests.sessions.trace.run import compute as compute_trace
 
             return compute_trace(job)
         case jobs.BenchJob():

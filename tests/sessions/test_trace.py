@@ -7,8 +7,8 @@ import pytest
 
 from runtime_tests.checks.accuracy import BEST_SQNR_DB
 from runtime_tests.jobs import TraceJob, isolation
-from runtime_tests.trace import page, run
-from runtime_tests.trace.run import SINGLE, Trace
+from runtime_tests.sessions.trace import page, run
+from runtime_tests.sessions.trace.run import SINGLE, Trace
 from tests.support.artifacts import spoil_weight
 
 TARGETS = ("onnx-cpu", "executorch-xnnpack", "coreml")
@@ -49,7 +49,7 @@ def test_no_part_of_a_healthy_artifact_breaks_and_the_one_that_is_wrong_is_named
 
 
 def test_a_value_that_is_not_finite_breaks_however_it_arises(tiny, traced, monkeypatch):
-    from runtime_tests.trace import onnx_kv, points
+    from runtime_tests.sessions.trace import onnx_kv, points
 
     whole = onnx_kv.open_probe
 
