@@ -31,7 +31,7 @@ from export.host.console import console, say, stage
 
 from .chat.command import chat as chat_with
 from .evidence.record import Outcome
-from .places import Place, ThisMachine
+from .places import Place, ThisMachine, readiness
 from .places.remote import AttachedDevice
 from .tasks.run import TaskOptions, parse
 
@@ -87,6 +87,16 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
             parse(tasks), limit, chat, reference, source, devices.thread_count(known), known.time_limit_s
         )
         _evaluate_tasks(folders or _built_for(known), known, options)
+
+
+@app.command("ready")
+def ready(device: Annotated[str, typer.Argument(metavar="DEVICE", help="a name in devices/")]) -> None:
+    """Exit 0 if a validation on the device could begin: it answers, and this machine can make its runner.
+
+    Example: python -m runtime_tests ready pixel-8
+    """
+    readiness.require(_load_device(device))
+    _build_folder()
 
 
 class _Given(NamedTuple):

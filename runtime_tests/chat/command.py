@@ -11,7 +11,7 @@ from export import manifest
 from export.checkpoints import tokenizer
 from export.errors import ExportError
 from export.formats import admission
-from export.host.console import stage
+from export.host.console import native_held, stage
 
 
 def chat(
@@ -39,7 +39,8 @@ def chat(
         tokenizer.try_out(folder / "tokenizer.json")
         loaded_tokenizer = tokenizer.load(folder)
         try:
-            session = opened(str(folder), devices.physical_threads())
+            with native_held():  # ExecuTorch tells how it looks at the processor
+                session = opened(str(folder), devices.physical_threads())
         except LoadError as error:
             raise ExportError(f"{folder}: does not load: {error}") from None
     if not session.measures_speed:
