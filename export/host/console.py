@@ -133,21 +133,26 @@ def track(items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
 
 @contextmanager
 def native_held() -> Iterator[None]:
-    """Hold back what native libraries write to stderr, past Python; it is shown where the block fails."""
+    """Hold back what libraries write to stderr, past Python too; it is shown where the block fails. Our lines go on."""
     before, real = sys.stderr, os.dup(2)
-    with tempfile.TemporaryFile() as held, os.fdopen(real, "w", encoding="utf-8", errors="backslashreplace") as ours:
+    with (
+        tempfile.TemporaryFile() as held,
+        os.fdopen(real, "w", encoding="utf-8", errors="backslashreplace") as ours,
+        os.fdopen(os.dup(held.fileno()), "w", encoding="utf-8", errors="backslashreplace") as theirs,
+    ):
+        console.file, sys.stderr = ours, theirs
         os.dup2(held.fileno(), 2)
-        sys.stderr = ours
         try:
             yield
         except Exception:
+            theirs.flush()
             held.seek(0)
             ours.write(visible(held.read().decode(errors="replace"), keep="\n"))
             raise
         finally:
             ours.flush()
             os.dup2(real, 2)
-            sys.stderr = before
+            sys.stderr, console.file = before, None  # type: ignore[assignment]  # whatever stderr is then
 
 
 def note(text: str) -> None:

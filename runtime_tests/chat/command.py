@@ -29,7 +29,7 @@ def chat(
     if not described.tokenizer.has_chat_template:
         raise ExportError(f"{folder}: its tokenizer has no chat template; build it from an instruct model")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    with stage("load", described.id):
+    with stage("load", described.id), native_held():  # ExecuTorch tells how it looks at the processor
         admission.require(folder, described)
         from runtime_tests.jobs.worker import LoadError, opened
 
@@ -39,8 +39,7 @@ def chat(
         tokenizer.try_out(folder / "tokenizer.json")
         loaded_tokenizer = tokenizer.load(folder)
         try:
-            with native_held():  # ExecuTorch tells how it looks at the processor
-                session = opened(str(folder), devices.physical_threads())
+            session = opened(str(folder), devices.physical_threads())
         except LoadError as error:
             raise ExportError(f"{folder}: does not load: {error}") from None
     if not session.measures_speed:
