@@ -97,6 +97,7 @@ validate: setup                     ## prove and time the built artifacts of MOD
 
 $(DEVICES): %: setup                ## build what that device runs, then validate it there
 	@set -e; targets=$$($(PY) -m devices targets $*); \
+	$(PY) -m runtime_tests ready $*; \
 	$(PY) -m export $(PLAN) $$targets $(WEIGHTS); \
 	folders=$$($(call folders,$(call quote,QUANT),$$targets)); \
 	$(PY) -m devices.lab run $* -- $(PY) -m runtime_tests --device $* $(CHECKPOINT) $$folders
@@ -238,6 +239,9 @@ lock: setup                         ## write constraints.txt from what is instal
 	@(sed -n '/^#/p' locks/audit.txt; printf 'detect-secrets\npip-audit\n' | \
 	  uv pip compile - -q --universal --python-version 3.11 --generate-hashes --no-annotate --no-header) > locks/audit.tmp \
 	  && mv locks/audit.tmp locks/audit.txt
+
+.DEFAULT:
+	@echo "error: no target or device "$(call quote,@)"; make help lists them" >&2; exit 2
 
 clean:                              ## remove build/ (artifacts, caches, reports)
 	rm -rf build

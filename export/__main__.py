@@ -24,7 +24,7 @@ from .build import request, skip
 from .build.command import run, with_default
 from .checkpoints.origin import origin_of
 from .errors import ExportError
-from .host import disk
+from .host import disk, processes
 from .host.console import console, say
 from .plan import Device
 from .toolbox import commands
@@ -129,4 +129,5 @@ def folders(  # noqa: PLR0913, PLR0917 – the options of a build
 
 
 if __name__ == "__main__":
+    processes.wait_asleep()
     sys.exit(run(app))

@@ -32,7 +32,7 @@ from export.host.console import console, say, stage
 
 from .chat.command import chat as chat_with
 from .evidence.record import Outcome
-from .places import Place, ThisMachine
+from .places import Place, ThisMachine, readiness
 from .places.remote import AttachedDevice
 from .tasks.run import TaskOptions, parse
 
@@ -112,6 +112,16 @@ def trace(
         say(f"page: {page.write(found, out or BUILD / 'trace' / found.artifact)}")
     if found.first:
         raise typer.Exit(1)
+
+
+@app.command("ready")
+def ready(device: Annotated[str, typer.Argument(metavar="DEVICE", help="a name in devices/")]) -> None:
+    """Exit 0 if a validation on the device could begin: it answers, and this machine can make its runner.
+
+    Example: python -m runtime_tests ready pixel-8
+    """
+    readiness.require(_load_device(device))
+    _build_folder()
 
 
 class _Given(NamedTuple):

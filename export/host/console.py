@@ -1,13 +1,17 @@
-"""What is printed: results on stdout, messages and progress on stderr; no bars where it is not a terminal.
+"""What is printed: results on stdout, messages and progress on stderr; where it is no terminal, lines in place of bars.
 
 Everything goes through `visible`, so that no text of others controls the terminal or begins a line.
 """
 
 import logging
+import os
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -18,6 +22,8 @@ from . import interrupt
 from .text import visible
 
 Item = TypeVar("Item")
+_EVERY_S = 30.0
+"""Between two lines of a step where there is no terminal."""
 
 
 class Plain(Console):
@@ -48,6 +54,61 @@ class LogLines(logging.Formatter):
         return visible(super().format(record), keep="\n")
 
 
+@dataclass(eq=False)
+class _Step:
+    """Something that takes time, and how far it is."""
+
+    label: str
+    detail: str = ""
+    done: int = 0
+    total: int | None = None
+    started: float = field(default_factory=time.perf_counter)
+
+    def line(self) -> str:
+        """For people: `  quantize     60.0 s so far: 35 of 211`."""
+        counted = f"{self.done} of {self.total}" if self.total is not None else ""
+        words = ", ".join(filter(None, (self.detail, counted)))
+        seconds = time.perf_counter() - self.started
+        return f"  {self.label:<10} {seconds:6.1f} s so far" + (f": {words}" if words else "")
+
+
+_steps: list[_Step] = []
+"""Those that go on, each within the one before."""
+
+
+@contextmanager
+def _going_on(step: _Step) -> Iterator[_Step]:
+    """Meanwhile, where there is no terminal, a line tells every 30 s what is done and how far."""
+    ended = threading.Event()
+    _steps.append(step)
+    if len(_steps) == 1 and not console.is_terminal:
+        threading.Thread(target=_report, args=(ended,), daemon=True).start()
+    try:
+        yield step
+    finally:
+        ended.set()
+        _steps.remove(step)
+
+
+def _report(ended: threading.Event) -> None:
+    """The innermost step, until the outermost has ended or nobody reads."""
+    while not ended.wait(_EVERY_S):
+        innermost = _steps[-1:]  # a copy: it may end in between
+        try:
+            for step in innermost:
+                console.print(step.line(), soft_wrap=True)
+        except (OSError, SystemExit):  # rich makes the latter of a broken pipe
+            return
+
+
+@contextmanager
+def waiting(reason: str) -> Iterator[None]:
+    """Say for what another process's work is awaited, now and every 30 s."""
+    console.print(f"  waiting: {reason}", soft_wrap=True)
+    with _going_on(_Step("waiting", reason)):
+        yield
+
+
 def _progress() -> Progress:
     return Progress(
         SpinnerColumn(),
@@ -63,11 +124,35 @@ def _progress() -> Progress:
 
 def track(items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
     """Iterate with a bar."""
-    with _progress() as bar:
-        task = bar.add_task(visible(label), total=total)
-        for item in items:
+    with counted(label) as show:
+        show(0, total)
+        for done, item in enumerate(items, 1):
             yield item
-            bar.advance(task)
+            show(done, total)
+
+
+@contextmanager
+def native_held() -> Iterator[None]:
+    """Hold back what libraries write to stderr, past Python too; it is shown where the block fails. Our lines go on."""
+    before, real = sys.stderr, os.dup(2)
+    with (
+        tempfile.TemporaryFile() as held,
+        os.fdopen(real, "w", encoding="utf-8", errors="backslashreplace") as ours,
+        os.fdopen(os.dup(held.fileno()), "w", encoding="utf-8", errors="backslashreplace") as theirs,
+    ):
+        console.file, sys.stderr = ours, theirs
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except Exception:
+            theirs.flush()
+            held.seek(0)
+            ours.write(visible(held.read().decode(errors="replace"), keep="\n"))
+            raise
+        finally:
+            ours.flush()
+            os.dup2(real, 2)
+            sys.stderr, console.file = before, None  # type: ignore[assignment]  # whatever stderr is then
 
 
 def note(text: str) -> None:
@@ -79,18 +164,24 @@ def note(text: str) -> None:
 def stage(label: str, detail: str = "") -> Iterator[None]:
     """Run a stage with a spinner and end it with one line: label, detail, seconds."""
     started = time.perf_counter()
-    if console.is_terminal:
-        with console.status(console.render_str(f"{label} {detail}")):
+    with _going_on(_Step(label, detail)):
+        if console.is_terminal:
+            with console.status(console.render_str(f"{label} {detail}")):
+                yield
+        else:
             yield
-    else:
-        yield
     interrupt.check()
     console.print(f"  {label:<10} {time.perf_counter() - started:6.1f} s  {detail}", soft_wrap=True)
 
 
 @contextmanager
 def counted(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for work that is done elsewhere; call what it gives with done and total."""
-    with _progress() as bar:
+    """A bar for work that is counted, here or elsewhere; call what it gives with done and total."""
+    with _going_on(_Step(label)) as step, _progress() as bar:
         task = bar.add_task(visible(label), total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def show(done: int, total: int) -> None:
+            step.done, step.total = done, total
+            bar.update(task, completed=done, total=total)
+
+        yield show

@@ -18,7 +18,7 @@ from export.architecture import PositiveNumber, Strict
 from export.errors import ExportError
 from export.plan import CONFIGS, load_record
 
-from .console import console
+from .console import console, waiting
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -81,8 +81,8 @@ def turn(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            console.print(f"  waiting: {_busy(path, file)}", soft_wrap=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            with waiting(_busy(path, file)):
+                fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             console.print(f"  {_lock_of(path)}: not locked ({error.strerror})", soft_wrap=True)
         _sign(file)

@@ -60,6 +60,14 @@ def end_with_parent() -> None:
     threading.Thread(target=check, args=(os.getppid(),), daemon=True).start()
 
 
+def wait_asleep() -> None:
+    """From now on threads of libgomp wait asleep, in children too, and here where torch is not loaded yet.
+
+    They would turn while they wait, and hold up every other process that needs their core. What a user has set stays.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 @dataclass(frozen=True)
 class Exit:
     """How a process ended."""

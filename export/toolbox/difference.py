@@ -1,6 +1,6 @@
 """Two artifacts of any format and recipe side by side: what differs, and how much."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import zip_longest
 from pathlib import Path
 
@@ -242,15 +242,28 @@ def _number(value: float) -> str:
 
 
 def _headline(change_bytes: int, schemes: Sequence[Change], numbers: Weights | None, runs: _Runs) -> str:
-    """What a reader of a pull request wants first: size, speed, loss, and how many layers changed."""
+    """What a reader of a pull request wants first: size, speed, loss, and how much of it changed."""
     parts = [_size(change_bytes)]
     for device, (a, b) in runs.items():
         place = f" on {device}" if len(runs) > 1 else ""
         parts += [f"{part}{place}" for part in _results(a, b)]
     if numbers is not None:
-        changed = len({scheme.field for scheme in schemes} | {weight.name for weight in numbers.differing})
-        parts.append(f"{changed} layer{'s' if changed > 1 else ''} changed" if changed else "no layer changed")
+        changed = {scheme.field for scheme in schemes} | {weight.name for weight in numbers.differing}
+        parts.append(f"{_tensors(changed)} changed")
     return ", ".join(parts)
+
+
+def _tensors(names: Set[str]) -> str:
+    """`14 linears of 2 layers`, `208 linears of 30 layers and 1 tensor outside`, `no layer`."""
+    linears = {name for name in names if name.startswith("model.layers.")}
+    layers, outside = {name.split(".")[2] for name in linears}, len(names - linears)
+    parts = [f"{_count(len(linears), 'linear')} of {_count(len(layers), 'layer')}"] if linears else []
+    parts += [_count(outside, "tensor") + (" outside" if linears else "")] if outside else []
+    return " and ".join(parts) or "no layer"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number > 1 else ''}"
 
 
 def _size(change_bytes: int) -> str:
@@ -343,7 +356,8 @@ def _summary(compared: Difference) -> Iterator[str]:
     """The few sentences that a reader wants first."""
     total = compared.sizes[-1]
     yield f"size: {total.a / 1e6:.2f} MB → {total.b / 1e6:.2f} MB ({_ratio(total)})"
-    yield f"schemes: {len(compared.schemes)} layers differ" if compared.schemes else "schemes: the same in every layer"
+    changed = _tensors({change.field for change in compared.schemes})
+    yield f"schemes: {changed} differ" if compared.schemes else "schemes: the same in every layer"
     if weights := compared.weights:
         if count := len(weights.differing):
             yield f"integers and scales: {count} of {weights.tensors} quantized tensors differ"

@@ -23,6 +23,11 @@ _MARKDOWN = TableFormat(
 )
 
 
+def number(value: float, digits: int = 4) -> str:
+    """A value for people: whole numbers as they are, `122,907`, and others with four digits."""
+    return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.{digits}g}"
+
+
 def plain(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of columns padded with spaces, whatever the width of the terminal."""
     cells = [[visible(cell) for cell in row] for row in rows]

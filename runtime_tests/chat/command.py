@@ -11,7 +11,7 @@ from export import manifest
 from export.checkpoints import tokenizer
 from export.errors import ExportError
 from export.formats import admission
-from export.host.console import stage
+from export.host.console import native_held, stage
 
 
 def chat(
@@ -29,7 +29,7 @@ def chat(
     if not described.tokenizer.has_chat_template:
         raise ExportError(f"{folder}: its tokenizer has no chat template; build it from an instruct model")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    with stage("load", described.id):
+    with stage("load", described.id), native_held():  # ExecuTorch tells how it looks at the processor
         admission.require(folder, described)
         from runtime_tests.jobs.worker import LoadError, opened
 

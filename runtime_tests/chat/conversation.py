@@ -172,12 +172,19 @@ class Conversation:
         ids = chat_template.token_ids(self.tokenizer, [*system, *turns], subject)
         if not ids:
             raise ExportError(f"{subject}: the chat template writes nothing for it")
-        if len(ids) > self.cache.context_length:
+        if len(ids) <= (limit := self.cache.context_length):
+            return ids
+        alone = chat_template.token_ids(self.tokenizer, [*system, *turns[-1:]], subject)
+        if len(alone) <= limit:
             raise ExportError(
-                f"the context is full: this conversation has {len(ids)} tokens, the artifact's context "
-                f"{self.cache.context_length}; {'/reset begins anew' if len(turns) > 1 else 'write a shorter one'}"
+                f"the context is full: this conversation has {len(ids)} tokens, the artifact's context {limit}; "
+                "/reset begins anew"
             )
-        return ids
+        with_it = " and the system message" if system and turns[-1:] != list(chat_template.HELLO) else ""
+        raise ExportError(
+            f"{subject} is too long: {len(alone)} tokens with the chat template{with_it}, the artifact's context has "
+            f"{limit}; write a shorter one"
+        )
 
     def instruct(self, system: str | None) -> None:
         """Another system message; None: the template's own. Raises ExportError, it being as it was: as in `prompt`."""

@@ -6,6 +6,7 @@ from typing import Literal
 
 from export.plan import QuantLimits, TargetLimits
 from export.toolbox import significance
+from export.toolbox.tables import number
 from runtime_tests.evidence.record import Comparison, Gate, Latency, Outcome
 
 Rule = Literal["at most", "at least"]
@@ -110,7 +111,7 @@ def _is_close(gate: Gate, cv: float) -> bool:
 
 def failure(gate: Gate) -> str:
     """What a failed gate found, without its detail."""
-    return f"{gate.name} is {gate.value:.4g}, must be {gate.rule} {gate.limit:.4g}"
+    return f"{gate.name} is {number(gate.value)}, must be {gate.rule} {number(gate.limit)}"
 
 
 def outcome_of(gates: Sequence[Gate]) -> tuple[Outcome, str]:

@@ -233,12 +233,18 @@ def started(transport: Transport, device: Device, start: tuple[str, ...], *, tim
     return start
 
 
-def own_runner(transport: Transport, device: Device, timeout_s: float) -> tuple[str, ...]:
-    """Push the `runner` of the device's YAML; a relative path starts at the project's folder."""
+def file_of_own_runner(device: Device) -> Path:
+    """The `runner` of the device's YAML. Raises ExportError: no such file."""
     assert device.runner is not None
     path = ROOT / device.runner
     if not path.is_file():
         raise ExportError(f"devices/{device.name}.yaml: runner: no file {path}; build it first, or set it to null")
+    return path
+
+
+def own_runner(transport: Transport, device: Device, timeout_s: float) -> tuple[str, ...]:
+    """Push the `runner` of the device's YAML; a relative path starts at the project's folder."""
+    path = file_of_own_runner(device)
     remote = f"runners/{path.name}"
     transport.push(path, remote, timeout_s=timeout_s)
     return (remote,)

@@ -22,15 +22,20 @@ _INSTALL = f"install --quiet --no-deps --only-binary=:all: --require-hashes --re
 """Wheels only: what a source archive is built with would come without digests."""
 
 
-def install(transport: Transport, device: Device, *, timeout_s: float) -> tuple[str, ...]:
-    """Push the runner of the device's YAML, or install ours. Raises ExportError for a phone, whose states are lost."""
-    if device.runner:
-        return own_runner(transport, device, timeout_s)
+def require(device: Device, _abi: str, _transport: Transport | None, /) -> None:
+    """Raise ExportError before any work: it is a phone, whose states are lost."""
     if device.transport.bridged:
         raise ExportError(
             f"{device.name}: coremltools' remote tools run a phone's predictions without their state, so a filled KV "
             "cache can be neither checked nor timed on it; validate on the Mac, or name a bridge to an app as `runner`"
         )
+
+
+def install(transport: Transport, device: Device, *, timeout_s: float) -> tuple[str, ...]:
+    """Push the runner of the device's YAML, or install ours. Raises ExportError for a phone, whose states are lost."""
+    if device.runner:
+        return own_runner(transport, device, timeout_s)
+    require(device, transport.abi(), transport)
     number = version("coremltools")
     check = ["sh", "-c", f"{_PYTHON} -c 'import coremltools as c; assert c.__version__ == \"{number}\"'"]
     if transport.run(check, timeout_s=timeout_s).returncode:

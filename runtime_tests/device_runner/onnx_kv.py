@@ -29,19 +29,29 @@ CACHE = "runners/pycache"
 """Bytecode is cached apart from the pushed files, which must stay equal to those on the host."""
 
 
+def require(device: Device, _abi: str, transport: Transport | None, /) -> None:
+    """Raise before any work what `install` would: no Python there."""
+    if transport:
+        _python(transport, device)
+
+
+def _python(transport: Transport, device: Device) -> str:
+    """`3.11`, of the device. Raises ExportError: it has none that runs."""
+    python = transport.run(["python3", "-c", _VERSION], timeout_s=60)
+    if not python.returncode and (found := re.search(rb"^(\d+\.\d+)\s*\Z", python.stdout, re.MULTILINE)):
+        return found[1].decode()
+    reason = complaints.of(python.stderr.decode(errors="replace"), python.returncode)
+    raise ExportError(
+        f"{device.name}: no python3 there that runs, which the ONNX runner needs ({reason}); install Python 3.11 "
+        "or later"
+    )
+
+
 def install(transport: Transport, device: Device, *, timeout_s: float) -> tuple[str, ...]:
     """Push the runner of the device's YAML, or ours with the packages it needs."""
     if device.runner:
         return own_runner(transport, device, timeout_s)
-    python = transport.run(["python3", "-c", _VERSION], timeout_s=60)
-    found = re.search(rb"^(\d+\.\d+)\s*\Z", python.stdout, re.MULTILINE)
-    if python.returncode or not found:
-        reason = complaints.of(python.stderr.decode(errors="replace"), python.returncode)
-        raise ExportError(
-            f"{device.name}: no python3 there that runs, which the ONNX runner needs ({reason}); install Python 3.11 "
-            "or later"
-        )
-    packages = _site_packages(transport.abi(), found[1].decode())
+    packages = _site_packages(transport.abi(), _python(transport, device))
     remote = f"runners/{packages.name}"
     transport.push(packages, remote, timeout_s=timeout_s)
     push_session(transport, "onnx_kv", timeout_s)

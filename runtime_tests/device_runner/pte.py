@@ -11,6 +11,18 @@ _LOG = logging.getLogger(__name__)
 _ANDROID: dict[str, Abi] = {"arm64-v8a": "aarch64", "x86_64": "x86-64"}
 
 
+def require(device: Device, reported: str, _transport: Transport | None, /) -> None:
+    """Raise before any work what `install` would: no runner for the ABI, or nothing here to compile it with."""
+    build.compiler_for(_abi(device, reported))
+
+
+def _abi(device: Device, reported: str) -> Abi:
+    """Of the runner, for the ABI that the device reports."""
+    if abi := MACHINES.get(reported) or _ANDROID.get(reported):
+        return abi
+    raise UnavailableError(f"{device.name}: there is no runner for {reported}; name one of your own as `runner`")
+
+
 def install(transport: Transport, device: Device, *, timeout_s: float) -> tuple[str, ...]:
     """Push the runner of the device's YAML, or ours built for its ABI.
 
@@ -18,11 +30,7 @@ def install(transport: Transport, device: Device, *, timeout_s: float) -> tuple[
     """
     if device.runner:
         return own_runner(transport, device, timeout_s)
-    reported = transport.abi()
-    abi = MACHINES.get(reported) or _ANDROID.get(reported)
-    if abi is None:
-        raise UnavailableError(f"{device.name}: there is no runner for {reported}; name one of your own as `runner`")
-    bundle = build.build(abi)
+    bundle = build.build(_abi(device, reported := transport.abi()))
     remote = f"runners/{bundle.path.name}"
     transport.push(bundle.path, remote, timeout_s=timeout_s)
     start: tuple[str, ...] = (f"{remote}/bin/runner",)

@@ -12,6 +12,7 @@ from export.architecture import Strict
 from export.errors import ExportError
 from export.manifest import Commit
 from export.toolbox import significance
+from export.toolbox.tables import number
 from runtime_tests.checks import gates
 
 from .record import Comparison, Gate, Latency, Outcome, PlanKey, SpeedTest, Verdict
@@ -104,7 +105,7 @@ def judge(change: Change) -> Gate:
     """A change as a gate of the record."""
     more = change.worse == "more"
     limit = change.before + (change.tolerance if more else -change.tolerance)
-    detail = f"{change.before:.4g} in {change.since}, tolerance {change.tolerance:.2g}"
+    detail = f"{number(change.before)} in {change.since}, tolerance {change.tolerance:.2g}"
     if change.verdict == "inconclusive":
         detail += HIDDEN
     name = f"{change.name}{AGAINST}{change.unit}"

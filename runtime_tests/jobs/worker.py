@@ -137,6 +137,8 @@ def main() -> int:
     job = jobs.AnyJob.model_validate_json(sys.stdin.buffer.read()).root
     if not isinstance(job, jobs.TaskDataJob | jobs.TasksJob):  # these may read data sets of the hub
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if isinstance(job, jobs.ReferenceJob | jobs.WeightsJob):  # nothing of it is timed, nor runs in its own threads
+        processes.wait_asleep()
     quiet_libraries()
     reply = answer(job)
     print("\n" + json.dumps(reply), flush=True)

@@ -51,8 +51,16 @@ _OUTCOMES = {"load": Outcome.LOAD_FAIL, "crash": Outcome.CRASH}
 class _RunnerModule(Protocol):
     """A module of `runtime_tests.device_runner` that brings one session's runner to devices."""
 
+    def require(self, device: Device, abi: str, transport: Transport | None, /) -> None:
+        """Raise at once what `install` would find missing here or there; None: it does not run yet."""
+
     def install(self, transport: Transport, device: Device, *, timeout_s: float) -> tuple[str, ...]:
         """Push the runner; the command that starts it in the working folder. Raises DeviceError, ExportError."""
+
+
+def runner_module(session: str) -> _RunnerModule:
+    """What brings the session's runner to a device. Raises ExportError: no such session."""
+    return cast(_RunnerModule, importlib.import_module(f"runtime_tests.device_runner.{sessions.require(session)}"))
 
 
 class AttachedDevice:
@@ -181,9 +189,8 @@ class AttachedDevice:
     def _runner(self, session: str) -> tuple[str, ...]:
         """The command that starts a session's runner, which is pushed once."""
         if session not in self.runners:
-            name = f"runtime_tests.device_runner.{sessions.require(session)}"
-            module = cast(_RunnerModule, importlib.import_module(name))
-            self.runners[session] = module.install(self.transport, self.device, timeout_s=self.device.time_limit_s)
+            limit_s = self.device.time_limit_s
+            self.runners[session] = runner_module(session).install(self.transport, self.device, timeout_s=limit_s)
         return self.runners[session]
 
     def _model(self, folder: Path, described: Manifest) -> str:

@@ -86,7 +86,7 @@ def against(artifacts: Sequence[Judged]) -> Iterator[str]:
 
 def _change_row(change: Change) -> list[str]:
     """Value before and now, the change with its noise, and the tolerance."""
-    numbers = [f"{change.before:.4g} {change.unit}", f"{change.now:.4g} {change.unit}"]
+    numbers = [f"{tables.number(change.before)} {change.unit}", f"{tables.number(change.now)} {change.unit}"]
     shares = [tables.NONE, tables.NONE]
     if change.before:
         noise, tolerance = change.noise / change.before, change.tolerance / change.before
@@ -155,7 +155,7 @@ def _verdict(gate: Gate) -> Failure | Skipped | None:
     """Value and limit of a gate that fails; one that noise left open counts as skipped."""
     if gate.verdict == "pass":
         return None
-    limit = f"{gate.value:.6g}, must be {gate.rule} {gate.limit:.6g}"
+    limit = f"{tables.number(gate.value, 6)}, must be {gate.rule} {tables.number(gate.limit, 6)}"
     message = visible(f"{limit}: {gate.detail}" if gate.detail else limit)
     return Failure(message, gate.fails_as.value) if gate.verdict == "fail" else Skipped(message, gate.verdict)
 

@@ -10,7 +10,7 @@ from export.formats import storage
 from export.manifest import UNKNOWN, Manifest
 from export.toolbox import charts
 from export.toolbox.inspection import numbers
-from export.toolbox.tables import NONE
+from export.toolbox.tables import NONE, number
 from runtime_tests.checks import loss
 from runtime_tests.evidence.record import DeviceState, Outcome, Record
 
@@ -42,7 +42,7 @@ def render(
         loss_columns=loss.COLUMNS,
         figures=plots.figures(records, manifests, names),
         meaning=meanings.of,
-        number=_number,
+        number=number,
         numbers=numbers,
         css=_css,
         series=charts.SERIES,
@@ -192,11 +192,6 @@ def _table_row(record: Record) -> dict[str, str]:
 def _with_error(value: float, error: float) -> str:
     """`12.34 ± 0.56`, without decimals where they would mean nothing."""
     return f"{loss.perplexity(value)} ± {f'{error:.2f}' if value < 1e4 else f'{error:.0e}'}"
-
-
-def _number(value: float) -> str:
-    """Counts as they are, measured values with four digits."""
-    return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.4g}"
 
 
 def _css(outcome: Outcome) -> str:

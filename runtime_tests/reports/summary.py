@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from export.host.console import Plain, say
-from export.toolbox.tables import NONE, plain
+from export.toolbox.tables import NONE, number, plain
 from runtime_tests.checks.loss import nats, worst
 from runtime_tests.evidence.record import Accuracy, Outcome, Record
 
@@ -82,10 +82,8 @@ def problems(record: Record) -> list[str]:
     lines = []
     for gate in record.gates:
         if gate.verdict != "pass":
-            limit = f"{gate.rule} {gate.limit:.4g}"
-            lines.append(
-                f"{record.artifact}: {gate.verdict}: {gate.name} {gate.value:.4g} ({limit}) {gate.detail}".rstrip()
-            )
+            measured = f"{number(gate.value)} ({gate.rule} {number(gate.limit)})"
+            lines.append(f"{record.artifact}: {gate.verdict}: {gate.name} {measured} {gate.detail}".rstrip())
     if not record.holds and not any(gate.verdict == "fail" for gate in record.gates):
         lines.append(f"{record.artifact}: {record.outcome.value}: {record.detail}")
     return lines

@@ -133,3 +133,25 @@ def test_a_failure_in_either_process_is_the_runs(tmp_path, monkeypatch, red):
     assert "created: 2/2 workers" in ended.stdout, ended.stderr
     assert (ended.returncode, "1 failed, 1 passed" in ended.stdout) == (2, True), ended.stdout
     assert f"FAILED test_{red}.py::test_{red}" in ended.stdout
+
+
+@pytest.mark.parametrize("ready", [0, 1])
+def test_a_device_is_asked_before_anything_is_built(tmp_path, ready):
+    for name in ("Makefile", "configs", "devices"):
+        (tmp_path / name).symlink_to(manifest.ROOT / name)
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$2 $3" >> calls\n[ "$3" != ready ] || exit {ready}\n')
+    python.chmod(0o755)
+    ended = subprocess.run(["make", "-o", "setup", "pixel-8"], cwd=tmp_path, capture_output=True, check=False)
+    before = ["devices targets", "runtime_tests ready"]
+    after = ["export smollm2-135m", "export folders", "devices.lab run"]
+    assert (tmp_path / "calls").read_text().splitlines() == (before if ready else [*before, *after])
+    assert bool(ended.returncode) == bool(ready)
+
+
+def test_an_unknown_name_is_one_line(tmp_path):
+    (tmp_path / "Makefile").symlink_to(manifest.ROOT / "Makefile")
+    ended = subprocess.run(["make", "it's"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.stderr.splitlines()[0] == "error: no target or device it's; make help lists them"
+    assert [path.name for path in tmp_path.iterdir()] == ["Makefile"]

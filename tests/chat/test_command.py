@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import sys
 
@@ -12,6 +13,7 @@ from export.build.command import run as run_app
 from runtime_tests.__main__ import app
 from runtime_tests.chat import command
 from runtime_tests.chat.conversation import PrefixCache
+from runtime_tests.jobs import worker
 from tests.support.artifacts import reseal, set_fault
 from tests.support.conversations import CONTEXT, MESSAGES, ask, opened
 from tests.support.reliability import CONVERSATION
@@ -69,6 +71,25 @@ def test_reset_system_and_exit_are_obeyed_and_unknown_commands_named(chat, built
     assert "/system TEXT" in err
 
 
+def test_what_a_runtime_tells_while_it_loads_is_shown_where_it_does_not(artifact, capfd, monkeypatch):
+    def noisy(*given):
+        os.write(2, b"[cpuinfo_utils.cpp:71] Reading file\n")
+        return session(*given)
+
+    session = worker.opened
+    monkeypatch.setattr(worker, "opened", noisy)
+    monkeypatch.setattr(sys, "argv", ["runtime_tests", "chat", str(artifact)])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert run_app(app) == 0
+    assert "cpuinfo" not in capfd.readouterr().err
+    set_fault(artifact, "does not load")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert run_app(app) == 1
+    noise, error = capfd.readouterr().err.splitlines()
+    assert noise == "[cpuinfo_utils.cpp:71] Reading file"
+    assert error == f"error: {artifact}: does not load: RuntimeError: the file is of a newer version"
+
+
 def test_a_system_message_given_with_the_command(chat, built, talk):
     _, out, _ = chat(built, "--system", "Be brief.", "--max-new-tokens", "8", typed=b"hello\n")
     conversation = talk(max_new_tokens=8)
@@ -124,8 +145,8 @@ NOT_FINITE = "error: left out: the artifact computes NaN or infinity; validate i
         ("{{ '\\ud800' if messages[-1].content == 'x' else '<|user|>a' }}", "", "x",
          r"error: left out: this message: chat template: writes half a character ('\ud800'), which no tokenizer takes"),
         (NOTHING, "", "nothing", "error: left out: this message: the chat template writes nothing for it"),
-        (None, "", "x" * 300, "error: left out: the context is full: this conversation has"),
-        (None, "", f"/system {'x' * 300}", "error: left out: the context is full: this conversation has"),
+        (None, "", "x" * 300, "error: left out: this message is too long: 303 tokens with the"),
+        (None, "", f"/system {'x' * 300}", "error: left out: this system message is too long: 310 tokens with the"),
         (None, "", "/sytem x", "error: left out: unknown command /sytem"),
         (None, "", "x" * 20 + "\udcff", f"error: left out: a line that is not UTF-8 (after '{'x' * 20}')"),
         (None, "nan", "x" * 84, NOT_FINITE),

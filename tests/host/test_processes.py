@@ -174,3 +174,15 @@ def test_nothing_forks_in_a_process_that_may_hold_torch():
     """macOS aborts such children; the lab is Linux, and knows no torch."""
     for path in (path for room in ("export", "runtime_tests") for path in (manifest.ROOT / room).rglob("*.py")):
         assert not re.search(r"\bos\.fork|preexec_fn|[\"']fork[\"']", path.read_text()), path
+
+
+@pytest.mark.parametrize(("given", "then"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_threads_of_a_build_wait_asleep_unless_the_user_says_otherwise(given, then):
+    code = (
+        "import os, runpy, sys\nsys.argv = ['export', '--help']\n"
+        "try: runpy.run_module('export', run_name='__main__')\nexcept SystemExit: pass\n"
+        "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    )
+    around = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    done = subprocess.run([sys.executable, "-c", code], env=around, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{then} False"
