@@ -32,12 +32,15 @@ ifndef RECIPES
 RECIPES := $(value QUANT)
 endif
 BASE    ?=
+# of `make gate`: the release before, and limits other than those in configs/gate.yaml
+AGAINST ?=
+LIMITS  ?=
 VALIDATION ?= --skip-proven
 
 # what users give reaches the shell and Python as the text it is, whatever characters a path has
 quote   = '$(subst ','\'',$(value $(1)))'
 each    = $(foreach item,$(value $(1)),'$(subst ','\'',$(item))')
-unexport PYTHON MODEL QUANT DEVICE RECORDS ROOM WORKERS SOURCE ADAPTER NAME TASKS LIMIT MINUTES RECIPES BASE VALIDATION QUICK STUDIED TARGETS
+unexport PYTHON MODEL QUANT DEVICE RECORDS ROOM WORKERS SOURCE ADAPTER NAME TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS VALIDATION QUICK STUDIED TARGETS
 
 PY      := .venv/bin/python
 # contenders of `make bench-quick`
@@ -59,7 +62,7 @@ folders  = $(PY) -m export folders $(call quote,MODEL) $(1) $(2) $(WEIGHTS)
 FOLDERS  = $(call folders,$(call quote,QUANT),$(call each,TARGETS))
 CHECKED  = for recipe in $(call each,RECIPES); do $(call folders,"$$recipe",$(call each,TARGETS)) || exit 1; done
 
-.PHONY: all setup locked build validate test lint unit fuzz shape bench bench-quick bench-docs bench-pages study detours tasks devices lab baseline tiny ci-artifacts ci-report ci-diff cards compute-plan golden readme reliability audit lock clean help $(DEVICES)
+.PHONY: all setup locked build validate test lint unit fuzz shape bench bench-quick bench-docs bench-pages study detours tasks devices lab baseline tiny gate ci-artifacts ci-report ci-diff cards compute-plan golden readme reliability audit lock clean help $(DEVICES)
 
 all: build validate
 
@@ -104,14 +107,26 @@ devices: setup                      ## the known devices
 	@$(PY) -m devices
 
 ci-artifacts: setup                 ## build MODEL × RECIPES × TARGETS, validate what was built, report in build/ci
-	@folders=$$($(CHECKED)) || exit 1; status=0; \
+	@rm -f build/ci/summary.md build/ci/junit.xml build/ci/records.jsonl; \
+	folders=$$($(CHECKED)) || exit 1; status=0; built=; failed=; \
 	for recipe in $(call each,RECIPES); do \
-	  $(PY) -m export $(call quote,MODEL) "$$recipe" $(call each,TARGETS) $(WEIGHTS) || status=1; \
+	  asked=$$($(call folders,"$$recipe",$(call each,TARGETS))) || exit 1; stale=; \
+	  if ! $(PY) -m export $(call quote,MODEL) "$$recipe" $(call each,TARGETS) $(WEIGHTS); then \
+	    status=1; stale=$$($(call folders,"$$recipe",$(call each,TARGETS)) --stale) || stale=; stale=$${stale:-$$asked}; \
+	  fi; \
+	  for folder in $$asked; do \
+	    case " $$(echo $$stale) " in *" $$folder "*) failed="$$failed --not-built $$folder";; *) built="$$built $$folder";; esac; \
+	  done; \
 	done; \
-	built=$$(for folder in $$folders; do if [ -f $$folder/manifest.json ]; then echo $$folder; fi; done); \
 	if [ -n "$$built" ]; then $(PY) -m runtime_tests $(call each,VALIDATION) $(CHECKPOINT) $$built || status=1; fi; \
-	$(PY) -m runtime_tests.reports.ci $$folders || status=1; \
+	$(PY) -m runtime_tests.reports.ci $$folders $$failed || status=1; \
 	exit $$status
+
+gate: setup                         ## MODEL × RECIPES × TARGETS against the release before: AGAINST=FOLDER or a records file
+	$(if $(value AGAINST),,$(error AGAINST names the release before: an artifact folder, a folder of them, or a file of records))
+	@folders=$$($(CHECKED)) && \
+	$(PY) -m runtime_tests gate --device=$(call quote,DEVICE) --against=$(call quote,AGAINST) \
+	  $(if $(value LIMITS),--limits=$(call quote,LIMITS)) $$folders
 
 ci-report: setup                    ## report the last run of MODEL × QUANT on DEVICE in build/ci
 	@targets=$$($(PY) -m devices targets $(call quote,DEVICE)) && \

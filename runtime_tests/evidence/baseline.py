@@ -26,7 +26,7 @@ from export.host.console import say
 from export.plan import explain
 
 from . import record, regression
-from .record import Environment, Outcome, PlanKey, Record
+from .record import Environment, PlanKey, Record
 from .regression import Change, Reached, Speed
 
 FOLDER = Path(__file__).parent / "baselines"
@@ -126,9 +126,8 @@ def reached(run: Record, before: Reached | None = None) -> Reached:
 
 
 def _speeds(run: Record, before: Reached | None) -> tuple[Speed, ...]:
-    """The earlier speeds and this run's, if steady; without the earlier ones if it is slower than noise explains."""
-    slower = any(gate.verdict == "fail" and gate.fails_as is Outcome.TOO_SLOW for gate in run.gates)
-    same = before is not None and not before.plan_key.differs_in(run.plan_key) and not slower
+    """The earlier speeds of the same plan and this run's, if steady."""
+    same = before is not None and not before.plan_key.differs_in(run.plan_key)
     others = [speed for speed in before.speeds if speed.run_id != run.run_id] if before and same else []
     new = [regression.speed_of(run.latency, run.run_id)] if run.latency and not _unsteady(run) else []
     return tuple([*others, *new][-KEPT_RUNS:])
