@@ -92,7 +92,7 @@ def judge(folder: Path, before: Known, limits: Limits, place: Place | None) -> G
     except ExportError as error:
         return Gated(str(folder), problem=str(error))
     problem = "" if new.record.holds else f"its own validation failed: {new.record.outcome.value}: {new.record.detail}"
-    speed = "--no-speed" if place is None else RECORDED if old.folder is None else ""
+    speed = "it was not asked for" if place is None else RECORDED if old.folder is None else ""
     if place is not None and old.folder is not None:
         try:
             changes += _timed(old.folder, folder, before.device, place, limits.speed)

@@ -144,17 +144,11 @@ def test_one_run_counts_once_and_the_oldest_go(folder):
     assert len(baseline.reached(again, before).speeds) == baseline.KEPT_RUNS
 
 
-def test_speeds_of_another_plan_and_of_before_an_accepted_loss_go(first_run, before):
+def test_speeds_of_another_plan_go(first_run, before):
     other = first_run.model_copy(
         update={"run_id": "2", "plan_key": first_run.plan_key.model_copy(update={"recipe": "other"})}
     )
     assert [speed.run_id for speed in baseline.reached(other, before).speeds] == ["2"]
-    slower = regression.timed(timed(decode=0.5), before)[0]
-    accepted = with_failed(first_run, regression.judge(slower), outcome=Outcome.TOO_SLOW)
-    accepted = accepted.model_copy(update={"run_id": "3", "latency": timed(decode=0.5)})
-    assert baseline.keep([accepted], "host")
-    speeds = baseline.find("host", first_run.environment, first_run.artifact).speeds
-    assert [speed.run_id for speed in speeds] == ["3"]
 
 
 def test_a_run_that_only_noise_between_runs_leaves_open_is_kept(folder):
@@ -280,8 +274,7 @@ def test_validation_compares_with_the_baseline(validated, monkeypatch):
     assert not any("baseline" in gate.name for gate in first.gates)
     baseline.keep([first], "host")
     again = {gate.name: gate.verdict for gate in validated().gates if "baseline" in gate.name}
-    assert set(again) == {SIZE, KL, DECODE, TTFT}
-    assert (again[SIZE], again[KL]) == ("pass", "pass")
+    assert again == {SIZE: "pass", KL: "pass"}  # and no speed: that was another run
     smaller = first.model_copy(update={"size_bytes": int(first.size_bytes / 1.05)})
     baseline.keep([smaller], "host")
     grown = validated()
