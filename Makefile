@@ -6,9 +6,10 @@
 PYTHON ?= python3
 MODEL  ?= smollm2-135m
 QUANT  ?= int4-g32-scales
-# `make baseline`: of which device, and from which records; empty: those of this machine's last run
+# `make baseline`: of which device, from which records or of which artifacts' folders; empty: the last run's
 DEVICE ?= host
 RECORDS ?=
+ARTIFACTS ?=
 # which of the folders in tests/ `make test` runs, without lint; empty: all of them, with lint
 ROOM   ?=
 # processes that the tests run in, side by side; each takes up to 3 GB
@@ -40,7 +41,7 @@ VALIDATION ?= --skip-proven
 # what users give reaches the shell and Python as the text it is, whatever characters a path has
 quote   = '$(subst ','\'',$(value $(1)))'
 each    = $(foreach item,$(value $(1)),'$(subst ','\'',$(item))')
-unexport PYTHON MODEL QUANT DEVICE RECORDS ROOM WORKERS SOURCE ADAPTER NAME TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS VALIDATION QUICK STUDIED TARGETS
+unexport PYTHON MODEL QUANT DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS VALIDATION QUICK STUDIED TARGETS
 
 PY      := .venv/bin/python
 # contenders of `make bench-quick`
@@ -153,8 +154,8 @@ compute-plan: setup                 ## on which processor Core ML runs each oper
 	@folders=$$(for recipe in $(call each,RECIPES); do $(call folders,"$$recipe",coreml) || exit 1; done) && \
 	$(PY) -m runtime_tests.coreml.compute_plan $$folders --out build/ci
 
-baseline: setup                     ## store what the last run on DEVICE reached as its baseline
-	@$(PY) -m runtime_tests.evidence.baseline $(call quote,DEVICE) $(if $(value RECORDS),--records=$(call quote,RECORDS))
+baseline: setup                     ## store what the last run on DEVICE reached as its baseline, or what ARTIFACTS did
+	@$(PY) -m runtime_tests.evidence.baseline $(call quote,DEVICE) $(if $(value RECORDS),--records=$(call quote,RECORDS)) $(call each,ARTIFACTS)
 
 tiny:                               ## the whole job on a two-layer random model, in a minute
 	@$(MAKE) --no-print-directory all MODEL=tiny

@@ -141,7 +141,7 @@ def _validate(folders: Sequence[Path], device: Device, given: _Given) -> None:
     from . import evaluation, validate
     from .checks import limits
     from .checks.subject import Setting
-    from .evidence import proof
+    from .evidence import baseline, proof
     from .places import scratch
     from .reports import publication, summary
 
@@ -149,12 +149,16 @@ def _validate(folders: Sequence[Path], device: Device, given: _Given) -> None:
     loaded, judging = evaluation.load(given.eval_name), limits.load(given.limits) if given.limits else None
     for _, described in artifacts:
         limits.of(described, judging)  # or it is refused before any work
+    records_file = BUILD / "records" / "records.jsonl"
+    _build_folder()
+    with disk.writing(BUILD):
+        baseline.remember(device.name, [folder for folder, _ in artifacts], records_file)
     if given.skip_proven and here(device):
-        artifacts = proof.without(artifacts, device, loaded, BUILD / "records" / "records.jsonl", judging)
+        artifacts = proof.without(artifacts, device, loaded, records_file, judging)
         if not artifacts:
             return
     run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    with scratch.folder(_build_folder()) as logits, opened(device, logits) as place:
+    with scratch.folder(BUILD) as logits, opened(device, logits) as place:
         setting = Setting(
             run_id=run_id,
             device=device,

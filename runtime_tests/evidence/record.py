@@ -295,12 +295,26 @@ def newest_run(path: Path, device: str) -> list[Record]:
     records = []
     for number, line in of_device:
         if field(line, "run_id") == newest:
-            try:
-                records.append(Record.model_validate_json(line))
-            except ValidationError as error:
-                reason = explain(error)[:300]
-                raise ExportError(f"{path}, line {number}: not a record of this version: {reason}; run again") from None
+            records.append(_parsed(line, path, number))
     return records
+
+
+def _parsed(line: str, path: Path, number: int) -> Record:
+    try:
+        return Record.model_validate_json(line)
+    except ValidationError as error:
+        reason = explain(error)[:300]
+        raise ExportError(f"{path}, line {number}: not a record of this version: {reason}; run again") from None
+
+
+def newest_of_each(path: Path, device: str) -> list[Record]:
+    """The last record of every build in a file, on a device. Raises ExportError: one is of another version."""
+    newest: dict[str, Record] = {}
+    for number, line in enumerate(evidence.lines(path), start=1):
+        if field(line, "device") == device:
+            run = _parsed(line, path, number)
+            newest[run.manifest_sha256] = run
+    return list(newest.values())
 
 
 def newest_of(path: Path, **texts: str) -> Record | None:
