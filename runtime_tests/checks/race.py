@@ -6,7 +6,7 @@ from statistics import median
 
 from export import manifest
 from export.errors import ExportError
-from export.host.console import stage
+from export.host.console import counted, stage
 from runtime_tests.evaluation import SpeedSpec
 from runtime_tests.evidence.record import Outcome
 from runtime_tests.evidence.regression import Change
@@ -32,13 +32,14 @@ def run(turns: Sequence[Callable[[], Turn]], judge: Callable[[list[tuple[Turn, T
     """
     old, new = turns
     rounds: list[tuple[Turn, Turn]] = []
-    with stage("speed", "old and new in turns"):
+    with counted("turns") as progress, stage("speed", "old and new in turns"):
         while True:
             if len(rounds) % 2:
                 second = new()
                 rounds.append((old(), second))
             else:
                 rounds.append((old(), new()))
+            progress(len(rounds), MOST_ROUNDS)
             if len(rounds) < ROUNDS:
                 continue
             changes = judge(rounds)
