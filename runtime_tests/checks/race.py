@@ -17,8 +17,8 @@ from runtime_tests.places import Place
 ROUNDS = 9
 """Pairs of turns before their noise is looked at: the fewest whose interval a single outlier does not decide."""
 MOST_ROUNDS = 27
-_REPEATS = 3
-"""Timings in a turn, whose median counts."""
+_REPEATS, _TOKENS = 3, 32
+"""Of a turn: many short ones tell more than few long ones, for what slows a machine lasts longer than both."""
 
 
 class NotTimedError(ExportError):
@@ -56,7 +56,7 @@ def turn(folder: Path, place: Place, timed: SpeedSpec, limit_s: float) -> Turn:
         threads=place.threads,
         tokens=tuple(i % described.architecture.vocab_size for i in range(prompt)),  # all cost the same
         prompts=(prompt,),
-        generate=timed.generate,
+        generate=_TOKENS,
         repeats=_REPEATS,
         warmups=timed.warmups,
     )
@@ -65,8 +65,8 @@ def turn(folder: Path, place: Place, timed: SpeedSpec, limit_s: float) -> Turn:
         raise ExportError(f"{folder}: {ended.outcome.value} while it was timed: {ended.detail}")
     if not ended.result["measured"]:
         raise NotTimedError(f"{folder}: its session here is a reference evaluator")
-    (samples,) = ended.result["prompts"].values()
-    return Turn(
-        decode_ts=timed.generate * 1e9 / median(sum(answer) for answer in ended.result["decode"]),
-        ttft_s=median(samples) / 1e9,
+    (prompts,), answers = ended.result["prompts"].values(), ended.result["decode"]
+    return Turn(  # medians, of tokens too: one that the machine interrupted says nothing of the artifact
+        decode_ts=1e9 / median(token for answer in answers for token in answer),
+        ttft_s=median(prompts) / 1e9,
     )
