@@ -14,6 +14,7 @@ from runtime_tests.checks import race
 from runtime_tests.places import Place
 
 from . import proof, release
+from .record import Outcome
 from .regression import Change
 from .release import Limits, Side
 
@@ -41,9 +42,17 @@ class Gated:
         return [change.name for change in self.changes if change.verdict == "fail"]
 
     @property
+    def undecided(self) -> list[str]:
+        """Losses that were measured beyond their limit and that noise may explain: not red for it, and never green."""
+        open_ = [change for change in self.changes if change.verdict == "inconclusive"]
+        return [
+            change.name for change in open_ if change.fails_as is Outcome.MISMATCH and change.worse_by > change.floor
+        ]
+
+    @property
     def holds(self) -> bool:
         """It was compared, and nothing is worse than its limit allows."""
-        return not self.problem and not self.worse and bool(self.changes)
+        return not self.problem and not self.worse and not self.undecided and bool(self.changes)
 
 
 @dataclass(frozen=True)

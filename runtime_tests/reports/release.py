@@ -16,7 +16,7 @@ def render(gated: Sequence[Gated]) -> str:
     """Markdown: the verdict over all, then each artifact."""
     failed = sum(not one.holds for one in gated)
     open_ = sum(change.verdict == "inconclusive" for one in gated for change in one.changes)
-    verdict = f"{failed} of {len(gated)} artifacts fail" if failed else "nothing is worse than its limit"
+    verdict = f"{failed} of {len(gated)} artifacts do not hold" if failed else "nothing is worse than its limit"
     left = f", noise left {open_} comparison{'s' if open_ > 1 else ''} open" if open_ else ""
     lines = [f"## Against the release before: {verdict}{left}"]
     for one in gated:
@@ -42,4 +42,8 @@ def _of(one: Gated) -> Iterator[str]:
 def _verdict(one: Gated) -> str:
     if one.problem:
         return "**fail**" if one.changes else "**not compared**"
-    return f"**fail** ({escaped(', '.join(one.worse))})" if one.worse else "pass"
+    if one.worse:
+        return f"**fail** ({escaped(', '.join(one.worse))})"
+    if one.undecided:
+        return f"**open** ({escaped(', '.join(one.undecided))}; more windows decide, as of `--eval domains`)"
+    return "pass"
