@@ -70,7 +70,7 @@ folders  = $(PY) -m export folders $(call quote,MODEL) $(1) $(2) $(WEIGHTS)
 FOLDERS  = $(call folders,$(call quote,QUANT),$(call each,TARGETS))
 CHECKED  = for recipe in $(call each,RECIPES); do $(call folders,"$$recipe",$(call each,TARGETS)) || exit 1; done
 
-.PHONY: all setup locked build validate test lint unit fuzz shape bench bench-quick bench-docs bench-pages study detours tasks devices lab baseline tiny gate ci-artifacts ci-report ci-diff cards compute-plan golden readme reliability audit lock clean help $(DEVICES)
+.PHONY: all setup locked build validate test lint unit fuzz shape bench bench-quick bench-docs bench-pages choosing study detours tasks devices lab baseline tiny gate ci-artifacts ci-report ci-diff cards compute-plan golden readme reliability audit lock clean help $(DEVICES)
 
 all: build validate
 
@@ -206,6 +206,9 @@ bench-docs: setup                   ## bench with exports timed, written to docs
 
 bench-pages: setup                  ## write the pages in docs/benchmarks again from the records beside them
 	@$(PY) -m runtime_tests.bench.publish
+
+choosing: setup                     ## write docs/choosing.md again from the records beside it
+	@$(PY) -m runtime_tests.bench.choosing
 
 tasks: setup                        ## lm-evaluation-harness TASKS on the built artifacts, beside the fp32 checkpoint
 	@folders=$$($(FOLDERS)) && \

@@ -1,6 +1,7 @@
 """The proof: `python -m runtime_tests [--device DEVICE] [--source DIR_OR_HF_ID] [--eval NAME] [FOLDER …]` validates.
 
 With `--tasks NAME,…` it evaluates lm-evaluation-harness tasks instead: docs/tasks.md. `chat PATH`: docs/chat.md.
+`trace PATH` finds the layer that is wrong: docs/nonsense.md.
 
 For example:
 
@@ -124,6 +125,30 @@ def gate(  # noqa: PLR0913, PLR0917 – a command's options
     ci.append(text)
     say(*text.split("\n"))
     if not all(one.holds for one in gated):
+        raise typer.Exit(1)
+
+
+@app.command("trace")
+def trace(
+    folder: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="an artifact folder")],
+    device: Annotated[str, typer.Option(help="a name in devices/")] = "host",
+    source: Annotated[str | None, typer.Option(help="origin of the checkpoint; default: the manifest's")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the page; default: build/trace/ID")] = None,
+) -> None:
+    """Find the first layer of an artifact that leaves the reference: exit 0 only if none does."""
+    from .sessions.trace import page, run
+
+    known = _load_device(device)
+    if not here(known):
+        raise ExportError(
+            f"{device}: layers are traced on this machine only; `python -m runtime_tests --device {device} {folder}` "
+            "compares the logits there"
+        )
+    found = run.trace(folder, known, source, BUILD / "cache")
+    page.show(found)
+    with disk.writing(_build_folder()):
+        say(f"page: {page.write(found, out or BUILD / 'trace' / found.artifact)}")
+    if found.first:
         raise typer.Exit(1)
 
 

@@ -6,7 +6,7 @@ declares, as Core ML does on CPU and GPU. The Neural Engine's arithmetic is diff
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,11 @@ class _Step:
 class Evaluator:
     """One loaded package with one set of states."""
 
-    def __init__(self, package: Path) -> None:
+    def __init__(self, package: Path, also: tuple[str, ...] = ()) -> None:
+        """`also`: variables that are outputs of every call too."""
         mkl.settle()
-        self.program = load(package)
+        program = load(package)
+        self.program = replace(program, outputs=(*program.outputs, *also))
         self.constants = _fold(self.program)
         self.steps = list(_schedule(self.program, self.constants))
         self.states: dict[str, Tensor] = {}

@@ -98,6 +98,17 @@ class ReferenceJob(Strict):
     tasks: tuple[ReferenceTask, ...]
 
 
+class TraceJob(Strict):
+    """Compare the parts of an artifact's layers with the eager quantized model's."""
+
+    action: Literal["trace"] = "trace"
+    folder: str
+    source: str | None
+    cache: str
+    threads: int
+    tokens: tuple[int, ...]
+
+
 class Opening(Strict):
     """A model of the benchmark and how it is opened."""
 
@@ -186,6 +197,7 @@ Job = (
     | BandwidthJob
     | WeightsJob
     | ReferenceJob
+    | TraceJob
     | BenchJob
     | OverheadJob
     | BenchLogitsJob

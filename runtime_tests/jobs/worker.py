@@ -29,7 +29,7 @@ class LoadError(Exception):
     """The artifact does not load."""
 
 
-def _run(job: jobs.Job) -> dict[str, Any]:  # noqa: C901, PLR0911 – one line per kind of job
+def _run(job: jobs.Job) -> dict[str, Any]:  # noqa: C901, PLR0911, PLR0912 – one line per kind of job
     """Run a job; the modules that need torch are imported by the jobs that need them."""
     match job:
         case jobs.LogitsJob():
@@ -57,6 +57,10 @@ def _run(job: jobs.Job) -> dict[str, Any]:  # noqa: C901, PLR0911 – one line p
             from runtime_tests.reference import compute
 
             return compute(job)
+        case jobs.TraceJob():
+            from runtime_tests.sessions.trace.run import compute as compute_trace
+
+            return compute_trace(job)
         case jobs.BenchJob():
             from runtime_tests.bench.runners import measure as measure_contender
 

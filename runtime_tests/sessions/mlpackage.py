@@ -75,14 +75,14 @@ def _causal_mask(past: int, new: int) -> NDArray[np.float16]:
 class Evaluated:
     """The evaluator of the saved package with the interface of a Core ML model; its speed means nothing."""
 
-    def __init__(self, package: Path, threads: int) -> None:
+    def __init__(self, package: Path, threads: int, also: tuple[str, ...] = ()) -> None:
         import torch
 
         from runtime_tests.coreml.evaluator import Evaluator
 
         self.torch, self.threads = torch, threads
         torch.set_num_threads(1)
-        self.evaluator = Evaluator(package)
+        self.evaluator = Evaluator(package, also)
 
     def make_state(self) -> dict[str, Any]:
         self.evaluator.reset()

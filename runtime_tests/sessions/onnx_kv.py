@@ -34,7 +34,7 @@ class OnnxSession(Session):
         kv = contract.kv
         vocab_size = int(contract.outputs[0].shape[-1])
         super().__init__(kv.context_length, min(contract.max_prefill, PIECE), contract.logits, vocab_size)
-        self.runtime = ort.InferenceSession(str(model), _options_of(model, threads), providers=["CPUExecutionProvider"])
+        self.runtime = ort.InferenceSession(str(model), options_of(model, threads), providers=["CPUExecutionProvider"])
         self.binding = self.runtime.io_binding()
         self.ids, self.mask, *pasts = (spec.name for spec in contract.inputs)
         self.output, *presents = (spec.name for spec in contract.outputs)
@@ -58,7 +58,7 @@ class OnnxSession(Session):
         return rows
 
 
-def _options_of(model: Path, threads: int) -> ort.SessionOptions:
+def options_of(model: Path, threads: int) -> ort.SessionOptions:
     """The session options that genai_config.json gives every client."""
     decoder = json.loads((model.parent / "genai_config.json").read_text())["model"]["decoder"]
     options = ort.SessionOptions()

@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives import serialization
 
-from export import manifest, pipeline
+from export import formats, manifest, pipeline
 from export.formats import admission
 from export.plan import Target, load_record
 from runtime_tests.sessions import open_session
@@ -87,3 +88,22 @@ def write_key(folder, name, private, passphrase=None):
     public = private.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
     paths[1].write_bytes(public)
     return paths
+
+
+def spoil_weight(folder, name):
+    """Random integers in place of a 4-bit weight's, and the files recorded: an artifact that is wrong and whole."""
+    described = manifest.read(folder)
+    artifact = folder / described.plan.target.artifact
+    stored = formats.reader(described.plan.target.backend).read_weights(artifact, described.architecture)
+    codes = next(one.qdata for one in stored if one.name == name).ravel()
+    random = np.random.default_rng(0)
+    for path in (folder / file for file in described.files if file.startswith(artifact.name)):
+        data = path.read_bytes()
+        for offset in (0, 8):  # two's complement, or a zero point of 8; the first of two in the lower bits
+            low, high = ((codes[first::2] + offset) & 15 for first in (0, 1))
+            packed = (low | high << 4).astype(np.uint8).tobytes()
+            if (at := data.find(packed)) >= 0:
+                path.write_bytes(data[:at] + random.bytes(len(packed)) + data[at + len(packed) :])
+                reseal(folder)
+                return
+    raise AssertionError(f"{name} is in no file of {folder}")
