@@ -9,9 +9,10 @@ PYTHON ?=
 TORCH  ?=
 MODEL  ?= smollm2-135m
 QUANT  ?= int4-g32-scales
-# `make baseline`: of which device, and from which records; empty: those of this machine's last run
+# `make baseline`: of which device, from which records or of which artifacts' folders; empty: the last run's
 DEVICE ?= host
 RECORDS ?=
+ARTIFACTS ?=
 # which of the folders in tests/ `make test` runs, without lint; empty: all of them, with lint
 ROOM   ?=
 # processes that the tests run in, side by side; each takes up to 3 GB
@@ -35,12 +36,15 @@ ifndef RECIPES
 RECIPES := $(value QUANT)
 endif
 BASE    ?=
+# of `make gate`: the release before, and limits other than those in configs/gate.yaml
+AGAINST ?=
+LIMITS  ?=
 VALIDATION ?= --skip-proven
 
 # what users give reaches the shell and Python as the text it is, whatever characters a path has
 quote   = '$(subst ','\'',$(value $(1)))'
 each    = $(foreach item,$(value $(1)),'$(subst ','\'',$(item))')
-unexport PYTHON TORCH MODEL QUANT DEVICE RECORDS ROOM WORKERS SOURCE ADAPTER NAME TASKS LIMIT MINUTES RECIPES BASE VALIDATION QUICK STUDIED TARGETS
+unexport PYTHON TORCH MODEL QUANT DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS VALIDATION QUICK STUDIED TARGETS
 
 PY      := .venv/bin/python
 CPU_ONLY = $(if $(filter cpu,$(value TORCH)),--index-url=https://download.pytorch.org/whl/cpu)
@@ -66,7 +70,7 @@ folders  = $(PY) -m export folders $(call quote,MODEL) $(1) $(2) $(WEIGHTS)
 FOLDERS  = $(call folders,$(call quote,QUANT),$(call each,TARGETS))
 CHECKED  = for recipe in $(call each,RECIPES); do $(call folders,"$$recipe",$(call each,TARGETS)) || exit 1; done
 
-.PHONY: all setup locked build validate test lint unit fuzz shape bench bench-quick bench-docs bench-pages choosing study detours tasks devices lab baseline tiny ci-artifacts ci-report ci-diff cards compute-plan golden readme reliability audit lock clean help $(DEVICES)
+.PHONY: all setup locked build validate test lint unit fuzz shape bench bench-quick bench-docs bench-pages choosing study detours tasks devices lab baseline tiny gate ci-artifacts ci-report ci-diff cards compute-plan golden readme reliability audit lock clean help $(DEVICES)
 
 all: build validate
 
@@ -111,14 +115,26 @@ devices: setup                      ## the known devices
 	@$(PY) -m devices
 
 ci-artifacts: setup                 ## build MODEL × RECIPES × TARGETS, validate what was built, report in build/ci
-	@folders=$$($(CHECKED)) || exit 1; status=0; \
+	@rm -f build/ci/summary.md build/ci/junit.xml build/ci/records.jsonl; \
+	folders=$$($(CHECKED)) || exit 1; status=0; built=; failed=; \
 	for recipe in $(call each,RECIPES); do \
-	  $(PY) -m export $(call quote,MODEL) "$$recipe" $(call each,TARGETS) $(WEIGHTS) || status=1; \
+	  asked=$$($(call folders,"$$recipe",$(call each,TARGETS))) || exit 1; stale=; \
+	  if ! $(PY) -m export $(call quote,MODEL) "$$recipe" $(call each,TARGETS) $(WEIGHTS); then \
+	    status=1; stale=$$($(call folders,"$$recipe",$(call each,TARGETS)) --stale) || stale=; stale=$${stale:-$$asked}; \
+	  fi; \
+	  for folder in $$asked; do \
+	    case " $$(echo $$stale) " in *" $$folder "*) failed="$$failed --not-built $$folder";; *) built="$$built $$folder";; esac; \
+	  done; \
 	done; \
-	built=$$(for folder in $$folders; do if [ -f $$folder/manifest.json ]; then echo $$folder; fi; done); \
 	if [ -n "$$built" ]; then $(PY) -m runtime_tests $(call each,VALIDATION) $(CHECKPOINT) $$built || status=1; fi; \
-	$(PY) -m runtime_tests.reports.ci $$folders || status=1; \
+	$(PY) -m runtime_tests.reports.ci $$folders $$failed || status=1; \
 	exit $$status
+
+gate: setup                         ## MODEL × RECIPES × TARGETS against the release before: AGAINST=FOLDER or a records file
+	$(if $(value AGAINST),,$(error AGAINST names the release before: an artifact folder, a folder of them, or a file of records))
+	@folders=$$($(CHECKED)) && \
+	$(PY) -m runtime_tests gate --device=$(call quote,DEVICE) --against=$(call quote,AGAINST) \
+	  $(if $(value LIMITS),--limits=$(call quote,LIMITS)) $$folders
 
 ci-report: setup                    ## report the last run of MODEL × QUANT on DEVICE in build/ci
 	@targets=$$($(PY) -m devices targets $(call quote,DEVICE)) && \
@@ -145,8 +161,8 @@ compute-plan: setup                 ## on which processor Core ML runs each oper
 	@folders=$$(for recipe in $(call each,RECIPES); do $(call folders,"$$recipe",coreml) || exit 1; done) && \
 	$(PY) -m runtime_tests.coreml.compute_plan $$folders --out build/ci
 
-baseline: setup                     ## store what the last run on DEVICE reached as its baseline
-	@$(PY) -m runtime_tests.evidence.baseline $(call quote,DEVICE) $(if $(value RECORDS),--records=$(call quote,RECORDS))
+baseline: setup                     ## store what the last run on DEVICE reached as its baseline, or what ARTIFACTS did
+	@$(PY) -m runtime_tests.evidence.baseline $(call quote,DEVICE) $(if $(value RECORDS),--records=$(call quote,RECORDS)) $(call each,ARTIFACTS)
 
 tiny:                               ## the whole job on a two-layer random model, in a minute
 	@$(MAKE) --no-print-directory all MODEL=tiny

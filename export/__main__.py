@@ -118,14 +118,16 @@ def folders(  # noqa: PLR0913, PLR0917 – the options of a build
     adapter: _Adapter = None,
     name: _Name = None,
     out: _Out = None,
+    stale: Annotated[bool, typer.Option("--stale", help="only those that a build would write anew")] = False,
 ) -> None:
     """Print the artifact folder of each target, as a build with the same options names it. Nothing is built.
 
     Example: python -m export folders smollm2-135m int4-g32-scales onnx-cpu coreml
     """
-    plans, _ = request.asked(model, quant, target, source=source, adapter=adapter, name=name)
+    plans, origin = request.asked(model, quant, target, source=source, adapter=adapter, name=name)
     root = out and disk.expanded(out)
-    say(*(str(request.place(plan, root, len(plans) > 1)) for plan in plans))
+    places = [(plan, request.place(plan, root, len(plans) > 1)) for plan in plans]
+    say(*(str(place) for plan, place in places if not stale or skip.reasons(plan, origin, place)))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import typer
 
 import devices
 from devices import Device, DeviceError
+from export import manifest
 from export.build.command import run, with_default
 from export.checkpoints.origin import absolute, chosen_origin
 from export.errors import ExportError
@@ -90,6 +91,43 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
         _evaluate_tasks(folders or _built_for(known), known, options)
 
 
+@app.command("gate")
+def gate(  # noqa: PLR0913, PLR0917 – a command's options
+    folders: Annotated[list[Path], typer.Argument(help="new artifacts, validated")],
+    against: Annotated[
+        Path, typer.Option(help="the release before: an artifact folder, a folder of them, or a file of their records")
+    ],
+    device: Annotated[str, typer.Option(help="a name in devices/: where they were validated and are timed")] = "host",
+    limits: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="YAML of limits; default: configs/gate.yaml")
+    ] = None,
+    records: Annotated[
+        list[Path] | None, typer.Option(help="more files of records; those in build/ and beside AGAINST are known")
+    ] = None,
+    speed: Annotated[bool, typer.Option(help="time old and new in turns, where the old one's folder is there")] = True,
+    out: Annotated[Path, typer.Option(help="where gate.md goes")] = BUILD / "ci",
+) -> None:
+    """Compare artifacts with the release before, whatever changed: exit 0 only if nothing is worse than its limit."""
+    from .evidence import gate as releases
+    from .evidence import release
+    from .places import scratch
+    from .reports import ci
+    from .reports import release as page
+
+    allowed = release.load_limits(limits or release.LIMITS)
+    before = releases.known(against, BUILD, records or [], _load_device(device))
+    with scratch.folder(_build_folder()) as working, opened(before.device, working) as place:
+        place.prepare([manifest.read(folder) for folder in folders])
+        gated = [releases.judge(folder, before, allowed, place if speed else None) for folder in folders]
+    text = page.render(gated)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "gate.md").write_text(text, encoding="utf-8")
+    ci.append(text)
+    say(*text.split("\n"))
+    if not all(one.holds for one in gated):
+        raise typer.Exit(1)
+
+
 @app.command("trace")
 def trace(
     folder: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="an artifact folder")],
@@ -138,7 +176,7 @@ def _validate(folders: Sequence[Path], device: Device, given: _Given) -> None:
     from . import evaluation, validate
     from .checks import limits
     from .checks.subject import Setting
-    from .evidence import proof
+    from .evidence import baseline, proof
     from .places import scratch
     from .reports import publication, summary
 
@@ -146,12 +184,16 @@ def _validate(folders: Sequence[Path], device: Device, given: _Given) -> None:
     loaded, judging = evaluation.load(given.eval_name), limits.load(given.limits) if given.limits else None
     for _, described in artifacts:
         limits.of(described, judging)  # or it is refused before any work
+    records_file = BUILD / "records" / "records.jsonl"
+    _build_folder()
+    with disk.writing(BUILD):
+        baseline.remember(device.name, [folder for folder, _ in artifacts], records_file)
     if given.skip_proven and here(device):
-        artifacts = proof.without(artifacts, device, loaded, BUILD / "records" / "records.jsonl", judging)
+        artifacts = proof.without(artifacts, device, loaded, records_file, judging)
         if not artifacts:
             return
     run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    with scratch.folder(_build_folder()) as logits, opened(device, logits) as place:
+    with scratch.folder(BUILD) as logits, opened(device, logits) as place:
         setting = Setting(
             run_id=run_id,
             device=device,
@@ -207,8 +249,6 @@ def _load_device(name: str) -> Device:
 
 def _built_for(device: Device) -> list[Path]:
     """Every artifact folder of build/ that the device can run; a line is printed for each of the rest."""
-    from export import manifest
-
     folders = []
     for path in sorted(BUILD.glob(f"*/{manifest.FILE}")):
         target = manifest.read(path.parent).plan.target.name

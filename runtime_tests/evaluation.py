@@ -1,5 +1,6 @@
 """Evaluations (`configs/evals/*.yaml`) and the windows of tokens they feed, cut from `configs/evals/text`."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,6 +65,11 @@ class Windows:
     def targets(self) -> NDArray[np.int64]:
         """The token after each scored position, [W, decode + 1]."""
         return self.tokens[:, self.prefill :]
+
+    @property
+    def sha256(self) -> str:
+        """Of the tokens: two models that were fed the same windows may be compared window by window."""
+        return hashlib.sha256(repr((self.tokens.tolist(), self.prefill)).encode()).hexdigest()
 
     @property
     def labels(self) -> Labels:

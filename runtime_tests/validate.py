@@ -62,6 +62,7 @@ def validate(folder: Path, described: Manifest, setting: Setting) -> Record:
         detail=detail,
         folder=folder_text(folder),
         notes=notes,
+        made=proof.made(described),
     )
 
 
@@ -72,16 +73,16 @@ def _examine(subject: Subject, environment: Environment) -> Iterator[Finding]:
     yield files.check_tokenizer(subject)
     yield weights.check(subject)
     windows, probes, template = comparisons.cut_tokens(subject)
+    yield Finding(windows=windows.windows.sha256)
     references = comparisons.compute_references(subject, windows, probes)
     yield (eager := comparisons.compare_references(subject, windows.windows, references))
     noise = eager.comparisons.get("noise")
     yield (shipped := comparisons.compare_artifact(subject, (windows, probes, template), references, noise))
-    before = _find_baseline(subject, environment)
-    yield _check_baseline(subject, shipped.comparisons["total"], before)
+    yield _check_baseline(subject, shipped.comparisons["total"], _find_baseline(subject, environment))
     yield conformance.check_cache(subject)
     yield tokens.check_golden(subject)
     yield tokens.check_device(subject, windows.windows, references)
-    yield speed.check(subject, windows.windows, before)
+    yield speed.check(subject, windows.windows)
 
 
 def collect(checks: Iterator[Finding], scratch: Path) -> tuple[Finding, Outcome, str]:
@@ -134,6 +135,7 @@ def _accuracy_of(subject: Subject, finding: Finding) -> Accuracy:
         prefill=evaluation.prefill,
         decode=evaluation.decode,
         domains=tuple(text.domain for text in evaluation.texts for _ in range(text.windows)),
+        windows=finding.windows,
         total=finding.comparisons.get("total"),
         rewriting=finding.comparisons.get("rewriting"),
         quantization=finding.comparisons.get("quantization"),

@@ -15,7 +15,7 @@ from export.host.text import code
 from export.host.text import markdown as escaped
 from export.manifest import flat
 
-from . import evidence, inspection, significance, tables
+from . import evidence, inspection, tables
 from .evidence import Rate, Validation
 from .inspection import Inspection, Section
 from .sizes import MODULES, ModuleSize
@@ -277,22 +277,22 @@ def _size(change_bytes: int) -> str:
 
 
 def _results(a: Validation, b: Validation) -> Iterator[str]:
-    """Decode rate with the 95 % interval of its change, KL as shipped, the verdicts where one is a failure."""
+    """Decode rate, KL as shipped, the verdicts where they differ."""
     if a.timed and b.timed and a.environment == b.environment:
         assert a.latency is not None
         assert b.latency is not None
-        yield f"decode {_rate(a.latency.tests[-1], b.latency.tests[-1])}"
+        rate = _rate(a.latency.tests[-1], b.latency.tests[-1])
+        doubtful = evidence.INCONCLUSIVE in (a.outcome, b.outcome)
+        yield f"decode inconclusive ({rate})" if doubtful else f"decode {rate} in separate runs"
     if a.accuracy.total and b.accuracy.total:
         yield f"KL {a.accuracy.total.mean_kl:.3g} → {b.accuracy.total.mean_kl:.3g}"
-    if a.outcome != b.outcome and not (a.holds and b.holds):
+    if a.outcome != b.outcome:
         yield f"verdict {a.outcome} → {b.outcome}"
 
 
 def _rate(a: Rate, b: Rate) -> str:
-    """`−4 % ± 2 %`, as shares of A's rate (Welch's t)."""
-    percent = round(100 * (b.avg_ts / a.avg_ts - 1))
-    noise = significance.unpaired(a.stddev_ts, len(a.samples_ts), b.stddev_ts, len(b.samples_ts))
-    return _minus(f"{percent:+d} %") + f" ± {100 * noise / a.avg_ts:.0f} %"
+    """`−4 %` of A's rate. Without an interval: repeats of a run do not show how much another run differs."""
+    return _minus(f"{round(100 * (b.avg_ts / a.avg_ts - 1)):+d} %")
 
 
 def _minus(text: str) -> str:

@@ -12,7 +12,9 @@ from export import manifest
 from export.manifest import Sha256
 from export.plan import Name
 
-_HOLDS = ("pass", "inconclusive")
+INCONCLUSIVE = "inconclusive"
+"""The outcome of a run whose timings were too noisy to judge."""
+_HOLDS = ("pass", INCONCLUSIVE)
 
 
 class Part(BaseModel):

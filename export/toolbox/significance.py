@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from math import inf, isfinite, nan, sqrt
 from statistics import stdev
 
+from scipy.stats import binom
 from scipy.stats import t as student_t
 
 
@@ -36,6 +37,16 @@ def unpaired(a_stddev: float, a_count: int, b_stddev: float, b_count: int) -> fl
     a, b = a_stddev**2 / a_count, b_stddev**2 / b_count
     freedom = (a + b) ** 2 / (a**2 / (a_count - 1) + b**2 / (b_count - 1))
     return _half_interval(sqrt(a + b), freedom)
+
+
+def of_median(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the median (sign test): whatever the distribution, a few outliers do not widen it.
+
+    Unbounded for fewer than six values.
+    """
+    ordered, count = sorted(values), len(values)
+    left_out = int(binom.ppf(0.025, count, 0.5)) if count else 0  # on each side
+    return (ordered[left_out - 1], ordered[-left_out]) if left_out else (-inf, inf)
 
 
 def next_value(values: Sequence[float]) -> float:

@@ -160,6 +160,7 @@ def _summarize(windows: Sequence[_Window], labels: Labels) -> Comparison:
         max_relative_error=max_abs / largest if largest else 0.0,
         kl_by_step=tuple(every.kl.mean(axis=0).tolist()),
         kl_by_window=tuple(every.kl.mean(axis=1).tolist()),
+        top1_by_window=tuple(every.agrees.mean(axis=1).tolist()),
         by_domain=_slices(every, labels.windows, axis=0),
         by_position=_slices(every, labels.positions, axis=1),
     )

@@ -1,4 +1,6 @@
-"""Timings of an artifact against its device's budgets and its baseline; a hot device gets time to cool down first.
+"""Timings of an artifact against its device's budgets; a hot device gets time to cool down first.
+
+Speeds of another run are no gate: what slowed the machine between the two is not known. `race` times in turns.
 
 `latency` measures in the child process; what is imported here is not counted as memory of the artifact.
 """
@@ -18,9 +20,7 @@ from export.plan import WeightScheme
 from export.quantization.schemes import bits_each
 from runtime_tests import jobs
 from runtime_tests.evaluation import Windows
-from runtime_tests.evidence import regression
 from runtime_tests.evidence.record import DeviceState, Gate, Latency, SpeedTest
-from runtime_tests.evidence.regression import Reached
 
 from . import gates
 from .subject import Finding, Subject, Timing
@@ -28,7 +28,7 @@ from .subject import Finding, Subject, Timing
 _EVERY_S = 5.0
 
 
-def check(subject: Subject, windows: Windows, before: Reached | None) -> Finding:
+def check(subject: Subject, windows: Windows) -> Finding:
     """Time the artifact on the tokens of these windows; emulated devices are not judged, evaluators not timed."""
     setting, timed = subject.setting, subject.setting.evaluation.speed
     job = jobs.SpeedJob(
@@ -49,17 +49,15 @@ def check(subject: Subject, windows: Windows, before: Reached | None) -> Finding
     state_after, environment = setting.place.state(), setting.place.environment()
     measured = summarize(raw, subject.manifest, setting.place.threads, setting.read_bandwidth_bytes_per_s)
     return Finding(
-        gates=() if setting.device.emulated else tuple(judge(subject, measured, before, heat)),
+        gates=() if setting.device.emulated else tuple(judge(subject, measured, heat)),
         timing=Timing(environment, state_before, state_after, measured),
     )
 
 
-def judge(subject: Subject, measured: Latency, before: Reached | None, heat: str) -> list[Gate]:
-    """Gates of the device's budgets and its baseline, if any; noise and heat make close calls inconclusive."""
+def judge(subject: Subject, measured: Latency, heat: str) -> list[Gate]:
+    """Gates of the device's budgets; noise and heat make close calls inconclusive."""
     device = subject.setting.device
     timed = gates.budgets(measured, min_decode_tps=device.budgets.min_decode_tps, max_ttft_s=device.budgets.max_ttft_s)
-    if before:
-        timed += [regression.judge(change) for change in regression.timed(measured, before)]
     return gates.in_doubt(timed, measured, max_cv=device.max_cv, reason=heat)
 
 

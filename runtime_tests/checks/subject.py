@@ -100,6 +100,8 @@ class Finding:
     """By their names in `record.Accuracy`."""
     probe_sqnr_db: tuple[float, ...] = ()
     timing: Timing | None = None
+    windows: str = ""
+    """`evaluation.Windows.sha256` of those that were fed."""
 
     def __add__(self, later: "Finding") -> "Finding":
         return Finding(
@@ -107,6 +109,7 @@ class Finding:
             comparisons=self.comparisons | later.comparisons,
             probe_sqnr_db=self.probe_sqnr_db + later.probe_sqnr_db,
             timing=later.timing or self.timing,
+            windows=later.windows or self.windows,
         )
 
 

@@ -1,6 +1,8 @@
 """Baselines: size, loss and speed of artifacts on one kind of device, stored in the repository for comparison.
 
-    python -m runtime_tests.evidence.baseline DEVICE [--records FILE] [--no-speed]    stores the results of the last run
+    python -m runtime_tests.evidence.baseline DEVICE [FOLDER …] [--records FILE] [--no-speed]
+
+stores the results of the last run, or of these artifacts, or of another machine's records.
 
 There is one file per device fingerprint (name, processor, cores, memory), so that no machine is judged by the speed of
 another. Size and loss are stored for every artifact that holds, speed only where it was steady enough to be judged and
@@ -8,7 +10,9 @@ not emulated. The speeds of several runs are stored, since the difference betwee
 """
 
 import hashlib
+import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -22,11 +26,12 @@ from export.build import request
 from export.build.command import run as run_app
 from export.errors import ExportError
 from export.formats import admission
+from export.host import disk
 from export.host.console import say
 from export.plan import explain
 
 from . import record, regression
-from .record import Environment, Outcome, PlanKey, Record
+from .record import Environment, PlanKey, Record
 from .regression import Change, Reached, Speed
 
 FOLDER = Path(__file__).parent / "baselines"
@@ -126,9 +131,8 @@ def reached(run: Record, before: Reached | None = None) -> Reached:
 
 
 def _speeds(run: Record, before: Reached | None) -> tuple[Speed, ...]:
-    """The earlier speeds and this run's, if steady; without the earlier ones if it is slower than noise explains."""
-    slower = any(gate.verdict == "fail" and gate.fails_as is Outcome.TOO_SLOW for gate in run.gates)
-    same = before is not None and not before.plan_key.differs_in(run.plan_key) and not slower
+    """The earlier speeds of the same plan and this run's, if steady."""
+    same = before is not None and not before.plan_key.differs_in(run.plan_key)
     others = [speed for speed in before.speeds if speed.run_id != run.run_id] if before and same else []
     new = [regression.speed_of(run.latency, run.run_id)] if run.latency and not _unsteady(run) else []
     return tuple([*others, *new][-KEPT_RUNS:])
@@ -183,26 +187,80 @@ def _against_baseline(run: Record) -> tuple[tuple[Change, ...], str]:
     if before is None:
         return (), "no baseline of this machine"
     if reason := not_compared(before, run.plan_key):
-        return (), reason
+        return (), f"{reason}; `make gate AGAINST=…` compares whatever changed"
     if run.accuracy.total is None:
         return (), "nothing was measured"
     changes = regression.shipped(run.size_bytes, run.accuracy.total, before)
     return (*changes, *(regression.timed(run.timings, before) if run.timings else ())), ""
 
 
+def remember(device: str, folders: Sequence[Path], records: Path) -> None:
+    """Write down which builds a run is about: what was proven before and is left out is a result of it too."""
+    records.parent.mkdir(parents=True, exist_ok=True)
+    disk.write_text(_last(device, records), json.dumps([manifest.digest(folder) for folder in folders]) + "\n")
+
+
+def _last(device: str, records: Path) -> Path:
+    return records.parent / f"last-{device}.json"
+
+
+def of_last_run(device: str, records: Path) -> list[Record]:
+    """The newest record of each build that the last run on a device was about. Raises ExportError."""
+    try:
+        builds: list[str] = json.loads(_last(device, records).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ExportError(
+            f"{_last(device, records)}: no record of {device}'s last run; run `make {device}` first, or give the "
+            "artifacts' folders"
+        ) from None
+    found = [record.newest_of(records, manifest_sha256=build, device=device) for build in builds]
+    return [run for run in found if run is not None]
+
+
+def of_folders(device: str, folders: Sequence[Path], records: Path) -> list[Record]:
+    """The newest record of each of these builds. Raises ExportError: one has none."""
+    judged = [judge(folder, records, device) for folder in folders]
+    if problem := next((one.problem for one in judged if one.problem), None):
+        raise ExportError(problem)
+    return [one.record for one in judged if one.record is not None]
+
+
+def _require_one_build_each(runs: Sequence[Record]) -> None:
+    """Refuse two builds of one id, of which a baseline can hold one only."""
+    builds: dict[tuple[str, Path], Record] = {}
+    for run in runs:
+        other = builds.setdefault((run.artifact, place(run.device, run.environment)), run)
+        if other.manifest_sha256 != run.manifest_sha256:
+            raise ExportError(
+                f"{run.artifact}: two builds, {other.folder} and {run.folder}; which is the baseline? Give its folder "
+                f'(`make baseline ARTIFACTS="{run.folder}"`)'
+            )
+
+
 @app.command()
 def main(
     device: Annotated[str, typer.Argument(help="a name in devices/")],
-    records: Annotated[Path, typer.Option(help="of the run to store; may be another machine's")] = RECORDS,
+    folders: Annotated[list[Path] | None, typer.Argument(help="of artifacts; default: those of the last run")] = None,
+    records: Annotated[
+        Path | None, typer.Option(help="records of another machine, as ci-artifacts publishes them; all are stored")
+    ] = None,
     speed: Annotated[bool, typer.Option(help="store speeds too; not if others use the machine as well")] = True,
 ) -> None:
-    """Store the results of the last run on DEVICE as its baseline."""
-    newest = record.newest_run(records, device)
-    written = keep(newest if speed else [run.model_copy(update={"latency": None}) for run in newest], device)
+    """Store the results of the last run on DEVICE, or of some artifacts, as its baseline."""
+    if folders:
+        found = of_folders(device, folders, records or RECORDS)
+    else:
+        found = record.newest_of_each(records, device) if records else of_last_run(device, RECORDS)
+    _require_one_build_each(found)
+    written = keep(found if speed else [run.model_copy(update={"latency": None}) for run in found], device)
+    for run in found:
+        if all(stored.run_id != run.run_id or stored.artifact != run.artifact for _, stored in written):
+            say(f"left out: {run.artifact}, {run.outcome.value} in run {run.run_id}: {run.detail}")
     if not written:
-        raise ExportError(f"{records}: no record of {device} that holds; run `make {device}` first")
+        raise ExportError(f"{records or RECORDS}: no record of {device} that holds; run `make {device}` first")
     for path, stored in written:
-        say(f"{path.name}: {stored.artifact}{', without speed: ' + why if (why := _unsteady(stored)) else ''}")
+        why = _unsteady(stored)
+        say(f"{path.name}: {stored.artifact}, run {stored.run_id}{', without speed: ' + why if why else ''}")
 
 
 if __name__ == "__main__":

@@ -11,14 +11,14 @@ from export import manifest
 from export.formats import admission
 from export.host import digests
 from export.host.console import console
-from export.manifest import ROOT, Manifest
+from export.manifest import ROOT, Manifest, flat
 from runtime_tests.checks import limits
 from runtime_tests.checks.limits import Limits
 from runtime_tests.evaluation import TEXT, Evaluation, read_text
 from runtime_tests.places import environment
 
 from . import baseline, record
-from .record import Environment, PlanKey
+from .record import Environment, Made, PlanKey
 
 CODE = (ROOT / "runtime_tests", ROOT / "devices")
 _WORDS = {"description", "limits", "limits_on"}
@@ -78,6 +78,22 @@ def plan_key(described: Manifest, evaluation: Evaluation) -> PlanKey:
         target=_short_hash(plan.target.model_dump(mode="json", exclude=_WORDS)),
         context=str(described.contract.kv.context_length),
         evaluation=_short_hash([evaluation.model_dump(mode="json", exclude=_WORDS), texts]),
+    )
+
+
+def made(described: Manifest) -> Made:
+    """What an artifact is made of. A fine-tune, whatever its vocabulary, is of the family of the model it began as."""
+    plan, shapes = described.plan, described.architecture
+    checkpoint = described.checkpoint
+    return Made(
+        name=plan.name,
+        family=f"{plan.model.name} ({shapes.num_hidden_layers} layers of {shapes.hidden_size})",
+        target=plan.target.name,
+        context=described.contract.kv.context_length,
+        recipe={name: str(value) for name, value in flat(plan.quant.model_dump(mode="json", exclude=_WORDS)).items()},
+        checkpoint=f"{checkpoint.origin} {_short_hash(checkpoint.sha256)}",
+        tools=described.tools,
+        code=described.source.revision,
     )
 
 

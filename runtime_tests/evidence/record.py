@@ -86,6 +86,8 @@ class Comparison(Slice):
     kl_by_step: tuple[float, ...]
     """Mean over windows: after the prefill, then after each decode step."""
     kl_by_window: tuple[float, ...]
+    top1_by_window: tuple[float, ...] = ()
+    """Empty in records of older versions."""
     by_domain: dict[str, Slice]
     """Every language or kind of text."""
     by_position: dict[str, Slice]
@@ -100,6 +102,8 @@ class Accuracy(Strict, evidence.Losses):
     decode: int
     domains: tuple[str, ...]
     """Of each window."""
+    windows: str = ""
+    """sha256 of the tokens that were fed: losses are compared where it is equal. Empty in records of older versions."""
     total: Comparison | None
     quantization: Comparison | None
     lowering: Comparison | None
@@ -208,6 +212,24 @@ class PlanKey(Strict):
         return [name for name, value in self if getattr(other, name) != value]
 
 
+class Made(Strict):
+    """What an artifact is made of, in words: between two releases of it, these are what may have changed."""
+
+    name: str
+    family: str
+    """The model and its shapes, whatever its weights."""
+    target: Name
+    context: int
+    """Slots of the KV cache."""
+    recipe: dict[str, str]
+    """Each of its settings by its dotted name."""
+    checkpoint: str
+    """Its origin, and the first digits of what was there."""
+    tools: dict[str, str]
+    code: str
+    """The commit of ours that built it."""
+
+
 class Record(Strict, evidence.Validation):
     """All results of one run about one artifact."""
 
@@ -235,6 +257,8 @@ class Record(Strict, evidence.Validation):
     """Of the artifact, as `folder_text` writes it; empty in records of older versions."""
     notes: tuple[str, ...] = ()
     """What the artifact claims beside what it was judged by."""
+    made: Made | None = None
+    """None in records of older versions."""
 
     @property
     def timings(self) -> Latency | None:
@@ -271,12 +295,26 @@ def newest_run(path: Path, device: str) -> list[Record]:
     records = []
     for number, line in of_device:
         if field(line, "run_id") == newest:
-            try:
-                records.append(Record.model_validate_json(line))
-            except ValidationError as error:
-                reason = explain(error)[:300]
-                raise ExportError(f"{path}, line {number}: not a record of this version: {reason}; run again") from None
+            records.append(_parsed(line, path, number))
     return records
+
+
+def _parsed(line: str, path: Path, number: int) -> Record:
+    try:
+        return Record.model_validate_json(line)
+    except ValidationError as error:
+        reason = explain(error)[:300]
+        raise ExportError(f"{path}, line {number}: not a record of this version: {reason}; run again") from None
+
+
+def newest_of_each(path: Path, device: str) -> list[Record]:
+    """The last record of every build in a file, on a device. Raises ExportError: one is of another version."""
+    newest: dict[str, Record] = {}
+    for number, line in enumerate(evidence.lines(path), start=1):
+        if field(line, "device") == device:
+            run = _parsed(line, path, number)
+            newest[run.manifest_sha256] = run
+    return list(newest.values())
 
 
 def newest_of(path: Path, **texts: str) -> Record | None:

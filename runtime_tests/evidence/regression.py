@@ -21,7 +21,7 @@ _SIZE_FLOOR = 0.01
 """Of the baseline's size. Builds are byte-identical, so a size has no noise; tool versions change a few bytes."""
 _KL_FLOOR = 0.05
 """Of the baseline's KL."""
-_KL_FLOOR_NATS = 1e-4
+KL_FLOOR_NATS = 1e-4
 """Where almost nothing is lost, several times as much is as good."""
 _SPEED_FLOOR = 0.10
 """Of the baseline's rate or time. A smaller difference is none, however steady the timings."""
@@ -81,6 +81,8 @@ class Change:
     """Half the 95 % interval of the difference."""
     worse: Literal["more", "less"]
     fails_as: Outcome
+    gated: bool = True
+    """Whether it may fail an artifact; otherwise it is shown only."""
 
     @property
     def worse_by(self) -> float:
@@ -122,7 +124,7 @@ def shipped(size_bytes: int, total: Comparison, before: Reached) -> list[Change]
             f"the baseline's run {before.run_id} has {len(before.kl_by_window)} windows, this one "
             f"{len(total.kl_by_window)}: remove the baseline, then `make baseline`"
         )
-    floor = max(_KL_FLOOR * before.mean_kl, _KL_FLOOR_NATS)
+    floor = max(_KL_FLOOR * before.mean_kl, KL_FLOOR_NATS)
     noise = significance.paired(before.kl_by_window, total.kl_by_window)
     return [
         Change("size", "MB", old_mb, run, new_mb, _SIZE_FLOOR * old_mb, 0.0, "more", Outcome.TOO_LARGE),
@@ -131,7 +133,10 @@ def shipped(size_bytes: int, total: Comparison, before: Reached) -> list[Change]
 
 
 def timed(measured: Latency, before: Reached) -> list[Change]:
-    """Decode rate and time to first token; nothing where the baseline has no speed."""
+    """Decode rate and time to first token, to be shown; nothing where the baseline has no speed.
+
+    No gate: they are of other runs, and what else the machine did then is not known.
+    """
     if not before.speeds:
         return []
     now, runs = speed_of(measured, ""), before.speeds
@@ -150,7 +155,8 @@ def _change_of(
     noise = significance.unpaired(runs[-1].stddev, runs[-1].repeats, now.stddev, now.repeats)
     if len(runs) >= _ENOUGH_RUNS:
         noise = max(noise, significance.next_value([run.value for run in runs]))
-    return Change(name, unit, then, since, now.value, _SPEED_FLOOR * then, noise, worse, Outcome.TOO_SLOW)
+    floor = _SPEED_FLOOR * then
+    return Change(name, unit, then, since, now.value, floor, noise, worse, Outcome.TOO_SLOW, gated=False)
 
 
 def speed_of(measured: Latency, run_id: str) -> Speed:

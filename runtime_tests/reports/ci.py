@@ -30,6 +30,7 @@ _COLUMNS = (
     *("artifact", "MB", "bits/weight", "KL as shipped", "top-1", "prefill, tok/s", "decode, tok/s", "TTFT, ms"),
     *("verdict", "why"),
 )
+NOT_BUILT = "not built: its build failed, see the log; what its folder holds, if anything, is of an earlier one"
 _CHANGES = ("artifact", "", "baseline", "now", "change", "tolerance", "verdict")
 _SHOWN = tuple(summary.COLUMNS.index(name) for name in summary.COLUMNS if name != "RSS MB")
 
@@ -39,9 +40,18 @@ def main(
     folders: Annotated[list[Path], typer.Argument(help="artifact folders")],
     out: Annotated[Path, typer.Option(help="where the report goes")] = Path("build/ci"),
     device: Annotated[str, typer.Option(help="a name in devices/: where they were validated")] = "host",
+    not_built: Annotated[
+        list[Path] | None, typer.Option(help="one of them whose build failed: what its folder holds is of before")
+    ] = None,
 ) -> None:
     """Report the validation of these artifacts; exit code 1 unless all of them hold."""
-    artifacts = [baseline.judge(folder, baseline.RECORDS, device) for folder in folders]
+    failed = not_built or []
+    artifacts = [
+        Judged(folder.name, None, NOT_BUILT, (), "")
+        if folder in failed
+        else baseline.judge(folder, baseline.RECORDS, device)
+        for folder in [*folders, *(folder for folder in failed if folder not in folders)]
+    ]
     page = render(artifacts)
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.md").write_text(page, encoding="utf-8")
@@ -77,26 +87,22 @@ def row(artifact: Judged) -> list[str]:
 
 def against(artifacts: Sequence[Judged]) -> Iterator[str]:
     """A table of all comparisons, then a line for each artifact without one."""
-    rows = [[artifact.name, *_change_row(change)] for artifact in artifacts for change in artifact.changes]
+    rows = [[artifact.name, *change_row(change)] for artifact in artifacts for change in artifact.changes]
     if rows:
         yield tables.markdown([_CHANGES, *rows])
     notes = [f"- {code(artifact.name)}: {escaped(artifact.note)}" for artifact in artifacts if artifact.note]
     yield from ["", *notes] if rows and notes else notes
 
 
-def _change_row(change: Change) -> list[str]:
+def change_row(change: Change) -> list[str]:
     """Value before and now, the change with its noise, and the tolerance."""
     numbers = [f"{tables.number(change.before)} {change.unit}", f"{tables.number(change.now)} {change.unit}"]
     shares = [tables.NONE, tables.NONE]
     if change.before:
         noise, tolerance = change.noise / change.before, change.tolerance / change.before
         shares = [f"{change.now / change.before - 1:+.1%} ± {noise:.1%}", f"{tolerance:.1%}"]
-    return [
-        change.name,
-        *numbers,
-        *shares,
-        change.verdict if change.verdict == "pass" else Markdown(f"**{change.verdict}**"),
-    ]
+    verdict = change.verdict if change.verdict == "pass" else Markdown(f"**{change.verdict}**")
+    return [change.name, *numbers, *shares, verdict if change.gated else "another run: no gate"]
 
 
 def _measured_on(artifacts: Sequence[Judged]) -> Iterator[str]:

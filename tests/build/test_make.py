@@ -77,6 +77,9 @@ NAMES = (
     "RECIPES",
     "VALIDATION",
     "RECORDS",
+    "ARTIFACTS",
+    "AGAINST",
+    "LIMITS",
     "TARGETS",
     "QUICK",
     "STUDIED",
@@ -92,12 +95,43 @@ NAMES = (
 def test_no_variable_is_run(make, name):
     text = "x;touch${IFS}PWNED;$(shell touch PWNED)`touch PWNED`"
     calls = make(
-        *("build", "ci-artifacts", "tasks", "baseline", "compute-plan", "bench-quick", "study", "unit"),
+        *(
+            "build",
+            "ci-artifacts",
+            "tasks",
+            "baseline",
+            "gate",
+            *(["AGAINST=x"] if name != "AGAINST" else []),
+            "compute-plan",
+            "bench-quick",
+            "study",
+            "unit",
+        ),
         f"{name}={text}",
     )
     assert any(
         word in argument for call in [*calls, *make.asked] for argument in call for word in shlex.quote(text).split()
     )
+
+
+@pytest.mark.parametrize(("stale", "left"), [("build/named_coreml", 2), ("", 0)])
+def test_a_failed_build_is_told_to_ci_and_not_validated(make, tmp_path, stale, left):
+    """Of a recipe whose build fails all is red, but what the build would not write anew."""
+    python = tmp_path / ".venv/bin/python"
+    before = python.read_text()
+    head, rest = before.split("\n", 1)
+    python.write_text(
+        f'{head}\ncase "$*" in *--stale*) echo "{stale}"; exit;; *"-m export llama"*) exit 1;; esac\n{rest}'
+    )
+    (tmp_path / "build/ci").mkdir()
+    (tmp_path / "build/ci/summary.md").write_text("every artifact holds")
+    with pytest.raises(AssertionError):
+        make("ci-artifacts", "MODEL=llama")
+    calls = [call.split("\0") for call in (tmp_path / "calls").read_text().split("\0\0") if call]
+    report = next(call for call in calls if call[0] == "runtime_tests.reports.ci")
+    assert report.count("--not-built") == 3 - left
+    assert [len(call) - 2 for call in calls if call[0] == "runtime_tests"] == [left] * bool(left)
+    assert not (tmp_path / "build/ci/summary.md").exists()
 
 
 def test_several_recipes_and_rooms_are_several_arguments(make):

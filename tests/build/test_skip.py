@@ -67,6 +67,18 @@ def test_nothing_changed(folder, source):
     assert reasons(source, folder) == []
 
 
+def test_folders_that_a_build_would_write_anew_are_told(folder, source, export_command):
+    options = ("--source", source, "--name", "llama", "--out", folder.parent)
+    words = ("folders", "llama", "int4-g32", "onnx-cpu", "coreml", *options)
+    both = f"{folder}\n{folder.parent}/llama_int4-g32_coreml\n"
+    assert export_command(*words)[1] == both
+    assert export_command(*words, "--stale")[1] == both.partition("\n")[2]
+    assert (
+        export_command("folders", "llama", "fp32", "onnx-cpu", *options[:4], "--out", folder, "--stale")[1]
+        == f"{folder}\n"
+    )
+
+
 def test_nothing_there(source, tmp_path):
     assert reasons(source, tmp_path / "none") == ["not built yet"]
 

@@ -8,7 +8,7 @@ import pytest
 from export import manifest
 from export.plan import QuantLimits
 from runtime_tests.checks import limits
-from runtime_tests.evidence import proof
+from runtime_tests.evidence import baseline, proof
 from runtime_tests.evidence import record as records_file
 from runtime_tests.evidence.record import Outcome
 from runtime_tests.places import environment
@@ -101,5 +101,6 @@ def test_the_command_proves_once(command, artifact, capsys):
     capsys.readouterr()
     assert command("--skip-proven", artifact) == 0
     assert "nothing changed since" in capsys.readouterr().err
+    assert [run.artifact for run in baseline.of_last_run("host", records)] == [manifest.read(artifact).id]
     assert command(artifact) == 0
     assert len(records.read_text().splitlines()) == 2

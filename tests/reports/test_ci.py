@@ -27,10 +27,12 @@ def report(folder, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(baseline, "FOLDER", tmp_path / "baselines")
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
 
-    def run(*records, folders=(folder,), device="host"):
+    def run(*records, folders=(folder,), device="host", options=()):
         for entry in records:
             record.append(of(folder, entry), baseline.RECORDS)
-        monkeypatch.setattr(sys, "argv", ["ci_report", *map(str, folders), "--out", "ci", "--device", device])
+        monkeypatch.setattr(
+            sys, "argv", ["ci_report", *map(str, [*folders, *options]), "--out", "ci", "--device", device]
+        )
         code = run_app(ci.app)
         printed = capsys.readouterr()
         assert "Traceback" not in printed.err
@@ -106,6 +108,24 @@ def test_an_artifact_without_a_record_fails(report, folder):
     assert "never-built/manifest.json: missing" in page
 
 
+def test_a_build_that_failed_is_red_whatever_an_earlier_one_left(report, folder):
+    assert report(sample_record())[0] == 0
+    code, page, junit = report(options=("--not-built", folder))
+    assert (code, junit.tests, junit.errors) == (1, 1, 1)
+    assert page.startswith("## Artifacts: 1 of 1 artifacts failed\n")
+    assert rows(page)[2][-2:] == ["**failed**", ci.NOT_BUILT]
+
+
+def test_a_slower_run_than_the_baselines_is_shown_and_fails_nothing(report, folder):
+    mine = of(folder, sample_record())
+    fast = mine.latency.tests[-1].model_copy(update={"avg_ts": 1e6})
+    latency = mine.latency.model_copy(update={"tests": (*mine.latency.tests[:-1], fast)})
+    baseline.keep([mine.model_copy(update={"latency": latency})], "host")
+    code, page, junit = report(mine)
+    assert (code, junit.failures, junit.skipped) == (0, 0, 0)
+    assert {row[1]: row[-1] for row in rows(page) if row[0] == mine.artifact}["decode"] == "another run: no gate"
+
+
 def test_a_record_proves_nothing_of_files_that_changed_since(report, folder):
     assert report(sample_record())[0] == 0
     path = folder / "model.safetensors"
@@ -135,6 +155,7 @@ def test_the_page_compares_with_the_baseline_and_says_where_it_cannot(report, fo
     compared = {row[1]: row[2:] for row in rows(report(mine)[1]) if row[0] == mine.artifact}
     assert compared["size"] == ["0.5 MB", "1 MB", "+100.0% ± 0.0%", "1.0%", "**fail**"]
     assert compared["decode"][2].startswith("+0.0% ± ")
+    assert compared["decode"][-1] == "another run: no gate"
     other = mine.plan_key.model_copy(update={"recipe": "another"})
     baseline.keep([mine.model_copy(update={"plan_key": other})], "host")
     assert "is of another recipe: not compared" in report(mine)[1]

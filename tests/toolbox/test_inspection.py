@@ -267,15 +267,17 @@ def headline_of(tiny, tmp_path):
     return run
 
 
-def test_the_headline_says_size_speed_with_its_noise_loss_and_layers(headline_of, tiny):
+def test_the_headline_says_size_speed_loss_and_layers(headline_of, tiny):
     compared = headline_of([99.0, 100.0, 101.0], [95.0, 96.0, 97.0])
     grown = manifest.read(tiny("coreml")).artifact_bytes - manifest.read(tiny("onnx-cpu")).artifact_bytes
-    # Welch by hand: 2.776 · √(1/3 + 1/3) tokens/s of 100
-    assert compared.headline == f"{grown / 1e6:+.2f} MB, decode −4 % ± 2 %, KL 0.0312 → 0.0291, no layer changed"
-    noisy = headline_of([60.0, 100.0, 140.0], [80.0, 100.0, 108.0])
-    assert "decode −4 % ± " in noisy.headline
-    assert int(noisy.headline.partition("± ")[2].partition(" %")[0]) > 50
-    assert "decode +0 % ± 0 %" in headline_of([5.0, 5.0], [5.0, 5.0]).headline
+    speed = "decode −4 % in separate runs"  # no ±: repeats of one run do not know the other
+    assert compared.headline == f"{grown / 1e6:+.2f} MB, {speed}, KL 0.0312 → 0.0291, no layer changed"
+    assert "decode +0 % in" in headline_of([5.0, 5.0], [5.0, 5.0]).headline
+
+
+def test_the_headline_calls_what_noise_left_open_inconclusive(headline_of):
+    noisy = headline_of([60.0, 100.0, 140.0], [200.0, 220.0, 240.0], outcome="inconclusive")
+    assert "decode inconclusive (+120 %), KL 0.0312 → 0.0291, verdict pass → inconclusive" in noisy.headline
 
 
 def test_speed_of_another_machine_is_not_compared(headline_of):
@@ -287,9 +289,9 @@ def test_speed_of_another_machine_is_not_compared(headline_of):
                            "speed and memory are not compared",)  # fmt: skip
 
 
-def test_the_headline_names_a_failure_and_no_noise(headline_of):
+def test_the_headline_names_a_failure_and_no_speed_of_an_emulated_device(headline_of):
     assert "verdict pass → mismatch" in headline_of([99.0, 101.0], [99.0, 101.0], outcome="mismatch").headline
-    assert "verdict" not in headline_of([99.0, 101.0], [99.0, 101.0], outcome="inconclusive").headline
+    assert "verdict" not in headline_of([99.0, 101.0], [99.0, 101.0]).headline
     emulated = headline_of([99.0, 101.0], [9.0, 10.0], emulated=True)
     assert "decode" not in emulated.headline
 
