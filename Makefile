@@ -257,7 +257,7 @@ lock: setup                         ## write constraints.txt from what is instal
 	  && mv locks/audit.tmp locks/audit.txt
 
 .DEFAULT:
-	@echo "error: no target or device "$(call quote,@)"; make help lists them" >&2; exit 2
+	+@echo "error: no target or device "$(call quote,@)"; make help lists them" >&2; exit 2
 
 clean:                              ## remove build/ (artifacts, caches, reports)
 	rm -rf build
