@@ -41,7 +41,9 @@ QUICK   := device-runner,runner-stock,genai,genai-stock,session,llamacpp-q4_0,ll
 # recipes that `make study` builds as ONNX only
 STUDIED := int4-g32-gptq-chat,int4-g64-gptq,int4-g32-gptq-prose,int4-g32-scales,int4-g32
 TARGETS := $(sort $(basename $(notdir $(wildcard configs/targets/*.yaml))))
-DEVICES := $(sort $(basename $(notdir $(wildcard devices/*.yaml))))
+COMMANDS := all setup locked build validate test lint unit fuzz shape bench bench-quick bench-docs bench-pages study detours tasks devices lab baseline tiny ci-artifacts ci-report ci-diff cards compute-plan configuration golden readme reliability audit lock clean help
+# a YAML of another name is a device all the same, for --device: neither a space nor the name of a command harms others
+DEVICES := $(filter-out $(COMMANDS),$(shell ls devices | sed -n 's/^\([A-Za-z0-9][A-Za-z0-9_.-]*\)\.yaml$$/\1/p'))
 LOCKS   := $(sort $(wildcard locks/*.txt))
 # digests and text of others, in which every long word looks like a key
 NO_SECRETS := --exclude-files '^(locks|configs/(calibration|evals/text|tasks/data))/|^docs/.*\.(json|svg)$$|/baselines/' \
@@ -52,7 +54,7 @@ FOLDERS  = $(call built,$(call quote,QUANT))
 CHECKED  = $(foreach recipe,$(call each,RECIPES),$(call built,$(recipe)))
 WEIGHTS  = $(if $(value SOURCE),--source=$(call quote,SOURCE))
 
-.PHONY: all setup locked build validate test lint unit fuzz shape bench bench-quick bench-docs bench-pages study detours tasks devices lab baseline tiny ci-artifacts ci-report ci-diff cards compute-plan golden readme reliability audit lock clean help $(DEVICES)
+.PHONY: $(COMMANDS) $(DEVICES)
 
 all: build validate
 
@@ -195,6 +197,9 @@ golden: setup                       ## rewrite the exact answers of the tiny mod
 
 readme: setup                       ## rewrite the generated parts of README.md from the last run's records
 	@$(PY) -m runtime_tests.reports.readme
+
+configuration: setup                ## write docs/configuration.md and configs/schemas from the code
+	@$(PY) -m runtime_tests.reports.configuration
 
 reliability: setup                  ## run the tests that docs/reliability.md counts, and write its table
 	@$(PY) -m pytest -q -p tests.support.reliability -m 'reliability or kind or hostile'

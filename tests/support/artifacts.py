@@ -7,8 +7,9 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 
 from export import manifest, pipeline
+from export.errors import load_record
 from export.formats import admission
-from export.plan import Target, load_record
+from export.plan import Target
 from runtime_tests.sessions import open_session
 from tests.support.processes import FAKES
 
