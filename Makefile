@@ -13,8 +13,12 @@ RECORDS ?=
 ROOM   ?=
 # processes that the tests run in, side by side; each takes up to 3 GB
 WORKERS ?= 2
-# a folder, .gguf file or hub id with the weights; empty: where the model's YAML says
+# a folder, .gguf file or hub id with the weights; empty: where the model's YAML says, or what the adapter names
 SOURCE ?=
+# the folder of a LoRA adapter that is merged into them
+ADAPTER ?=
+# of the artifacts; empty: the adapter's or source's own name, or the model's
+NAME   ?=
 
 # how long `make fuzz` goes on
 MINUTES ?= 60
@@ -33,7 +37,7 @@ VALIDATION ?= --skip-proven
 # what users give reaches the shell and Python as the text it is, whatever characters a path has
 quote   = '$(subst ','\'',$(value $(1)))'
 each    = $(foreach item,$(value $(1)),'$(subst ','\'',$(item))')
-unexport PYTHON MODEL QUANT DEVICE RECORDS ROOM WORKERS SOURCE TASKS LIMIT MINUTES RECIPES BASE VALIDATION QUICK STUDIED TARGETS
+unexport PYTHON MODEL QUANT DEVICE RECORDS ROOM WORKERS SOURCE ADAPTER NAME TASKS LIMIT MINUTES RECIPES BASE VALIDATION QUICK STUDIED TARGETS
 
 PY      := .venv/bin/python
 # contenders of `make bench-quick`
@@ -49,10 +53,13 @@ LOCKS   := $(sort $(wildcard locks/*.txt))
 NO_SECRETS := --exclude-files '^(locks|configs/(calibration|evals/text|tasks/data))/|^docs/.*\.(json|svg)$$|/baselines/' \
   --exclude-lines '^base_model:'
 PLAN     = $(call quote,MODEL) $(call quote,QUANT)
-built    = $(foreach target,$(call each,TARGETS),build/$(call quote,MODEL)_$(1)_$(target))
-FOLDERS  = $(call built,$(call quote,QUANT))
-CHECKED  = $(foreach recipe,$(call each,RECIPES),$(call built,$(recipe)))
-WEIGHTS  = $(if $(value SOURCE),--source=$(call quote,SOURCE))
+CHECKPOINT = $(if $(value SOURCE),--source=$(call quote,SOURCE)) $(if $(value ADAPTER),--adapter=$(call quote,ADAPTER))
+MERGED   = $(if $(value ADAPTER),--source=adapter:$(call quote,ADAPTER)//$(call quote,SOURCE),$(CHECKPOINT))
+WEIGHTS  = $(CHECKPOINT) $(if $(value NAME),--name=$(call quote,NAME))
+# shell: the folders of a recipe, for some targets; Python knows the name that a checkpoint has
+folders  = $(PY) -m export folders $(call quote,MODEL) $(1) $(2) $(WEIGHTS)
+FOLDERS  = $(call folders,$(call quote,QUANT),$(call each,TARGETS))
+CHECKED  = for recipe in $(call each,RECIPES); do $(call folders,"$$recipe",$(call each,TARGETS)) || exit 1; done
 
 .PHONY: $(COMMANDS) $(DEVICES)
 
@@ -82,13 +89,13 @@ build: setup                        ## build MODEL × QUANT for every target, si
 	@$(PY) -m export $(PLAN) $(call each,TARGETS) $(WEIGHTS)
 
 validate: setup                     ## prove and time the built artifacts of MODEL × QUANT on this machine
-	@$(PY) -m runtime_tests $(WEIGHTS) $(FOLDERS)
+	@folders=$$($(FOLDERS)) && $(PY) -m runtime_tests $(CHECKPOINT) $$folders
 
 $(DEVICES): %: setup                ## build what that device runs, then validate it there
 	@set -e; targets=$$($(PY) -m devices targets $*); \
 	$(PY) -m export $(PLAN) $$targets $(WEIGHTS); \
-	$(PY) -m devices.lab run $* -- $(PY) -m runtime_tests --device $* $(WEIGHTS) \
-	  $$(for target in $$targets; do echo build/$(call quote,MODEL)_$(call quote,QUANT)_$$target; done)
+	folders=$$($(call folders,$(call quote,QUANT),$$targets)); \
+	$(PY) -m devices.lab run $* -- $(PY) -m runtime_tests --device $* $(CHECKPOINT) $$folders
 
 emulated-android emulated-pi5: lab
 
@@ -99,25 +106,25 @@ devices: setup                      ## the known devices
 	@$(PY) -m devices
 
 ci-artifacts: setup                 ## build MODEL × RECIPES × TARGETS, validate what was built, report in build/ci
-	@status=0; \
+	@folders=$$($(CHECKED)) || exit 1; status=0; \
 	for recipe in $(call each,RECIPES); do \
 	  $(PY) -m export $(call quote,MODEL) "$$recipe" $(call each,TARGETS) $(WEIGHTS) || status=1; \
 	done; \
-	built=$$(for folder in $(CHECKED); do if [ -f $$folder/manifest.json ]; then echo $$folder; fi; done); \
-	if [ -n "$$built" ]; then $(PY) -m runtime_tests $(call each,VALIDATION) $(WEIGHTS) $$built || status=1; fi; \
-	$(PY) -m runtime_tests.reports.ci $(CHECKED) || status=1; \
+	built=$$(for folder in $$folders; do if [ -f $$folder/manifest.json ]; then echo $$folder; fi; done); \
+	if [ -n "$$built" ]; then $(PY) -m runtime_tests $(call each,VALIDATION) $(CHECKPOINT) $$built || status=1; fi; \
+	$(PY) -m runtime_tests.reports.ci $$folders || status=1; \
 	exit $$status
 
 ci-report: setup                    ## report the last run of MODEL × QUANT on DEVICE in build/ci
 	@targets=$$($(PY) -m devices targets $(call quote,DEVICE)) && \
-	$(PY) -m runtime_tests.reports.ci --device $(call quote,DEVICE) \
-	  $$(for target in $$targets; do echo build/$(call quote,MODEL)_$(call quote,QUANT)_$$target; done)
+	folders=$$($(call folders,$(call quote,QUANT),$$targets)) && \
+	$(PY) -m runtime_tests.reports.ci --device $(call quote,DEVICE) $$folders
 
 ci-diff: setup                      ## Markdown diff of MODEL × RECIPES × TARGETS against the build in BASE, in build/ci
 	$(if $(value BASE),,$(error BASE names the folder of an earlier build))
 	@mkdir -p build/ci
-	@base=$(call quote,BASE); \
-	for folder in $(CHECKED); do \
+	@base=$(call quote,BASE); folders=$$($(CHECKED)) || exit 1; \
+	for folder in $$folders; do \
 	  before="$$base/$${folder#build/}"; \
 	  if [ -d "$$before" ]; then \
 	    $(PY) -m export diff "$$before" "$$folder" --markdown --records "$$base/ci/records.jsonl" \
@@ -130,8 +137,8 @@ cards: setup                        ## run the Python on the cards of MODEL × Q
 	@$(PY) -m tests.formats.cards.venvs $(FOLDERS)
 
 compute-plan: setup                 ## on which processor Core ML runs each operation of MODEL × RECIPES (on a Mac)
-	@$(PY) -m runtime_tests.coreml.compute_plan \
-	  $(foreach recipe,$(call each,RECIPES),build/$(call quote,MODEL)_$(recipe)_coreml) --out build/ci
+	@folders=$$(for recipe in $(call each,RECIPES); do $(call folders,"$$recipe",coreml) || exit 1; done) && \
+	$(PY) -m runtime_tests.coreml.compute_plan $$folders --out build/ci
 
 baseline: setup                     ## store what the last run on DEVICE reached as its baseline
 	@$(PY) -m runtime_tests.evidence.baseline $(call quote,DEVICE) $(if $(value RECORDS),--records=$(call quote,RECORDS))
@@ -168,20 +175,21 @@ shape: setup                        ## count files, lines, entries of each folde
 bench bench-quick bench-docs: QUANT := int4-g32
 
 bench: setup                        ## our artifacts against stock runtimes' on the same weights, interleaved
-	@$(PY) -m runtime_tests.bench $(PLAN) $(WEIGHTS)
+	@$(PY) -m runtime_tests.bench $(PLAN) $(MERGED)
 
 bench-quick: setup                  ## the same ratios from two short repetitions, in three minutes once all is built
-	@$(PY) -m runtime_tests.bench $(PLAN) $(WEIGHTS) --only $(call quote,QUICK) \
+	@$(PY) -m runtime_tests.bench $(PLAN) $(MERGED) --only $(call quote,QUICK) \
 	  --repetitions 2 --passes 1 --generate 64 --no-long-context --no-accuracy
 
 bench-docs: setup                   ## bench with exports timed, written to docs/benchmarks (on a quiet machine)
-	@$(PY) -m runtime_tests.bench $(PLAN) $(WEIGHTS) --export --write
+	@$(PY) -m runtime_tests.bench $(PLAN) $(MERGED) --export --write
 
 bench-pages: setup                  ## write the pages in docs/benchmarks again from the records beside them
 	@$(PY) -m runtime_tests.bench.publish
 
 tasks: setup                        ## lm-evaluation-harness TASKS on the built artifacts, beside the fp32 checkpoint
-	@$(PY) -m runtime_tests --tasks=$(call quote,TASKS) $(if $(value LIMIT),--limit=$(call quote,LIMIT)) $(WEIGHTS) $(FOLDERS)
+	@folders=$$($(FOLDERS)) && \
+	$(PY) -m runtime_tests --tasks=$(call quote,TASKS) $(if $(value LIMIT),--limit=$(call quote,LIMIT)) $(CHECKPOINT) $$folders
 
 study: setup                        ## size against loss: our recipes and llama.cpp's on weights off their 4-bit grid
 	@$(PY) -m export.toolbox.synth dither smollm2-135m build/dithered
@@ -232,4 +240,4 @@ clean:                              ## remove build/ (artifacts, caches, reports
 
 help:
 	@sed -n 's/^\([a-z$$()A-Z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | sed 's/\$$(DEVICES)/DEVICE/' | expand -t 20
-	@echo "  devices: $(DEVICES)   targets: "$(call each,TARGETS)"   MODEL="$(call quote,MODEL) QUANT=$(call quote,QUANT) SOURCE=$(call quote,SOURCE)
+	@echo "  devices: $(DEVICES)   targets: "$(call each,TARGETS)"   MODEL="$(call quote,MODEL) QUANT=$(call quote,QUANT) SOURCE=$(call quote,SOURCE) ADAPTER=$(call quote,ADAPTER) NAME=$(call quote,NAME)

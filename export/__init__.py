@@ -20,6 +20,7 @@ def build(  # noqa: PLR0913 – the options of the command
     *,
     source: str | Path | None = None,
     adapter: str | Path | None = None,
+    name: str | None = None,
     context: int | None = None,
     device: "Device" = "cpu",
     out: str | Path | None = None,
@@ -27,21 +28,21 @@ def build(  # noqa: PLR0913 – the options of the command
     """Build one artifact folder and return its manifest; a folder that holds what would be written stays as it is.
 
     `model`, `recipe` and `target` are names in configs/models, configs/quant and configs/targets. `source` is a folder,
-    a .gguf file or a hub id, `adapter` the folder of a LoRA adapter that is merged into it. `context` replaces the
-    model's context_length (tokens), `out` the folder build/MODEL_RECIPE_TARGET below the working folder. `device` is
-    where calibration computes: `cpu` or `cuda`, whose integers differ a little.
+    a .gguf file or a hub id, `adapter` the folder of a LoRA adapter that is merged into it, or into the base that the
+    adapter names. `name` is the artifact's, by default the adapter's or source's own, or the model's. `context`
+    replaces the model's context_length (tokens), `out` the folder build/NAME_RECIPE_TARGET below the working folder.
+    `device` is where calibration computes: `cpu` or `cuda`, whose integers differ a little.
     Raises ExportError: a mistake in any of these, or a machine that cannot build it.
     """
     from . import manifest
-    from .build import skip
-    from .checkpoints.origin import chosen_origin
+    from .build import request, skip
     from .host import disk
     from .host.console import console
-    from .plan import load_plan
 
-    plan = load_plan(model, recipe, target, context, device)
-    origin = chosen_origin(plan.model, source, adapter)
-    folder = Path("build") / plan.id if out is None else disk.expanded(out)
+    (plan,), origin = request.asked(
+        model, recipe, [target], source=source, adapter=adapter, name=name, context=context, device=device
+    )
+    folder = request.place(plan, None if out is None else disk.expanded(out), several=False)
     if not skip.is_stale(plan, origin, folder):
         return manifest.read(folder)
     from . import pipeline

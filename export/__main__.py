@@ -1,4 +1,15 @@
-"""Build artifacts with `python -m export MODEL QUANT TARGET…`; look at finished ones with the other commands."""
+"""Build artifacts with `python -m export MODEL RECIPE TARGET…`; look at finished ones with the other commands.
+
+For example:
+
+python -m export smollm2-135m int4-g32-scales onnx-cpu
+
+python -m export llama32-1b-instruct int4-mixed onnx-cpu coreml --source ~/my-fine-tune --name assistant
+
+python -m export llama32-1b-instruct int4-mixed onnx-cpu --adapter runs/my-lora
+
+python -m export inspect build/smollm2-135m_int4-g32-scales_onnx-cpu
+"""
 
 import sys
 from pathlib import Path
@@ -7,46 +18,79 @@ from typing import Annotated
 import typer
 
 from export import build as build_artifact
+from export import manifest
 
-from .build import skip
+from .build import request, skip
 from .build.command import run, with_default
-from .checkpoints.origin import chosen_origin
+from .checkpoints.origin import origin_of
+from .errors import ExportError
 from .host import disk
 from .host.console import console, say
-from .plan import Device, load_plan
+from .plan import Device
 from .toolbox import commands
 
 app = typer.Typer(cls=with_default("build"), help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(commands.app)
 
+_Model = Annotated[str, typer.Argument(metavar="MODEL", help="a name in configs/models: shapes, license, context")]
+_Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="a name in configs/quant")]
+_Targets = Annotated[
+    list[str], typer.Argument(metavar="TARGET...", help="names in configs/targets; several are built side by side")
+]
+_Source = Annotated[str | None, typer.Option(help="folder, .gguf file or hub id of the weights")]
+_Adapter = Annotated[
+    Path | None, typer.Option(help="folder of a LoRA adapter that is merged into --source, or into the base it names")
+]
+_Name = Annotated[str | None, typer.Option(help="of the artifact; default: the adapter's or source's own, else MODEL")]
+_Context = Annotated[int | None, typer.Option(help="tokens of the KV cache; default: the model's context_length")]
+_Out = Annotated[
+    Path | None, typer.Option(help="the finished folder of one target; the folder that gets one for each of several")
+]
+
 
 @app.command("build")
 def main(  # noqa: PLR0913, PLR0917 – a command's options
-    model: Annotated[str, typer.Argument(help="a name in configs/models")],
-    quant: Annotated[str, typer.Argument(help="a name in configs/quant")],
-    target: Annotated[list[str], typer.Argument(help="names in configs/targets; several are built side by side")],
-    source: Annotated[str | None, typer.Option(help="folder, .gguf file or hub id of the weights")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="folder of a LoRA adapter that is merged into it")] = None,
-    out: Annotated[Path | None, typer.Option(help="the finished folder of one target")] = None,
+    model: _Model,
+    quant: _Recipe,
+    target: _Targets,
+    source: _Source = None,
+    adapter: _Adapter = None,
+    name: _Name = None,
+    context: _Context = None,
+    out: _Out = None,
     device: Annotated[Device, typer.Option(help="where calibration computes; integers differ a little")] = "cpu",
     explain: Annotated[bool, typer.Option("--explain", help="say why each artifact is built again")] = False,
 ) -> None:
-    """Build build/MODEL_QUANT_TARGET, one artifact folder for each target: quantize once, lower, describe.
+    """Build build/NAME_RECIPE_TARGET, one artifact folder for each target: quantize once, lower, describe.
 
     A folder that holds what would be written again is left as it is.
+
+    Example: python -m export smollm2-135m int4-g32-scales onnx-cpu coreml
     """
-    if len(target) > 1 and out:
-        raise typer.BadParameter("names the folder of one target; leave it out or give one target", param_hint="--out")
     if len(set(target)) < len(target):
         raise typer.BadParameter("the same target twice", param_hint="TARGET")
-    out = out and disk.expanded(out)
-    plans = [load_plan(model, quant, name, device=device) for name in target]
-    origin = chosen_origin(plans[0].model, source, adapter)
-    stale = [plan for plan in plans if skip.is_stale(plan, origin, out or Path("build") / plan.id, explain)]
+    plans, origin = request.asked(
+        model, quant, target, source=source, adapter=adapter, name=name, context=context, device=device
+    )
+    root, several = out and disk.expanded(out), len(plans) > 1
+    if several and root and (root / manifest.FILE).is_file():
+        raise ExportError(
+            f"{root}: an artifact's folder; for several targets --out is the folder that gets one for each"
+        )
+    folders = {plan.target.name: request.place(plan, root, several) for plan in plans}
+    stale = [plan for plan in plans if skip.is_stale(plan, origin, folders[plan.target.name], explain)]
     if len(stale) == 1:
-        folder = out or Path("build") / stale[0].id
+        folder = folders[stale[0].target.name]
         built = build_artifact(
-            model, quant, stale[0].target.name, source=source, adapter=adapter, device=device, out=folder
+            model,
+            quant,
+            stale[0].target.name,
+            source=source,
+            adapter=adapter,
+            name=name,
+            context=context,
+            device=device,
+            out=folder,
         )
         say(
             f"{folder}: {built.plan.target.artifact} {built.artifact_bytes / 1e6:.1f} MB, "
@@ -54,12 +98,34 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
         )
     elif stale:
         from . import pipeline
+        from .build import folder as artifact
         from .build import parallel
 
-        console.print(f"{model}_{quant}", style="bold", soft_wrap=True)
+        for plan in stale:  # refused once, before any of them starts
+            artifact.refuse_foreign(folders[plan.target.name], plan.id, origin_of(plan.model, origin))
+        console.print(f"{stale[0].name}_{quant}", style="bold", soft_wrap=True)
         cache = disk.cache_folder(pipeline.CACHE)
-        parallel.build(stale, origin, Path("build"), cache)
+        parallel.build(stale, origin, root or Path("build"), cache)
         disk.trim(cache)
+
+
+@app.command("folders")
+def folders(  # noqa: PLR0913, PLR0917 – the options of a build
+    model: _Model,
+    quant: _Recipe,
+    target: _Targets,
+    source: _Source = None,
+    adapter: _Adapter = None,
+    name: _Name = None,
+    out: _Out = None,
+) -> None:
+    """Print the artifact folder of each target, as a build with the same options names it. Nothing is built.
+
+    Example: python -m export folders smollm2-135m int4-g32-scales onnx-cpu coreml
+    """
+    plans, _ = request.asked(model, quant, target, source=source, adapter=adapter, name=name)
+    root = out and disk.expanded(out)
+    say(*(str(request.place(plan, root, len(plans) > 1)) for plan in plans))
 
 
 if __name__ == "__main__":

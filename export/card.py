@@ -12,6 +12,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFound
 
 from . import formats
+from .build import request
+from .checkpoints.origin import halves, hub_id, last_part
 from .errors import ExportError
 from .formats import storage, usage
 from .host import disk
@@ -54,7 +56,9 @@ def render(manifest: Manifest, measured: Sequence[Measured]) -> str:
     body = environment.get_template("card.md.j2").render(
         manifest=manifest,
         a=manifest.architecture,
-        base_name=manifest.plan.model.base_model or manifest.plan.model.name,
+        lineage=_lineage(manifest),
+        merged_into=halves(manifest.checkpoint.origin)[1],
+        command=Markdown(request.published_command(manifest)),
         llama=manifest.plan.model.license.startswith("llama"),
         parameters=manifest.architecture.parameters,
         worst=min(manifest.quantization.layers, key=lambda layer: layer.sqnr_db, default=None),
@@ -78,14 +82,48 @@ def _usage_of(environment: Environment, manifest: Manifest) -> tuple[str, str]:
     return first.removeprefix("library:").strip(), text
 
 
+class _Lineage(NamedTuple):
+    """What a card says of whose weights these are, and the hub's metadata of the same."""
+
+    subject: str
+    """Of the first sentence."""
+    fine_tune_of: str | None
+    """None: no adapter was merged."""
+    base: str | None
+    """A hub id."""
+    relation: str | None
+    """None: unknown, or the base itself."""
+
+
+def _lineage(manifest: Manifest) -> _Lineage:
+    """Of a path only its last part is known: it may hold the model's own weights or those of a fine-tune."""
+    model, checkpoint = manifest.plan.model, manifest.checkpoint
+    quantized = "quantized" if manifest.plan.quant.method != "none" else None
+    adapter, origin = halves(checkpoint.origin)
+    if adapter is not None:
+        named = hub_id(origin) or (model.base_model if origin == model.source else hub_id(checkpoint.trained_on or ""))
+        base = named or model.base_model
+        of = base or last_part(origin) or origin
+        return _Lineage(f"{manifest.plan.name}, a fine-tune of {of} (a LoRA adapter, merged),", of, base, "finetune")
+    if origin == model.source:
+        return _Lineage(model.base_model or model.name, None, model.base_model, quantized)
+    if repository := hub_id(origin):
+        return _Lineage(repository, None, repository, quantized)
+    if not checkpoint.sha256:
+        return _Lineage(f"{manifest.plan.name}, random weights,", None, None, None)
+    like = f" with the shapes of {model.base_model}" if model.base_model else ""
+    return _Lineage(f"{manifest.plan.name}, a checkpoint{like},", None, model.base_model, None)
+
+
 def _front_matter(manifest: Manifest, library: str) -> ModelCardData:
     model, recipe = manifest.plan.model, manifest.plan.quant
-    base = model.base_model and visible(model.base_model)
+    lineage = _lineage(manifest)
+    base = lineage.base and visible(lineage.base)
     quantized = recipe.method != "none"
     names = manifest.plan.target.name, recipe.name
     return ModelCardData(
         base_model=base,
-        base_model_relation="quantized" if quantized and base else None,
+        base_model_relation=lineage.relation if base else None,
         license=visible(model.license),
         library_name=library,
         pipeline_tag="text-generation",

@@ -111,10 +111,13 @@ class CheckpointInfo(Strict):
     """Where the weights came from."""
 
     origin: str
+    """A hub id, a file of a package, a seed, or the last part of a path: digests identify what was there."""
     description: str
     bits_per_weight: float | None
     """Of its files, a GGUF's tokenizer included; null: random weights."""
     sha256: dict[FileName, Sha256]
+    trained_on: str | None = None
+    """The base that a merged adapter names, as `origin`; null: there is no adapter."""
 
     @property
     def quantized_before(self) -> bool:
@@ -255,7 +258,7 @@ def read(folder: Path) -> Manifest:
     """Read an artifact folder's manifest, strictly."""
     path = folder / FILE
     if not path.is_file():
-        raise ExportError(f"{path}: missing; give an artifact folder made by `python -m export`")
+        raise ExportError(_no_manifest(folder))
     if path.stat().st_size > _MOST_BYTES:
         raise ExportError(f"{path}: more than {_MOST_BYTES >> 20} MiB, which no manifest is; build the artifact again")
     try:
@@ -264,6 +267,17 @@ def read(folder: Path) -> Manifest:
         transit.require_no_pointer(path)
         reason = explain(error)[:300]
         raise ExportError(f"{path}: damaged or of another version: {reason}; {_AGAIN}") from None
+
+
+def _no_manifest(folder: Path) -> str:
+    """Which folder to give in place of one that is no artifact's."""
+    if (folder.parent / FILE).is_file() and folder.exists():
+        return f"{folder}: a part of an artifact; give the artifact's folder, {folder.parent}"
+    if folder.is_dir() and (inside := sorted(path.parent.name for path in folder.glob(f"*/{FILE}"))):
+        more = f" and {len(inside) - 3} more" if len(inside) > 3 else ""
+        return f"{folder}: holds artifacts, {', '.join(inside[:3])}{more}; give the folder of one"
+    what = f"{folder}: a file" if folder.is_file() else f"{folder / FILE}: missing"
+    return f"{what}; give an artifact folder made by `python -m export`"
 
 
 def digest(folder: Path) -> str:
@@ -275,6 +289,14 @@ def read_id(folder: Path) -> str | None:
     """Id of the artifact in a folder, even when another version of this code wrote it; None: it has none."""
     fields = _fields(folder)
     return str(fields.get("id")) if fields else None
+
+
+def read_checkpoint(folder: Path) -> CheckpointInfo | None:
+    """What the artifact in a folder was made of, as `read_id`; None: another version wrote that differently."""
+    try:
+        return CheckpointInfo.model_validate(_fields(folder).get("checkpoint"))
+    except ValidationError:
+        return None
 
 
 def unlisted(folder: Path) -> Iterator[Path]:

@@ -6,8 +6,8 @@ from . import card, checkpoints, formats, manifest, quantization
 from .architecture import Architecture
 from .build import folder as artifact
 from .build import needs
-from .checkpoints import tokenizer
-from .checkpoints.origin import Origin
+from .checkpoints import tokenizer, whereabouts
+from .checkpoints.origin import Adapter, Origin, origin_of, published, published_base, published_plan
 from .formats import Build, storage
 from .host import disk, memory, mkl
 from .host.console import console, note, stage
@@ -29,7 +29,7 @@ def export(plan: Plan, source: Origin | None, out: Path) -> Manifest:
     cache = disk.cache_folder(CACHE)
     needs.require(needs.estimate(plan, source, architecture, cache), out, cache)
     mkl.settle()
-    with artifact.building(out, plan.id) as folder:
+    with artifact.building(out, plan.id, origin_of(plan.model, source)) as folder:
         with stage("checkpoint"):
             weights = checkpoints.load(plan.model, source)
             for line in weights.notes:
@@ -43,6 +43,7 @@ def export(plan: Plan, source: Origin | None, out: Path) -> Manifest:
             lowered = backend.lower(model, build)
         with stage("describe"):
             described = describe(model, build, lowered)
+            whereabouts.remember(weights.origin, weights.sha256)
             manifest.write(folder, described)
             card.write(folder, described, [])
         console.print(f"  weights: {storage.line(described)}", soft_wrap=True)
@@ -75,16 +76,18 @@ def check(plan: Plan, architecture: Architecture, backend: formats.Format) -> No
 
 def describe(model: QuantizedModel, build: Build, lowered: formats.Lowered) -> Manifest:
     """The manifest of what was just written."""
+    origin = model.checkpoint.origin
     checkpoint_info = manifest.CheckpointInfo(
-        origin=str(model.checkpoint.origin),
+        origin=published(origin),
         description=model.checkpoint.source.description,
         bits_per_weight=model.checkpoint.bits_per_weight,
         sha256=model.checkpoint.sha256,
+        trained_on=published_base(origin.adapter.path) if isinstance(origin, Adapter) else None,
     )
     return Manifest(
         schema_version=1,
         id=build.plan.id,
-        plan=build.plan,
+        plan=published_plan(build.plan),
         architecture=model.architecture,
         checkpoint=checkpoint_info,
         quantization=manifest.QuantizationInfo(

@@ -4,6 +4,7 @@ Every key is written in every file and unknown keys are refused, so no default h
 """
 
 import re
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,12 +24,28 @@ _NAME = re.compile(r"\w(?:[\w-]|\.(?!\.)){0,79}")
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _LONGEST_PART = 255
 """Bytes of a file's name that every file system takes."""
+_LONGEST_ID = 200
+"""Bytes of an artifact's id: the names of locks and of unfinished builds are longer."""
+_LONGEST_CLEANED = 80
 
 
 def _require_name(text: str) -> str:
     if not _NAME.fullmatch(text):
         raise ValueError(f"{text[:100]!r} is no name: at most 80 letters, digits, _, - and single dots")
     return text
+
+
+def cleaned(text: str) -> str:
+    """The name that a text has where only a name may stand: `my model (v2)` is `my-model-v2`.
+
+    Raises ExportError: nothing of it can stand in a name.
+    """
+    plain = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", text))
+    single = re.sub(r"\.{2,}", ".", plain).lstrip("-.")
+    short = single.encode()[:_LONGEST_CLEANED].decode(errors="ignore").rstrip("-.")
+    if not _NAME.fullmatch(short):
+        raise ExportError(f"{text[:100]!r}: no name for an artifact can be made of it; give one with --name")
+    return short
 
 
 def leads_out(name: str) -> str | None:
@@ -324,16 +341,45 @@ class Target(Strict):
 class Plan(Strict):
     """One artifact to build."""
 
+    name: Name
+    """Whose weights they are: the model's name, or the own one of another checkpoint or of an adapter."""
     model: ModelSpec
     quant: QuantRecipe
     target: Target
     device: Device = "cpu"
     """cpu: the same everywhere that processors are alike, and where nothing is calibrated."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, fields: Any) -> Any:
+        """Artifacts of before there were names are the model's."""
+        if not isinstance(fields, dict) or "name" in fields:
+            return fields
+        model = fields.get("model")
+        name = model.get("name") if isinstance(model, dict) else getattr(model, "name", None)
+        return {"name": name, **fields}
+
+    @model_validator(mode="after")
+    def _id_is_a_file_name(self) -> "Plan":
+        if (length := len(self.id.encode())) > _LONGEST_ID:
+            raise ValueError(
+                f"an id of {length} bytes, at most {_LONGEST_ID} make a folder's name; take a shorter name"
+            )
+        return self
+
     @property
     def id(self) -> str:
-        """`MODEL_QUANT_TARGET`, the name of the default output folder."""
-        return f"{self.model.name}_{self.quant.name}_{self.target.name}"
+        """`NAME_RECIPE_TARGET`, the name of the default output folder."""
+        return f"{self.name}_{self.quant.name}_{self.target.name}"
+
+    def named(self, name: str) -> "Plan":
+        """The plan of an artifact of that name. Raises ExportError: it is no name, or too long."""
+        try:
+            return Plan.model_validate(dict(self) | {"name": _require_name(name)})
+        except ValidationError as error:
+            raise ExportError(f"--name {name}: {explain(error)}") from None
+        except ValueError as error:
+            raise ExportError(f"--name {error}") from None
 
 
 def names(kind: str) -> list[str]:
@@ -349,7 +395,7 @@ def load_named(cls: type[Record], kind: str, name: str) -> Record:
 
 
 def load_plan(model: str, quant: str, target: str, context_length: int | None = None, device: Device = "cpu") -> Plan:
-    """The plan of three names; `context_length` replaces the model's own."""
+    """The plan of three names, for the model's own checkpoint; `context_length` replaces the model's own."""
     spec = load_named(ModelSpec, "models", model)
     if context_length is not None:
         try:
@@ -359,7 +405,13 @@ def load_plan(model: str, quant: str, target: str, context_length: int | None = 
     recipe = load_named(QuantRecipe, "quant", quant)
     if device != "cpu" and recipe.calibration is None:
         raise ExportError(f"--device {device}: recipe {quant!r} calibrates nothing; leave the option out")
-    return Plan(model=spec, quant=recipe, target=load_named(Target, "targets", target), device=device)
+    return Plan(
+        name=spec.name,
+        model=spec,
+        quant=recipe,
+        target=load_named(Target, "targets", target),
+        device=device,
+    )
 
 
 def shortened(plan: Plan, positions: int) -> Plan:

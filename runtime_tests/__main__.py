@@ -1,6 +1,14 @@
 """The proof: `python -m runtime_tests [--device DEVICE] [--source DIR_OR_HF_ID] [--eval NAME] [FOLDER …]` validates.
 
 With `--tasks NAME,…` it evaluates lm-evaluation-harness tasks instead: docs/tasks.md. `chat PATH`: docs/chat.md.
+
+For example:
+
+python -m runtime_tests build/smollm2-135m_int4-g32-scales_onnx-cpu
+
+python -m runtime_tests --device pixel-8 build/smollm2-135m_int4-g32-scales_executorch-xnnpack
+
+python -m runtime_tests chat build/smollm2-135m_int4-g32-scales_onnx-cpu
 """
 
 import shutil
@@ -16,6 +24,7 @@ import typer
 import devices
 from devices import Device, DeviceError
 from export.build.command import run, with_default
+from export.checkpoints.origin import absolute, chosen_origin
 from export.errors import ExportError
 from export.host import disk
 from export.host.console import console, say, stage
@@ -35,7 +44,12 @@ BUILD = Path("build")
 def main(  # noqa: PLR0913, PLR0917 – a command's options
     folders: Annotated[list[Path] | None, typer.Argument(help="artifact folders; default: all of build/")] = None,
     device: Annotated[str, typer.Option(help="a name in devices/")] = "host",
-    source: Annotated[str | None, typer.Option(help="origin of the checkpoint; default: the manifest's")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="where the checkpoint is; default: where the artifact was built from")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="where the adapter is that was merged into --source, or into the base it names")
+    ] = None,
     eval_name: Annotated[
         str | None, typer.Option("--eval", help="a name in configs/evals; default: the one in the device's YAML")
     ] = None,
@@ -57,6 +71,8 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
 ) -> None:
     """Prove what artifacts compute and how fast: exit 0 only if every gate holds."""
     known = _load_device(device)
+    origin = chosen_origin(source, adapter)
+    source = None if origin is None else absolute(origin)  # jobs have another working folder
     if tasks is None:
         if limit or not chat or not reference:
             raise typer.BadParameter("--limit, --no-chat and --no-reference go with --tasks")

@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from devices import Device, DeviceError
 from export import manifest
+from export.checkpoints import whereabouts
 from export.errors import ExportError
 from export.host import disk
 from export.host.console import console
@@ -25,6 +27,7 @@ def validate(folder: Path, described: Manifest, setting: Setting) -> Record:
 
     Raises disk.FullError; ExportError where nothing of this checkout judges it.
     """
+    setting = replace(setting, source=setting.source or whereabouts.place(described.checkpoint))
     subject = Subject(folder, described, setting, limits.of(described, setting.limits))
     notes = limits.notes(described, subject.judged_by, setting.place.abi)
     for note in notes:

@@ -21,6 +21,7 @@ import runtime_tests.sessions
 from export import manifest
 from export.__main__ import app as export_app
 from export.build.command import run as run_app
+from export.checkpoints import whereabouts
 from export.host import disk
 from export.plan import ModelSpec, Plan, QuantRecipe, load_named, load_plan, names
 from runtime_tests import __main__ as cli
@@ -38,11 +39,12 @@ for number in (signal.SIGINT, signal.SIGTERM):  # a runner that starts the tests
 
 
 @pytest.fixture(scope="session", autouse=True)
-def plugged_in():
+def plugged_in(tmp_path_factory):
     """The fake format is found by name, as a real one is, and so are the limits of its target."""
     for package, name in ((export.formats, "backends"), (runtime_tests.sessions, "sessions")):
         package.__path__.append(str(FAKES / name))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(whereabouts, "FOLDER", tmp_path_factory.mktemp("origins"))
         patch.setattr(limits, "names", lambda kind: [*names(kind), "fake"])
         known = {"fake": TARGET}
         patch.setattr(limits, "load_named", lambda cls, kind, name: known.get(name) or load_named(cls, kind, name))

@@ -6,6 +6,7 @@ from huggingface_hub import ModelCard
 from export import card, manifest
 from export.errors import ExportError
 from export.manifest import CalibrationInfo, Candidate
+from runtime_tests.evidence.record import Outcome
 from runtime_tests.reports import publication
 from tests.support.records import sample_record
 
@@ -49,6 +50,19 @@ def test_measured_rows_appear(described):
     assert f"{record.accuracy.lowering.mean_kl:.2e}" in text
     assert "| decode, 64 tokens | 98." in text
     assert record.commit[:12] in text
+
+
+def test_a_verdicts_detail_stays_in_the_record(described):
+    gate = sample_record().gates[0]
+    failed = gate.model_copy(update={"verdict": "fail", "value": 1.0, "detail": "/home/me/model: changed"})
+    for gates, words in (
+        ((), "source differs"),
+        ((failed,), "source differs: lowering: mean KL is 1, must be at most"),
+    ):
+        record = sample_record(gates=gates, outcome=Outcome.SOURCE_DIFFERS, detail="/home/me/model: gone")
+        text = card.render(described, publication.measured_rows(record))
+        assert f"| verdict | {words}" in text
+        assert "/home/me" not in text
 
 
 def test_a_note_on_the_verdict_stands_beside_it(described):

@@ -8,29 +8,37 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from export import manifest
+from export.checkpoints import whereabouts
+from export.checkpoints.origin import Adapter, Origin, Seed, halves
 from export.errors import ExportError
 from export.host import disk, interrupt
+from export.host.console import note
+from export.manifest import CheckpointInfo
+
+from . import skip
 
 _NEW, _OLD, _SCRATCH = "new", "old", "tmp"
 """In the private folder: what is written, what it replaces, and libraries' temporary files."""
 
 
 @contextmanager
-def building(out: Path, plan_id: str) -> Iterator[Path]:
+def building(out: Path, plan_id: str, origin: Origin) -> Iterator[Path]:
     """A fresh folder that becomes `out` when the block ends well and is removed when it does not.
 
     The old artifact stays untouched until the rename. Raises ExportError: another build of `out` is running, `out`
-    holds anything but an artifact of this plan, or the disk is full.
+    holds anything but an artifact of this plan and checkpoint, or the disk is full.
     """
     out = out.resolve()  # `.` has no name, and a link stays a link
     disk.require_utf8(str(out))
-    _refuse_foreign(out, plan_id)
+    refuse_foreign(out, plan_id, origin)
     _make_parent(out)
     with disk.locked(out), disk.writing(out.parent):
         for leftover in _leftovers(out):
             _bring_back(leftover, out)  # killed between the two renames
             shutil.rmtree(leftover, ignore_errors=True)
-        _refuse_foreign(out, plan_id)  # it may have come since
+        refuse_foreign(out, plan_id, origin)  # it may have come since
+        if earlier := _earlier(out, origin):
+            note(f"replaces the artifact of {earlier}")
         place = Path(tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent))
         try:
             (place / _NEW).mkdir()
@@ -89,16 +97,46 @@ def _make_parent(out: Path) -> None:
         raise ExportError(f"{out.parent}: cannot be made ({error.strerror}); give another --out") from None
 
 
-def _refuse_foreign(out: Path, plan_id: str) -> None:
-    """Never replace anything but an artifact of the same plan, nor what somebody put into its folder."""
+def refuse_foreign(out: Path, plan_id: str, origin: Origin) -> None:
+    """Never replace anything but an artifact of the same plan and checkpoint, nor what somebody put into its folder.
+
+    A checkpoint that was trained further where it was is the same one. Raises ExportError.
+    """
     if not out.exists():
         return
     if not out.is_dir() or (any(out.iterdir()) and not (out / manifest.FILE).is_file()):
-        raise ExportError(f"{out}: exists and is not an artifact folder; give another --out")
+        inside = out.is_dir() and any(out.glob(f"*/{manifest.FILE}"))
+        other = f"--out {out / plan_id}" if inside else "another --out"
+        raise ExportError(f"{out}: exists and is not an artifact folder; give {other}")
     if (out / manifest.FILE).is_file() and (held_id := manifest.read_id(out)) != plan_id:
         content = f"another artifact ({held_id})" if held_id else "a damaged artifact"
         raise ExportError(f"{out}: holds {content}; give another --out or remove it")
+    held = manifest.read_checkpoint(out)
+    if held and not _is_same(held, origin) and origin not in whereabouts.origins(held):
+        raise ExportError(
+            f"{out}: holds an artifact of another checkpoint, {_told(held)}, not of {origin}; give this one a "
+            "--name of its own, or remove the folder"
+        )
     if foreign := next(manifest.unlisted(out), None):
         raise ExportError(
             f"{foreign}: not part of the artifact that is built again; move it away, or give another --out"
         )
+
+
+def _is_same(held: CheckpointInfo, origin: Origin) -> bool:
+    """Whether the bytes that an artifact was made of are those that are there now."""
+    one_kind = bool(halves(held.origin)[0]) == isinstance(origin, Adapter)
+    return one_kind and bool(held.sha256) and not any(skip.changed_files(held.sha256, origin))
+
+
+def _told(held: CheckpointInfo) -> str:
+    """`local:my-model (model.safetensors 0123456789ab)`."""
+    file, digest = next(iter(held.sha256.items()), ("", ""))
+    return f"{held.origin} ({file} {digest[:12]})" if file else held.origin
+
+
+def _earlier(out: Path, origin: Origin) -> str:
+    """The earlier state of the checkpoint whose artifact is replaced; empty: there is none."""
+    held = manifest.read_checkpoint(out)
+    differs = held is not None and not _is_same(held, origin) and not isinstance(origin, Seed)
+    return f"an earlier state of {origin}" if differs else ""

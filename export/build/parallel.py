@@ -19,7 +19,7 @@ from export.host.console import console
 from export.host.processes import BackgroundProcess
 from export.plan import Plan
 
-from . import needs
+from . import needs, request
 from .needs import Estimate
 
 
@@ -39,7 +39,7 @@ def build(plans: Sequence[Plan], source: Origin | None, folder: Path, cache: Pat
     )
     needs.require_disk(list(estimates.values()), folder, cache)
     waiting = sorted(plans, key=lambda plan: estimates[plan.target.name].memory_bytes, reverse=True)
-    failures = work(waiting, source, Fit(estimates, room, workers))
+    failures = work(waiting, source, folder, Fit(estimates, room, workers))
     if failures:
         reasons = "; ".join(f"{name}: {failure}" for name, failure in failures.items())
         raise ExportError(f"{len(failures)} of {len(plans)} targets failed: {reasons}")
@@ -57,7 +57,7 @@ class Fit:
         return not running or (len(running) < self._workers and taken <= self._memory_bytes)
 
 
-def work(waiting: list[Plan], source: Origin | None, fit: Fit) -> dict[str, str]:
+def work(waiting: list[Plan], source: Origin | None, folder: Path, fit: Fit) -> dict[str, str]:
     """Run all to their ends; give target → why it failed. An interruption stops every child and waits for it."""
     width = max(len(plan.target.name) for plan in waiting)
     running: dict[str, BackgroundProcess] = {}
@@ -70,7 +70,7 @@ def work(waiting: list[Plan], source: Origin | None, fit: Fit) -> dict[str, str]
                 name = plan.target.name
                 with interrupt.held():
                     show = partial(console.print, f"{name:<{width}} |", soft_wrap=True)
-                    running[name] = BackgroundProcess(name, command(plan, source), show, ended.put)
+                    running[name] = BackgroundProcess(name, command(plan, source, folder), show, ended.put)
             child = ended.get()
             del running[child.name]
             if failure := child.failure:
@@ -83,12 +83,10 @@ def work(waiting: list[Plan], source: Origin | None, fit: Fit) -> dict[str, str]
     return failures
 
 
-def command(plan: Plan, source: Origin | None) -> list[str]:
-    """Command line of the build of one target."""
-    words = [sys.executable, "-m", "export", plan.model.name, plan.quant.name, plan.target.name]
-    if plan.device != "cpu":
-        words.append(f"--device={plan.device}")
-    return words if source is None else [*words, f"--source={source}"]
+def command(plan: Plan, source: Origin | None, folder: Path) -> list[str]:
+    """Command line of the build of one target into its folder below `folder`."""
+    words = request.words(plan, *request.options(source))
+    return [sys.executable, *words, "--out", str(folder / plan.id)]
 
 
 def cores() -> int:

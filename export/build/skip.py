@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from export import formats, manifest
+from export.checkpoints import whereabouts
 from export.checkpoints.origin import (
     Adapter,
     File,
@@ -20,6 +21,8 @@ from export.checkpoints.origin import (
     is_of_tokenizer,
     name_of,
     origin_of,
+    published,
+    published_plan,
     tokenizer_files,
 )
 from export.errors import ExportError
@@ -34,6 +37,7 @@ def is_stale(plan: Plan, source: Origin | None, folder: Path, explain: bool = Fa
     """Whether a build of `plan` into `folder` would write something else; prints that it would not, or why it would."""
     changes = reasons(plan, source, folder)
     if not changes:
+        whereabouts.remember(origin_of(plan.model, source), manifest.read(folder).checkpoint.sha256)
         console.print(f"{folder}: up to date", soft_wrap=True)
     for reason in changes if explain else ():
         console.print(f"{plan.id}: {reason}", soft_wrap=True)
@@ -47,7 +51,7 @@ def reasons(plan: Plan, source: Origin | None, folder: Path) -> list[str]:
     try:
         built = manifest.read(folder)
         fitting = shortened(plan, built.architecture.max_position_embeddings)
-        changes = [*_changed_plan(built.plan, fitting), *_changed_inputs(built, plan, source)]
+        changes = [*_changed_plan(built.plan, published_plan(fitting)), *_changed_inputs(built, plan, source)]
         if not changes:
             admission.require(folder, built)
     except ExportError as error:
@@ -65,8 +69,8 @@ def _changed_plan(built: Plan, plan: Plan) -> Iterator[str]:
 def _changed_inputs(built: Manifest, plan: Plan, source: Origin | None) -> Iterator[str]:
     """Weights, texts, tools and code."""
     origin = origin_of(plan.model, source)
-    if built.checkpoint.origin != str(origin):
-        yield f"checkpoint: {origin}, was {built.checkpoint.origin}"
+    if built.checkpoint.origin != published(origin):
+        yield f"checkpoint: {published(origin)}, was {built.checkpoint.origin}"
     else:
         yield from changed_files(built.checkpoint.sha256, origin)
     if built.quantization.calibration is not None:

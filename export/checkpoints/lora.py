@@ -23,13 +23,20 @@ from export.errors import ExportError, explain
 from .files import GATHER, missing, require_inside
 from .folder import copy_tokenizer
 from .integers import Integers, Unfit
-from .origin import adapted_tokenizer_files, is_of_tokenizer, name_of, tokenizer_files
+from .origin import (
+    ADAPTER_CONFIG,
+    adapted_tokenizer_files,
+    is_of_tokenizer,
+    name_of,
+    published_base,
+    tokenizer_files,
+)
 from .safetensors import SafetensorsFiles, read_json
 
 if TYPE_CHECKING:
     from . import Source
 
-_CONFIG, _STEM = "adapter_config.json", "adapter_model"
+_STEM = "adapter_model"
 _PART = re.compile(
     r"base_model\.model\.(?P<module>.+?)\."
     r"(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|weight|base_layer\.weight)"
@@ -144,12 +151,6 @@ def _require_harmless(pattern: str, path: Path) -> None:
         raise ExportError(f"{path}: the pattern {pattern!r:.60} is no plain name of modules; {_BY_HAND}")
 
 
-def _base_name(config: _LoraConfig) -> str:
-    """The model that the adapter was trained on, for people."""
-    name: Any = (config.model_extra or {}).get("base_model_name_or_path")
-    return name if isinstance(name, str) and name else "a model it does not name"
-
-
 @dataclass(frozen=True)
 class _Change:
     """What the adapter does to one weight; tensor names are the adapter's."""
@@ -175,18 +176,20 @@ class _Change:
 class LoraSource:
     """A base checkpoint as the adapter changes it; one tensor is merged at a time, in place."""
 
-    def __init__(self, base: "Source", folder: Path) -> None:
+    def __init__(self, base: "Source", folder: Path, base_origin: str) -> None:
         self._base, self._folder = base, folder
-        if not (folder / _CONFIG).is_file():
-            raise missing(folder / _CONFIG, "; --adapter must be a folder that peft's save_pretrained wrote")
-        self._config = _read_config(folder / _CONFIG)
+        if not (folder / ADAPTER_CONFIG).is_file():
+            raise missing(folder / ADAPTER_CONFIG, "; --adapter must be a folder that peft's save_pretrained wrote")
+        self._config = _read_config(folder / ADAPTER_CONFIG)
         self._stored = SafetensorsFiles(folder, _STEM)
         self._changes = _changes_of(self._stored, self._config, base)
         weights = [path for path in base.files if not is_of_tokenizer(name_of(path))]
         tokenizer = adapted_tokenizer_files(folder, (path for path in base.files if is_of_tokenizer(name_of(path))))
-        self.files = (*weights, folder / _CONFIG, *self._stored.files, *tokenizer)
+        self.files = (*weights, folder / ADAPTER_CONFIG, *self._stored.files, *tokenizer)
         require_inside([path for path in self.files if path not in base.files], folder)
-        self.notes = (*base.notes, *self._stored.notes, *_unread(folder))
+        trained_on = published_base(folder)
+        merged = f"the adapter was trained on {trained_on} and is merged into {base_origin} ({base.description})"
+        self.notes = (*base.notes, merged, *self._stored.notes, *_unread(folder))
 
     @property
     def description(self) -> str:
@@ -195,7 +198,7 @@ class LoraSource:
         others = len(self._changes) - count
         kind = "DoRA" if self._config.use_dora else "rsLoRA" if self._config.use_rslora else "LoRA"
         merged = f"{count} of {len(linears)} linears" + (f" and {others} other weights" if others else "")
-        return f"{self._base.description}; {kind} for {_base_name(self._config):.80} merged into {merged}"
+        return f"{self._base.description}; {kind} for {published_base(self._folder)} merged into {merged}"
 
     @property
     def architecture(self) -> Architecture:

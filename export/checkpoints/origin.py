@@ -1,23 +1,24 @@
-"""Where a checkpoint is: a user's text, parsed once, and the files it stands for. No torch.
+"""Where a checkpoint is: a user's text, parsed once, the files it stands for and the name they go by. No torch.
 
-`str()` of an origin is the text again, as the manifest and the keys of caches hold it; origins are equal where they
-stand for the same place.
+`str()` of an origin is the text again; `published` is the one that a manifest holds, without a path of this machine.
+Origins are equal where they stand for the same place.
 """
 
 import importlib.util
+import json
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from export.errors import ExportError
 from export.host.disk import require_utf8
 from export.manifest import TEMPLATES
-from export.plan import ModelSpec, load_named, names, not_a_file_name
+from export.plan import ModelSpec, Plan, cleaned, not_a_file_name
 
-_REMEDY = "nothing is downloaded or run on its word; give the checkpoint with --source"
-_HUB, _SEED, _PACKAGE, _ADAPTER = "hub:", "seed:", "package:", "adapter:"
+_HUB, _SEED, _PACKAGE, _ADAPTER, _PRIVATE = "hub:", "seed:", "package:", "adapter:", "local:"
 _TOKENIZER_JSON, _GENERATION, _META_TOKENIZER = "tokenizer.json", "generation_config.json", "tokenizer.model"
 TOKENIZER_FILES = (
     _TOKENIZER_JSON,
@@ -32,6 +33,10 @@ TOKENIZER_PATTERNS = (*TOKENIZER_FILES, f"{TEMPLATES}/*.jinja")
 LARGEST_TOKENIZER_BYTES = 2**27
 """Of each of these files; the largest vocabularies take a quarter of it."""
 _TOKENIZER_NAMES = frozenset({*TOKENIZER_FILES, _META_TOKENIZER})
+ADAPTER_CONFIG = "adapter_config.json"
+_MOST_CONFIG_BYTES = 2**24
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_GGUF = ".gguf"
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ class Adapter:
     base: Folder | File | Hub | Package
 
     def __str__(self) -> str:
-        return f"{_ADAPTER}{self.adapter}//{self.base}"  # no path holds `//`
+        return joined(_single_slashes(str(self.adapter)), _single_slashes(str(self.base)))
 
 
 Origin = Folder | File | Hub | Package | Seed | Adapter
@@ -125,6 +130,8 @@ def parse_origin(text: str) -> Origin:
     if text.startswith(_PACKAGE):
         name, _, file = text.removeprefix(_PACKAGE).partition("/")
         return Package(name, file)
+    if text.startswith(_PRIVATE):
+        raise ExportError(f"{text}: a checkpoint whose place is not told; give its folder or file with --source")
     if text.startswith(_SEED):
         if not (number := text.removeprefix(_SEED)).isdecimal():
             raise ExportError(f"source {text!r}: the seed must be a whole number")
@@ -141,48 +148,6 @@ def parse_origin(text: str) -> Origin:
     raise ExportError(f"{text}: no such file or folder (and not a hub id like owner/name)")
 
 
-def told(text: str, source: str | None) -> Origin:
-    """The origin of a checkpoint that an artifact is compared with: `source`, or the one that its manifest tells.
-
-    A manifest's word is followed to what is on this machine already, and nothing is downloaded: a seed, a file of a
-    package that configs/models names, a hub model in the hub's cache, a path. Raises ExportError: it leads elsewhere.
-    """
-    return _here(parse_origin(text)) if source is None else parse_origin(source)
-
-
-def _here(origin: Origin) -> Origin:
-    match origin:
-        case Adapter():
-            base = _here(origin.base)
-            assert not isinstance(base, Adapter | Seed)  # what a checkpoint is found at is no other kind
-            return replace(origin, base=base)
-        case Package() if origin not in (parse_origin(text) for text in _own_sources()):
-            raise ExportError(f"{origin}: told by the artifact, and no model of configs/models has it: {_REMEDY}")
-        case Hub():
-            return _cached(origin)
-        case _:
-            return origin
-
-
-def _own_sources() -> Iterator[str]:
-    """Where the models of configs/models come from."""
-    specs = (load_named(ModelSpec, "models", name) for name in names("models"))
-    return (spec.source for spec in specs if spec.source and spec.source.startswith(_PACKAGE))
-
-
-def _cached(origin: Hub) -> Folder:
-    """Its snapshot in the hub's cache, under the same text."""
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = None
-    if not_a_file_name(origin.revision or "main") is None:
-        with suppress(ValueError):  # no name that a repository can have
-            cached = try_to_load_from_cache(origin.repo, "config.json", revision=origin.revision)
-    if not isinstance(cached, str):
-        raise ExportError(f"{origin}: told by the artifact, and not in the hub's cache of this machine: {_REMEDY}")
-    return Folder(Path(cached).parent, origin.text)
-
-
 def origin_of(model: ModelSpec, source: Origin | None) -> Origin:
     """Where the weights come from: `source`, or the model's own."""
     if source is not None:
@@ -192,19 +157,32 @@ def origin_of(model: ModelSpec, source: Origin | None) -> Origin:
     return parse_origin(model.source)
 
 
-def adapted(base: Origin, folder: Path) -> Adapter:
-    """A checkpoint with the adapter in `folder`; its text holds the absolute path.
+def chosen_origin(source: str | Path | None, adapter: str | Path | None) -> Origin | None:
+    """Where a build's weights come from, by its options; None: from where the model's YAML says.
 
-    Raises ExportError: no such folder, or a base that no adapter is merged into.
+    An adapter without a source is merged into the checkpoint that it names. Raises ExportError: no such file or folder,
+    a base that no adapter is merged into, or one that is not named.
     """
-    absolute = Path(os.path.expanduser(folder)).resolve()  # noqa: PTH111  (see `parse_origin`)
-    return _adapter(str(absolute), base)
+    base = None if source is None else parse_origin(str(source))
+    return base if adapter is None else adapted(base, adapter)
 
 
-def chosen_origin(model: ModelSpec, source: str | Path | None, adapter: str | Path | None) -> Origin | None:
-    """Where a build's weights come from, by its options; None: from where the model's YAML says."""
-    origin = None if source is None else parse_origin(str(source))
-    return origin if adapter is None else adapted(origin_of(model, origin), Path(adapter))
+def adapted(base: Origin | None, folder: str | Path) -> Adapter:
+    """A checkpoint with the adapter in `folder`; None: the one that the adapter names.
+
+    Raises ExportError: no such folder, a base that no adapter is merged into, or that is not where it is named.
+    """
+    if isinstance(base, Adapter | Seed):
+        kind = str(base).partition(":")[0]
+        raise ExportError(
+            f"{joined(str(folder), str(base))}: an adapter is merged into a checkpoint, not into {kind}:…"
+        )
+    text = _single_slashes(str(folder))
+    path = Path(os.path.expanduser(text))  # noqa: PTH111  (see `parse_origin`)
+    if not os.path.lexists(path):
+        raise ExportError(f"{folder}: no such folder; download the adapter and give its folder")
+    adapter = _local(path, text)
+    return Adapter(adapter, base or _named_base(adapter.path))
 
 
 def _local(path: Path, text: str) -> Folder | File:
@@ -218,25 +196,155 @@ def _local(path: Path, text: str) -> Folder | File:
 
 
 def _parse_adapter(text: str) -> Adapter:
-    folder, separator, base = text.removeprefix(_ADAPTER).partition("//")
-    if not (folder and separator):
-        raise ExportError(f"{text}: expected adapter:FOLDER//CHECKPOINT")
-    return _adapter(folder, parse_origin(base))
+    folder, base = halves(text)
+    if not folder:
+        raise ExportError(f"{text}: expected adapter:FOLDER//CHECKPOINT, or adapter:FOLDER for the base that it names")
+    return adapted(parse_origin(base) if base else None, folder)
 
 
-def _adapter(folder: str, base: Origin) -> Adapter:
-    if isinstance(base, Adapter | Seed):
-        kind = str(base).partition(":")[0]
-        raise ExportError(f"{_ADAPTER}{folder}//{base}: an adapter is merged into a checkpoint, not into {kind}:…")
-    adapter = parse_origin(folder)
-    if not isinstance(adapter, Folder | File):
-        raise ExportError(f"{folder}: no such folder; download the adapter and give its folder")
-    return Adapter(adapter, base)
+def _named_base(adapter: Path) -> Folder | File | Hub:
+    """The checkpoint that an adapter names as its base. Raises ExportError: none, or none that is found by its name."""
+    name, revision = trained_on(adapter)
+    if name and os.path.lexists(os.path.expanduser(name)):  # noqa: PTH111  (see `parse_origin`)
+        return _local(Path(os.path.expanduser(name)), name)  # noqa: PTH111
+    if name and _HUB_ID.fullmatch(name):
+        return Hub(name, revision, f"{_HUB}{name}" + (f"@{revision}" if revision else ""))
+    named = f"names as its base {name!r:.200}, which is not here" if name else "names no base"
+    raise ExportError(f"{adapter / ADAPTER_CONFIG}: {named}; give the base with --source")
+
+
+def trained_on(adapter: Path) -> tuple[str, str | None]:
+    """The base and its revision as an adapter's configuration names them; empty: it names none.
+
+    The whole configuration is checked where it is merged (`lora.py`); what is odd in it names nothing here.
+    """
+    try:
+        fields = json.loads((adapter / ADAPTER_CONFIG).read_bytes()[:_MOST_CONFIG_BYTES])
+    except (OSError, ValueError, RecursionError):
+        fields = None
+    told = fields if isinstance(fields, dict) else {}
+    name, revision = told.get("base_model_name_or_path"), told.get("revision")
+    return name if isinstance(name, str) else "", revision if isinstance(revision, str) and revision else None
+
+
+def published_base(adapter: Path) -> str:
+    """The base that an adapter names, as a manifest says it: a hub id, or a path's last part."""
+    name, revision = trained_on(adapter)
+    if _HUB_ID.fullmatch(name):
+        return f"{_HUB}{name}" + (f"@{revision}" if revision else "")
+    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    return f"{_PRIVATE}{last:.80}" if last else "unknown"
+
+
+def _single_slashes(path: str) -> str:
+    """The same path, with no `//` in it and none at its end."""
+    return re.sub(r"/+", "/", path if path.strip("/") == "" else path.rstrip("/"))
 
 
 def _hub(repo: str, text: str) -> Hub:
     name, _, revision = repo.partition("@")
     return Hub(name, revision or None, text)
+
+
+def published(origin: Origin) -> str:
+    """What a manifest and a card say of an origin: of a path its last part only, where the digests identify it."""
+    match origin:
+        case Adapter():
+            return joined(published(origin.adapter), published(origin.base))
+        case Folder() | File():
+            return f"{_PRIVATE}{_last_part(origin)}"
+        case Hub():
+            return f"{_HUB}{origin.repo}" + (f"@{origin.revision}" if origin.revision else "")
+        case _:
+            return str(origin)
+
+
+def absolute(origin: Origin) -> str:
+    """The text of an origin that means the same in every working folder."""
+    match origin:
+        case Adapter():
+            return joined(absolute(origin.adapter), absolute(origin.base))
+        case Folder() | File():
+            return str(origin.path)
+        case _:
+            return published(origin)
+
+
+def published_plan(plan: Plan) -> Plan:
+    """The plan as a manifest holds it: a model's own YAML may name a path too."""
+    model = plan.model
+    with suppress(ExportError):
+        if model.source is not None and is_private(told := published(parse_origin(model.source))):
+            return plan.model_copy(update={"model": model.model_copy(update={"source": told})})
+    return plan
+
+
+def halves(text: str) -> tuple[str | None, str]:
+    """An origin's adapter, if it has one, and the checkpoint without it, as texts that need not lead anywhere."""
+    if not text.startswith(_ADAPTER):
+        return None, text
+    adapter, _, base = text.removeprefix(_ADAPTER).partition("//")
+    return adapter, base
+
+
+def joined(adapter: str | None, base: str) -> str:
+    """The text of the two again."""
+    return base if adapter is None else f"{_ADAPTER}{adapter}//{base}"
+
+
+def is_private(text: str) -> bool:
+    """Whether a manifest's origin names a path without telling it."""
+    return any(part.startswith(_PRIVATE) for part in halves(text) if part)
+
+
+def is_public(text: str) -> bool:
+    """Whether a manifest's origin means the same on every machine."""
+    return text.startswith((_HUB, _SEED, _PACKAGE))
+
+
+def hub_id(text: str) -> str | None:
+    """OWNER/NAME of a manifest's origin; None: it is of another kind."""
+    return _hub(text.removeprefix(_HUB), text).repo if text.startswith(_HUB) else None
+
+
+def last_part(text: str) -> str | None:
+    """The last part of a path that a manifest's origin does not tell; None: it is of another kind."""
+    return text.removeprefix(_PRIVATE) if text.startswith(_PRIVATE) else None
+
+
+def name_for(model: ModelSpec, origin: Origin | None) -> str:
+    """The name of a model's artifact: the model's own, or that of another checkpoint, or of an adapter.
+
+    Raises ExportError: no name can be made of that.
+    """
+    if origin is None:
+        return model.name
+    with suppress(ExportError):  # a model's own path may be missing where another is given
+        if model.source is not None and origin == parse_origin(model.source):
+            return model.name
+    return cleaned(_own_name(origin))
+
+
+def _own_name(origin: Origin) -> str:
+    match origin:
+        case Adapter():
+            return _own_name(origin.adapter)
+        case Folder():
+            snapshots = origin.path.parent
+            in_cache = snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
+            return snapshots.parent.name.rpartition("--")[2] if in_cache else _last_part(origin)
+        case Hub():
+            return origin.repo.rpartition("/")[2]
+        case File() | Package():
+            name = _last_part(origin) if isinstance(origin, File) else origin.file.rpartition("/")[2]
+            return name[: -len(_GGUF)] if name.lower().endswith(_GGUF) else name
+        case Seed():
+            return f"seed-{origin.number}"
+
+
+def _last_part(origin: Folder | File) -> str:
+    """Of the path as it was given, through whatever links; `.` has one too."""
+    return os.path.basename(os.path.abspath(os.path.expanduser(origin.text)))  # noqa: PTH100, PTH111, PTH119
 
 
 def is_meta(folder: Path) -> bool:

@@ -36,20 +36,42 @@ class FullError(ExportError):
 def locked(path: Path) -> Iterator[None]:
     """The only writer of `path`: a lock on `.NAME.lock` beside it; the kernel frees it when the process ends.
 
+    The file is removed in the end; one that a killed process left serves the next writer.
     Raises ExportError: another process has it, or the file system has no locks.
     """
-    with _lock_file(path) as file:
+    with _locked_file(path) as file:
+        _sign(file)
+        try:
+            yield
+        finally:
+            if _is_named(path, file):
+                _lock_of(path).unlink()
+
+
+def _locked_file(path: Path) -> IO[str]:
+    while True:
+        file = _lock_file(path)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ExportError(f"{_busy(path, file)}; wait for it to end") from None
         except OSError as error:
-            raise ExportError(
-                f"{_lock_of(path)}: cannot be locked ({error.strerror}), and two writers would damage {path}; "
-                "take a folder on another file system"
-            ) from None
-        _sign(file)
-        yield
+            with file:
+                if isinstance(error, BlockingIOError):
+                    raise ExportError(f"{_busy(path, file)}; wait for it to end") from None
+                raise ExportError(
+                    f"{_lock_of(path)}: cannot be locked ({error.strerror}), and two writers would damage {path}; "
+                    "take a folder on another file system"
+                ) from None
+        if _is_named(path, file):  # or the writer before has removed it since it was opened
+            return file
+        file.close()
+
+
+def _is_named(path: Path, lock: IO[str]) -> bool:
+    """Whether an open lock is still the one of that name."""
+    try:
+        return os.path.samestat(_lock_of(path).lstat(), os.fstat(lock.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
@@ -153,11 +175,17 @@ def cache_folder(preferred: Path) -> Path:
 
     Raises ExportError: neither can be.
     """
+    if (folder := writable_folder(preferred)) != preferred:
+        console.print(f"  {preferred}: cannot be written; the cache is {folder}", soft_wrap=True)
+    return folder
+
+
+def writable_folder(preferred: Path) -> Path:
+    """The same without a word. Raises ExportError."""
     if _is_writable(preferred):
         return preferred
     own = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "llama-on-device"  # noqa: PTH111
     if own.is_absolute() and _is_writable(own):  # `~` stays where a user has neither HOME nor a name
-        console.print(f"  {preferred}: cannot be written; the cache is {own}", soft_wrap=True)
         return own
     raise ExportError(f"{preferred}: cannot be written, nor can {own}; name a folder for the cache in XDG_CACHE_HOME")
 

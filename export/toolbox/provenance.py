@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from export import manifest
+from export.checkpoints.origin import is_public
 from export.host import disk
 from export.manifest import PROVENANCE, Manifest
 
@@ -24,8 +25,6 @@ _BUILD_TYPE = f"urn:{_PROJECT}:export:v1"
 """Another layout of `statement` is another version."""
 _BUILDER = f"urn:{_PROJECT}:signer"
 """The machine of whoever holds the key: no hosted builder vouches for it."""
-_PUBLIC = ("hub:", "package:", "seed:")
-"""Origins that mean the same everywhere; others are paths of the machine that built."""
 _MOST_DIFFERENCES = 10
 
 
@@ -60,7 +59,7 @@ def statement(folder: Path, described: Manifest) -> dict[str, Any]:
 def _dependencies(described: Manifest) -> Iterator[dict[str, Any]]:
     """The checkpoint's files, an adapter's among them; calibration texts; our code; packages."""
     checkpoint, calibration, commit = described.checkpoint, described.quantization.calibration, described.source.commit
-    if checkpoint.origin.startswith(_PUBLIC):
+    if is_public(checkpoint.origin):
         yield {"uri": quote(checkpoint.origin, safe=":/@")}
     yield from (_named(f"checkpoint/{name}", sha256=digest) for name, digest in checkpoint.sha256.items())
     texts = calibration.texts.items() if calibration else ()

@@ -20,8 +20,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from export import manifest
-from export.build import skip
-from export.checkpoints.origin import chosen_origin
+from export.build import request, skip
+from export.checkpoints.origin import chosen_origin, published
 from export.errors import ExportError
 from export.host import processes
 from export.host.console import console, stage
@@ -163,11 +163,13 @@ def run(arguments: Sequence[str], log: Path, label: str) -> Cost:
 
 def built(plan: Plan, source: str | None) -> Path:
     """The folder of a plan's artifact, relative to the checkout; built unless it holds what a build would write."""
+    origin = chosen_origin(source, None)
+    plan = request.named(plan, origin)
     folder = BENCH / "ours" / plan.id
-    if skip.reasons(plan, chosen_origin(plan.model, source, None), ROOT / folder):
+    if skip.reasons(plan, origin, ROOT / folder):
         console.print(f"  building {folder}", soft_wrap=True)
         (ROOT / folder).parent.mkdir(parents=True, exist_ok=True)
-        run(_export("export", plan, folder, source), _log_of(folder), plan.id)
+        run((*request.words(plan, source), "--out", str(folder)), _log_of(folder), plan.id)
     return folder
 
 
@@ -186,17 +188,14 @@ def stock(made: Mapping[str, Made]) -> list[ExportCost]:
 
 def _cold(plan: Plan, source: str | None) -> ExportCost:
     with tempfile.TemporaryDirectory(prefix=".cold-", dir=ROOT / BENCH) as scratch, stage("export", plan.id):
-        arguments = _export("runtime_tests.bench.exports", plan, Path(scratch) / "artifact", source)
+        origin = chosen_origin(source, None)
+        plan = request.named(plan, origin)
+        words = request.words(plan, source)
+        arguments = ("-m", "runtime_tests.bench.exports", *words[2:], "--out", str(Path(scratch) / "artifact"))
         cost = run(arguments, _log_of(BENCH / f"cold-{plan.id}"), plan.id)
-    command = f"python -m export {plan.model.name} {plan.quant.name} {plan.target.name}"
     label = f"python -m export, {plan.target.name}"
-    return ExportCost(label=label, **cost.model_dump() | {"command": command})
-
-
-def _export(module: str, plan: Plan, folder: Path, source: str | None) -> tuple[str, ...]:
-    names_of_plan = (plan.model.name, plan.quant.name, plan.target.name)
-    origin = ("--source", source) if source else ()
-    return ("-m", module, *names_of_plan, "--out", str(folder), *origin)
+    told = request.words(plan, None if origin is None else published(origin))
+    return ExportCost(label=label, **cost.model_dump() | {"command": request.shell(told)})
 
 
 def make(name: str, beside: Path, source: str | None) -> Made:

@@ -8,7 +8,7 @@ from typing import Any
 
 from export import checkpoints
 from export.checkpoints import Source, chat_template, tokenizer
-from export.checkpoints.origin import told
+from export.checkpoints.whereabouts import told
 from export.errors import ExportError
 from export.formats import admission
 from export.host.console import stage
@@ -53,7 +53,7 @@ def check_tokenizer(subject: Subject) -> Finding:
     texts = [evaluation.read_text(spec.file) for spec in subject.setting.evaluation.texts]
     with stage("tokenizer"):
         try:
-            origin = told(subject.manifest.checkpoint.origin, subject.setting.source)
+            origin = told(subject.manifest.checkpoint, subject.setting.source)
             source = checkpoints.open_source(origin, subject.manifest.plan.model.architecture)
         except ExportError as error:
             raise StoppedError(Outcome.SOURCE_DIFFERS, str(error)) from None

@@ -108,11 +108,15 @@ def _is_close(gate: Gate, cv: float) -> bool:
     return abs(gate.value - gate.limit) <= 3 * cv * gate.value
 
 
+def failure(gate: Gate) -> str:
+    """What a failed gate found, without its detail."""
+    return f"{gate.name} is {gate.value:.4g}, must be {gate.rule} {gate.limit:.4g}"
+
+
 def outcome_of(gates: Sequence[Gate]) -> tuple[Outcome, str]:
     """The outcome and the description of the first failed gate; else inconclusive, else pass."""
     for gate in gates:
         if gate.verdict == "fail":
-            failure = f"{gate.name} is {gate.value:.4g}, must be {gate.rule} {gate.limit:.4g}"
-            return gate.fails_as, f"{failure}: {gate.detail}" if gate.detail else failure
+            return gate.fails_as, f"{failure(gate)}: {gate.detail}" if gate.detail else failure(gate)
     doubtful = next((gate for gate in gates if gate.verdict == "inconclusive"), None)
     return (Outcome.INCONCLUSIVE, doubtful.detail) if doubtful else (Outcome.PASS, "")

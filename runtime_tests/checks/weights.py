@@ -7,7 +7,7 @@ import numpy as np
 
 from export import checkpoints, formats, manifest
 from export.checkpoints import Checkpoint
-from export.checkpoints.origin import told
+from export.checkpoints.whereabouts import told
 from export.errors import ExportError
 from export.host.console import stage
 from export.manifest import Manifest
@@ -52,7 +52,7 @@ def rebuild(described: Manifest, source: str | None, cache: Path) -> QuantizedMo
 
 def checkpoint_of(described: Manifest, source: str | None) -> Checkpoint:
     """The checkpoint that an artifact was built from. Raises ExportError where the one at `source` is different."""
-    weights = checkpoints.load(described.plan.model, told(described.checkpoint.origin, source))
+    weights = checkpoints.load(described.plan.model, told(described.checkpoint, source))
     if weights.sha256 != described.checkpoint.sha256:
         raise ExportError(
             f"{weights.origin}: not the checkpoint of {described.id} (sha256); give the one with --source"

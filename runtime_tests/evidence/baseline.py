@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from export import manifest
 from export.architecture import Strict
+from export.build import request
 from export.build.command import run as run_app
 from export.errors import ExportError, explain
 from export.formats import admission
@@ -168,7 +169,8 @@ def judge(folder: Path, records: Path, device: str) -> Judged:
         return Judged(folder.name, None, str(error), (), "")
     newest = record.newest_of(records, manifest_sha256=manifest.digest(folder), device=device)
     if newest is None:
-        problem = f"no record of this build on {device} in {records}; run `python -m runtime_tests --device {device}`"
+        command = request.shell(["-m", "runtime_tests", "--device", device, str(folder)])
+        problem = f"no record of this build on {device} in {records}; run `{command}`"
         return Judged(described.id, None, problem, (), "")
     changes, note = _against_baseline(newest)
     return Judged(described.id, newest, "", changes, note)

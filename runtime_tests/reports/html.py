@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from export.build import request
 from export.formats import storage
 from export.manifest import UNKNOWN, Manifest
 from export.toolbox import charts
@@ -45,6 +46,7 @@ def render(
         numbers=numbers,
         css=_css,
         series=charts.SERIES,
+        commands=_commands(records, manifests),
         run=first,
         runs=runs,
         most_runs=MOST_RUNS,
@@ -54,6 +56,20 @@ def render(
         bandwidth=next((rate / 1e9 for rate in rates if rate), None),
         tools={name: version for name, version in first.environment.tools.items() if version != "not installed"},
     )
+
+
+def _commands(records: Sequence[Record], manifests: Sequence[Manifest]) -> list[str]:
+    """Lines of a shell that build what the page shows, and validate it as it was, each at its commit."""
+    run, built = records[0], [f"build/{m.id}" for m in manifests]
+    options = ["--device", run.device, "--eval", run.accuracy.evaluation]
+    lines = [(m.source.commit, m.source.dirty, request.command(m)) for m in manifests]
+    lines.append((run.commit, run.dirty, request.shell(["-m", "runtime_tests", *options, *built])))
+    shown: list[str] = []
+    for i, (commit, dirty, line) in enumerate(lines):
+        if commit != UNKNOWN and (i == 0 or lines[i - 1][:2] != (commit, dirty)):
+            shown.append(f"git checkout {commit}" + ("  # and local changes" if dirty else ""))
+        shown.append(line)
+    return shown
 
 
 def names_of(records: Sequence[Record]) -> list[str]:
@@ -66,7 +82,7 @@ def _recipes(records: Sequence[Record], manifests: Sequence[Manifest], names: Se
     """What was quantized and how, once for all artifacts that share it, with a row for each of them."""
     groups: list[dict[str, Any]] = []
     for name, record, described in zip(names, records, manifests, strict=True):
-        same = (described.quantization, described.checkpoint, described.plan.model.name, described.plan.quant.name)
+        same = (described.quantization, described.checkpoint, described.plan.name, described.plan.quant.name)
         group = next((group for group in groups if group["same"] == same), None)
         if group is None:
             group = {"same": same, "manifest": described, "artifacts": [], **_recipe(record, described)}

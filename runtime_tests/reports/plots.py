@@ -87,7 +87,7 @@ def figures(records: Sequence[Record], manifests: Sequence[Manifest], names: Seq
 
 
 def _name_of(described: Manifest) -> str:
-    return f"{described.plan.model.name} {described.plan.quant.name}"
+    return f"{described.plan.name} {described.plan.quant.name}"
 
 
 # ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -11,6 +11,7 @@ from export.host import disk
 from export.host.console import console
 from export.host.text import Markdown, code
 from export.manifest import Manifest
+from runtime_tests.checks import gates
 from runtime_tests.checks.loss import nats, perplexity
 from runtime_tests.evidence import record as records_file
 from runtime_tests.evidence.record import Comparison, Latency, Record, Slice
@@ -76,8 +77,7 @@ def report(records: Sequence[Record], manifests: Sequence[Manifest], build: Path
 
 def measured_rows(record: Record) -> list[Measured]:
     """The card's table: verdict, accuracy, speed, machine and commit."""
-    verdict = record.outcome.value + (f": {record.detail}" if record.detail else "")
-    rows = [Measured("verdict", verdict, f"{len(record.gates)} gates")]
+    rows = [Measured("verdict", _verdict(record), f"{len(record.gates)} gates")]
     rows += [Measured("note", note, "of the verdict") for note in record.notes]
     if record.accuracy.total:
         rows += _total_rows(record.accuracy.total)
@@ -91,6 +91,13 @@ def measured_rows(record: Record) -> list[Measured]:
     dirty = " with local changes" if record.dirty else ""
     rows.append(Measured("measured by", Markdown(f"commit {code(record.commit[:12])}{dirty}"), record.started_at))
     return rows
+
+
+def _verdict(record: Record) -> str:
+    """The outcome and the gate that decided it. Details may tell paths of this machine: they stay in the record."""
+    failed = [gates.failure(gate) for gate in record.gates if gate.verdict == "fail"]
+    doubtful = [gate.detail for gate in record.gates if gate.verdict == "inconclusive"]
+    return ": ".join([record.outcome.value, *(failed or doubtful)[:1]])
 
 
 def _total_rows(measured: Comparison) -> list[Measured]:

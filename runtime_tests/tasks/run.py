@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from export import manifest
-from export.checkpoints import tokenizer
+from export.checkpoints import tokenizer, whereabouts
 from export.errors import ExportError
 from export.formats import admission
 from export.host import digests
@@ -106,7 +106,7 @@ def _evaluate_artifact(folder: Path, described: Manifest, options: TaskOptions, 
 
 def _evaluate_reference(folder: Path, described: Manifest, options: TaskOptions, build: Path) -> Results | None:
     """The fp32 model of the checkpoint; results of an earlier run are taken where they have the same key."""
-    name = f"{described.plan.model.name}_fp32_eager"
+    name = f"{described.plan.name}_fp32_eager"
     key = reference_key(described, options)
     for earlier in reversed(results.read_all(build)):
         if earlier.model == name and earlier.facts.get("key") == key:
@@ -154,7 +154,7 @@ def _perform(
     job = jobs.TasksJob(
         folder=str(folder.resolve()),
         eager=facts["target"] == REFERENCE,
-        source=options.source,
+        source=options.source or whereabouts.place(described.checkpoint),
         threads=options.threads,
         tasks=options.tasks,
         limit=options.limit,

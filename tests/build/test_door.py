@@ -35,7 +35,7 @@ def test_the_door_writes_what_the_command_writes(here):
     command.main("llama", "int4-g32", ["onnx-cpu"], **options)
     assert bytes_of(here / "door") == bytes_of(here / "command")
     assert manifest.read(here / "door") == built
-    assert built.checkpoint.origin == f"adapter:{base / ADAPTER}//{base}"
+    assert (built.id, built.checkpoint.origin) == ("adapter_int4-g32_onnx-cpu", "adapter:local:adapter//local:base")
 
 
 def test_a_context_of_its_own_and_a_folder_that_is_up_to_date(here, capsys):
@@ -60,7 +60,7 @@ def test_a_context_of_its_own_and_a_folder_that_is_up_to_date(here, capsys):
         (("llama", "int4-g32", "coreml"), {"source": "nowhere"}, "nowhere: no such file or folder"),
         (
             ("tiny", "int4-g32", "coreml"),
-            {"adapter": "nowhere"},
+            {"source": "seed:1", "adapter": "nowhere"},
             "merged into a checkpoint, not into seed:",
         ),
         (("tiny", "int4-g32", "coreml"), {"context": 4096}, "context_length 4096 is more than .* 2048"),

@@ -16,7 +16,7 @@ import pytest
 import export
 from export import manifest, pipeline
 from export.build import folder as artifact
-from export.checkpoints.origin import parse_origin
+from export.checkpoints.origin import Seed, parse_origin
 from export.errors import ExportError
 from export.formats import admission
 from export.plan import load_plan
@@ -212,7 +212,7 @@ def test_a_build_killed_between_the_two_renames_gives_the_old_one_back(old, tmp_
     there = tmp_path / ".out.build-abcd1234" / "old"
     there.mkdir(parents=True)
     (there / manifest.FILE).write_bytes((old / manifest.FILE).read_bytes())
-    with pytest.raises(RuntimeError), artifact.building(tmp_path / "out", plan_id):
+    with pytest.raises(RuntimeError), artifact.building(tmp_path / "out", plan_id, Seed("20")):
         raise RuntimeError
     assert names(tmp_path) == ["out"]
 
@@ -265,7 +265,7 @@ def test_libraries_keep_their_temporary_files_beside_the_artifact(tmp_path):
     import tempfile
 
     before = tempfile.gettempdir()
-    with artifact.building(tmp_path / "out", "id"):
+    with artifact.building(tmp_path / "out", "id", Seed("20")):
         made = Path(tempfile.mkdtemp()).parent
         assert (made.name, made.parent.parent) == ("tmp", tmp_path)
     assert tempfile.gettempdir() == before

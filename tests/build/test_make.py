@@ -20,40 +20,52 @@ PATHS = (
 
 @pytest.fixture
 def make(tmp_path):
-    """Lists of arguments that the programs of a target get, by a Python that only prints them."""
+    """Lists of arguments that the programs of a target get, by a Python that only prints them.
+
+    It answers which folders a build has, by the last words of the command; `asked` is what it was asked then.
+    """
     for name in ("Makefile", "configs", "devices"):
         (tmp_path / name).symlink_to(manifest.ROOT / name)
     (tmp_path / ".venv/bin").mkdir(parents=True)
-    built = tmp_path / "build/smollm2-135m_int4-g32-scales_coreml"
+    built = tmp_path / "build/named_coreml"
     built.mkdir(parents=True)
     (built / manifest.FILE).touch()
     python = tmp_path / ".venv/bin/python"
     python.write_text(
-        '#!/bin/sh\nshift\ncase $1 in export) sleep 0.05; esac\nprintf "%s\\0" "$@" >> calls; printf "\\0" >> calls\n'
+        '#!/bin/sh\nshift\ncase "$1 $2" in "export folders") printf "%s\\0" "$@" >> asked; printf "\\0" >> asked\n'
+        'for word; do case $word in coreml|*-*pu|*-xnnpack) echo "build/named_$word"; esac; done; exit;;\n'
+        'export*) sleep 0.05; esac\nprintf "%s\\0" "$@" >> calls; printf "\\0" >> calls\n'
     )
     python.chmod(0o755)
 
     def run(*words):
-        (tmp_path / "calls").unlink(missing_ok=True)
+        for name in ("calls", "asked"):
+            (tmp_path / name).unlink(missing_ok=True)
         command = ["make", "--no-print-directory", "-o", "setup", *words]
         ended = subprocess.run(
             command, cwd=tmp_path, capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin"}
         )
         assert ended.returncode == 0, ended.stderr
-        assert sorted(path.name for path in tmp_path.iterdir() if path.name not in ("calls", "build")) == [
+        assert sorted(path.name for path in tmp_path.iterdir() if path.name not in ("calls", "asked", "build")) == [
             *(".venv", "Makefile", "configs", "devices"),
         ]
-        calls = (tmp_path / "calls").read_text().split("\0\0")
-        return [call.split("\0") for call in calls if call]
+        run.asked = listed("asked")
+        return listed("calls")
+
+    def listed(name):
+        lists = (tmp_path / name).read_text().split("\0\0") if (tmp_path / name).exists() else []
+        return [call.split("\0") for call in lists if call]
 
     return run
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_source_is_one_argument_whatever_its_characters(make, path):
-    built, validated = make("build", "validate", "MODEL=llama", f"SOURCE={path}")
-    assert built == [*PLAN, f"--source={path}"]
-    assert validated[:2] == ["runtime_tests", f"--source={path}"]
+    built, validated = make("build", "validate", "MODEL=llama", f"SOURCE={path}", f"ADAPTER={path}", f"NAME={path}")
+    checkpoint = [f"--source={path}", f"--adapter={path}"]
+    assert built == [*PLAN, *checkpoint, f"--name={path}"]
+    assert make.asked == [["export", "folders", *PLAN[1:], *checkpoint, f"--name={path}"]]
+    assert validated == ["runtime_tests", *checkpoint, *(f"build/named_{target}" for target in PLAN[3:])]
 
 
 NAMES = (
@@ -68,6 +80,9 @@ NAMES = (
     "TARGETS",
     "QUICK",
     "STUDIED",
+    "SOURCE",
+    "ADAPTER",
+    "NAME",
     "WORKERS",
 )
 
@@ -80,7 +95,9 @@ def test_no_variable_is_run(make, name):
         *("build", "ci-artifacts", "tasks", "baseline", "compute-plan", "bench-quick", "study", "unit"),
         f"{name}={text}",
     )
-    assert any(word in argument for call in calls for argument in call for word in shlex.quote(text).split())
+    assert any(
+        word in argument for call in [*calls, *make.asked] for argument in call for word in shlex.quote(text).split()
+    )
 
 
 def test_several_recipes_and_rooms_are_several_arguments(make):

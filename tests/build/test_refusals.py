@@ -39,7 +39,7 @@ def folder(tmp_path):
     [
         (("tiny", "int4-g32"), 2, "Missing argument"),
         (("tiny", "int4-g32", "coreml", "--bits", "3"), 2, "No such option"),
-        (("tiny", "int4-g32", "coreml", "onnx-cpu", "--out", "x"), 2, "folder of one target"),
+        (("tiny", "int4-g32", "coreml", "--name", "../x"), 1, "--name '../x' is no name"),
         (("tiny", "int4-g32", "coreml", "coreml"), 2, "the same target twice"),
         (("tiny", "int4-g32", "coreml", "corelm"), 1, "unknown name 'corelm'"),
         (("llama", "int4-g32", "onnx-cpu"), 1, "give --source"),

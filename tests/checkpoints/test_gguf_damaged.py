@@ -332,4 +332,4 @@ def test_the_command_refuses_a_damaged_file_of_the_default_model(tmp_path):
     assert (done.returncode, len(errors)) == (1, 1)
     assert "cut.gguf: damaged GGUF" in errors[0]
     assert "Traceback" not in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "cut.gguf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.gguf"]

@@ -83,8 +83,8 @@ def assert_peft(base, adapter, merged, changed):
 
 
 KINDS = {
-    "plain": ({}, 14, "LoRA for {base} merged into 14 of 14 linears"),
-    "some modules": ({"target_modules": ["q_proj", "v_proj"]}, 4, "LoRA for {base} merged into 4 of 14 linears"),
+    "plain": ({}, 14, "LoRA for local:{base.name} merged into 14 of 14 linears"),
+    "some modules": ({"target_modules": ["q_proj", "v_proj"]}, 4, "for local:{base.name} merged into 4 of 14 linears"),
     "one layer": ({"layers_to_transform": [1]}, 7, "merged into 7 of 14 linears"),
     "rslora": ({"use_rslora": True, "r": 9}, 14, "rsLoRA for"),
     "dora": ({"use_dora": True}, 14, "DoRA for"),
@@ -186,7 +186,7 @@ def test_the_command_builds_an_artifact_that_validation_can_rebuild(tied, tmp_pa
     monkeypatch.setattr(sys, "argv", [*map(str, words), "--out", str(tmp_path / "out")])
     assert run_app(app) == 0
     described = manifest.read(tmp_path / "out")
-    assert described.checkpoint.description.endswith(f"LoRA for {tied} merged into 7 of 7 linears")
+    assert described.checkpoint.description.endswith(f"LoRA for local:{tied.name} merged into 7 of 7 linears")
     assert "adapter_model.safetensors" in described.checkpoint.sha256
     plain = pipeline.export(load_plan("llama", "int4-g32", "onnx-cpu"), parse_origin(str(tied)), tmp_path / "plain")
     assert plain.quantization.key != described.quantization.key
@@ -485,9 +485,9 @@ def test_an_adapter_of_a_larger_base(base, tied, adapter):
     ("spec", "words"),
     [
         ("adapter:", "expected adapter:FOLDER//CHECKPOINT"),
-        ("adapter:/tmp", "expected adapter:FOLDER//CHECKPOINT"),
+        ("adapter:/tmp", "/tmp/adapter_config.json: names no base; give the base with --source"),
         ("adapter:///tmp", "expected adapter:FOLDER//CHECKPOINT"),
-        ("adapter:/no/such//BASE", "/no/such: no such file or folder"),
+        ("adapter:/no/such//BASE", "/no/such: no such folder; download the adapter"),
         ("adapter:no/such//BASE", "no/such: no such folder; download the adapter"),
         ("adapter:/tmp//seed:3", "an adapter is merged into a checkpoint, not into seed:"),
         ("adapter:/tmp//adapter:/tmp//BASE", "not into adapter:"),

@@ -227,7 +227,7 @@ def test_a_checkpoint_that_is_gone_is_named_and_can_be_given(check, from_folder,
     moved = source.rename(tmp_path / "moved")
     code, _, out = check(folder)
     assert code == 1
-    assert f"{source}: no such file or folder" in verdict(out)
+    assert f"{source}: not found on this machine; give where it is now with --source NEW" in verdict(out)
     code, _, out = check("--source", moved, folder)
     assert "no such file" not in out
     assert code == 0, out

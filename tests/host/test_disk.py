@@ -41,6 +41,22 @@ def test_without_locks_a_folder_is_refused_by_its_file_and_the_cache_goes_on(no_
     assert disk.is_locked(record)  # what cannot be known is not removed
 
 
+def test_a_lock_is_gone_in_the_end_and_one_that_was_removed_locks_nothing(tmp_path, monkeypatch):
+    flock, removed = fcntl.flock, []
+
+    def late(file, operation):
+        if not removed:  # the writer before removes its lock between our opening and locking it
+            (tmp_path / ".out.lock").unlink()
+            removed.append(file)
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with disk.locked(tmp_path / "out"):
+        assert removed
+        refused(tmp_path / "out", f"process {os.getpid()} is writing it")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.hostile("local user", "links planted where we write", "replaced or refused, never followed")
 def test_a_link_in_place_of_a_lock_is_refused_and_what_it_names_stays(tmp_path):
     (tmp_path / "precious").write_text("mine")

@@ -49,7 +49,10 @@ def test_the_page_holds_the_numbers(page):
         assert number in text
     assert f"{record.accuracy.lowering.mean_kl:.4g}" in text
     assert record.commit in text
-    assert "python -m export tiny int4-g32 fake" in text
+    commands = text.partition("<h2>Reproduce</h2>")[2].partition("<pre>")[2].partition("</pre>")[0].splitlines()
+    assert "python -m export tiny int4-g32 fake" in commands
+    validated = f"python -m runtime_tests --device {record.device} --eval {record.accuracy.evaluation}"
+    assert commands[-1] == f"{validated} build/tiny_int4-g32_fake"
 
 
 def test_every_gate_has_a_meaning_on_the_page(page):

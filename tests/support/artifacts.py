@@ -47,7 +47,8 @@ def reseal(folder, **changes):
 def renamed(folder, name):
     """Give an artifact another model's name, as a build of that model would: id and plan agree, files are recorded."""
     described = manifest.read(folder)
-    plan = described.plan.model_copy(update={"model": described.plan.model.model_copy(update={"name": name})})
+    model = described.plan.model.model_copy(update={"name": name})
+    plan = described.plan.model_copy(update={"name": name, "model": model})
     reseal(folder, plan=plan)
 
 

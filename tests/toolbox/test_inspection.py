@@ -161,7 +161,7 @@ def test_no_path_is_wrong_usage(export_command, tmp_path):
 
 def test_no_model_has_the_name_of_a_command():
     names = {one.name or one.callback.__name__ for one in (*app.registered_commands, *commands.app.registered_commands)}
-    assert names == {"build", "inspect", "diff", "verify", "sign"}
+    assert names == {"build", "folders", "inspect", "diff", "verify", "sign"}
     assert not names & set(plan.names("models"))
 
 

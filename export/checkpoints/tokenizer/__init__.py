@@ -44,8 +44,8 @@ _TRIAL_TEXTS = (*SAMPLES, *(piece * 512 for piece in ("a", " ", "\n", "1", "aB",
 """The same, and what patterns that backtrack never end on."""
 _TRIAL_LIMITS = Limits(memory_bytes=2**29, cpu_s=10, wall_s=60.0)
 _CONFIG = "tokenizer_config.json"
-_LEADING_AWAY = re.compile(r"auto_map|custom_generate|init_inputs|tokenizer_object|.*_files?", re.DOTALL)
-"""Keys there by which some version of transformers finds Python code or other files."""
+_LEADING_AWAY = re.compile(r"auto_map|custom_generate|init_inputs|name_or_path|tokenizer_object|.*_files?", re.DOTALL)
+"""Keys there by which some version of transformers finds Python code or other files, and where it was saved."""
 _SPLITTING = "split_special_tokens"
 """A key there: special tokens of a text are read as ordinary ones, those of a chat too."""
 _SHOWN = 3
