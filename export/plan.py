@@ -335,7 +335,7 @@ class Target(Strict):
     """Positions of a prompt for which the artifact returns logits."""
     limits: TargetLimits
     limits_on: dict[str, TargetLimits]
-    """Limits for processors whose kernels round differently, by the ABI that a device reports."""
+    """Limits for processors whose kernels round differently, by family: aarch64, x86_64."""
 
 
 class Plan(Strict):

@@ -21,6 +21,7 @@ _FAMILIES = {
     "armeabi-v7a": "arm",
     "armv7l": "arm",
     "amd64": "x86_64",
+    "AMD64": "x86_64",
     "i686": "x86",
 }
 """A system's name of an ABI → the name used here; the others are the same."""
@@ -30,6 +31,11 @@ _GREETING_BYTES = 2**20
 """What a shell may print around a file."""
 _ROOT = ""
 """The relative name of a file that is pushed by itself."""
+
+
+def family(abi: str) -> str:
+    """One name for each family of processors: macOS says arm64, Android arm64-v8a, Linux aarch64."""
+    return _FAMILIES.get(abi, abi)
 
 
 def machine(path: Path) -> str | None:
@@ -44,8 +50,8 @@ def machine(path: Path) -> str | None:
 
 def runs(path: Path, abi: str) -> bool:
     """Whether a device of this ABI can load the file; True for files that are not programs."""
-    family = machine(path)
-    return family is None or family == _FAMILIES.get(abi, abi)
+    needed = machine(path)
+    return needed is None or needed == family(abi)
 
 
 @dataclass(frozen=True)

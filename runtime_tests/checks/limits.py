@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from devices.transports.transfer import family
 from export.architecture import Strict
 from export.errors import ExportError, load_fields, validated
 from export.manifest import Manifest, flat
@@ -20,11 +21,11 @@ class Limits(Strict):
     quant: QuantLimits
     target: TargetLimits
     target_on: Mapping[str, TargetLimits] = {}
-    """For processors whose kernels round differently, by the ABI that a device reports."""
+    """For processors whose kernels round differently, by family (`devices.transports.transfer.family`)."""
 
     def on(self, abi: str) -> TargetLimits:
         """What the lowering may lose on a processor."""
-        return self.target_on.get(abi, self.target)
+        return self.target_on.get(family(abi), self.target)
 
 
 def load(file: Path) -> Limits:
@@ -52,7 +53,7 @@ def of(described: Manifest, given: Limits | None) -> Limits:
 def notes(described: Manifest, limits: Limits, abi: str) -> tuple[str, ...]:
     """Where an artifact claims something else than what judges it, one line each; empty: nowhere."""
     plan, found = described.plan, []
-    claimed = Limits(quant=plan.quant.limits, target=plan.target.limits_on.get(abi, plan.target.limits))
+    claimed = Limits(quant=plan.quant.limits, target=plan.target.limits_on.get(family(abi), plan.target.limits))
     was, now = (flat(part.model_dump()) for part in (claimed, Limits(quant=limits.quant, target=limits.on(abi))))
     if pairs := [f"{name} {now[name]} (its own: {was[name]})" for name in now if now[name] != was[name]]:
         found.append(f"not judged by the limits that it brings: {', '.join(pairs)}")

@@ -5,8 +5,10 @@ The plan is Core ML's own (MLComputePlan, macOS 14.4 or later), for the compute 
 
 import platform
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +25,8 @@ from runtime_tests.reports import ci
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def _load(package: Path) -> Any:
+@contextmanager
+def _plan(package: Path) -> Iterator[Any]:
     """Core ML's plan of a package. Raises ExportError: this is no Mac."""
     if platform.system() != "Darwin":
         raise ExportError(f"{package}: Core ML plans its work on a Mac only; this is {platform.system()}")
@@ -31,8 +34,9 @@ def _load(package: Path) -> Any:
     from coremltools.models.compute_plan import MLComputePlan
 
     units = ct.ComputeUnit.CPU_AND_GPU
-    compiled = ct.models.MLModel(str(package), compute_units=units).get_compiled_model_path()
-    return MLComputePlan.load_from_path(compiled, compute_units=units)
+    with tempfile.TemporaryDirectory() as folder:  # an MLModel's own compiled copy goes when the object does
+        compiled = ct.models.utils.compile_model(str(package), f"{folder}/{package.stem}.mlmodelc")
+        yield MLComputePlan.load_from_path(compiled, compute_units=units)
 
 
 def _operations(blocks: list[Any]) -> Iterator[Any]:
@@ -84,7 +88,8 @@ def main(
         package = folder / described.plan.target.artifact
         if package.suffix != ".mlpackage":
             raise ExportError(f"{package}: not a Core ML package; give the folder of one")
-        pages.append(render(described.id, counts(_load(package))))
+        with _plan(package) as plan:
+            pages.append(render(described.id, counts(plan)))
     text = "\n".join(pages)
     out.mkdir(parents=True, exist_ok=True)
     (out / "compute-plan.md").write_text(text, encoding="utf-8")

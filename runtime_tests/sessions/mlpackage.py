@@ -5,7 +5,10 @@ Copied to Macs as a runner, where it needs only Python 3.9, numpy and coremltool
 
 from __future__ import annotations
 
+import os
+import platform
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +22,27 @@ if TYPE_CHECKING:
 
     from export.manifest import IOContract, Manifest
 
-RUNTIME = "Core ML" if sys.platform == "darwin" else "our evaluator of the saved package"
+_FIRST_WITH_STATE = 15
+"""macOS; earlier ones have no KV-cache state."""
+
+
+def in_core_ml() -> bool:
+    """Whether packages run in Core ML here; `LLAMA_COREML=reference` chooses the evaluator on a Mac too."""
+    if platform.system() != "Darwin" or os.environ.get("LLAMA_COREML") == "reference":
+        return False
+    return int(platform.mac_ver()[0].partition(".")[0] or 0) >= _FIRST_WITH_STATE
+
+
+RUNTIME = "Core ML" if in_core_ml() else "our evaluator of the saved package"
 PIECE = 512
 """Most tokens per call: the package returns logits of every position, 512 × 128,256 × 2 bytes = 131 MB."""
 
 
 class PackageSession(Session):
     """One package and one state; `model` has Core ML's `make_state` and `predict`."""
+
+    compiled: tempfile.TemporaryDirectory[str] | None = None
+    """Goes with the session."""
 
     def __init__(self, model: Any, contract: IOContract, *, measures_speed: bool) -> None:
         vocab_size = int(contract.outputs[0].shape[-1])
@@ -81,19 +98,26 @@ class Evaluated:
 
 
 def _core_ml(package: Path, contract: IOContract, _threads: int) -> PackageSession:
-    """Needs macOS 15. Core ML chooses its number of threads itself."""
+    """Needs macOS 15. Core ML chooses its number of threads itself.
+
+    Compiled first: an MLModel of a package that Core ML refuses loads without it and keeps the reason to itself.
+    """
     import coremltools as ct
 
-    model = ct.models.MLModel(str(package), compute_units=ct.ComputeUnit.CPU_AND_GPU)
-    return PackageSession(model, contract, measures_speed=True)
+    folder = tempfile.TemporaryDirectory()
+    compiled = ct.models.utils.compile_model(str(package), f"{folder.name}/{package.stem}.mlmodelc")
+    model = ct.models.CompiledMLModel(compiled, compute_units=ct.ComputeUnit.CPU_AND_GPU)
+    session = PackageSession(model, contract, measures_speed=True)
+    session.compiled = folder
+    return session
 
 
 def runtime_calls() -> list[tuple[type[Any], str]]:
     """The prediction of Core ML or of the evaluator."""
-    if sys.platform == "darwin":
-        from coremltools.models import MLModel
+    if in_core_ml():
+        from coremltools.models import CompiledMLModel
 
-        return [(MLModel, "predict")]
+        return [(CompiledMLModel, "predict")]
     from runtime_tests.coreml.evaluator import Evaluator
 
     return [(Evaluator, "predict")]
@@ -102,7 +126,7 @@ def runtime_calls() -> list[tuple[type[Any], str]]:
 def open_session(folder: Path, manifest: Manifest, *, threads: int) -> PackageSession:
     """Load the package of an artifact folder."""
     package = folder / manifest.plan.target.artifact
-    if sys.platform == "darwin":
+    if in_core_ml():
         return _core_ml(package, manifest.contract, threads)
     return PackageSession(Evaluated(package, threads), manifest.contract, measures_speed=False)
 

@@ -8,9 +8,10 @@ import pytest
 import devices
 from export import manifest, pipeline
 from export.checkpoints.origin import parse_origin
-from export.plan import Plan, QuantRecipe, load_named
+from export.plan import Plan, QuantRecipe, load_named, load_plan
 from runtime_tests import __main__ as cli
 from runtime_tests import evaluation
+from runtime_tests.checks.limits import Limits
 from runtime_tests.evidence import record
 from tests.support.artifacts import TARGET, edit_manifest, reseal
 from tests.support.checkpoints import LLAMA, write_folder
@@ -256,3 +257,13 @@ def test_a_resealed_copy_of_another_plan_is_not_excused(check, artifact):
     code, _, out = check(artifact)
     assert code == 1
     assert "fail" in out
+
+
+@pytest.mark.parametrize("abi", ["aarch64", "arm64", "arm64-v8a"])
+def test_one_processor_has_one_limit_whatever_its_system_calls_it(abi):
+    """macOS and Android have names of their own for it."""
+    plan = load_plan("tiny", "int4-g32", "onnx-cpu")
+    target = plan.target
+    known = Limits(quant=plan.quant.limits, target=target.limits, target_on=target.limits_on)
+    assert known.on(abi) == target.limits_on["aarch64"] != target.limits
+    assert known.on("x86_64") == target.limits

@@ -1,6 +1,7 @@
 """Where Core ML would run each operation: counted from a plan, refused without a Mac."""
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +52,27 @@ def test_operations_are_counted_by_device(plan):
     page = compute_plan.render("tiny", placements)
     assert "4 operations: 2 on NeuralEngine, 1 on not told, 1 on CPU" in page
     assert "| NeuralEngine | linear | 2 |" in page
+
+
+def test_the_compiled_package_is_there_while_its_plan_is_read(plan, monkeypatch, tmp_path):
+    """Core ML's own copy goes with the object that made it."""
+    ct = pytest.importorskip("coremltools")
+    from coremltools.models import compute_plan as theirs
+
+    def compiled(_package, to):
+        Path(to).mkdir()
+        return to
+
+    def loaded(path, compute_units):
+        assert Path(path).is_dir()
+        assert Path(path).name == "model.mlmodelc"
+        return plan
+
+    monkeypatch.setattr(compute_plan.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(ct.models.utils, "compile_model", compiled)
+    monkeypatch.setattr(theirs.MLComputePlan, "load_from_path", loaded)
+    with compute_plan._plan(tmp_path / "model.mlpackage") as read:
+        assert sum(compute_plan.counts(read).values()) == 4
 
 
 def test_a_model_that_is_no_program_is_refused(plan):

@@ -73,6 +73,7 @@ def start(runners, tmp_path):
             "PYTHONPATH": os.pathsep.join(map(str, there)),
             "PYTHONPYCACHEPREFIX": str(runners / "pycache"),
             "FAKE_COREML_CALLS": str(tmp_path / "calls"),
+            **{name: value for name, value in os.environ.items() if name == "FAKE_COREML_REFUSES"},
         }
         command = [sys.executable, "-W", "ignore", "-m", f"sessions.{SESSIONS[kind]}", *map(str, words)]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120, check=False)
@@ -180,6 +181,13 @@ def test_a_model_whose_yaml_names_no_architecture(run, artifacts, tmp_path, kind
 
 
 # refusals
+
+
+def test_what_core_ml_says_of_a_package_that_it_refuses_reaches_the_user(run, monkeypatch):
+    monkeypatch.setenv("FAKE_COREML_REFUSES", "unsupported opset version 99")
+    failure, _ = run("coreml", [Feed((1,))])
+    assert failure.stage == "load"
+    assert failure.error.endswith("model.mlpackage: Error compiling model: unsupported opset version 99")
 
 
 def test_the_context_can_be_filled_and_not_passed(run):

@@ -5,6 +5,7 @@
 
 import io
 import json
+import platform
 import warnings
 from contextlib import redirect_stderr
 from importlib.util import find_spec
@@ -28,15 +29,32 @@ MODEL, WEIGHTS = f"{AUTHOR}/model.mlmodel", f"{AUTHOR}/weights"
 """Items of a package."""
 TOOLS = ("coremltools",)
 LOGGERS = ("coremltools",)
+_NATIVE = "libmilstoragepython*"
+"""What writes weights; builds from source have none."""
+_BUILT_ON_LINUX = ("x86_64",)
+_ELSEWHERE = "build it on x86-64 Linux or a Mac, or leave this target out"
 _LIBRARIES_BYTES = 230_000_000
 _LAYER_BYTES = 1_500_000
 """Measured memory of coremltools, and of a layer's operations."""
 
 
+def lacks() -> str | None:
+    """Why this platform writes no package, in words; None: it does. coremltools is found without being imported."""
+    found = find_spec("coremltools")
+    if found is None and platform.system() == "Linux" and platform.machine() not in _BUILT_ON_LINUX:
+        return f"coremltools is not built for Linux on {platform.machine()}; {_ELSEWHERE}"
+    if found is None:
+        return "coremltools is missing; pip install -e '.[coreml]'"
+    if not any(folder for folder in found.submodule_search_locations or () if list(Path(folder).glob(_NATIVE))):
+        system = f"{platform.system()} on {platform.machine()}, Python {platform.python_version()}"
+        return f"coremltools has no native part for {system}; {_ELSEWHERE}"
+    return None
+
+
 def check(plan: Plan, architecture: Architecture) -> None:
     """Refuse what coremltools would refuse late or Core ML would compute differently from the eager reference."""
-    if find_spec("coremltools") is None:
-        raise ExportError(f"target {plan.target.name!r}: coremltools is missing; pip install -e '.[coreml]'")
+    if reason := lacks():
+        raise ExportError(f"target {plan.target.name!r}: {reason}")
     first = next(iter(architecture.linear_shapes()))
     if plan.target.activations != "none":
         raise ExportError(

@@ -1,7 +1,9 @@
 """The Core ML package: its integers and scales, its convention, its logits."""
 
+import platform
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,10 +12,12 @@ import torch
 
 from export import checkpoints, formats, manifest, pipeline
 from export.errors import ExportError
+from export.formats import mlpackage
 from export.manifest import Manifest
 from export.plan import Plan, QuantRecipe, WeightScheme, load_plan
 from export.quantization import quantize
 from export.quantization.store import QuantizedModel
+from runtime_tests.sessions import mlpackage as sessions
 from runtime_tests.sessions import open_session
 from tests.support.metrics import eager_logits, forced_logits, mean_kl, random_tokens, sqnr_db
 
@@ -292,3 +296,57 @@ def test_refuses_scales_that_fp16_would_round():
         half(torch.tensor([1 + 2.0**-20]), ["w"], exact=True)
     with pytest.raises(ExportError, match="65504"):
         half(torch.tensor([1e5]), ["w"], exact=False)
+
+
+# platforms
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "found", "says"),
+    [
+        (
+            "Linux",
+            "aarch64",
+            "nothing",
+            "coremltools is not built for Linux on aarch64; build it on",
+        ),
+        ("Linux", "aarch64", "sources", "coremltools has no native part for Linux on aarch64, Python"),
+        ("Darwin", "arm64", "sources", "coremltools has no native part for Darwin on arm64, Python"),
+        ("Linux", "x86_64", "nothing", "coremltools is missing; pip install"),
+    ],
+)
+def test_a_platform_that_writes_no_package_is_refused_before_any_work(  # noqa: PLR0917
+    plan, monkeypatch, tmp_path, system, machine, found, says
+):
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)]) if found == "sources" else None
+    monkeypatch.setattr(mlpackage, "find_spec", lambda _name: spec)
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    with pytest.raises(ExportError, match=f"target 'coreml': {says}"):
+        mlpackage.check(plan, plan.model.architecture)
+
+
+def test_here_packages_are_written():
+    assert mlpackage.lacks() is None
+
+
+# on a Mac
+
+
+@pytest.mark.parametrize(
+    ("system", "release", "chosen", "in_core_ml"),
+    [
+        ("Darwin", "15.1", "", True),
+        ("Darwin", "26.0", "", True),
+        ("Darwin", "14.6", "", False),
+        ("Darwin", "15.1", "reference", False),
+        ("Linux", "", "", False),
+    ],
+)
+def test_packages_run_in_core_ml_where_it_has_state_and_nobody_asks_for_the_evaluator(
+    monkeypatch, system, release, chosen, in_core_ml
+):
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(platform, "mac_ver", lambda: (release, ("", "", ""), ""))
+    monkeypatch.setenv("LLAMA_COREML", chosen)
+    assert sessions.in_core_ml() is in_core_ml

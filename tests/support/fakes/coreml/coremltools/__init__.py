@@ -24,11 +24,19 @@ from runtime_tests.coreml.evaluator import Evaluator  # noqa: E402 – needs the
 ComputeUnit = SimpleNamespace(CPU_AND_GPU="CPU and GPU")
 
 
-class MLModel:
+def compile_model(package, compiled):
+    if reason := os.environ.get("FAKE_COREML_REFUSES"):
+        raise RuntimeError(f"Error compiling model: {reason}")
+    assert compiled.endswith(".mlmodelc")  # Core ML looks at the name
+    Path(compiled).symlink_to(Path(package).absolute())
+    return compiled
+
+
+class CompiledMLModel:
     def __init__(self, path, compute_units):
         if compute_units is not ComputeUnit.CPU_AND_GPU:
             raise ValueError(compute_units)
-        self.evaluator = Evaluator(Path(path))
+        self.evaluator = Evaluator(Path(path).resolve(strict=True))
         self.made = 0
 
     def make_state(self):
@@ -57,4 +65,4 @@ def write_down(inputs, state):
         file.write(json.dumps(call) + "\n")
 
 
-models = SimpleNamespace(MLModel=MLModel)
+models = SimpleNamespace(CompiledMLModel=CompiledMLModel, utils=SimpleNamespace(compile_model=compile_model))
