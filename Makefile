@@ -56,7 +56,9 @@ STUDIED := int4-g32-gptq-chat,int4-g64-gptq,int4-g32-gptq-prose,int4-g32-scales,
 LEFT_OUT = $(if $(filter Linux-aarch64 Linux-arm64,$(shell uname -s)-$(shell uname -m)),coreml)
 WHY      = "left out: $(LEFT_OUT), for which coremltools has no wheel here; build it on x86-64 Linux or a Mac"
 TARGETS := $(filter-out $(LEFT_OUT),$(sort $(basename $(notdir $(wildcard configs/targets/*.yaml)))))
-DEVICES := $(sort $(basename $(notdir $(wildcard devices/*.yaml))))
+COMMANDS := all setup locked build validate test lint unit fuzz shape bench bench-quick bench-docs bench-pages choosing study detours tasks devices lab baseline tiny ci-artifacts ci-report ci-diff cards compute-plan configuration golden readme reliability audit lock clean help
+# a YAML of another name is a device all the same, for --device: neither a space nor the name of a command harms others
+DEVICES := $(filter-out $(COMMANDS),$(shell ls devices | sed -n 's/^\([A-Za-z0-9][A-Za-z0-9_.-]*\)\.yaml$$/\1/p'))
 LOCKS   := $(sort $(wildcard locks/*.txt))
 # digests and text of others, in which every long word looks like a key
 NO_SECRETS := --exclude-files '^(locks|configs/(calibration|evals/text|tasks/data))/|^docs/.*\.(json|svg)$$|/baselines/' \
@@ -70,7 +72,7 @@ folders  = $(PY) -m export folders $(call quote,MODEL) $(1) $(2) $(WEIGHTS)
 FOLDERS  = $(call folders,$(call quote,QUANT),$(call each,TARGETS))
 CHECKED  = for recipe in $(call each,RECIPES); do $(call folders,"$$recipe",$(call each,TARGETS)) || exit 1; done
 
-.PHONY: all setup locked build validate test lint unit fuzz shape bench bench-quick bench-docs bench-pages choosing study detours tasks devices lab baseline tiny gate ci-artifacts ci-report ci-diff cards compute-plan golden readme reliability audit lock clean help $(DEVICES)
+.PHONY: $(COMMANDS) $(DEVICES)
 
 all: build validate
 
@@ -229,6 +231,9 @@ golden: setup                       ## rewrite the exact answers of the tiny mod
 
 readme: setup                       ## rewrite the generated parts of README.md from the last run's records
 	@$(PY) -m runtime_tests.reports.readme
+
+configuration: setup                ## write docs/configuration.md and configs/schemas from the code
+	@$(PY) -m runtime_tests.reports.configuration
 
 reliability: setup                  ## run the tests that docs/reliability.md counts, and write its table
 	@$(PY) -m pytest -q -p tests.support.reliability -m 'reliability or kind or hostile'

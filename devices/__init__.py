@@ -3,8 +3,9 @@
 import os
 from pathlib import Path
 
-import yaml
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+
+from export.errors import ExportError, load_record, suggestion
 
 from .transports import (
     Completed,
@@ -73,6 +74,7 @@ class Device(BaseModel):
 
     name: str
     description: str
+    """For people; decides nothing."""
     emulated: bool
     """Whether it is one of the lab's: its results count, its times do not."""
     transport: AnyAddress
@@ -111,16 +113,11 @@ def names() -> list[str]:
 def load(name: str) -> Device:
     """Read the YAML of that name. Raises DeviceError in one line."""
     if name not in names():
-        raise DeviceError(f"unknown device {name!r}; known: {', '.join(names())}")
-    path = FOLDER / f"{name}.yaml"
+        raise DeviceError(f"unknown device {name!r}; {suggestion(name, names())}")
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Device.model_validate({"name": name, **fields})
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
-        raise DeviceError(f"{path}: {' '.join(problems.split())}") from None
-    except (OSError, TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise DeviceError(f"{path}: not readable as `key: value` lines: {' '.join(str(error).split())}") from None
+        return load_record(Device, FOLDER / f"{name}.yaml")
+    except ExportError as error:
+        raise DeviceError(str(error)) from None
 
 
 def thread_count(device: Device) -> int:

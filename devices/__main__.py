@@ -36,17 +36,25 @@ def main(arguments: list[str]) -> int:
 def _show() -> int:
     """Print one line per device. All are asked at once."""
     console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
-    known = [load(name) for name in names()]
-    with ThreadPoolExecutor(max_workers=len(known)) as pool:
-        states = list(pool.map(_state, known))
+    with ThreadPoolExecutor(max_workers=len(names())) as pool:
+        rows = list(pool.map(_row, names()))
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("device", "by", "runs", "state"):
         table.add_column(column, no_wrap=column in {"device", "by"})
-    for device, (attached, text) in zip(known, states, strict=True):
-        runs, style = ", ".join(device.targets), "green" if attached else "dim"
-        table.add_row(device.name, device.transport.kind, runs, Text(visible(text)), style=style)
+    for cells, style in rows:
+        table.add_row(*(Text(visible(cell)) for cell in cells), style=style)
     console.print(table)
     return 0
+
+
+def _row(name: str) -> tuple[tuple[str, ...], str]:
+    """Name, transport, targets and state of a device, and their style; a YAML with a mistake hides no other device."""
+    try:
+        device = load(name)
+    except DeviceError as error:
+        return (name, "", "", str(error)), "red"
+    attached, text = _state(device)
+    return (name, device.transport.kind, ", ".join(device.targets), text), "green" if attached else "dim"
 
 
 def _state(device: Device) -> tuple[bool, str]:

@@ -1,4 +1,19 @@
-"""The one exception a user's mistake raises."""
+"""Mistakes in one line: the error, and YAML files read as strict records or refused with what is wrong in them."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+Record = TypeVar("Record", bound=BaseModel)
+_MOST_YAML_BYTES = 2**20
+_MOST_KNOWN = 30
+_MOST_PROBLEMS = 5
+"""Listed of one record: all mistakes of a YAML, but not every field of another version's manifest."""
 
 
 class ExportError(Exception):
@@ -6,3 +21,113 @@ class ExportError(Exception):
 
     The message is one line: which file, field or layer; what is wrong; what to do.
     """
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would take the last in silence."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key.value, str)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"the key {key!r} stands twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+def load_record(cls: type[Record], path: Path) -> Record:
+    """Read one YAML file strictly; the file's stem is the record's name. Raises ExportError in one line."""
+    fields = load_fields(path)
+    if "name" in fields:
+        raise ExportError(f"{path}: remove the key `name`; the file's name is the name")
+    return validated(cls, {"name": path.stem, **fields}, path)
+
+
+def load_fields(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file. Raises ExportError."""
+    if path.exists() and not (path.is_file() and path.stat().st_size <= _MOST_YAML_BYTES):
+        raise ExportError(f"{path}: no file, or larger than {_MOST_YAML_BYTES} bytes, which no YAML of ours is")
+    try:
+        fields = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 – a SafeLoader
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # an impossible date, too deep nesting
+        raise ExportError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(fields, dict):
+        raise ExportError(f"{path}: expected `key: value` lines, found {type(fields).__name__}")
+    return fields
+
+
+def validated(cls: type[Record], fields: dict[str, Any], path: Path) -> Record:
+    """A record of the fields of a file. Raises ExportError that names them."""
+    try:
+        return cls.model_validate(fields)
+    except ValidationError as error:
+        raise ExportError(f"{path}: {explain(error, cls)}") from None
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """What to write instead of a word: `did you mean int4-g32?`, or all that is known where nothing is near."""
+    words = sorted(known)
+    near = get_close_matches(word, words)
+    more = ["…"] * (len(words) > _MOST_KNOWN)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join([*words[:_MOST_KNOWN], *more])}"
+
+
+def explain(error: ValidationError, cls: type[BaseModel] | None = None) -> str:
+    """Problems of a record in one line: `group_sise: unknown key (did you mean group_size?); bits: missing`.
+
+    The first few of many, what is missing last. Without the record's class no key is suggested.
+    """
+    parts = []
+    for problem in sorted(error.errors(), key=lambda problem: problem["type"] == "missing"):
+        field = ".".join(part if str(part).isprintable() else repr(part) for part in map(str, problem["loc"]))
+        reason = _reason(problem, cls)
+        parts.append(f"{field}: {reason}" if field else reason)
+    more = [f"{len(parts) - _MOST_PROBLEMS} more"] if len(parts) > _MOST_PROBLEMS else []
+    return "; ".join([*parts[:_MOST_PROBLEMS], *more])
+
+
+def _reason(problem: Any, cls: type[BaseModel] | None) -> str:
+    loc, given, context = problem["loc"], problem["input"], problem.get("ctx", {})
+    match problem["type"]:
+        case "missing":
+            return "missing"
+        case "union_tag_not_found":
+            return f"{str(context['discriminator']).strip(chr(39))}: missing"
+        case "extra_forbidden":
+            known = {key for record in _records(cls, loc[:-1]) for key in record.model_fields if key != "name"}
+            return f"unknown key ({suggestion(str(loc[-1]), known)})" if known else "unknown key"
+        case "literal_error" if isinstance(given, str):
+            return f"{given[:100]!r} is unknown ({suggestion(given, _quoted(context['expected']))})"
+        case "union_tag_invalid":
+            key, tags = str(context["discriminator"]).strip("'"), _quoted(context["expected_tags"])
+            return f"{key}: {str(context['tag'])[:100]!r} is unknown ({suggestion(str(context['tag']), tags)})"
+    return str(problem["msg"])
+
+
+def _quoted(text: str) -> list[str]:
+    """The values in pydantic's `'rtn', 'scales' or 'gptq'`."""
+    return re.findall(r"'([^']*)'", text)
+
+
+def _records(cls: type[BaseModel] | None, loc: Sequence[int | str]) -> list[type[BaseModel]]:
+    """The classes that a record in a record may have, found along pydantic's location of an error."""
+    here = [cls] if cls else []
+    for step in loc:
+        fields = [record.model_fields[step] for record in here if step in record.model_fields]
+        if fields:
+            here = [record for field in fields for record in classes(field.annotation)]
+        else:  # an index, a key of a mapping, or the tag of one of several classes
+            here = [record for record in here if step in _tags(record)] or here
+    return here
+
+
+def classes(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The records that a field may hold: itself, in a union or in a container."""
+    if isinstance(annotation, type) and get_origin(annotation) is None and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from classes(part)
+
+
+def _tags(record: type[BaseModel]) -> set[Any]:
+    literals = (field.annotation for field in record.model_fields.values() if get_origin(field.annotation) is Literal)
+    return {value for literal in literals for value in get_args(literal)}

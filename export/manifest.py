@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from .architecture import Architecture, Positive, Strict
-from .errors import ExportError
+from .errors import ExportError, explain
 from .host import digests, transit
-from .plan import FileName, Levels, Plan, explain
+from .plan import FileName, Levels, Plan
 
 
 class TensorSpec(Strict):

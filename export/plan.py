@@ -6,13 +6,12 @@ Every key is written in every file and unknown keys are refused, so no default h
 import re
 import unicodedata
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from .architecture import Architecture, Positive, PositiveNumber, Strict
-from .errors import ExportError
+from .errors import ExportError, Record, explain, load_record, suggestion
 
 Device = Literal["cpu", "cuda"]
 """Where calibration computes."""
@@ -28,7 +27,6 @@ _LONGEST_PART = 255
 _LONGEST_ID = 200
 """Bytes of an artifact's id: the names of locks and of unfinished builds are longer."""
 _LONGEST_CLEANED = 80
-_MOST_YAML_BYTES = 2**20
 
 
 def _require_name(text: str) -> str:
@@ -88,7 +86,9 @@ class ModelSpec(Strict):
     source: str | None
     """`package:NAME/FILE`, `hub:OWNER/NAME[@REVISION]`, `seed:N`; null: --source must be given."""
     base_model: str | None
+    """Hub id of the checkpoint, for the card."""
     license: str
+    """Of the weights, as the hub names it."""
     context_length: Annotated[int, Field(ge=SHORTEST_CONTEXT)]
     """Slots of the KV cache: the longest prompt plus answer, tokens."""
     architecture: Architecture | None
@@ -112,7 +112,9 @@ class WeightScheme(Strict):
     """Symmetric integers with one scale per group (null: per output channel)."""
 
     bits: Literal[4, 8]
+    """Of an integer."""
     group_size: Positive | None
+    """Inputs that share a scale; a format may take some sizes only. null: one scale for each output channel."""
     levels: Levels = "even"
     """What a code stands for; levels other than integers only as a checkpoint holds them."""
 
@@ -121,7 +123,9 @@ class QuantLimits(Strict):
     """The most a recipe may lose: our fp32 model against our quantized model."""
 
     max_mean_kl: float
+    """Mean KL divergence, nats."""
     min_top1: float
+    """Share of positions with the same likeliest token."""
 
 
 class CalibrationText(Strict):
@@ -145,6 +149,7 @@ class Mixture(Strict):
 
     name: Name
     description: str
+    """For people; decides nothing."""
     length: Annotated[int, Field(ge=16)]
     """Tokens of a window."""
     held_out_every: Annotated[int, Field(ge=2)]
@@ -182,10 +187,31 @@ class Promotion(Strict):
     """The budget: of the linears together, scales included, so that one recipe serves every size of model."""
 
 
+class LayerRule(Strict):
+    """A scheme for some linears."""
+
+    pattern: Annotated[str, Field(min_length=1, max_length=200)]
+    scheme: WeightScheme
+
+
+def _rules(value: Any) -> Any:
+    """A recipe's YAML maps patterns to schemes; a manifest lists them, for the last one that matches decides."""
+    if not isinstance(value, dict):
+        return () if value is None else value
+    rules = []
+    for pattern, scheme in value.items():
+        try:
+            rules.append(LayerRule.model_validate({"pattern": pattern, "scheme": scheme}))
+        except ValidationError as error:
+            raise ValueError(f"{pattern}: {explain(error, LayerRule)}") from None
+    return rules
+
+
 class Rotation(Strict):
     """Random rotations of the model before it is quantized (`export/quantization/rotation.py`)."""
 
     seed: Annotated[int, Field(ge=0)]
+    """Of the random rotations."""
     scheme: WeightScheme
     """Of the two linears that rotate the residual stream."""
 
@@ -195,19 +221,35 @@ class QuantRecipe(Strict):
 
     name: Name
     description: str
+    """For people; decides nothing."""
     method: Literal["none", "rtn", "kept", "scales", "gptq"]
     """`rtn`: each weight to nearest. `scales`: the same with scales searched for what the linears compute on
     calibration text. `gptq`: linears by what they compute on it. All three round embedding and head to nearest.
     `kept`: the checkpoint's own integers and scales, which may be negative."""
-    calibration: Annotated[Mixture | None, BeforeValidator(_load_mixture)] = None
+    calibration: Annotated[Mixture | None, BeforeValidator(_load_mixture, json_schema_input_type=str | None)] = None
     """A name in configs/mixtures."""
     gptq: Gptq | None = None
+    """Settings of method gptq."""
     promotion: Promotion | None = None
+    """More bits for the linears that lose most; with method gptq only."""
     rotation: Rotation | None = None
+    """null: the model is quantized as it is."""
+    layers: Annotated[
+        tuple[LayerRule, ...],
+        BeforeValidator(_rules, json_schema_input_type=dict[str, WeightScheme] | None),
+        Field(max_length=32, exclude_if=lambda rules: not rules),
+    ] = ()
+    """Schemes of some linears instead of that of `linear`: pattern → scheme. Patterns are a shell's, of names without
+    `.weight`: `"*.down_proj"`, `"model.layers.{0,2..4}.*"`, `"model.layers.{-2..-1}.mlp.*"` for the last two layers.
+    Of several that match, the last one decides."""
     linear: WeightScheme | None
+    """Of every linear of the layers; null: they stay float."""
     embedding: WeightScheme | None
+    """null: it stays float."""
     head: WeightScheme | None
+    """As the embedding where the two are tied; null: it stays float."""
     limits: QuantLimits
+    """What validation judges the quantized model by."""
 
     @model_validator(mode="after")
     def _method_matches(self) -> "QuantRecipe":
@@ -225,6 +267,8 @@ class QuantRecipe(Strict):
             raise ValueError("promotion needs method gptq")
         if self.promotion and self.linear and self.promotion.scheme.bits <= self.linear.bits:
             raise ValueError("promotion must give more bits than linear has")
+        if self.layers and (self.method in ("none", "kept") or self.promotion or self.linear is None):
+            raise ValueError("layers needs a scheme for linear, method rtn, scales or gptq, and no promotion")
         if self.rotation and self.method in ("none", "kept"):
             raise ValueError("rotation needs a method that quantizes")
         return self
@@ -233,6 +277,8 @@ class QuantRecipe(Strict):
     def _levels_have_an_operator(self) -> "QuantRecipe":
         if any(table and table.levels != "even" for table in (self.embedding, self.head)):
             raise ValueError("embedding and head have no operator for levels other than even")
+        if any(rule.scheme.levels != "even" for rule in self.layers):
+            raise ValueError("layers has schemes of integers only: levels other than even are kept, never chosen")
         if self.linear is None or self.linear.levels == "even":
             return self
         if self.method != "kept":
@@ -259,8 +305,11 @@ class TargetLimits(Strict):
     """
 
     max_mean_kl: float
+    """Mean KL divergence, nats."""
     min_top1: float
+    """Share of positions with the same likeliest token."""
     min_sqnr_db: float
+    """Signal to noise of the logits, dB."""
     min_probe_sqnr_db: float | None
     """SQNR the best of many single-token prompts must reach: there rounding noise has not grown yet. null: not run."""
     compared_tokens: Positive | None
@@ -273,6 +322,7 @@ class Target(Strict):
 
     name: Name
     description: str
+    """For people; decides nothing."""
     backend: Name
     """Package in export/formats/ that writes the artifact."""
     session: Name
@@ -332,61 +382,15 @@ class Plan(Strict):
             raise ExportError(f"--name {error}") from None
 
 
-Record = TypeVar("Record", bound=Strict)
-_MOST_PROBLEMS = 5
-"""Listed of one record: all mistakes of a YAML, but not every field of another version's manifest."""
-
-
 def names(kind: str) -> list[str]:
     """Every known model, recipe or target (`kind`: models, quant, targets)."""
     return sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml"))
 
 
-def load_record(cls: type[Record], path: Path) -> Record:
-    """Read one YAML file strictly; the file's stem is the record's name."""
-    fields = load_fields(path)
-    if "name" in fields:
-        raise ExportError(f"{path}: remove the key `name`; the file's name is the name")
-    return validated(cls, {"name": path.stem, **fields}, path)
-
-
-def load_fields(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file. Raises ExportError."""
-    if path.exists() and not (path.is_file() and path.stat().st_size <= _MOST_YAML_BYTES):
-        raise ExportError(f"{path}: no file, or larger than {_MOST_YAML_BYTES} bytes, which no YAML of ours is")
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # an impossible date, too deep nesting
-        raise ExportError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(fields, dict):
-        raise ExportError(f"{path}: expected `key: value` lines, found {type(fields).__name__}")
-    return fields
-
-
-def validated(cls: type[Record], fields: dict[str, Any], path: Path) -> Record:
-    """A record of the fields of a file. Raises ExportError that names them."""
-    try:
-        return cls.model_validate(fields)
-    except ValidationError as error:
-        raise ExportError(f"{path}: {explain(error)}") from None
-
-
-def explain(error: ValidationError) -> str:
-    """Problems of a record in one line: `group_size: unknown key; bits: missing`, the first few of many."""
-    words = {"extra_forbidden": "unknown key", "missing": "missing"}
-    parts = []
-    for problem in error.errors():
-        field = ".".join(part if str(part).isprintable() else repr(part) for part in map(str, problem["loc"]))
-        reason = words.get(problem["type"], problem["msg"])
-        parts.append(f"{field}: {reason}" if field else reason)
-    more = [f"{len(parts) - _MOST_PROBLEMS} more"] if len(parts) > _MOST_PROBLEMS else []
-    return "; ".join([*parts[:_MOST_PROBLEMS], *more])
-
-
 def load_named(cls: type[Record], kind: str, name: str) -> Record:
-    """Load `configs/KIND/NAME.yaml`; an unknown name lists the known ones."""
+    """Load `configs/KIND/NAME.yaml`; an unknown name is answered by the nearest ones."""
     if name not in names(kind):
-        raise ExportError(f"unknown name {name!r} in configs/{kind}; known: {', '.join(names(kind))}")
+        raise ExportError(f"unknown name {name!r} in configs/{kind}; {suggestion(name, names(kind))}")
     return load_record(cls, CONFIGS / kind / f"{name}.yaml")
 
 

@@ -23,7 +23,9 @@ class TextSpec(Strict):
     """One text and how many windows are cut from it."""
 
     domain: str
+    """Name under which its results are listed."""
     file: str
+    """In configs/evals/text."""
     windows: Positive
 
 
@@ -33,8 +35,11 @@ class SpeedSpec(Strict):
     prompts: tuple[Positive, ...]
     """Prompt lengths; those that do not fit the context are skipped. The first one gives the time to first token."""
     generate: Positive
+    """Tokens that are generated and timed."""
     repeats: Annotated[int, Field(ge=5)]
+    """Timed runs."""
     warmups: Annotated[int, Field(ge=1)]
+    """Runs before them that are not timed."""
 
 
 class Evaluation(Strict):
@@ -42,11 +47,14 @@ class Evaluation(Strict):
 
     name: str
     description: str
+    """For people; decides nothing."""
     prefill: Annotated[int, Field(ge=2)]
+    """Tokens of a window that are fed before the steps."""
     decode: Annotated[int, Field(ge=64)]
     """Single-token steps after the prefill: an artifact is judged with a filled cache."""
     texts: tuple[TextSpec, ...]
     max_rewriting_error: float
+    """Of our fp32 logits against Hugging Face's: largest difference as a share of the largest logit."""
     max_filled_context: Positive
     """A cache of more slots is not filled to its last position (minutes on an emulated processor)."""
     speed: SpeedSpec

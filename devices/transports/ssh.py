@@ -57,6 +57,7 @@ class _Host(Address):
     """A machine with sshd. What is null is as the ssh configuration says."""
 
     host: str
+    """Name or address, or `${VARIABLE}` of the environment."""
     port: PositiveInt | None
     user: str | None
     identity: str | None

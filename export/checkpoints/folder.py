@@ -12,9 +12,8 @@ import torch
 from pydantic import ValidationError
 
 from export.architecture import Architecture, RopeScaling
-from export.errors import ExportError
+from export.errors import ExportError, explain
 from export.host.digests import remembered_sha256
-from export.plan import explain
 
 from . import names
 from .files import missing, require_inside

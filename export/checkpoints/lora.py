@@ -18,8 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from export.architecture import EMBEDDING, HEAD, Architecture
-from export.errors import ExportError
-from export.plan import explain
+from export.errors import ExportError, explain
 
 from .files import GATHER, missing, require_inside
 from .folder import copy_tokenizer

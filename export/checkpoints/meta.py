@@ -18,8 +18,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from export.architecture import EMBEDDING, FINAL_NORM, HEAD, Architecture, PositiveNumber, RopeScaling, Strict
-from export.errors import ExportError
-from export.plan import explain
+from export.errors import ExportError, explain
 
 from . import tokenizer
 from .files import first_bytes, missing, require_contents, require_inside

@@ -17,8 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from export.errors import ExportError
-from export.plan import explain
+from export.errors import ExportError, explain
 
 from .files import decoded, first_bytes, missing, other_form, require_contents
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.architecture import Architecture, Strict
-from export.errors import ExportError
+from export.errors import ExportError, suggestion
 from export.manifest import IOContract, KVLayout, Manifest, TensorSpec, TokenizerIds
 from export.plan import Plan, leads_out
 
@@ -198,7 +198,7 @@ def vocabulary(name: str) -> Vocabulary:
 
 def _module(name: str, part: str) -> ModuleType:
     if name not in names():
-        raise ExportError(f"unknown backend {name!r} in the target YAML; known: {', '.join(names())}")
+        raise ExportError(f"unknown backend {name!r} in the target YAML; {suggestion(name, names())}")
     return importlib.import_module(f"{__name__}.{name}{part}")
 
 

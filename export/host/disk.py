@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO
 
 from export.architecture import PositiveNumber, Strict
-from export.errors import ExportError
-from export.plan import CONFIGS, load_record
+from export.errors import ExportError, load_record
+from export.plan import CONFIGS
 
 from .console import console, waiting
 

@@ -14,7 +14,7 @@ from export.checkpoints.origin import Origin, Seed
 from export.host import digests
 from export.plan import QuantRecipe
 
-from . import texts
+from . import schemes, texts
 
 
 def content_key(checkpoint: Checkpoint, recipe: QuantRecipe, processor: str | None) -> str:
@@ -44,10 +44,13 @@ def _origin_key_of(store: Path) -> str | None:
 
 
 def _key(weights: dict[str, Any], recipe: QuantRecipe, architecture: Architecture) -> str:
+    fields = recipe.model_dump(exclude={"name", "description", "limits", "layers"})
+    if chosen := schemes.by_pattern(recipe, architecture):  # their order decides, which a sorted key would not show
+        fields["layers"] = {name: rule.scheme.model_dump() for name, rule in chosen.items()}
     inputs = {
         **weights,
         "architecture": architecture.model_dump(),
-        "recipe": recipe.model_dump(exclude={"name", "description", "limits"}),
+        "recipe": fields,
         "texts": texts.sha256(recipe.calibration),
         "torchao": version("torchao"),
         "code": digests.room_digest("checkpoints", "quantization", "model.py"),

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from math import prod
 
 from export.architecture import EMBEDDING, HEAD, ROTATE_IN, ROTATE_OUT, Architecture
-from export.errors import ExportError
-from export.plan import Mixture, QuantRecipe, WeightScheme
+from export.errors import ExportError, suggestion
+from export.plan import LayerRule, Mixture, QuantRecipe, WeightScheme
 
-from . import rotation
+from . import patterns, rotation
 from .nearest import BLOCK_ELEMENTS
 
 _ROUNDING_BYTES = 50
@@ -87,7 +87,8 @@ def bits_each(scheme: WeightScheme, columns: int) -> float:
 def of_recipe(recipe: QuantRecipe, architecture: Architecture) -> Schemes:
     """What the recipe gives every tensor before any is promoted."""
     architecture = recipe.reshaped(architecture)
-    schemes = {name: scheme_of(recipe, name) for name in architecture.tensor_shapes()}
+    schemes = {name: _scheme_of(recipe, name) for name in architecture.tensor_shapes()}
+    schemes |= {name: rule.scheme for name, rule in by_pattern(recipe, architecture).items()}
     return Schemes(architecture, {name: scheme for name, scheme in schemes.items() if scheme})
 
 
@@ -106,8 +107,8 @@ def possible(recipe: QuantRecipe, architecture: Architecture) -> Iterator[tuple[
         yield from dict.fromkeys(architecture.linear_shapes(), recipe.promotion.scheme).items()
 
 
-def scheme_of(recipe: QuantRecipe, name: str) -> WeightScheme | None:
-    """The scheme a recipe gives to a tensor; norms are never quantized."""
+def _scheme_of(recipe: QuantRecipe, name: str) -> WeightScheme | None:
+    """The scheme a recipe gives to a kind of tensor; norms are never quantized."""
     if name == EMBEDDING:
         return recipe.embedding
     if name == HEAD:
@@ -117,8 +118,31 @@ def scheme_of(recipe: QuantRecipe, name: str) -> WeightScheme | None:
     return None if "norm" in name else recipe.linear
 
 
+def by_pattern(recipe: QuantRecipe, architecture: Architecture) -> dict[str, LayerRule]:
+    """The rule that decides each linear that `layers` names: the last one that matches."""
+    return {name: rule for rule in recipe.layers for name in _matching(rule, architecture)}
+
+
+def _matching(rule: LayerRule, architecture: Architecture) -> list[str]:
+    return patterns.matching(rule.pattern, architecture.linear_shapes(), architecture.num_hidden_layers)
+
+
+def _check_rules(recipe: QuantRecipe, architecture: Architecture) -> None:
+    """Refuse a pattern that decides nothing."""
+    deciding = by_pattern(recipe, architecture).values()
+    for rule in recipe.layers:
+        where = f"recipe {recipe.name!r}: layers: {rule.pattern!r}"
+        names = [name.removesuffix(".weight") for name in architecture.linear_shapes()]
+        if not _matching(rule, architecture):
+            kinds = {f"*.{name.rpartition('.')[2]}" for name in names}
+            raise ExportError(f"{where} matches no linear of the layers; {suggestion(rule.pattern, [*kinds, *names])}")
+        if rule not in deciding:
+            raise ExportError(f"{where} decides nothing: later patterns match all of its linears; write it after them")
+
+
 def check(recipe: QuantRecipe, architecture: Architecture) -> None:
-    """Refuse a group that does not divide, naming the layer, before any work."""
+    """Refuse a pattern without effect and a group that does not divide, naming the layer, before any work."""
+    _check_rules(recipe, architecture)
     if architecture.tie_word_embeddings and recipe.embedding != recipe.head:
         raise ExportError(f"recipe {recipe.name!r}: embedding and head are tied, so their schemes must be equal")
     for name, scheme in possible(recipe, architecture):

@@ -9,11 +9,10 @@ import typer
 from pydantic import ValidationError
 
 from export.build.command import run as run_app
-from export.errors import ExportError
+from export.errors import ExportError, explain
 from export.formats import tool_versions
 from export.host.console import say
 from export.manifest import ROOT, source_info
-from export.plan import explain
 from export.toolbox.charts import MUTED, OURS, STOCK, STRONG, Point, document, rect, rule, scatter, text
 from runtime_tests.places import environment
 from runtime_tests.reports import templates

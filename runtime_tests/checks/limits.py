@@ -6,9 +6,9 @@ from typing import TypeVar
 
 from devices.transports.transfer import family
 from export.architecture import Strict
-from export.errors import ExportError
+from export.errors import ExportError, load_fields, validated
 from export.manifest import Manifest, flat
-from export.plan import QuantLimits, QuantRecipe, Target, TargetLimits, load_fields, load_named, names, validated
+from export.plan import QuantLimits, QuantRecipe, Target, TargetLimits, load_named, names
 
 _WORDS = {"description", "limits", "limits_on"}
 """Fields of a recipe or target that change nothing about an artifact."""

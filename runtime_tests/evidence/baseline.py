@@ -24,11 +24,10 @@ from export import manifest
 from export.architecture import Strict
 from export.build import request
 from export.build.command import run as run_app
-from export.errors import ExportError
+from export.errors import ExportError, explain
 from export.formats import admission
 from export.host import disk
 from export.host.console import say
-from export.plan import explain
 
 from . import record, regression
 from .record import Environment, PlanKey, Record

@@ -9,11 +9,11 @@ from typing import Literal, Self
 from pydantic import ValidationError, model_validator
 
 from export.architecture import Strict
-from export.errors import ExportError
+from export.errors import ExportError, explain
 from export.host import disk
 from export.host.text import visible
 from export.manifest import Commit
-from export.plan import FileName, Name, explain
+from export.plan import FileName, Name
 from export.toolbox import evidence
 
 

@@ -7,7 +7,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from export.errors import ExportError
+from export.errors import ExportError, suggestion
 from export.manifest import Manifest
 
 from .base import Session
@@ -36,7 +36,7 @@ def names() -> list[str]:
 def require(name: str) -> str:
     """The name of a session. Raises ExportError for any other: what a manifest names is not imported."""
     if name not in names():
-        raise ExportError(f"unknown session {name!r} in the artifact's target; known: {', '.join(names())}")
+        raise ExportError(f"unknown session {name!r} in the artifact's target; {suggestion(name, names())}")
     return name
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import devices
 from devices import Device, DeviceError
-from export import checkpoints, formats, manifest, plan
+from export import checkpoints, errors, formats, manifest, plan
 from export.checkpoints import open_source, safetensors, tokenizer
 from export.checkpoints.gguf import header as gguf_header
 from export.checkpoints.origin import adapted, parse_origin
@@ -53,7 +53,7 @@ def test_yaml(tmp_path, kind, record_property):
     @given(CHANGES.map(lambda changes: yaml.safe_dump(changed(good, changes))) | TEXTS)
     def read(text):
         path.write_text(text, encoding="utf-8")
-        refused.append(only(ExportError, plan.load_record, cls, path))
+        refused.append(only(ExportError, errors.load_record, cls, path))
 
     read()
     count(refused, record_property)

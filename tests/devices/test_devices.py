@@ -1,6 +1,7 @@
 """Devices before anything is attached: descriptions, variables, missing programs, one YAML per device."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,8 @@ ROOT = Path(__file__).parents[2]
 def desk(tmp_path):
     """A copy of the files that adding a device may touch."""
     ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "devices", tmp_path / "devices", ignore=ignore)
+    for name in ("devices", "export"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
@@ -50,21 +52,40 @@ def test_every_device_is_described_whole(name):
     assert device.attached == (name != "host")
 
 
-def test_an_unknown_device_is_refused_with_the_known_ones():
-    with pytest.raises(DeviceError, match=r"unknown device 'nokia-3310'; known: emulated-android, .*, raspberry-pi-5"):
-        devices.load("nokia-3310")
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("nokia-3310", r"known: emulated-android, .*, raspberry-pi-5"),
+        ("pixel8", r"did you mean pixel-8\?"),
+        ("rasberry-pi5", r"did you mean raspberry-pi-5\?"),
+    ],
+)
+def test_an_unknown_device_is_answered_by_the_nearest(name, near):
+    with pytest.raises(DeviceError, match=f"^unknown device '{name}'; {near}$"):
+        devices.load(name)
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"thread": 4}, "thread: Extra inputs are not permitted"),
-        ({"memory_gb": 8}, "memory_gb: Extra inputs are not permitted"),
-        ({"abi": ...}, "abi: Field required"),
+        ({"thread": 4}, r"thread: unknown key \(did you mean threads\?\)$"),
+        ({"memory_gb": 8}, r"memory_gb: unknown key \(known: abi, budgets, "),
+        ({"abi": ...}, "abi: missing$"),
+        ({"name": "pixel"}, "remove the key `name`"),
         ({"threads": 0}, "threads: Input should be greater than 0"),
-        ({"transport": {"kind": "telepathy"}}, "transport: Input tag 'telepathy'.* 'local', 'adb', 'ssh'"),
-        ({"transport": {"kind": "adb", "serial": "x", "model": None, "port": 5}}, r"transport.adb.port: Extra inputs"),
-        ({"transport": {"kind": "ssh", "host": "x"}}, r"transport.ssh.port: Field required"),
+        ({"transport": {"kind": "telepathy"}}, r"kind: 'telepathy' is unknown \(known: adb, apple, local, ssh\)$"),
+        ({"transport": {"kind": "shh"}}, r"kind: 'shh' is unknown \(did you mean ssh\?\)$"),
+        ({"transport": {"serial": "x"}}, "transport: kind: missing$"),
+        (
+            {"transport": {"kind": "adb", "serial": "x", "model": None, "modl": 5}},
+            r"transport\.adb\.modl: unknown key \(did you mean model\?\)$",
+        ),
+        (
+            {"transport": {"kind": "local", "host": "x"}},  # a key of other transports
+            r"transport\.local\.host: unknown key \(known: kind\)$",
+        ),
+        ({"transport": {"kind": "ssh", "host": "x"}}, r"transport\.ssh\.port: missing"),
+        ({"budgets": {"min_decode_tps": 1.0, "max_ttft": 1}}, r"max_ttft: unknown key \(did you mean max_ttft_s\?\)"),
     ],
 )
 def test_a_wrong_description_is_one_line_that_names_the_key(described, changed, message):
@@ -87,7 +108,7 @@ def test_a_phone_behind_a_mac_is_refused_unless_a_runner_is_named(monkeypatch):
 def test_a_file_that_is_no_mapping(monkeypatch, tmp_path):
     (tmp_path / "mine.yaml").write_text("[")
     monkeypatch.setattr(devices, "FOLDER", tmp_path)
-    with pytest.raises(DeviceError, match="not readable as `key: value` lines"):
+    with pytest.raises(DeviceError, match="not readable as YAML"):
         devices.load("mine")
 
 
@@ -149,6 +170,30 @@ def test_a_device_is_one_yaml(desk):
     )
     assert "--device my-phone" in make.stdout
     assert "my-phone" in list_devices(desk)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("bad", "emulatd: false", r"emulatd: unknown key \(did you mean emulated\?\)"),
+        ("bad", "[", "not readable as YAML"),
+        ("bad", "", "found NoneType"),
+        ("a:b", "emulatd: false", "emulatd: unknown key"),
+        ("a b", "emulatd: false", "emulatd: unknown key"),
+        ("build", "emulatd: false", "emulatd: unknown key"),  # the name of a command
+    ],
+)
+def test_a_bad_yaml_harms_only_itself(desk, name, text, says):
+    (desk / f"devices/{name}.yaml").write_text(text)
+    listed = list_devices(desk)
+    assert re.search(says, " ".join(listed.split()))
+    assert "attached" in next(line for line in listed.splitlines() if line.startswith("host"))
+    for target, shown in (("host", "--device host"), ("build", "-m export 'smollm2-135m'")):
+        command = ["make", "-n", "--old-file=.venv/.ready", target]
+        path = {"PATH": os.environ["PATH"]}
+        made = subprocess.run(command, cwd=desk, env=path, capture_output=True, text=True, check=True)
+        assert made.stderr == ""
+        assert shown in made.stdout
 
 
 def list_devices(folder):

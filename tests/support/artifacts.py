@@ -8,8 +8,9 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 
 from export import formats, manifest, pipeline
+from export.errors import load_record
 from export.formats import admission
-from export.plan import Target, load_record
+from export.plan import Target
 from runtime_tests.sessions import open_session
 from tests.support.processes import FAKES
 

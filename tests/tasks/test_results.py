@@ -5,8 +5,7 @@ import json
 import pytest
 
 from export import card, manifest
-from export.errors import ExportError
-from export.plan import explain
+from export.errors import ExportError, explain
 from runtime_tests.reports import publication
 from runtime_tests.tasks import results, tables
 from tests.reports.test_html import Balance

@@ -26,9 +26,8 @@ from pydantic import ValidationError
 
 from export.architecture import EMBEDDING, FINAL_NORM, HEAD, Architecture, RopeScaling
 from export.checkpoints.integers import Integers, Unfit, in_hugging_face_order
-from export.errors import ExportError
+from export.errors import ExportError, explain
 from export.model import scale_frequencies
-from export.plan import explain
 
 from . import header, tokenizer
 from .header import Metadata

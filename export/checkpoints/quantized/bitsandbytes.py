@@ -21,8 +21,7 @@ from export.architecture import Positive
 from export.checkpoints import safetensors
 from export.checkpoints.integers import OFFSET, TABLES, Integers, QuantizedFiles, Unfit
 from export.checkpoints.safetensors import SAVE_AGAIN, SafetensorsFiles
-from export.errors import ExportError
-from export.plan import explain
+from export.errors import ExportError, explain
 
 STATE = ".quant_state."
 _COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")

@@ -21,8 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from export.checkpoints.integers import Integers, QuantizedFiles, Unfit
 from export.checkpoints.safetensors import SafetensorsFiles
-from export.errors import ExportError
-from export.plan import explain
+from export.errors import ExportError, explain
 
 _QWEIGHT = ".qweight"
 _PARTS = (".qzeros", ".scales", ".g_idx")

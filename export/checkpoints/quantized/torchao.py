@@ -20,8 +20,7 @@ from export.architecture import Positive
 from export.checkpoints import safetensors
 from export.checkpoints.integers import Integers, QuantizedFiles, Unfit
 from export.checkpoints.safetensors import SAVE_AGAIN, SafetensorsFiles, open_mapped
-from export.errors import ExportError
-from export.plan import explain
+from export.errors import ExportError, explain
 
 _KIND = "IntxUnpackedToInt8Tensor"
 _PARTS = {"qdata": ("I8",), "scale": ("F16", "BF16", "F32"), "zero_point": ("I8", "F16", "BF16", "F32")}

@@ -81,8 +81,8 @@ def _check_bits(plan: Plan, architecture: Architecture) -> None:
     for name, scheme in schemes.possible(plan.quant, architecture):
         if scheme.bits not in (4, 8):
             raise ExportError(
-                f"recipe {plan.quant.name!r}: {name}: int{scheme.bits}, but Core ML stores int4 and int8 only; "
-                "use bits 4 or 8"
+                f"recipe {plan.quant.name!r} on {plan.target.name!r}: {name}: int{scheme.bits}, but Core ML stores "
+                "int4 and int8 only; use bits 4 or 8"
             )
 
 

@@ -61,13 +61,14 @@ def _check_block(plan: Plan, name: str, scheme: WeightScheme, columns: int) -> N
     if block_size(scheme, columns):
         return
     sizes = ", ".join(str(size) for size in reversed(_BLOCK_SIZES))
+    rule = f"recipe {plan.quant.name!r} on {plan.target.name!r}"
     if scheme.group_size:
         raise ExportError(
-            f"recipe {plan.quant.name!r}: {name} has groups of {scheme.group_size}, MatMulNBits takes {sizes}; "
+            f"{rule}: {name} has groups of {scheme.group_size}, MatMulNBits takes {sizes}; "
             "use one of those as group_size"
         )
     raise ExportError(
-        f"recipe {plan.quant.name!r}: {name} is per channel with {columns} input features, which no block size of "
+        f"{rule}: {name} is per channel with {columns} input features, which no block size of "
         f"MatMulNBits ({sizes}) divides; leave it in float (null)"
     )
 

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from export.checkpoints.integers import Integers
 from export.quantization.eager import eager
-from export.quantization.schemes import scheme_of
+from export.quantization.schemes import of_recipe
 from runtime_tests.sessions.base import Session
 
 RUNTIME = "the eager model"
@@ -48,7 +48,7 @@ class FakeSession(Session):
         stored = safe_open(folder / "model.safetensors", framework="pt")
 
         def read(name):
-            scheme = scheme_of(self.manifest.plan.quant, name)
+            scheme = of_recipe(self.manifest.plan.quant, self.manifest.architecture).of(name)
             if scheme is None:
                 return stored.get_tensor(name)
             scale = stored.get_tensor(f"{name}.scale").clone()
