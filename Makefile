@@ -56,9 +56,9 @@ STUDIED := int4-g32-gptq-chat,int4-g64-gptq,int4-g32-gptq-prose,int4-g32-scales,
 LEFT_OUT = $(if $(filter Linux-aarch64 Linux-arm64,$(shell uname -s)-$(shell uname -m)),coreml)
 WHY      = "left out: $(LEFT_OUT), for which coremltools has no wheel here; build it on x86-64 Linux or a Mac"
 TARGETS := $(filter-out $(LEFT_OUT),$(sort $(basename $(notdir $(wildcard configs/targets/*.yaml)))))
-COMMANDS := all setup locked build validate test lint unit fuzz shape bench bench-quick bench-docs bench-pages choosing study detours tasks devices lab baseline tiny ci-artifacts ci-report ci-diff cards compute-plan configuration golden readme reliability audit lock clean help
+COMMANDS := all setup locked build validate test lint unit fuzz shape bench bench-quick bench-docs bench-pages choosing study detours tasks devices lab baseline tiny gate ci-artifacts ci-report ci-diff cards compute-plan configuration golden readme reliability audit lock clean help
 # a YAML of another name is a device all the same, for --device: neither a space nor the name of a command harms others
-DEVICES := $(filter-out $(COMMANDS),$(shell ls devices | sed -n 's/^\([A-Za-z0-9][A-Za-z0-9_.-]*\)\.yaml$$/\1/p'))
+DEVICES := $(filter-out $(COMMANDS),$(shell ls devices 2>/dev/null | sed -n 's/^\([A-Za-z0-9][A-Za-z0-9_.-]*\)\.yaml$$/\1/p'))
 LOCKS   := $(sort $(wildcard locks/*.txt))
 # digests and text of others, in which every long word looks like a key
 NO_SECRETS := --exclude-files '^(locks|configs/(calibration|evals/text|tasks/data))/|^docs/.*\.(json|svg)$$|/baselines/' \

@@ -16,9 +16,9 @@ from pydantic import Field, ValidationError
 from export import manifest
 from export.architecture import Strict
 from export.build import request
-from export.errors import ExportError
+from export.errors import ExportError, explain, load_fields, validated
 from export.formats import admission
-from export.plan import CONFIGS, explain, load_fields, validated
+from export.plan import CONFIGS
 from export.toolbox import evidence, significance
 from runtime_tests.tasks import results
 from runtime_tests.tasks.results import Compared, Score
