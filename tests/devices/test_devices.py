@@ -99,7 +99,7 @@ def test_a_phone_behind_a_mac_is_refused_unless_a_runner_is_named(monkeypatch):
     phone = devices.load("iphone-15-pro")
     assert phone.transport.bridged
     with pytest.raises(ExportError, match="without their state, so a filled KV cache can be neither checked nor timed"):
-        mlpackage.install(None, phone, timeout_s=1)
+        mlpackage.require(phone, "", None)
     bridged = phone.model_copy(update={"runner": Path("nowhere/bridge")})
     with pytest.raises(ExportError, match=r"runner: no file .*nowhere/bridge"):
         mlpackage.install(None, bridged, timeout_s=1)

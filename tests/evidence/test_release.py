@@ -330,7 +330,10 @@ def test_what_the_release_before_cannot_be_is_one_line(world, tmp_path, describe
     code, page, _ = world(against=world.folder)
     assert (code, "is the very folder it would be compared with" in page) == (1, True)
     code, _, err = world("--limits", tmp_path / "limits.yaml")
-    assert (code, "kl: Input should be less than or equal to 1; speeed: unknown key, nearest speed" in err) == (
+    assert (
+        code,
+        "kl: Input should be less than or equal to 1; speeed: unknown key (did you mean speed?); speed: missing" in err,
+    ) == (
         1,
         True,
     )
