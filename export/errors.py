@@ -100,12 +100,12 @@ def _reason(problem: Any, cls: type[BaseModel] | None) -> str:
         case "union_tag_invalid":
             key, tags = str(context["discriminator"]).strip("'"), _quoted(context["expected_tags"])
             return f"{key}: {str(context['tag'])[:100]!r} is unknown ({suggestion(str(context['tag']), tags)})"
-    return str(problem["msg"])
+    return str(problem["msg"]).removeprefix("Value error, ")
 
 
 def _quoted(text: str) -> list[str]:
-    """The values in pydantic's `'rtn', 'scales' or 'gptq'`."""
-    return re.findall(r"'([^']*)'", text)
+    """The values in pydantic's `'rtn', 'scales' or 'gptq'`, and in its `4 or 8`."""
+    return re.findall(r"'([^']*)'", text) or re.findall(r"\d+", text)
 
 
 def _records(cls: type[BaseModel] | None, loc: Sequence[int | str]) -> list[type[BaseModel]]:

@@ -35,7 +35,7 @@ def install(transport: Transport, device: Device, *, timeout_s: float) -> tuple[
     """Push the runner of the device's YAML, or install ours. Raises ExportError for a phone, whose states are lost."""
     if device.runner:
         return own_runner(transport, device, timeout_s)
-    require(device, transport.abi(), transport)
+    require(device, "", transport)
     number = version("coremltools")
     check = ["sh", "-c", f"{_PYTHON} -c 'import coremltools as c; assert c.__version__ == \"{number}\"'"]
     if transport.run(check, timeout_s=timeout_s).returncode:

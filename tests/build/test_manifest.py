@@ -197,7 +197,9 @@ def test_a_manifest_without_an_end_is_not_read(artifact):
 @pytest.mark.parametrize("name", ["base", "board", "timing", "site", "pte.x", "__init__"])
 def test_only_a_session_of_ours_is_imported(artifact, name):
     edit_manifest(artifact, lambda fields: fields["plan"]["target"].update(session=name))
-    with pytest.raises(ExportError, match=f"unknown session '{name}' in the artifact's target; known: fake, mlpackage"):
+    with pytest.raises(
+        ExportError, match=rf"unknown session '{name}' in the artifact's target; (known: fake, mlpackage|did you mean )"
+    ):
         sessions.session_module(manifest.read(artifact))
 
 

@@ -105,8 +105,8 @@ def test_a_target_that_fails_lets_the_others_end_and_is_one_line(project):
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_ends_all_and_leaves_nothing(project, name):
-    seed = f"--source=seed:{os.getpid()}"
-    with started(project, *TARGETS, seed) as process:
+    seed = f"seed:{os.getpid()}"
+    with started(project, *TARGETS, f"--source={seed}") as process:
         for line in process.stderr:
             if "| " in line and line.partition("|")[2].strip().startswith("quantize"):  # one lowers, one waited for it
                 break
@@ -120,8 +120,8 @@ def test_a_signal_ends_all_and_leaves_nothing(project, name):
 
 
 def test_children_of_a_killed_command_end_by_themselves_and_leave_nothing(project):
-    seed = f"--source=seed:{os.getpid()}"
-    with started(project, *TARGETS, seed) as process:
+    seed = f"seed:{os.getpid()}"
+    with started(project, *TARGETS, f"--source={seed}") as process:
         for line in process.stderr:
             if "checkpoint" in line:
                 break

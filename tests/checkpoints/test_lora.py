@@ -236,13 +236,13 @@ BROKEN = {
     "weights cut": (
         lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-10]), "damaged safetensors",
     ),
-    "another method": (configure(peft_type="IA3"), "peft_type: Input should be 'LORA'"),
+    "another method": (configure(peft_type="IA3"), "peft_type: 'IA3' is unknown (known: LORA)"),
     "an adapter of mlx-lm": (
         put("adapter_config.json", b'{"fine_tune_type": "lora", "lora_parameters": {"rank": 8}}'),
         "adapter_config.json: an adapter of mlx-lm, which is not merged here; fuse it with `mlx_lm.fuse`",
     ),
     "no method": (configure(peft_type=None), "peft_type: Input should be 'LORA'"),
-    "biases": (configure(bias="all"), "bias: Input should be 'none'"),
+    "biases": (configure(bias="all"), "bias: 'all' is unknown (known: none)"),
     "lora_bias": (configure(lora_bias=True), "lora_bias is True, which is not merged here"),
     "PiSSA": (configure(init_lora_weights="pissa"), "init_lora_weights is 'pissa': training has changed the base"),
     "LoftQ": (configure(init_lora_weights="loftq"), "init_lora_weights is 'loftq'"),

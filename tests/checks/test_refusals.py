@@ -120,7 +120,7 @@ def test_limits_that_are_given_judge(check, artifact, tmp_path, records):
     assert (code, records()[-1].outcome) == (0, "pass"), out
     code, _, out = check("--limits", write_limits(tmp_path / "limits.json", min_sqnr_db=1e9), artifact)
     assert code == 1
-    assert "(at least 1e+09)" in out
+    assert "(at least 1,000,000,000)" in out
     assert "target.min_sqnr_db 1000000000.0 (its own: 40.0)" in records()[-1].notes[0]
 
 

@@ -173,7 +173,7 @@ BROKEN = {
     "weight complex": (lambda t: t.update({LINEAR: torch.ones(512, dtype=torch.complex64)}), "512 elements of C64"),
     "NaN in absmax": (lambda t: t[f"{LINEAR}.nested_absmax"].fill_(float("nan")), f"{LINEAR} holds NaN or infinity"),
     "infinite map": (lambda t: t[f"{LINEAR}.quant_map"].fill_(float("inf")), f"{LINEAR} holds NaN or infinity"),
-    "unknown quant_type": (set_state(quant_type="int4"), "quant_type: Input should be 'nf4' or 'fp4'"),
+    "unknown quant_type": (set_state(quant_type="int4"), "quant_type: 'int4' is unknown (known: fp4, nf4)"),
     "other quant_type": (set_state(quant_type="fp4"), "says quant_type 'fp4', its name says"),
     "no quant_type": (set_state(quant_type="gone"), "quant_type: missing"),
     "no blocksize": (set_state(blocksize="gone"), "blocksize: missing"),
