@@ -84,6 +84,8 @@ SIGNATURE = "model.sig"
 PROVENANCE = "provenance.intoto.jsonl"
 _BESIDE = (FILE, CARD, SIGNATURE, PROVENANCE)
 """What is written last, or anew."""
+_MOST_BYTES_BESIDE = 2**26
+"""No digest tells their size beforehand."""
 ROOT = Path(__file__).parent.parent
 _VISIBLE_COMPANIONS = (
     *("Thumbs.db", "ehthumbs.db", "desktop.ini", "__MACOSX", "Icon\r", "@eaDir", "#recycle", "lost+found"),
@@ -363,13 +365,16 @@ def files(folder: Path) -> list[Path]:
 
 
 def strays(folder: Path) -> Iterator[str]:
-    """Links, pipes and devices in an artifact folder, a line each: it holds files and folders only."""
+    """Links, pipes, devices and texts too large to be ours in an artifact folder, a line each."""
     for path in _walk(folder):
-        mode = path.lstat().st_mode
+        found = path.lstat()
+        mode = found.st_mode
         if stat.S_ISLNK(mode):
             yield f"{path}: a link; an artifact holds files only; {_COPY}"
         elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             yield f"{path}: neither a file nor a folder; remove it"
+        elif found.st_size > _MOST_BYTES_BESIDE and path.parent == folder and path.name in _BESIDE:
+            yield f"{path}: larger than {_MOST_BYTES_BESIDE} bytes, which no such file is; remove it"
 
 
 def is_companion(name: str) -> bool:
