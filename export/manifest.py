@@ -417,7 +417,8 @@ def source_info() -> SourceInfo:
     """Git revision of this checkout, and the digest of the code on disk that decides an artifact."""
     inside = _git("rev-parse", "--show-toplevel")
     of_this_checkout = inside is not None and Path(inside).resolve() == ROOT.resolve()
-    changes = _git("status", "--porcelain") if of_this_checkout else None
+    # files of the user beside the code are no change of it; new files among the code are in its digest
+    changes = _git("status", "--porcelain", "--untracked-files=no") if of_this_checkout else None
     return SourceInfo(
         commit=(_git("rev-parse", "--verify", "HEAD") if of_this_checkout else None) or UNKNOWN,
         dirty=None if changes is None else bool(changes),

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
+from html import unescape
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -123,7 +124,7 @@ def gate(  # noqa: PLR0913, PLR0917 – a command's options
     out.mkdir(parents=True, exist_ok=True)
     (out / "gate.md").write_text(text, encoding="utf-8")
     ci.append(text)
-    say(*text.split("\n"))
+    say(*unescape(text).split("\n"))
     if not all(one.holds for one in gated):
         raise typer.Exit(1)
 

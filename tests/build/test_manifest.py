@@ -39,6 +39,8 @@ def test_commit_and_local_changes(checkout):
     commit = git(checkout, "rev-parse", "HEAD")
     assert (manifest.source_info().commit, manifest.source_info().dirty) == (commit, False)
     assert manifest.source_info().revision == commit[:12]
+    (checkout / "adapter.bin").write_text("a user's")
+    assert manifest.source_info().dirty is False
     (checkout / "code.py").write_text("y")
     assert manifest.source_info().revision == f"{commit[:12]} with local changes"
 
