@@ -52,9 +52,18 @@ def plugged_in(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def store(tmp_path_factory):
-    """Quantized weights and reference logits, made once."""
-    return tmp_path_factory.mktemp("cache")
+def shared(tmp_path_factory):
+    """The folder that all processes of this run have in common."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def store(shared):
+    """Quantized weights and reference logits, made once: GPTQ's integers depend on a process's number of threads."""
+    folder = shared / "store"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -68,10 +77,8 @@ def built(tmp_path_factory, plugged_in, store):
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory, store):
+def tiny(tmp_path_factory, shared, store):
     """Builds the tiny model for a target, once for all processes of this run; tests must not change it."""
-    own = tmp_path_factory.getbasetemp()
-    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
     @cache
     def build(target, quant="int4-g32", **model):
