@@ -187,14 +187,19 @@ def _validate(folders: Sequence[Path], device: Device, given: _Given) -> None:
         limits.of(described, judging)  # or it is refused before any work
     records_file = BUILD / "records" / "records.jsonl"
     _build_folder()
-    with disk.writing(BUILD):
-        baseline.remember(device.name, [folder for folder, _ in artifacts], records_file)
+
+    def remember() -> None:
+        with disk.writing(BUILD):
+            baseline.remember(device.name, folders, records_file)
+
     if given.skip_proven and here(device):
         artifacts = proof.without(artifacts, device, loaded, records_file, judging)
         if not artifacts:
+            remember()
             return
     run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     with scratch.folder(BUILD) as logits, opened(device, logits) as place:
+        remember()  # a device that does not answer is no run
         setting = Setting(
             run_id=run_id,
             device=device,
