@@ -7,6 +7,7 @@ import pytest
 
 import devices
 from export import manifest, pipeline
+from export.checkpoints import whereabouts
 from export.checkpoints.origin import parse_origin
 from export.plan import Plan, QuantRecipe, load_named, load_plan
 from runtime_tests import __main__ as cli
@@ -206,8 +207,9 @@ def flip(path, position=None):
 
 
 @pytest.fixture
-def from_folder(tmp_path, store):
-    """An artifact whose checkpoint is a folder."""
+def from_folder(tmp_path, store, monkeypatch):
+    """An artifact whose checkpoint is a folder, and no other test's folder of the same bytes."""
+    monkeypatch.setattr(whereabouts, "FOLDER", tmp_path / "origins")
     plan = Plan(model=LLAMA, quant=load_named(QuantRecipe, "quant", "int4-g32"), target=TARGET)
     source = write_folder(tmp_path / "checkpoint")
     with pytest.MonkeyPatch.context() as patch:
