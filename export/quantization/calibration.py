@@ -22,6 +22,7 @@ from .layerwise import ReadWeight, Streams, Task, chunks, round_layers, round_la
 from .nearest import Rounded, round_to_nearest
 from .schemes import Schemes
 from .sensitivity import Head, Sensitivity
+from .spread import spread
 from .store import Result, Unfinished
 
 
@@ -137,7 +138,8 @@ class Calibrator:
     def walk(self, chosen: Schemes, unfinished: Unfinished, streams: Streams) -> Iterator[tuple[str, Rounded]]:
         """Name and integers of every linear, written to `unfinished` as they come. `streams` pass the layers."""
         assert self.recipe.gptq is not None
-        task = Task(chosen.by_name, self.recipe.gptq, len(self.used), unfinished.read)
+        dtype = processors.computing_in(self.used.device.type)
+        task = Task(chosen.by_name, self.recipe.gptq, len(self.used), unfinished.read, dtype)
         for name, weight in round_layers(self.read, self.architecture, task, streams):
             rounded = weight.cpu()
             unfinished.write(name, rounded)
@@ -190,13 +192,15 @@ class Calibrator:
     def kl(self, streams: Streams) -> float:
         """Mean over positions of KL(full‖quantized), nats, from what leaves the last layers; a window at a time."""
         full, quantized = self.head(self.read), self.head(self.read_quantized)
-        total, count = 0.0, 0
-        for x, y in zip(streams.full, streams.quantized, strict=True):
-            p = (full.norm(x) @ full.weight.T).log_softmax(-1)
-            q = (quantized.norm(y) @ quantized.weight.T).log_softmax(-1)
-            total += float((p.exp() * (p - q)).sum(-1).double().sum())
-            count += len(p)
-        return total / count
+
+        def of_window(window: tuple[Tensor, Tensor]) -> float:
+            p = (full.norm(window[0]) @ full.weight.T).log_softmax(-1)
+            q = (quantized.norm(window[1]) @ quantized.weight.T).log_softmax(-1)
+            return float((p.exp() * (p - q)).sum(-1).double().sum())
+
+        windows = list(zip(streams.full, streams.quantized, strict=True))
+        total = sum(spread(of_window, windows, streams.full.device.type))
+        return total / (len(windows) * streams.full.shape[1])
 
 
 def split(ids: Tensor, held_out_every: int) -> tuple[Tensor, Tensor]:

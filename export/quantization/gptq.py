@@ -15,10 +15,13 @@ from torch import Tensor
 
 from export.plan import Gptq, WeightScheme
 
-from .nearest import Rounded, choose_scales, compared, integer_range
+from .nearest import Rounded, choose_scales, compared, integer_range, stacked
+from .spread import blocks, spread
 
-_BLOCK = 64
+_COLUMNS = 64
 """Columns whose errors are spread at once."""
+_FACTORED = 512
+"""Columns that are factored at once."""
 
 
 @dataclass(frozen=True)
@@ -27,51 +30,48 @@ class Moments:
 
     inputs: Tensor
     """[K, K]  Σ x̂ x̂ᵀ of the quantized model's inputs x̂."""
-    full: Tensor
-    """[K, K]  Σ x x̂ᵀ, with the full model's inputs x to the same linear."""
-    drift: Tensor | None
-    """[N, K]  Σ d x̂ᵀ, where d is how far the quantized model's residual stream is behind the full one's, for linears
-    that add to it; else None."""
+    wanted: Tensor
+    """[N, K]  Σ y x̂ᵀ, where y is what the linears should give for x̂."""
 
 
 def round_linears(
     weights: Sequence[Tensor], schemes: Sequence[WeightScheme], moments: Moments, settings: Gptq
 ) -> list[Rounded]:
-    """Integers and scales of linears with the same inputs, float32 [N, K] each.
+    """Integers and scales of linears with the same inputs, float32 [N, K] each; `moments.wanted` has all their rows.
 
     Raises torch.linalg.LinAlgError if the moments are not positive definite even when damped.
     """
-    rows = [len(weight) for weight in weights]
-    targets = torch.split(target(torch.cat(list(weights)), moments, settings.pull), rows)
     # Errors can only be taken back by columns that come later, so the columns that matter most go first.
-    order = moments.inputs.diagonal().argsort(descending=True)
-    factor = inverse_factor(moments.inputs[order][:, order], settings.damping)
-    rounded: dict[int, Rounded] = {}
-    for scheme in dict.fromkeys(schemes):  # rows do not depend on each other: those of one scheme are computed together
-        same = [i for i, its_scheme in enumerate(schemes) if its_scheme == scheme]
-        stacked = torch.cat([targets[i] for i in same])
-        scale = choose_scales(stacked, moments.inputs.diagonal(), scheme)
-        integers = choose_integers(stacked, order, factor, scale, scheme)
-        parts = (torch.split(tensor, [rows[i] for i in same]) for tensor in (integers, scale))
-        for i, qdata, its_scale in zip(same, *parts, strict=True):
-            rounded[i] = compared(weights[i], qdata.contiguous(), its_scale.contiguous())
-    return [rounded[i] for i in range(len(weights))]
+    order = moments.inputs.diagonal().argsort(descending=True, stable=True)
+    mean = moments.inputs.diagonal().mean()
+    strength = settings.damping * torch.where(mean > 0, mean, 1)
+    factor = inverse_factor(moments.inputs[order][:, order], strength)
+    pieces, first_row = [], 0
+    for weight, scheme in zip(weights, schemes, strict=True):
+        pieces += [(weight[rows], moments.wanted[first_row:][rows], scheme) for rows in blocks(len(weight))]
+        first_row += len(weight)
+
+    def round_rows(piece: tuple[Tensor, Tensor, WeightScheme]) -> Rounded:
+        weight, wanted, scheme = piece
+        aim = target(weight, wanted, order, factor, strength)
+        scale = choose_scales(aim, moments.inputs.diagonal(), scheme)
+        return compared(weight, choose_integers(aim, order, factor, scale, scheme), scale)
+
+    rounded = iter(spread(round_rows, pieces, order.device.type))
+    return [stacked([next(rounded) for _ in blocks(len(weight))]) for weight in weights]
 
 
-def target(weight: Tensor, moments: Moments, pull: float) -> Tensor:
-    """The weight [N, K] that turns the quantized model's inputs into the full model's outputs, by least squares.
+def target(weight: Tensor, wanted: Tensor, order: Tensor, factor: Tensor, strength: Tensor) -> Tensor:
+    """The weight [N, K] that makes of the quantized model's inputs what is wanted, by least squares.
 
-    `pull` draws it towards the weight itself, in parts of the mean second moment: few tokens know little.
+    It is drawn towards the given weight with `strength`: few tokens know little. `factor` [K, K] is the inverse factor
+    of the inputs' moments in `order` [K], with the same strength: the rounding that follows judges errors as this does.
     """
-    # min over T of Σ |W x + d − T x̂|² + λ |W − T|²  has the normal equations  T (Σ x̂ x̂ᵀ + λ) = W Σ x x̂ᵀ + Σ d x̂ᵀ + λ W.
-    # The left factor is symmetric, so both sides are transposed and solved by Cholesky.
-    strength = pull * moments.inputs.diagonal().mean()
-    right = weight @ moments.full + strength * weight
-    if moments.drift is not None:
-        right += moments.drift
-    damped = moments.inputs.clone()
-    damped.diagonal().add_(strength)
-    return torch.cholesky_solve(right.T, torch.linalg.cholesky(damped)).T.contiguous()
+    # min over T of Σ |y − T x̂|² + λ |W − T|²  has the normal equations  T (Σ x̂ x̂ᵀ + λ) = Σ y x̂ᵀ + λ W
+    right = (wanted + strength * weight)[:, order]
+    solved = torch.empty_like(weight)
+    solved[:, order] = right @ factor.T @ factor
+    return solved
 
 
 def choose_integers(weight: Tensor, order: Tensor, factor: Tensor, scale: Tensor, scheme: WeightScheme) -> Tensor:
@@ -83,8 +83,8 @@ def choose_integers(weight: Tensor, order: Tensor, factor: Tensor, scale: Tensor
     columns = weight.T[order].contiguous()  # [K, N]
     scales = scale.repeat_interleave(weight.shape[1] // scale.shape[1], 1).T[order].contiguous()
     integers = torch.empty_like(columns)
-    for begin in range(0, len(columns), _BLOCK):
-        end = min(begin + _BLOCK, len(columns))
+    for begin in range(0, len(columns), _COLUMNS):
+        end = min(begin + _COLUMNS, len(columns))
         block, errors, inside = columns[begin:end], torch.empty_like(columns[begin:end]), factor[begin:end, begin:end]
         for i in range(end - begin):
             rounded = (block[i] / scales[begin + i]).round_().clamp_(low, high)
@@ -99,18 +99,56 @@ def choose_integers(weight: Tensor, order: Tensor, factor: Tensor, scale: Tensor
     return in_order
 
 
-def inverse_factor(moments: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the damped moments' inverse [K, K]; columns without any input keep to themselves.
+def inverse_factor(moments: Tensor, strength: Tensor) -> Tensor:
+    """Upper V [K, K] with Vᵀ V the inverse of the moments plus `strength` on their diagonal.
 
-    The factor of the whole inverse holds, row by row, what GPTQ needs of the inverse over the columns that are left:
-    nothing is updated between columns. Computed in float64, returned as float32.
+    It holds, row by row, what GPTQ needs of the inverse over the columns that are left: nothing is updated between
+    columns. Columns without any input keep to themselves.
 
-    Raises torch.linalg.LinAlgError if they are not positive definite even so.
+    Raises torch.linalg.LinAlgError if that is not positive definite.
     """
-    damped = moments.double()
-    diagonal = damped.diagonal()
-    diagonal[diagonal == 0] = 1
-    diagonal += damping * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor.float()
+    # Of the moments with rows and columns in reverse, L Lᵀ, the inverse is L⁻ᵀ L⁻¹, and V is L⁻¹ in reverse. Float32
+    # is enough: no eigenvalue is smaller than `strength` or larger than the trace, K / damping times that.
+    reverse = moments.flip(0, 1)
+    reverse.diagonal().add_(strength)
+    return _inverse_of_lower(_cholesky(reverse)).flip(0, 1)
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    """Lower factor, in place of the matrix's lower half, a block of columns after another."""
+    device = matrix.device.type
+    for now in blocks(len(matrix), _FACTORED):
+        corner = matrix[now, now] = torch.linalg.cholesky(matrix[now, now])
+        below = [slice(now.stop + rows.start, now.stop + rows.stop) for rows in _below(now, matrix)]
+
+        def solve(rows: slice, now: slice = now, corner: Tensor = corner) -> None:
+            matrix[rows, now] = torch.linalg.solve_triangular(corner.T, matrix[rows, now], upper=True, left=False)
+
+        def update(rows: slice, now: slice = now) -> None:
+            done = matrix[now.stop : rows.stop, now]
+            matrix[rows, now.stop : rows.stop] -= matrix[rows, now] @ done.T
+
+        spread(solve, below, device)
+        spread(update, below, device)
+    return matrix
+
+
+def _below(now: slice, matrix: Tensor) -> list[slice]:
+    return blocks(len(matrix) - now.stop, _FACTORED) if now.stop < len(matrix) else []
+
+
+def _inverse_of_lower(lower: Tensor) -> Tensor:
+    """Inverse of a lower triangular matrix, a block of rows after another."""
+    inverse = torch.zeros_like(lower)
+    for now in blocks(len(lower), _FACTORED):
+        eye = torch.eye(now.stop - now.start, device=lower.device)
+        corner = torch.linalg.solve_triangular(lower[now, now], eye, upper=False)
+        inverse[now, now] = corner
+
+        def fill(columns: slice, now: slice = now, corner: Tensor = corner) -> None:
+            before = lower[now, columns.start : now.start] @ inverse[columns.start : now.start, columns]
+            inverse[now, columns] = -corner @ before
+
+        if now.start:
+            spread(fill, blocks(now.start, _FACTORED), lower.device.type)
+    return inverse

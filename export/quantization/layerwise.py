@@ -7,9 +7,10 @@ Words:
     sublayer         half of a layer: its norm, then attention or the MLP, whose result is added to the stream
     first linears    of a sublayer: read the normed stream (q, k, v; gate, up)
     last linear      of a sublayer: adds to the stream (o; down); it reads what lies `between` first and last
-    chunk            a few windows that are computed at once, so that memory does not grow with the text
+    chunk            a few windows that one thread computes at once
 """
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,10 +25,11 @@ from export.model import Attention, Layer, rope_tables
 from export.plan import Gptq, WeightScheme
 
 from .gptq import Moments, round_linears
-from .nearest import Rounded, round_at_best_scales
+from .nearest import Rounded, round_at_best_scales, stacked
+from .spread import blocks, crossed_moments, product, second_moments, spread
 
 ReadWeight = Callable[[str], Tensor]
-_WINDOWS_AT_ONCE = 4
+_WINDOWS_AT_ONCE = 2
 
 
 def chunks(x: Tensor) -> Iterator[Tensor]:
@@ -50,14 +52,22 @@ def linears(layer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     return ((name, module) for name, module in layer.named_modules() if isinstance(module, nn.Linear))
 
 
+class Seen(threading.local):
+    """What a thread's last pass through a layer did."""
+
+    def __init__(self) -> None:
+        self.linears: dict[str, tuple[Tensor, Tensor]] = {}
+        """Name of each linear → its inputs [W, L, K] and outputs [W, L, N]."""
+
+
 @contextmanager
-def observed(layer: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Name of each linear in the layer → its last inputs [W, L, K] and outputs [W, L, N]."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+def observed(layer: nn.Module) -> Iterator[Seen]:
+    """Watches every linear in the layer, in all threads."""
+    seen = Seen()
 
     def watch(name: str) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            seen[name] = inputs[0], output
+            seen.linears[name] = inputs[0], output
 
         return hook
 
@@ -81,15 +91,29 @@ def round_layers_at_best_scales(
         prefix = f"model.layers.{index}."
         layer = load_layer(read, a, prefix)
         importance: dict[str, Tensor] = {}
-        for x in chunks(stream):
-            with observed(layer) as seen:
+        with observed(layer) as seen:
+
+            def powers(x: Tensor, layer: Layer = layer, seen: Seen = seen) -> dict[str, Tensor]:
                 x[:] = layer(x, *rope, None)[0]
-            for name, (inputs, _) in seen.items():
-                power = inputs.flatten(0, -2).square().sum(0)
-                importance[name] = importance[name] + power if name in importance else power
+                return {name: inputs.flatten(0, -2).square().sum(0) for name, (inputs, _) in seen.linears.items()}
+
+            for of_chunk in spread(powers, chunks(stream), stream.device.type):
+                for name, power in of_chunk.items():
+                    importance[name] = importance[name] + power if name in importance else power
         for name, linear in linears(layer):
             full_name = f"{prefix}{name}.weight"
-            yield full_name, round_at_best_scales(linear.weight.detach(), importance[name], schemes[full_name])
+            yield full_name, round_spread(linear.weight.detach(), importance[name], schemes[full_name])
+
+
+def round_spread(weight: Tensor, importance: Tensor, scheme: WeightScheme) -> Rounded:
+    """`round_at_best_scales`, on all cores."""
+    return stacked(
+        spread(
+            lambda rows: round_at_best_scales(weight[rows], importance, scheme),
+            blocks(len(weight)),
+            weight.device.type,
+        )
+    )
 
 
 # ── GPTQ: the full and the quantized model side by side ─────────────────────────────────────────────────────────────
@@ -113,6 +137,8 @@ class Task:
     """How many windows are calibrated with, the first ones; the others only pass through both models."""
     rounded_before: Callable[[str], Rounded | None]
     """What an interrupted run has rounded already."""
+    dtype: torch.dtype
+    """What both models compute in. Their streams, and all sums over tokens, are float32."""
 
 
 def round_layers(read: ReadWeight, a: Architecture, task: Task, streams: Streams) -> Iterator[tuple[str, Rounded]]:
@@ -121,13 +147,27 @@ def round_layers(read: ReadWeight, a: Architecture, task: Task, streams: Streams
     `streams` enter the first layer; at the end they are what leaves the last one. Raises ExportError where
     calibration text says too little.
     """
-    rope = rope_tables(a, streams.full.shape[1], streams.full.device)
+    rope = tuple(table.to(task.dtype) for table in rope_tables(a, streams.full.shape[1], streams.full.device))
     for index in range(a.num_hidden_layers):
         prefix = f"model.layers.{index}."
-        full, quantized = load_layer(read, a, prefix), load_layer(read, a, prefix)
+        exact = load_layer(read, a, prefix)
+        full, quantized = _computing(exact, a, task.dtype), _computing(exact, a, task.dtype)
         for names in _SUBLAYERS:
-            pair = _Pair(_Sublayer(full, names, rope), _Sublayer(quantized, names, rope), names, prefix, task)
+            weights = {
+                name: exact.get_parameter(f"{names.module}.{name}.weight") for name in (*names.first, names.last)
+            }
+            pair = _Pair(_Sublayer(full, names, rope), _Sublayer(quantized, names, rope), names, prefix, weights, task)
             yield from pair.round(streams)
+
+
+def _computing(layer: Layer, a: Architecture, dtype: torch.dtype) -> Layer:
+    """The same layer with its linears in another dtype."""
+
+    def read(name: str) -> Tensor:
+        weight = layer.get_parameter(name)
+        return weight if weight.ndim == 1 else weight.to(dtype)
+
+    return load_layer(read, a, "")
 
 
 @dataclass(frozen=True)
@@ -147,39 +187,26 @@ _SUBLAYERS = (
 
 
 class _Sublayer:
-    """A sublayer of one model, computed chunk by chunk."""
+    """A sublayer of one model, cut in two: its last linear is taken out of its module."""
 
     def __init__(self, layer: Layer, names: _Names, rope: tuple[Tensor, ...]) -> None:
-        self.module, self.norm = layer.get_submodule(names.module), layer.get_submodule(names.norm)
-        self.last, self.rope = names.last, rope
+        self.module, self.norm, self.rope = layer.get_submodule(names.module), layer.get_submodule(names.norm), rope
+        self.linears: dict[str, nn.Linear] = {
+            name: self.module.get_submodule(name)
+            for name in (*names.first, names.last)  # type: ignore[misc]
+        }
+        self.last = self.linears[names.last]
+        setattr(self.module, names.last, nn.Identity())
 
-    def linear(self, name: str) -> nn.Linear:
-        linear: nn.Linear = self.module.get_submodule(name)  # type: ignore[assignment]
-        return linear
+    def normed(self, x: Tensor) -> Tensor:
+        """Of a chunk of the stream: what the first linears read."""
+        normed: Tensor = self.norm(x).to(self.last.weight.dtype)
+        return normed
 
-    def normed(self, stream: Tensor) -> Iterator[Tensor]:
-        """What the first linears read."""
-        return (self.norm(x) for x in chunks(stream))
-
-    def between(self, stream: Tensor) -> Tensor:
-        """What the last linear reads, [W, L, K]: the module's output while an identity stands in for that linear."""
-        last = self.linear(self.last)
-        out = stream.new_empty(*stream.shape[:2], last.weight.shape[1])
-        setattr(self.module, self.last, nn.Identity())
-        for x, to in zip(self.normed(stream), chunks(out), strict=True):
-            to[:] = self.module(x, *self.rope, None)[0] if isinstance(self.module, Attention) else self.module(x)
-        setattr(self.module, self.last, last)
-        return out
-
-    def add(self, stream: Tensor, between: Tensor) -> None:
-        """Add the sublayer's result to the stream, in place."""
-        last = self.linear(self.last)
-        for x, to in zip(chunks(between), chunks(stream), strict=True):
-            to.add_(last(x))
-
-
-_Drift = Iterator[Tensor] | None
-"""Full less quantized stream, chunk by chunk; None: the linears do not add to the stream."""
+    def between(self, x: Tensor) -> Tensor:
+        """Of a chunk of the stream: what the last linear reads."""
+        normed = self.normed(x)
+        return self.module(normed, *self.rope, None)[0] if isinstance(self.module, Attention) else self.module(normed)
 
 
 @dataclass(frozen=True)
@@ -191,57 +218,61 @@ class _Pair:
     names: _Names
     layer: str
     """What the names of the layer's tensors begin with."""
+    weights: Mapping[str, Tensor]
+    """The checkpoint's, float32."""
     task: Task
 
     def round(self, streams: Streams) -> Iterator[tuple[str, Rounded]]:
         """Round the first linears, then the last one, which reads what the rounded first ones make; then go on."""
-        full, quantized = (stream[: self.task.calibrating] for stream in (streams.full, streams.quantized))
-        yield from self._round(self.names.first, self.full.normed(full), self.quantized.normed(quantized), None)
-        between = Streams(self.full.between(streams.full), self.quantized.between(streams.quantized))
-        inner, quantized_inner = (chunks(x[: self.task.calibrating]) for x in (between.full, between.quantized))
-        # Only the last linear adds to the stream, so only it can take back what was lost in the layers before.
-        drift = (f - q for f, q in zip(chunks(full), chunks(quantized), strict=True))
-        yield from self._round((self.names.last,), inner, quantized_inner, drift)
-        self.full.add(streams.full, between.full)
-        self.quantized.add(streams.quantized, between.quantized)
+        used, device = slice(self.task.calibrating), streams.full.device.type
+        yield from self._round(self.names.first, lambda: self._of_first(streams, used))
+        between = streams.full.new_empty(*streams.full.shape[:2], self.weights[self.names.last].shape[1])
+        between = between.to(self.task.dtype)
 
-    def _round(
-        self, linears: tuple[str, ...], full: Iterator[Tensor], quantized: Iterator[Tensor], drift: _Drift
-    ) -> Iterator[tuple[str, Rounded]]:
+        def pass_through(chunk: tuple[Tensor, Tensor, Tensor]) -> None:
+            full, quantized, inner = chunk
+            full.add_(self.full.last(self.full.between(full)))
+            inner.copy_(self.quantized.between(quantized))
+
+        def add(chunk: tuple[Tensor, Tensor]) -> None:
+            quantized, inner = chunk
+            quantized.add_(self.quantized.last(inner))
+
+        spread(pass_through, zip(*map(chunks, (streams.full, streams.quantized, between)), strict=True), device)
+        yield from self._round((self.names.last,), lambda: self._of_last(streams, between, used))
+        spread(add, zip(chunks(streams.quantized), chunks(between), strict=True), device)
+
+    def _of_first(self, streams: Streams, used: slice) -> Moments:
+        """They should give for the quantized model's inputs what they give in the full model for its own."""
+        x, y = (
+            torch.cat(spread(sublayer.normed, chunks(stream[used]), stream.device.type)).flatten(0, 1)
+            for sublayer, stream in ((self.full, streams.full), (self.quantized, streams.quantized))
+        )
+        weight = torch.cat([self.weights[name] for name in self.names.first])
+        return Moments(second_moments(y), product(weight, crossed_moments(x, y)))
+
+    def _of_last(self, streams: Streams, between: Tensor, used: slice) -> Moments:
+        """It should bring the quantized stream to where the full one is by now: only it can take back what was lost."""
+        x = between[used].flatten(0, 1)
+        missing = (streams.full[used] - streams.quantized[used]).flatten(0, 1)
+        return Moments(second_moments(x), crossed_moments(missing, x))
+
+    def _round(self, linears: tuple[str, ...], moments: Callable[[], Moments]) -> Iterator[tuple[str, Rounded]]:
         """Round linears that read the same inputs; from now on the quantized model computes with the result."""
         names = [f"{self.layer}{self.names.module}.{linear}.weight" for linear in linears]
         before = [self.task.rounded_before(name) for name in names]
         rounded = [weight for weight in before if weight]
         if len(rounded) < len(names):  # they are rounded together, or none
-            weights = [self.full.linear(linear).weight.detach() for linear in linears]
+            weights = [self.weights[linear] for linear in linears]
             schemes = [self.task.schemes[name] for name in names]
             try:
-                rounded = round_linears(weights, schemes, _moments(full, quantized, drift), self.task.settings)
+                rounded = round_linears(weights, schemes, moments(), self.task.settings)
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 raise ExportError(
                     f"{names[0]}: its calibration inputs have no Cholesky factor; raise `damping` or calibrate with "
                     "more text"
                 ) from None
         for linear, name, weight in zip(linears, names, rounded, strict=True):
-            self.quantized.linear(linear).weight = nn.Parameter(weight.dequantized(), requires_grad=False)
+            dequantized = weight.dequantized().to(self.task.dtype)
+            self.quantized.linears[linear].weight = nn.Parameter(dequantized, requires_grad=False)
             yield name, weight
-
-
-def _moments(full: Iterator[Tensor], quantized: Iterator[Tensor], drift: _Drift) -> Moments:
-    """Second moments of some linears' inputs, summed over chunks [W, L, K]."""
-    inputs: Tensor | None = None
-    crossed: Tensor | None = None
-    drifts: Tensor | None = None
-    for full_chunk, quantized_chunk in zip(full, quantized, strict=True):
-        x = quantized_chunk.flatten(0, 1)
-        inputs = _plus(inputs, x, x)
-        crossed = _plus(crossed, full_chunk.flatten(0, 1), x)
-        if drift is not None:
-            drifts = _plus(drifts, next(drift).flatten(0, 1), x)
-    assert inputs is not None
-    assert crossed is not None
-    return Moments(inputs, crossed, drifts)
-
-
-def _plus(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    return a.T @ b if total is None else total.addmm_(a.T, b)

@@ -4,10 +4,7 @@ The common scheme every runtime holds exactly: symmetric integers, one scale per
 to bf16 *before* the integers are chosen (bf16 scales of at least 2⁻¹⁷ are exact in fp16 and fp32 too).
 """
 
-import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import log10
 
@@ -17,6 +14,8 @@ from torchao.quantization.quant_primitives import choose_qparams_affine
 
 from export.checkpoints.integers import values_of
 from export.plan import Levels, WeightScheme
+
+from .spread import spread
 
 SMALLEST_SCALE = 2.0**-17
 BLOCK_ELEMENTS = 2**21  # a few MB per temporary, so that a 1 GB embedding costs no more than its integers
@@ -69,15 +68,17 @@ def compared(weight: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, lev
 
 def round_to_nearest(weight: torch.Tensor, scheme: WeightScheme) -> Rounded:
     """weight float32 [N, K]. Rows are independent, so blocks of them run on all cores."""
-    with one_torch_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        blocks = list(pool.map(lambda rows: _round_block(rows, scheme), torch.split(weight, rows_at_once(weight))))
-    qdata, scale = torch.cat([block.qdata for block in blocks]), torch.cat([block.scale for block in blocks])
-    return joined(qdata, scale, blocks)
+    return stacked(spread(lambda rows: _round_block(rows, scheme), torch.split(weight, rows_at_once(weight))))
 
 
 def rows_at_once(weight: torch.Tensor) -> int:
     """How many rows of a weight [N, K] make a block."""
     return max(1, BLOCK_ELEMENTS // weight.shape[1])
+
+
+def stacked(blocks: Sequence[Rounded]) -> Rounded:
+    """A whole weight of its blocks of rows."""
+    return joined(torch.cat([block.qdata for block in blocks]), torch.cat([block.scale for block in blocks]), blocks)
 
 
 def joined(qdata: torch.Tensor, scale: torch.Tensor, blocks: Sequence[Rounded]) -> Rounded:
@@ -114,17 +115,6 @@ def _round_block(weight: torch.Tensor, scheme: WeightScheme) -> Rounded:
         custom_zero_point=zero,
     )
     return compared(weight, rounded.qdata, rounded.scale)
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Threads of our own instead of torch's: theirs wait for each other in every small operation."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # ── scales with the least weighted error ────────────────────────────────────────────────────────────────────────────

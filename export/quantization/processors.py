@@ -20,6 +20,16 @@ def name(device: str) -> str:
     return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
+def computing_in(device: str) -> torch.dtype:
+    """What GPTQ's two models compute in: bfloat16 where this processor multiplies it faster than float32.
+
+    Their streams and all sums over tokens are float32 in any case; what bfloat16 changes in a file's KL is not to be
+    told from other calibration text (docs/decisions.md).
+    """
+    fast = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
 def deciding(recipe: QuantRecipe, device: Device) -> str | None:
     """The processor, where the recipe's integers depend on it; None: they are the same everywhere."""
     return name(device) if recipe.calibration else None

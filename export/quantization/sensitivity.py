@@ -9,6 +9,7 @@ Layers stream from the checkpoint, forwards and then backwards; of each, only wh
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 
 import torch
@@ -20,9 +21,9 @@ from export.manifest import Candidate
 from export.model import Layer, rope_tables
 from export.plan import Promotion, QuantRecipe, WeightScheme
 
-from .layerwise import ReadWeight, linears, load_layer, observed
-from .nearest import round_at_best_scales
+from .layerwise import ReadWeight, linears, load_layer, observed, round_spread
 from .schemes import Schemes, bits_each
+from .spread import spread
 
 
 @dataclass(frozen=True)
@@ -55,25 +56,30 @@ def measure(
     """
     # A backward pass through the whole model would hold all its weights and activations. Layer by layer it needs the
     # stream before each layer (computed without gradients) and one layer's graph, built again on the way back.
-    rope = rope_tables(a, streams[0].shape[1], streams[0].device)
+    rope, device = rope_tables(a, streams[0].shape[1], streams[0].device), streams[0].device.type
     entering = [streams]
     with torch.no_grad():
         for index in range(a.num_hidden_layers):
             layer = load_layer(read, a, f"model.layers.{index}.")
-            entering.append([layer(x, *rope, None)[0] for x in entering[-1]])
-    generator = torch.Generator(head.weight.device).manual_seed(0)
-    gradients = [gradient_of_sample(head, x, generator) for x in entering.pop()]
+            entering.append(spread(partial(_through, layer, rope), entering[-1], device))
+    numbered = list(enumerate(entering.pop()))
+    gradients = spread(lambda window: gradient_of_sample(head, window[1], seed=window[0]), numbered, device)
     for index in reversed(range(a.num_hidden_layers)):
         prefix = f"model.layers.{index}."
         layer = load_layer(read, a, prefix)
-        watched = [_backward(layer, rope, x, gradient) for x, gradient in zip(entering.pop(), gradients, strict=True)]
+        watched = _backward(layer, rope, entering.pop(), gradients)
         gradients = [gradient for gradient, _ in watched]
         for name, linear in linears(layer):
             pairs = [pairs_of[name] for _, pairs_of in watched]
             yield f"{prefix}{name}.weight", _sensitivity(linear.weight.detach(), pairs, schemes)
 
 
-def gradient_of_sample(head: Head, stream: Tensor, generator: torch.Generator) -> Tensor:
+def _through(layer: Layer, rope: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+    out: Tensor = layer(x, *rope, None)[0]
+    return out
+
+
+def gradient_of_sample(head: Head, stream: Tensor, seed: int) -> Tensor:
     """d Σ log p(y) / d stream [1, L, D], each y drawn from the model's own distribution at its position.
 
     Drawn, not taken from the text: only then is E[g gᵀ] the Fisher information, which is the Hessian of the KL.
@@ -81,7 +87,7 @@ def gradient_of_sample(head: Head, stream: Tensor, generator: torch.Generator) -
     stream = stream.detach().requires_grad_()
     logits = head.norm(stream)[0] @ head.weight.T  # [L, V]
     probabilities = logits.detach().softmax(-1)
-    drawn = torch.multinomial(probabilities, 1, generator=generator)
+    drawn = torch.multinomial(probabilities, 1, generator=torch.Generator(stream.device).manual_seed(seed))
     of_logits = probabilities.neg_()  # d log p(y) / d logits = onehot(y) − p
     of_logits[torch.arange(len(drawn), device=drawn.device), drawn[:, 0]] += 1
     (gradient,) = torch.autograd.grad(logits, stream, of_logits)
@@ -92,15 +98,21 @@ _Pair = tuple[Tensor, Tensor]
 """What a linear read, [L, K], and the gradient of its outputs, [L, N]."""
 
 
-def _backward(layer: Layer, rope: _Pair, x: Tensor, gradient: Tensor) -> tuple[Tensor, dict[str, _Pair]]:
-    """Gradient of what entered the layer, and of every linear's outputs."""
-    x = x.detach().requires_grad_()
+def _backward(
+    layer: Layer, rope: _Pair, streams: list[Tensor], gradients: list[Tensor]
+) -> list[tuple[Tensor, dict[str, _Pair]]]:
+    """Of each window: the gradient of what entered the layer, and what was seen at every linear."""
     with observed(layer) as seen:
-        out = layer(x, *rope, None)[0]
-    outputs = (output for _, output in seen.values())
-    of_x, *of_outputs = torch.autograd.grad(out, [x, *outputs], gradient)
-    pairs = zip(seen.items(), of_outputs, strict=True)
-    return of_x, {name: (inputs.detach()[0], of_output[0]) for (name, (inputs, _)), of_output in pairs}
+
+        def of_window(window: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, _Pair]]:
+            x = window[0].detach().requires_grad_()
+            out = layer(x, *rope, None)[0]
+            outputs = (output for _, output in seen.linears.values())
+            of_x, *of_outputs = torch.autograd.grad(out, [x, *outputs], window[1])
+            pairs = zip(seen.linears.items(), of_outputs, strict=True)
+            return of_x, {name: (inputs.detach()[0], of_output[0]) for (name, (inputs, _)), of_output in pairs}
+
+        return spread(of_window, zip(streams, gradients, strict=True), streams[0].device.type)
 
 
 def _sensitivity(weight: Tensor, pairs: list[_Pair], schemes: tuple[WeightScheme, WeightScheme]) -> Sensitivity:
@@ -108,8 +120,13 @@ def _sensitivity(weight: Tensor, pairs: list[_Pair], schemes: tuple[WeightScheme
     power: Tensor = sum((x.square().sum(0) for x, _ in pairs), torch.zeros_like(weight[0]))
     losses = []
     for scheme in schemes:
-        change = round_at_best_scales(weight, power, scheme).dequantized() - weight
-        squares = [((x @ change.T) * gradient).sum(-1).square() for x, gradient in pairs]
+        change = round_spread(weight, power, scheme).dequantized() - weight
+
+        def squared(pair: _Pair, change: Tensor = change) -> Tensor:
+            x, gradient = pair
+            return ((x @ change.T) * gradient).sum(-1).square()
+
+        squares = spread(squared, pairs, weight.device.type)
         losses.append(float(torch.cat(squares).mean()) / 2)
     return Sensitivity(*losses)
 

@@ -11,8 +11,9 @@ from export.errors import ExportError
 from export.host.console import track
 from export.plan import WeightScheme
 
-from .nearest import SMALLEST_SCALE, Rounded, compared, joined, one_torch_thread, round_to_nearest, rows_at_once
+from .nearest import SMALLEST_SCALE, Rounded, compared, joined, round_to_nearest, rows_at_once
 from .schemes import Schemes
+from .spread import one_torch_thread
 from .store import Result
 
 _LEVELS = {"even": "integers", "nf4": "NF4 levels", "fp4": "FP4 levels"}

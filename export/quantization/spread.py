@@ -1,0 +1,97 @@
+"""Sums and loops over many tokens or rows, on all cores, whose results do not depend on how many cores there are.
+
+Work is cut into pieces by its size alone. Each piece is computed by one thread, and sums over pieces are taken in their
+order. (torch's own threads split one sum among them, and wait for each other in every small operation.)
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+R = TypeVar("R")
+_TOKENS = 2048
+"""Tokens that are multiplied at once."""
+_COLUMNS = 256
+"""Rows of a product that one thread computes."""
+_ROWS = 512
+"""Rows of a weight that one thread rounds, about."""
+
+
+def spread(function: Callable[[T], R], pieces: Iterable[T], device: str = "cpu") -> list[R]:
+    """The function of every piece, in their order; on a GPU, which is parallel in itself, one after another.
+
+    The first exception ends it; pieces that were not begun are left.
+    """
+    if device != "cpu":
+        return [function(piece) for piece in pieces]
+    inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+    def run(piece: T) -> R:  # both modes belong to threads
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+            return function(piece)
+
+    # without an initializer, MKL takes as many threads in each of these as there are cores
+    with one_torch_thread(), ThreadPoolExecutor(_cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            return list(pool.map(run, pieces))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Threads of our own instead of torch's: theirs wait for each other in every small operation."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def blocks(size: int, most: int = _ROWS) -> list[slice]:
+    """0 … size cut into parts of about one length, each of at most `most`."""
+    count = -(-size // most)
+    edges = [size * i // count for i in range(count + 1)]
+    return [slice(*edge) for edge in pairwise(edges)]
+
+
+def second_moments(x: Tensor) -> Tensor:
+    """x [T, K] → Σ x xᵀ float32 [K, K]. Its upper half is computed, the lower one copied."""
+    total = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+
+    def add(rows: slice) -> None:
+        for part in torch.split(x, _TOKENS):
+            columns = part[:, rows.start :].float()
+            total[rows, rows.start :].addmm_(columns[:, : rows.stop - rows.start].T, columns)
+
+    spread(add, blocks(x.shape[1], _COLUMNS), x.device.type)
+    return total.triu_() + total.triu(1).T
+
+
+def crossed_moments(y: Tensor, x: Tensor) -> Tensor:
+    """y [T, N], x [T, K] → Σ y xᵀ float32 [N, K]."""
+    total = torch.zeros(y.shape[1], x.shape[1], device=x.device)
+
+    def add(rows: slice) -> None:
+        for left, right in zip(torch.split(y, _TOKENS), torch.split(x, _TOKENS), strict=True):
+            total[rows].addmm_(left[:, rows].float().T, right.float())
+
+    spread(add, blocks(y.shape[1], _COLUMNS), x.device.type)
+    return total
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a [N, K] @ b [K, M], float32."""
+    return torch.cat(spread(lambda rows: a[rows] @ b, blocks(len(a), _COLUMNS), a.device.type))
