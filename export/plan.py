@@ -172,9 +172,8 @@ class Gptq(Strict):
     """How calibrated integers are chosen (`export/quantization/gptq.py`)."""
 
     damping: Annotated[float, Field(gt=0)]
-    """Added to the diagonal of the inputs' second moments before they are inverted, as a share of its mean."""
-    pull: Annotated[float, Field(ge=0)]
-    """Draws the target towards the weight itself, as a share of the mean second moment: few tokens estimate little."""
+    """Draws what the linears aim at towards their weights, and takes rounding errors back with the same caution: few
+    tokens tell little. As a share of the mean second moment of the inputs."""
 
 
 class Promotion(Strict):

@@ -9,19 +9,22 @@ Shapes: N rows (output features), K columns (input features).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from export.plan import Gptq, WeightScheme
 
-from .nearest import Rounded, choose_scales, compared, integer_range, stacked
-from .spread import blocks, spread
+from .nearest import Rounded, best_scales, compared, integer_range
+from .spread import blocks, by_rows, spread
 
 _COLUMNS = 64
 """Columns whose errors are spread at once."""
 _FACTORED = 512
 """Columns that are factored at once."""
+_ROWS = 1024
+"""Rows whose integers are chosen at once: a column takes as long for few rows as for these."""
 
 
 @dataclass(frozen=True)
@@ -42,23 +45,26 @@ def round_linears(
     Raises torch.linalg.LinAlgError if the moments are not positive definite even when damped.
     """
     # Errors can only be taken back by columns that come later, so the columns that matter most go first.
-    order = moments.inputs.diagonal().argsort(descending=True, stable=True)
     mean = moments.inputs.diagonal().mean()
     strength = settings.damping * torch.where(mean > 0, mean, 1)
+    importance = moments.inputs.diagonal() + strength
+    order = importance.argsort(descending=True, stable=True)
     factor = inverse_factor(moments.inputs[order][:, order], strength)
-    pieces, first_row = [], 0
-    for weight, scheme in zip(weights, schemes, strict=True):
-        pieces += [(weight[rows], moments.wanted[first_row:][rows], scheme) for rows in blocks(len(weight))]
-        first_row += len(weight)
-
-    def round_rows(piece: tuple[Tensor, Tensor, WeightScheme]) -> Rounded:
-        weight, wanted, scheme = piece
-        aim = target(weight, wanted, order, factor, strength)
-        scale = choose_scales(aim, moments.inputs.diagonal(), scheme)
-        return compared(weight, choose_integers(aim, order, factor, scale, scheme), scale)
-
-    rounded = iter(spread(round_rows, pieces, order.device.type))
-    return [stacked([next(rounded) for _ in blocks(len(weight))]) for weight in weights]
+    weight = torch.cat(list(weights))
+    aims = by_rows(lambda w, wanted: target(w, wanted, order, factor, strength), weight, moments.wanted)
+    rounded: dict[int, Rounded] = {}
+    rows = [len(weight) for weight in weights]
+    targets = torch.split(aims, rows)
+    for scheme in dict.fromkeys(schemes):  # rows do not depend on each other: those of one scheme are computed together
+        same = [i for i, its_scheme in enumerate(schemes) if its_scheme == scheme]
+        stacked = torch.cat([targets[i] for i in same])
+        scale = best_scales(stacked, importance, scheme)
+        choose = partial(choose_integers, order=order, factor=factor, scheme=scheme)
+        integers = by_rows(choose, stacked, scale, at_once=_ROWS)
+        parts = (torch.split(tensor, [rows[i] for i in same]) for tensor in (integers, scale))
+        for i, qdata, its_scale in zip(same, *parts, strict=True):
+            rounded[i] = compared(weights[i], qdata.contiguous(), its_scale.contiguous())
+    return [rounded[i] for i in range(len(weights))]
 
 
 def target(weight: Tensor, wanted: Tensor, order: Tensor, factor: Tensor, strength: Tensor) -> Tensor:
@@ -74,7 +80,7 @@ def target(weight: Tensor, wanted: Tensor, order: Tensor, factor: Tensor, streng
     return solved
 
 
-def choose_integers(weight: Tensor, order: Tensor, factor: Tensor, scale: Tensor, scheme: WeightScheme) -> Tensor:
+def choose_integers(weight: Tensor, scale: Tensor, order: Tensor, factor: Tensor, scheme: WeightScheme) -> Tensor:
     """weight [N, K], scales [N, groups] → int8 [N, K].
 
     Columns are taken in `order` [K]; `factor` [K, K] is the inverse factor of the inputs' moments in that order.
@@ -84,16 +90,16 @@ def choose_integers(weight: Tensor, order: Tensor, factor: Tensor, scale: Tensor
     scales = scale.repeat_interleave(weight.shape[1] // scale.shape[1], 1).T[order].contiguous()
     integers = torch.empty_like(columns)
     for begin in range(0, len(columns), _COLUMNS):
-        end = min(begin + _COLUMNS, len(columns))
-        block, errors, inside = columns[begin:end], torch.empty_like(columns[begin:end]), factor[begin:end, begin:end]
-        for i in range(end - begin):
-            rounded = (block[i] / scales[begin + i]).round_().clamp_(low, high)
-            integers[begin + i] = rounded
+        now = slice(begin, min(begin + _COLUMNS, len(columns)))
+        block, inside, errors = columns[now], factor[now, now], torch.empty_like(columns[now])
+        rows = zip(block, scales[now], integers[now], errors, inside.diagonal(), strict=True)
+        for i, (column, its_scale, integer, error, diagonal) in enumerate(rows, start=1):
+            torch.div(column, its_scale, out=integer).round_().clamp_(low, high)
             # Row i of the factor over its diagonal is the optimal answer of all later columns to an error in column i.
-            errors[i] = (block[i] - rounded * scales[begin + i]) / inside[i, i]
-            block[i + 1 :] -= inside[i, i + 1 :, None] * errors[i]
+            torch.addcmul(column, integer, its_scale, value=-1, out=error).div_(diagonal)
+            block[i:].addr_(inside[i - 1, i:], error, alpha=-1)
         # Columns beyond the block get the whole block's errors in one matrix product instead of 64 outer products.
-        columns[end:] -= factor[begin:end, end:].T @ errors
+        columns[now.stop :] -= factor[now, now.stop :].T @ errors
     in_order = torch.empty_like(weight, dtype=torch.int8)
     in_order[:, order] = integers.T.to(torch.int8)
     return in_order

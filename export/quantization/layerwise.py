@@ -25,8 +25,8 @@ from export.model import Attention, Layer, rope_tables
 from export.plan import Gptq, WeightScheme
 
 from .gptq import Moments, round_linears
-from .nearest import Rounded, round_at_best_scales, stacked
-from .spread import blocks, crossed_moments, product, second_moments, spread
+from .nearest import Rounded, round_at_best_scales
+from .spread import crossed_moments, product, second_moments, spread
 
 ReadWeight = Callable[[str], Tensor]
 _WINDOWS_AT_ONCE = 2
@@ -102,18 +102,7 @@ def round_layers_at_best_scales(
                     importance[name] = importance[name] + power if name in importance else power
         for name, linear in linears(layer):
             full_name = f"{prefix}{name}.weight"
-            yield full_name, round_spread(linear.weight.detach(), importance[name], schemes[full_name])
-
-
-def round_spread(weight: Tensor, importance: Tensor, scheme: WeightScheme) -> Rounded:
-    """`round_at_best_scales`, on all cores."""
-    return stacked(
-        spread(
-            lambda rows: round_at_best_scales(weight[rows], importance, scheme),
-            blocks(len(weight)),
-            weight.device.type,
-        )
-    )
+            yield full_name, round_at_best_scales(linear.weight.detach(), importance[name], schemes[full_name])
 
 
 # ── GPTQ: the full and the quantized model side by side ─────────────────────────────────────────────────────────────

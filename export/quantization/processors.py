@@ -14,10 +14,16 @@ from export.plan import Device, QuantRecipe
 
 
 def name(device: str) -> str:
-    """What decides the last bits of sums on a device of this machine: `cpu x86_64 AVX512`, `cuda NVIDIA H200`."""
+    """What decides the last bits of sums on a device of this machine: `cpu x86_64 AVX512 BF16`, `cuda NVIDIA H200`."""
     if device == "cuda":
         return f"cuda {torch.cuda.get_device_name()}"
-    return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    more = {"BF16": torch.cpu._is_avx512_bf16_supported, "AMX": torch.cpu._is_amx_tile_supported}
+    parts = [
+        platform.machine(),
+        torch.backends.cpu.get_cpu_capability(),
+        *(n for n, is_there in more.items() if is_there()),
+    ]
+    return f"cpu {' '.join(parts)}"
 
 
 def computing_in(device: str) -> torch.dtype:

@@ -21,7 +21,8 @@ from export.manifest import Candidate
 from export.model import Layer, rope_tables
 from export.plan import Promotion, QuantRecipe, WeightScheme
 
-from .layerwise import ReadWeight, linears, load_layer, observed, round_spread
+from .layerwise import ReadWeight, linears, load_layer, observed
+from .nearest import round_at_best_scales
 from .schemes import Schemes, bits_each
 from .spread import spread
 
@@ -120,7 +121,7 @@ def _sensitivity(weight: Tensor, pairs: list[_Pair], schemes: tuple[WeightScheme
     power: Tensor = sum((x.square().sum(0) for x, _ in pairs), torch.zeros_like(weight[0]))
     losses = []
     for scheme in schemes:
-        change = round_spread(weight, power, scheme).dequantized() - weight
+        change = round_at_best_scales(weight, power, scheme).dequantized() - weight
 
         def squared(pair: _Pair, change: Tensor = change) -> Tensor:
             x, gradient = pair

@@ -18,10 +18,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 _TOKENS = 2048
 """Tokens that are multiplied at once."""
-_COLUMNS = 256
-"""Rows of a product that one thread computes."""
-_ROWS = 512
-"""Rows of a weight that one thread rounds, about."""
+_ROWS = 256
+"""Rows of a product, or of a weight, that one thread computes, at most."""
 
 
 def spread(function: Callable[[T], R], pieces: Iterable[T], device: str = "cpu") -> list[R]:
@@ -38,7 +36,7 @@ def spread(function: Callable[[T], R], pieces: Iterable[T], device: str = "cpu")
             return function(piece)
 
     # without an initializer, MKL takes as many threads in each of these as there are cores
-    with one_torch_thread(), ThreadPoolExecutor(_cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with one_torch_thread(), ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             return list(pool.map(run, pieces))
         finally:
@@ -56,7 +54,8 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -76,7 +75,7 @@ def second_moments(x: Tensor) -> Tensor:
             columns = part[:, rows.start :].float()
             total[rows, rows.start :].addmm_(columns[:, : rows.stop - rows.start].T, columns)
 
-    spread(add, blocks(x.shape[1], _COLUMNS), x.device.type)
+    spread(add, blocks(x.shape[1]), x.device.type)
     return total.triu_() + total.triu(1).T
 
 
@@ -88,10 +87,16 @@ def crossed_moments(y: Tensor, x: Tensor) -> Tensor:
         for left, right in zip(torch.split(y, _TOKENS), torch.split(x, _TOKENS), strict=True):
             total[rows].addmm_(left[:, rows].float().T, right.float())
 
-    spread(add, blocks(y.shape[1], _COLUMNS), x.device.type)
+    spread(add, blocks(y.shape[1]), x.device.type)
     return total
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a [N, K] @ b [K, M], float32."""
-    return torch.cat(spread(lambda rows: a[rows] @ b, blocks(len(a), _COLUMNS), a.device.type))
+    return by_rows(lambda rows: rows @ b, a)
+
+
+def by_rows(function: Callable[..., Tensor], *tensors: Tensor, at_once: int = _ROWS) -> Tensor:
+    """A function of the same rows of some tensors, whose results are put one below the other."""
+    pieces = ([tensor[rows] for tensor in tensors] for rows in blocks(len(tensors[0]), at_once))
+    return torch.cat(spread(lambda piece: function(*piece), pieces, tensors[0].device.type))

@@ -11,11 +11,11 @@ from export import checkpoints, quantization
 from export.architecture import EMBEDDING, HEAD
 from export.checkpoints.origin import parse_origin
 from export.errors import ExportError
-from export.plan import CalibrationText, Gptq, Mixture, QuantRecipe, WeightScheme, load_plan
-from export.quantization import calibration, layerwise
+from export.plan import CalibrationText, Gptq, Mixture, Promotion, QuantRecipe, WeightScheme, load_plan
+from export.quantization import calibration, gptq, layerwise, processors, spread
 from export.quantization.eager import eager
 from export.quantization.gptq import Moments, choose_integers, inverse_factor, round_linears, target
-from export.quantization.nearest import SMALLEST_SCALE, choose_scales, round_to_nearest
+from export.quantization.nearest import SMALLEST_SCALE, best_scales, round_to_nearest
 from export.quantization.store import Unfinished
 from export.toolbox import synth
 
@@ -29,7 +29,7 @@ TEXT = Mixture(
     generated=None,
 )
 PROMOTION = {"scheme": CHANNELS.model_dump(), "windows": 6, "linear_bits_per_weight": 6.0}
-GPTQ = Gptq(damping=0.01, pull=0.02)
+GPTQ = Gptq(damping=0.01)
 
 
 def weight(rows=48, columns=128, seed=0):
@@ -43,9 +43,16 @@ def correlated(columns=128, count=4000, seed=1):
     return torch.randn(count, 12, generator=generator) @ mix + 0.3 * torch.randn(count, columns, generator=generator)
 
 
-def moments_of(x, y=None, drift=None):
+def moments_of(w, x, y=None, drift=0.0):
+    """Of linears that read y in the quantized model and x in the full one, which is ahead by `drift` besides."""
     y = x if y is None else y
-    return Moments(y.T @ y, x.T @ y, None if drift is None else drift.T @ y)
+    return Moments(y.T @ y, (x @ w.T + drift).T @ y)
+
+
+def aimed(w, moments, damping):
+    """`target` with the columns in an order of their own."""
+    order, strength = torch.arange(w.shape[1]).roll(5), damping * moments.inputs.diagonal().mean()
+    return target(w, moments.wanted, order, inverse_factor(moments.inputs[order][:, order], strength), strength)
 
 
 def error(rounded, w, x):
@@ -54,20 +61,20 @@ def error(rounded, w, x):
 
 def test_with_inputs_that_tell_nothing_apart_integers_are_the_nearest():
     w, scale = weight(), torch.full((48, 4), 0.25)
-    integers = choose_integers(w, torch.arange(128), inverse_factor(torch.eye(128), 0.01), scale, GROUPS)
+    integers = choose_integers(w, scale, torch.arange(128), inverse_factor(torch.eye(128), 0.01), GROUPS)
     torch.testing.assert_close(integers, (w / 0.25).round().clamp(-8, 7).to(torch.int8))
 
 
 def test_what_the_layer_computes_is_closer_than_with_the_nearest_integers():
     w, x = weight(), correlated()
-    (rounded,) = round_linears([w], [GROUPS], moments_of(x), GPTQ)
+    (rounded,) = round_linears([w], [GROUPS], moments_of(w, x), GPTQ)
     assert error(rounded, w, x) < 0.5 * error(round_to_nearest(w, GROUPS), w, x)
 
 
 def test_rows_that_share_inputs_are_rounded_as_each_alone():
     w, x = weight(), correlated()
-    both = round_linears([w[:16], w[16:]], [GROUPS, GROUPS], moments_of(x), GPTQ)
-    alone = round_linears([w[16:]], [GROUPS], moments_of(x), GPTQ)
+    both = round_linears([w[:16], w[16:]], [GROUPS, GROUPS], moments_of(w, x), GPTQ)
+    alone = round_linears([w[16:]], [GROUPS], moments_of(w[16:], x), GPTQ)
     assert torch.equal(both[1].scale, alone[0].scale)
     assert (both[1].qdata == alone[0].qdata).float().mean() > 0.99
 
@@ -75,7 +82,7 @@ def test_rows_that_share_inputs_are_rounded_as_each_alone():
 def test_linears_with_one_input_may_have_two_schemes():
     w, x = weight(), correlated()
     parts, schemes = [w[:8], w[8:24], w[24:]], [GROUPS, CHANNELS, GROUPS]
-    rounded = round_linears(parts, schemes, moments_of(x), GPTQ)
+    rounded = round_linears(parts, schemes, moments_of(w, x), GPTQ)
     assert [linear.scale.shape for linear in rounded] == [(8, 4), (16, 1), (24, 4)]
     assert [bool((linear.qdata.abs() > 8).any()) for linear in rounded] == [False, True, False]
     assert error(rounded[1], parts[1], x) < 0.02 * error(rounded[2], parts[2], x)
@@ -83,7 +90,7 @@ def test_linears_with_one_input_may_have_two_schemes():
 
 def test_scales_are_positive_bfloat16_and_weigh_errors():
     w, importance = weight(), correlated().square().sum(0)
-    scale = choose_scales(w, importance, GROUPS)
+    scale = best_scales(w, importance, GROUPS)
     assert torch.equal(scale.bfloat16().float(), scale)
     assert float(scale.min()) >= SMALLEST_SCALE
 
@@ -92,27 +99,40 @@ def test_scales_are_positive_bfloat16_and_weigh_errors():
         return float((((w / wide).round().clamp(-8, 7) * wide - w).square() * importance).sum())
 
     assert cost(scale) < cost(round_to_nearest(w, GROUPS).scale)
-    assert float(choose_scales(torch.zeros(2, 64), torch.ones(64), GROUPS).min()) >= SMALLEST_SCALE
+    assert float(best_scales(torch.zeros(2, 64), torch.ones(64), GROUPS).min()) >= SMALLEST_SCALE
 
 
 def test_the_target_undoes_what_the_inputs_have_lost():
     """Inputs that are scaled down want weights that are scaled up; a drift behind wants to be made up for."""
     w, x = weight(), correlated()
-    same = target(w, moments_of(x), pull=1e-6)
-    torch.testing.assert_close(same, w, atol=1e-2, rtol=1e-2)
-    scaled = target(w, moments_of(x, x * 0.5), pull=1e-6)
-    torch.testing.assert_close(scaled, 2 * w, atol=3e-2, rtol=1e-2)
+    torch.testing.assert_close(aimed(w, moments_of(w, x), 1e-6), w, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(aimed(w, moments_of(w, x, x * 0.5), 1e-6), 2 * w, atol=3e-2, rtol=1e-2)
     behind = torch.randn(48, 128, generator=torch.Generator().manual_seed(5))
-    caught = target(w, moments_of(x, drift=x @ behind.T), pull=1e-6)
+    caught = aimed(w, moments_of(w, x, drift=x @ behind.T), 1e-6)
     torch.testing.assert_close(caught, w + behind, atol=3e-2, rtol=1e-2)
-    torch.testing.assert_close(target(w, moments_of(x, x * 0.5), pull=1e6), w, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(aimed(w, moments_of(w, x, x * 0.5), 1e6), w, atol=1e-2, rtol=1e-2)
+
+
+def test_the_factor_is_of_the_inverse_whatever_the_number_of_blocks(monkeypatch):
+    x = correlated(columns=200)
+    monkeypatch.setattr(gptq, "_FACTORED", 64)
+    factor = inverse_factor(x.T @ x, torch.tensor(4.0))
+    assert torch.equal(factor, factor.triu())
+    inverse = (x.T @ x + 4 * torch.eye(200)).double().inverse().float()
+    torch.testing.assert_close(factor.T @ factor, inverse, atol=1e-5, rtol=1e-3)
+
+
+def test_inputs_that_say_nothing_leave_the_nearest_integers():
+    """All of them are zero, as behind a layer whose weights are."""
+    (rounded,) = round_linears([weight()], [GROUPS], Moments(torch.zeros(128, 128), torch.zeros(48, 128)), GPTQ)
+    assert float((rounded.dequantized() - weight()).abs().max()) < float(rounded.scale.max())
 
 
 def test_inputs_that_are_no_numbers_have_no_factor():
-    broken = moments_of(correlated())
+    broken = moments_of(weight(), correlated())
     broken.inputs[3, 3] = -1e9
     with pytest.raises(torch.linalg.LinAlgError):
-        round_linears([weight()], [GROUPS], broken, Gptq(damping=0.01, pull=0.0))
+        round_linears([weight()], [GROUPS], broken, Gptq(damping=0.01))
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +191,32 @@ def test_every_tensor_of_the_recipe_is_there_once(plan, opened, calibrated):
 def test_the_same_inputs_give_the_same_bytes(plan, opened, calibrated, tmp_path):
     again = quantization.quantize(opened, plan.quant, tmp_path)
     assert_same(again, calibrated)
+
+
+@pytest.mark.parametrize("method", ["gptq", "scales", "promotion"])
+def test_integers_do_not_depend_on_the_number_of_cores(plan, opened, tmp_path, monkeypatch, method):
+    fields = {
+        "gptq": {},
+        "scales": {"method": "scales", "gptq": None},
+        "promotion": {"promotion": Promotion.model_validate(PROMOTION)},
+    }
+    recipe = plan.quant.model_copy(update=fields[method])
+    stores = []
+    for cores in (1, 2, 5):
+        monkeypatch.setattr(spread, "cores", lambda cores=cores: cores)
+        (folder := tmp_path / str(cores)).mkdir()
+        stores.append(quantization.quantize(opened, recipe, folder))
+    assert_same(stores[1], stores[0])
+    assert_same(stores[2], stores[0])
+
+
+def test_models_in_bfloat16_lead_to_no_more_loss(plan, opened, tmp_path, monkeypatch):
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(processors, "computing_in", lambda _, dtype=dtype: dtype)
+        (folder := tmp_path / str(dtype)).mkdir()
+        losses.append(divergence(opened, quantization.quantize(opened, plan.quant, folder)))
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
 
 
 def test_an_interrupted_run_goes_on_where_it_was(plan, opened, calibrated, tmp_path, monkeypatch):
@@ -280,7 +326,9 @@ def test_layers_are_computed_as_the_model_computes_them(opened, monkeypatch):
             return self.weight
 
     monkeypatch.setattr(layerwise, "round_linears", lambda weights, *_: [Exact(weight) for weight in weights])
-    task = layerwise.Task(defaultdict(lambda: GROUPS), GPTQ, calibrating=1, rounded_before=lambda _: None)
+    task = layerwise.Task(
+        defaultdict(lambda: GROUPS), GPTQ, calibrating=1, rounded_before=lambda _: None, dtype=torch.float32
+    )
     with torch.inference_mode():
         names = [name for name, _ in layerwise.round_layers(opened.read, a, task, streams)]
         model = eager(reader(opened), a, "none")

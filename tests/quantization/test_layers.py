@@ -197,7 +197,7 @@ def test_calibrated_methods_follow_the_rules(opened, tmp_path, method):
     fields = {
         "method": method,
         "calibration": text,
-        "gptq": Gptq(damping=0.01, pull=0.02) if method == "gptq" else None,
+        "gptq": Gptq(damping=0.01) if method == "gptq" else None,
     }
     made = quantization.quantize(opened, recipe(RULES, **fields), tmp_path)
     expected = schemes.of_recipe(recipe(RULES), opened.architecture).by_name

@@ -231,7 +231,7 @@ TEXT = Mixture(
 
 def test_calibration_walks_the_rotated_model(tmp_path):
     """The loss it reports on held-out windows is that of the model it made, against the checkpoint as it was."""
-    recipe = plan_of(method="gptq", calibration=TEXT, gptq=Gptq(damping=0.01, pull=0.02)).quant
+    recipe = plan_of(method="gptq", calibration=TEXT, gptq=Gptq(damping=0.01)).quant
     weights = opened()
     model = quantization.quantize(weights, recipe, tmp_path)
     ids = calibration.tokens(weights, TEXT, Unfinished(tmp_path / "none"), "cpu")
@@ -251,7 +251,7 @@ def test_gradients_at_the_head_are_rotated_with_the_stream(tmp_path):
 
     def gradient(weights, stream):
         calibrator = calibration.Calibrator(weights, recipe, {}, Unfinished(tmp_path), ids, ids)
-        return gradient_of_sample(calibrator.head(weights.read), stream, torch.Generator().manual_seed(0))
+        return gradient_of_sample(calibrator.head(weights.read), stream, seed=0)
 
     plain, matrix = gradient(weights, stream), rotated.source.stream
     in_rotated = gradient(rotated, rotation.rotate_rows(stream[0], matrix)[None])
