@@ -17,8 +17,8 @@ from .nearest import BLOCK_ELEMENTS
 
 _ROUNDING_BYTES = 50
 """What rounding holds for each element of a block, measured: the block in float32 a dozen times over."""
-_FACTOR_BYTES = 3 * 8
-"""For each pair of a linear's inputs: the damped moments, their inverse and its factor, float64."""
+_MOMENTS_BYTES = 5 * 4
+"""For each pair of a linear's inputs: the moments, ordered, in reverse and factored, the inverse and its reverse."""
 
 
 @dataclass(frozen=True)
@@ -183,14 +183,14 @@ def _calibrating_bytes(recipe: QuantRecipe, mixture: Mixture, a: Architecture) -
     if recipe.method == "scales":
         walking, embedding = 4 * count * a.hidden_size + 2 * layer, table + 4 * count * a.hidden_size
     else:
-        walking = 2 * 4 * count * (a.hidden_size + a.intermediate_size) + _gptq_bytes(a) + 2 * layer
+        walking = 4 * count * (3 * a.hidden_size + a.intermediate_size) + _gptq_bytes(a) + 2 * layer
         embedding = 2 * (table + 4 * count * a.hidden_size)
     return max(walking * 3 // 2, embedding, _writing_bytes(mixture, a))
 
 
 def _gptq_bytes(a: Architecture) -> int:
-    """Moments of what down_proj reads, their factors, and its weight on the way."""
-    return a.intermediate_size**2 * (2 * 4 + _FACTOR_BYTES) + 4 * a.intermediate_size * a.hidden_size * 8
+    """Moments of what down_proj reads, their factor, and its weight on the way."""
+    return a.intermediate_size**2 * _MOMENTS_BYTES + 4 * a.intermediate_size * a.hidden_size * 8
 
 
 def _writing_bytes(mixture: Mixture, a: Architecture) -> int:
