@@ -41,18 +41,20 @@ from .tasks.run import TaskOptions, parse
 app = typer.Typer(cls=with_default("validate"), help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 app.command("chat")(chat_with)
 BUILD = Path("build")
+_Source = Annotated[
+    str | None, typer.Option(help="where the checkpoint is; default: where the artifact was built from")
+]
+_Adapter = Annotated[
+    Path | None, typer.Option(help="where the adapter is that was merged into --source, or into the base it names")
+]
 
 
 @app.command("validate")
 def main(  # noqa: PLR0913, PLR0917 – a command's options
     folders: Annotated[list[Path] | None, typer.Argument(help="artifact folders; default: all of build/")] = None,
     device: Annotated[str, typer.Option(help="a name in devices/")] = "host",
-    source: Annotated[
-        str | None, typer.Option(help="where the checkpoint is; default: where the artifact was built from")
-    ] = None,
-    adapter: Annotated[
-        Path | None, typer.Option(help="where the adapter is that was merged into --source, or into the base it names")
-    ] = None,
+    source: _Source = None,
+    adapter: _Adapter = None,
     eval_name: Annotated[
         str | None, typer.Option("--eval", help="a name in configs/evals; default: the one in the device's YAML")
     ] = None,
@@ -74,8 +76,7 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
 ) -> None:
     """Prove what artifacts compute and how fast: exit 0 only if every gate holds."""
     known = _load_device(device)
-    origin = chosen_origin(source, adapter)
-    source = None if origin is None else absolute(origin)  # jobs have another working folder
+    source = _given_source(source, adapter)
     if tasks is None:
         if limit or not chat or not reference:
             raise typer.BadParameter("--limit, --no-chat and --no-reference go with --tasks")
@@ -133,7 +134,8 @@ def gate(  # noqa: PLR0913, PLR0917 – a command's options
 def trace(
     folder: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="an artifact folder")],
     device: Annotated[str, typer.Option(help="a name in devices/")] = "host",
-    source: Annotated[str | None, typer.Option(help="origin of the checkpoint; default: the manifest's")] = None,
+    source: _Source = None,
+    adapter: _Adapter = None,
     out: Annotated[Path | None, typer.Option(help="folder of the page; default: build/trace/ID")] = None,
 ) -> None:
     """Find the first layer of an artifact that leaves the reference: exit 0 only if none does."""
@@ -145,7 +147,7 @@ def trace(
             f"{device}: layers are traced on this machine only; `python -m runtime_tests --device {device} {folder}` "
             "compares the logits there"
         )
-    found = run.trace(folder, known, source, BUILD / "cache")
+    found = run.trace(folder, known, _given_source(source, adapter), BUILD / "cache")
     page.show(found)
     with disk.writing(_build_folder()):
         say(f"page: {page.write(found, out or BUILD / 'trace' / found.artifact)}")
@@ -244,6 +246,12 @@ def _evaluate_tasks(folders: Sequence[Path], device: Device, options: TaskOption
     say(f"page: {page}")
     if not complete:
         raise typer.Exit(1)
+
+
+def _given_source(source: str | None, adapter: Path | None) -> str | None:
+    """The options' origin for jobs, which have another working folder."""
+    origin = chosen_origin(source, adapter)
+    return None if origin is None else absolute(origin)
 
 
 def _load_device(name: str) -> Device:
