@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from export.architecture import Positive, Strict
-from export.errors import ExportError
+from export.errors import ExportError, absence
 from export.manifest import Manifest
 from export.plan import CONFIGS, load_named
 
@@ -149,5 +149,5 @@ def read_text(name: str) -> str:
     """A text of `configs/evals/text`. Raises ExportError where it is missing."""
     path: Path = TEXT / name
     if not path.is_file():
-        raise ExportError(f"{path}: missing; an evaluation in configs/evals names it")
+        raise ExportError(f"{path}: {absence(path)}; an evaluation in configs/evals names it")
     return path.read_text(encoding="utf-8")

@@ -1,6 +1,7 @@
 """Whose model an artifact is: its name, what it may replace, and the command that builds it again."""
 
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -398,11 +399,13 @@ def test_a_command_says_where_a_checkpoint_was_and_what_has_become_of_it(here):
         ("none", "none/manifest.json: missing; give an artifact folder made by `python -m export`"),
         ("file", "file: a file; give an artifact folder made by `python -m export`"),
         ("empty", "empty/manifest.json: missing; give an artifact folder made by `python -m export`"),
+        ("piped", "piped/manifest.json: a pipe, no file; give an artifact folder made by `python -m export`"),
     ],
 )
 def test_what_is_no_artifact_folder_says_which_to_give(here, given, line):
-    for folder in ("artifact", "empty"):
+    for folder in ("artifact", "empty", "piped"):
         (here / folder).mkdir()
+    os.mkfifo(here / "piped/manifest.json")
     for file in ("artifact/model.onnx", "artifact/manifest.json", "file"):
         (here / file).touch()
     with pytest.raises(ExportError) as refusal:
