@@ -247,7 +247,7 @@ class QuantRecipe(Strict):
     ] = ()
     """Schemes of some linears instead of that of `linear`: pattern → scheme. Patterns are a shell's, of names without
     `.weight`: `"*.down_proj"`, `"model.layers.{0,2..4}.*"`, `"model.layers.{-2..-1}.mlp.*"` for the last two layers.
-    Of several that match, the last one decides."""
+    What braces list must all match. Of several that match, the last one decides."""
     linear: WeightScheme | None
     """Of every linear of the layers; null: they stay float."""
     embedding: WeightScheme | None
