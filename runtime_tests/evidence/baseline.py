@@ -28,6 +28,7 @@ from export.errors import ExportError, explain
 from export.formats import admission
 from export.host import disk
 from export.host.console import say
+from runtime_tests.places import processors
 
 from . import record, regression
 from .record import Environment, PlanKey, Record
@@ -141,6 +142,10 @@ def _unsteady(run: Record) -> str:
     """Why a run's speed is not stored; empty: it is."""
     if run.emulated or run.latency is None:
         return "not timed"
+    if not processors.is_named(run.environment.cpu):
+        return f"its processor ({run.environment.cpu}) may be any"
+    if run.state_before.low_power:
+        return "it saved energy"
     # a run that is inconclusive only because the baseline is noisy is steady itself, and shows how large that noise is
     left_open = [gate.detail for gate in run.gates if gate.verdict == "inconclusive"]
     return next((detail for detail in left_open if not detail.endswith(regression.HIDDEN)), "")
