@@ -22,7 +22,10 @@ from .console import console, waiting
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
-"""Of flock on file systems without locks: NFS without lockd, Lustre with `noflock`, SMB, some of FUSE. The last two differ on macOS."""
+"""Of flock on file systems without locks: NFS without lockd, Lustre with `noflock`, SMB, some of FUSE.
+
+The last two are one number on Linux and two on macOS.
+"""
 _ALMOST_FULL_BYTES = 2**20
 _PURGEABLE = " (what Finder shows as free may be held by local snapshots: `tmutil deletelocalsnapshots /`)"
 _IN_USE_S = 6 * 3600.0

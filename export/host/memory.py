@@ -38,9 +38,9 @@ def _available() -> int:
     return darwin.available_bytes(darwin.sysctl("hw.memsize"), darwin.sysctl("kern.memorystatus_level")) or told
 
 
-def total_bytes() -> int:
+def total_bytes(proc: Path = PROC, mount: Path = MOUNT) -> int:
     """Memory of this machine, or what a control group leaves of it."""
-    limits = (files.limit_bytes(folder) for files, folder in _groups(PROC, MOUNT))
+    limits = (files.limit_bytes(folder) for files, folder in _groups(proc, mount))
     return min([psutil.virtual_memory().total, *(limit for limit in limits if limit is not None)])
 
 

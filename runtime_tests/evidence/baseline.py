@@ -134,11 +134,11 @@ def _speeds(run: Record, before: Reached | None) -> tuple[Speed, ...]:
     """The earlier speeds of the same plan and this run's, if steady."""
     same = before is not None and not before.plan_key.differs_in(run.plan_key)
     others = [speed for speed in before.speeds if speed.run_id != run.run_id] if before and same else []
-    new = [regression.speed_of(run.latency, run.run_id)] if run.latency and not _unsteady(run) else []
+    new = [regression.speed_of(run.latency, run.run_id)] if run.latency and not left_out(run) else []
     return tuple([*others, *new][-KEPT_RUNS:])
 
 
-def _unsteady(run: Record) -> str:
+def left_out(run: Record) -> str:
     """Why a run's speed is not stored; empty: it is."""
     if run.emulated or run.latency is None:
         return "not timed"
@@ -263,7 +263,7 @@ def main(
     if not written:
         raise ExportError(f"{records or RECORDS}: no record of {device} that holds; run `make {device}` first")
     for path, stored in written:
-        why = _unsteady(stored)
+        why = left_out(stored)
         say(f"{path.name}: {stored.artifact}, run {stored.run_id}{', without speed: ' + why if why else ''}")
 
 

@@ -41,7 +41,7 @@ def name(told: Told) -> str:
 
 def is_named(cpu: str) -> bool:
     """Whether a name tells one processor from another: emulators and some virtual machines hide theirs."""
-    return not re.search(rf"{NOT_TOLD}|QEMU|Virtual CPU|\b0x000\b", cpu)
+    return not re.search(rf"{NOT_TOLD}|(Virtual|QEMU.*) CPU|\b0x000\b", cpu)
 
 
 def _parts(lines: Iterable[str]) -> list[str]:
