@@ -150,3 +150,6 @@ def _temperatures(zones: list[str]) -> dict[str, float]:
 def number(text: str | None) -> float | None:
     """A decimal number of a size that machines have, or null."""
     return float(text) if text and re.fullmatch(r"-?[0-9]{1,18}(\.[0-9]{1,18})?", text) else None
+
+
+UNKNOWN = state("")

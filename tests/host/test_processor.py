@@ -72,7 +72,7 @@ def test_torch_takes_no_more_threads_than_the_share(given, then):
     done = subprocess.run(
         [sys.executable, "-c", code], env=around, cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.decode() == f"{then}\n"
+    assert done.stdout == f"{then}\n"
 
 
 def test_without_a_share_threads_are_left_as_they_are(monkeypatch):
