@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 
@@ -24,6 +25,7 @@ from .transports.connection import AnyAddress, open_transport
 __all__ = [
     "Budgets",
     "Completed",
+    "ComputeUnits",
     "CoolDown",
     "DeadlineError",
     "Device",
@@ -43,6 +45,8 @@ __all__ = [
 ]
 
 FOLDER = Path(__file__).parent
+ComputeUnits = Literal["cpu", "cpu_gpu", "cpu_ne", "all"]
+"""Processors of a Mac or phone: the CPU alone, with its GPU, with its Neural Engine, or all of them."""
 
 
 class Budgets(BaseModel):
@@ -89,6 +93,8 @@ class Device(BaseModel):
     """Names of the targets whose artifacts it can run."""
     threads: PositiveInt | None
     """Threads of a session; null: one per physical core."""
+    compute_units: ComputeUnits = "cpu_gpu"
+    """What Core ML may run on there; nothing else reads it."""
     evaluation: str
     """Name of the evaluation where the command names none."""
     time_limit_s: PositiveFloat

@@ -290,7 +290,7 @@ def here(device: Device) -> bool:
 def opened(device: Device, scratch: Path) -> Iterator[Place]:
     """The place where artifacts run; an attached device is locked until the end."""
     if here(device):
-        yield ThisMachine(devices.thread_count(device))
+        yield ThisMachine(devices.thread_count(device), device.compute_units)
         return
     try:
         transport = devices.open_transport(device)

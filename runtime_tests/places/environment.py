@@ -8,18 +8,25 @@ import psutil
 
 from export.formats import tool_versions
 from runtime_tests.evidence.record import Environment
+from runtime_tests.sessions import mlpackage
 
 
-def current() -> Environment:
-    """The machine that runs this program, with its load at this moment."""
+def current(compute_units: str | None = None) -> Environment:
+    """The machine that runs this program, with its load at this moment; where Core ML is there, on which units it runs.
+
+    Core ML changes with the build of the system.
+    """
+    core_ml = {"Core ML": compute_units} if compute_units and mlpackage.in_core_ml() else {}
     return Environment(
-        os=platform.platform(terse=True) if platform.system() != "Darwin" else f"macOS {platform.mac_ver()[0]}",
+        os=platform.platform(terse=True)
+        if platform.system() != "Darwin"
+        else f"macOS {platform.mac_ver()[0]} ({mlpackage.os_build()})",
         cpu=_cpu_name(),
         cores=psutil.cpu_count(logical=False) or os.cpu_count() or 1,
         memory_bytes=psutil.virtual_memory().total,
         load_average_1min=round(os.getloadavg()[0], 2),
         python=platform.python_version(),
-        tools=tool_versions(),
+        tools=tool_versions() | core_ml,
     )
 
 

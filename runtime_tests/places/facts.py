@@ -16,7 +16,7 @@ if command -v getprop >/dev/null 2>&1; then
     say cpu "$(getprop ro.soc.model)"
     say model "$(getprop ro.product.model)"
 elif command -v sw_vers >/dev/null 2>&1; then
-    say os "macOS $(sw_vers -productVersion)"
+    say os "macOS $(sw_vers -productVersion) ($(sw_vers -buildVersion))"
     say model "$(sysctl -n hw.model)"
     say cpu "$(sysctl -n machdep.cpu.brand_string)"
     say cores "$(sysctl -n hw.physicalcpu)"
