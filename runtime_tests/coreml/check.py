@@ -55,9 +55,9 @@ def main(
         )
     units = devices.load("host").compute_units
     shipped = (load_named(Target, "targets", _TARGET).attention, units)
-    asked = [request.asked("tiny", quant, [_TARGET], context=calls.CONTEXT)]
+    asked = [request.asked(model, quant, [_TARGET], source=source, adapter=adapter, context=calls.CONTEXT)]
     if model != "tiny":
-        asked.append(request.asked(model, quant, [_TARGET], source=source, adapter=adapter, context=calls.CONTEXT))
+        asked.insert(0, request.asked("tiny", quant, [_TARGET], context=calls.CONTEXT))
     out.mkdir(parents=True, exist_ok=True)
     with disk.writing(out):
         found = [(plan.name, *_measured(plan, origin, steps, out)) for (plan,), origin in asked]

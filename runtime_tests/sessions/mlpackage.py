@@ -116,9 +116,11 @@ def loaded(package: Path, compute_units: str, cache: Path) -> Any:
 
 
 def unit(compute_units: str) -> Any:
-    """coremltools' value for `compute_units` of a device."""
+    """coremltools' value for `compute_units` of a device. Raises ValueError: it is none."""
     import coremltools as ct
 
+    if compute_units not in _NAMES:
+        raise ValueError(f"{UNITS}: {compute_units!r}, expected one of {', '.join(_NAMES)}")
     return getattr(ct.ComputeUnit, _NAMES[compute_units])
 
 

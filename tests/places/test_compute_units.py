@@ -58,6 +58,8 @@ def test_a_session_runs_on_the_units_of_its_job_or_of_this_machine(monkeypatch, 
 def test_coremltools_has_all_units(units):
     ct = pytest.importorskip("coremltools")
     assert mlpackage.unit(units) in ct.ComputeUnit
+    with pytest.raises(ValueError, match=r"^LLAMA_COMPUTE_UNITS: 'gpu', expected one of cpu, cpu_gpu, cpu_ne, all$"):
+        mlpackage.unit("gpu")
 
 
 def test_a_runner_is_started_with_its_devices_units():

@@ -171,7 +171,7 @@ def _marked(keys: Var) -> Var:
     """Keys [1, G, q, D] as they are, and of a token whose keys are all zero one number that is not.
 
     A table's row of zeros has such keys, and must not pass for a slot that was never written. fp16's smallest normal
-    number, which no GPU flushes, changes a score by less than fp16 rounds it.
+    number, which no GPU takes for zero, changes its scores by some 1e-4.
     """
     mark = np.zeros(keys.shape[3], np.float16)
     mark[0] = _FP16_SMALLEST
