@@ -91,20 +91,9 @@ def page(
         holds &= all(cell.holds is not False for cell in columns[shipped].values())
         sections += _section(name, described, columns)
     instead = [] if mlpackage.in_core_ml() else ["**The evaluator in Core ML's place: nothing here is Core ML's.**", ""]
-    tools = ", ".join(
-        f"{name} {version}" for name, version in machine.tools.items() if name in ("coremltools", "torch")
-    )
-    verdict = f"{' attention on '.join(shipped)}: {'all holds' if holds else 'NOT all holds'}"
-    head = [
-        "# Core ML on this Mac",
-        "",
-        *instead,
-        f"{machine.cpu}, {machine.os}; {tools}.",
-        "",
-        f"Shipped, {verdict}.",
-        "",
-    ]
-    return "\n".join([*head, *sections]), holds
+    about = f"{machine.cpu}, {machine.os}; coremltools {machine.tools['coremltools']}."
+    verdict = f"Shipped, {' attention on '.join(shipped)}: {'all holds' if holds else 'NOT all holds'}."
+    return "\n".join(["# Core ML on this Mac", "", *instead, about, "", verdict, "", *sections]), holds
 
 
 def _section(name: str, described: Manifest, columns: dict[tuple[Attention, str], dict[str, Cell]]) -> list[str]:
@@ -114,27 +103,19 @@ def _section(name: str, described: Manifest, columns: dict[tuple[Attention, str]
     expected = {
         _ENDS: "yes",
         _MEMORY: f"≤ {disk.size(most_memory(described))}",
-        _PLAN: f"no {', '.join(sorted(_HEAVY))}",
+        _PLAN: f"none of {', '.join(sorted(_HEAVY))}, but on cpu",
         _TIME: "the faster attention is the target's",
     }
     checks = list(dict.fromkeys(check for column in columns.values() for check in column))
+    measured = {check: [column.get(check, Cell(NONE)) for column in columns.values()] for check in checks}
     rows = [
-        (check, expected.get(check, good), *(_shown(column.get(check)) for column in columns.values()))
-        for check in checks
+        (c, expected.get(c, good), *(_MARKS[cell.holds] + cell.text for cell in row)) for c, row in measured.items()
     ]
-    red = [
-        check for check in checks if any(column[check].holds is False for column in columns.values() if check in column)
-    ]
+    red = [check for check, row in measured.items() if any(cell.holds is False for cell in row)]
     table = disk.size(2 * a.vocab_size * a.hidden_size)
     remedies = dict.fromkeys(f"- **{_kind(check)}**: {_IF_RED[_kind(check)].format(table=table)}" for check in red)
     header = ("", "expected", *(f"{attention}, {units}" for attention, units in columns))
     return [f"## {name}", "", markdown([header, *rows]), "", *(["If red:", "", *remedies, ""] if red else [])]
-
-
-def _shown(cell: Cell | None) -> str:
-    if cell is None:
-        return NONE
-    return f"{_MARKS[cell.holds]}{cell.text}"
 
 
 def _kind(check: str) -> str:
