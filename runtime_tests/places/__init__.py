@@ -1,11 +1,8 @@
 """Where jobs that need an artifact run: in child processes of this machine, or on an attached device (`remote`)."""
 
 import platform
-import subprocess
 from collections.abc import Sequence
 from typing import Protocol
-
-import psutil
 
 from devices import ComputeUnits, DeadlineError, DeviceError, DeviceLostError, NoSpaceError
 from export.manifest import Manifest
@@ -14,7 +11,7 @@ from runtime_tests.jobs import ConformanceJob, GenerateJob, LogitsJob, SpeedJob,
 from runtime_tests.jobs.isolation import Ended, Progress
 from runtime_tests.sessions import mlpackage
 
-from . import environment, facts
+from . import environment
 
 ArtifactJob = LogitsJob | ConformanceJob | GenerateJob | SpeedJob
 _OUTCOMES: dict[type[DeviceError], Outcome] = {
@@ -72,7 +69,4 @@ class ThisMachine:
         return environment.current(self.compute_units)
 
     def state(self) -> DeviceState:
-        if not psutil.LINUX:
-            return facts.UNKNOWN
-        ended = subprocess.run(["sh", "-c", facts.SCRIPT], capture_output=True, check=True)
-        return facts.state(ended.stdout.decode(errors="replace"))
+        return environment.state()

