@@ -180,10 +180,8 @@ class _Sublayer:
 
     def __init__(self, layer: Layer, names: _Names, rope: tuple[Tensor, ...]) -> None:
         self.module, self.norm, self.rope = layer.get_submodule(names.module), layer.get_submodule(names.norm), rope
-        self.linears: dict[str, nn.Linear] = {
-            name: self.module.get_submodule(name)
-            for name in (*names.first, names.last)  # type: ignore[misc]
-        }
+        by_name = dict(linears(self.module))
+        self.linears = {name: by_name[name] for name in (*names.first, names.last)}
         self.last = self.linears[names.last]
         setattr(self.module, names.last, nn.Identity())
 
@@ -194,8 +192,9 @@ class _Sublayer:
 
     def between(self, x: Tensor) -> Tensor:
         """Of a chunk of the stream: what the last linear reads."""
-        normed = self.normed(x)
-        return self.module(normed, *self.rope, None)[0] if isinstance(self.module, Attention) else self.module(normed)
+        normed, module = self.normed(x), self.module
+        between: Tensor = module(normed, *self.rope, None)[0] if isinstance(module, Attention) else module(normed)
+        return between
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,17 @@ from torchao.quantization import IntxUnpackedToInt8Tensor, MappingType
 from torchao.quantization.quant_primitives import choose_qparams_affine
 
 from export.checkpoints.integers import values_of
+from export.host import memory, processor
 from export.plan import Levels, WeightScheme
 
 from .spread import by_rows, spread
 
 SMALLEST_SCALE = 2.0**-17
 BLOCK_ELEMENTS = 2**21  # a few MB per temporary, so that a 1 GB embedding costs no more than its integers
+ROUNDING_BYTES = 50
+"""What rounding holds for each element of a block, measured: the block in float32 a dozen times over."""
+_SHARE_OF_FREE = 8
+"""Blocks side by side take no more than such a part of the free memory, however many processors there are."""
 _SEARCHED_AT_ONCE = 2**18
 """Elements whose scales are searched together: they stay in a core's cache for all tries."""
 _SHRINK = [0.6 + 0.05 * i for i in range(10)]
@@ -69,9 +74,16 @@ def compared(weight: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, lev
 
 
 def round_to_nearest(weight: torch.Tensor, scheme: WeightScheme) -> Rounded:
-    """weight float32 [N, K]. Rows are independent, so blocks of them run on all cores."""
-    blocks = spread(lambda rows: _round_block(rows, scheme), torch.split(weight, rows_at_once(weight)))
+    """weight float32 [N, K]. Rows are independent, so blocks of them run side by side."""
+    pieces = torch.split(weight, rows_at_once(weight))
+    blocks = spread(lambda rows: _round_block(rows, scheme), pieces, workers=blocks_at_once())
     return joined(torch.cat([block.qdata for block in blocks]), torch.cat([block.scale for block in blocks]), blocks)
+
+
+def blocks_at_once() -> int:
+    """How many blocks are rounded side by side: one for each processor that may be used, as far as memory reaches."""
+    fitting = memory.free().bytes // _SHARE_OF_FREE // (ROUNDING_BYTES * BLOCK_ELEMENTS)
+    return max(1, min(processor.usable(), fitting))
 
 
 def rows_at_once(weight: torch.Tensor) -> int:

@@ -4,7 +4,6 @@ Work is cut into pieces by its size alone. Each piece is computed by one thread,
 order. (torch's own threads split one sum among them, and wait for each other in every small operation.)
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from export.host import processor
+
 T = TypeVar("T")
 R = TypeVar("R")
 _TOKENS = 2048
@@ -22,10 +23,10 @@ _ROWS = 256
 """Rows of a product, or of a weight, that one thread computes, at most."""
 
 
-def spread(function: Callable[[T], R], pieces: Iterable[T], device: str = "cpu") -> list[R]:
+def spread(function: Callable[[T], R], pieces: Iterable[T], device: str = "cpu", workers: int | None = None) -> list[R]:
     """The function of every piece, in their order; on a GPU, which is parallel in itself, one after another.
 
-    The first exception ends it; pieces that were not begun are left.
+    `workers`: threads, by default one for each processor. The first exception ends it; pieces not begun are left.
     """
     if device != "cpu":
         return [function(piece) for piece in pieces]
@@ -35,8 +36,10 @@ def spread(function: Callable[[T], R], pieces: Iterable[T], device: str = "cpu")
         with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
             return function(piece)
 
-    # without an initializer, MKL takes as many threads in each of these as there are cores
-    with one_torch_thread(), ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    def alone() -> None:  # else MKL takes as many threads in each of ours as there are cores
+        torch.set_num_threads(1)
+
+    with one_torch_thread(), ThreadPoolExecutor(workers or processor.usable(), initializer=alone) as pool:
         try:
             return list(pool.map(run, pieces))
         finally:
@@ -52,11 +55,6 @@ def one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def blocks(size: int, most: int = _ROWS) -> list[slice]:

@@ -11,8 +11,9 @@ from export import checkpoints, quantization
 from export.architecture import EMBEDDING, HEAD
 from export.checkpoints.origin import parse_origin
 from export.errors import ExportError
+from export.host import processor
 from export.plan import CalibrationText, Gptq, Mixture, Promotion, QuantRecipe, WeightScheme, load_plan
-from export.quantization import calibration, gptq, layerwise, processors, spread
+from export.quantization import calibration, gptq, layerwise, processors
 from export.quantization.eager import eager
 from export.quantization.gptq import Moments, choose_integers, inverse_factor, round_linears, target
 from export.quantization.nearest import SMALLEST_SCALE, best_scales, round_to_nearest
@@ -203,7 +204,7 @@ def test_integers_do_not_depend_on_the_number_of_cores(plan, opened, tmp_path, m
     recipe = plan.quant.model_copy(update=fields[method])
     stores = []
     for cores in (1, 2, 5):
-        monkeypatch.setattr(spread, "cores", lambda cores=cores: cores)
+        monkeypatch.setattr(processor, "usable", lambda cores=cores: cores)
         (folder := tmp_path / str(cores)).mkdir()
         stores.append(quantization.quantize(opened, recipe, folder))
     assert_same(stores[1], stores[0])
