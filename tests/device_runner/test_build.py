@@ -107,6 +107,7 @@ def test_a_mac_installs_what_the_lock_holds_and_nothing_else():
         mlpackage.install(Mac(b"no room"), devices.load("macbook-m3"), timeout_s=1)
 
 
+@pytest.mark.linux
 def test_no_library_of_the_bundle_comes_from_elsewhere(bundle):
     """The fixture `run` starts it without an environment; here: it names no library but these and the system's."""
     files = [path for path in bundle.path.rglob("*") if path.is_file()]
