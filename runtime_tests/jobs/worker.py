@@ -16,7 +16,7 @@ import numpy as np
 from export import manifest
 from export.build.command import quiet_libraries
 from export.errors import ExportError
-from export.host import disk, processes
+from export.host import disk, processes, processor
 from runtime_tests import jobs
 from runtime_tests.evidence.record import Outcome
 from runtime_tests.sessions import Session, greedy, open_session
@@ -139,6 +139,7 @@ def main() -> int:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if isinstance(job, jobs.ReferenceJob | jobs.WeightsJob):  # nothing of it is timed, nor runs in its own threads
         processes.wait_asleep()
+    processor.limit_threads()
     quiet_libraries()
     reply = answer(job)
     print("\n" + json.dumps(reply), flush=True)

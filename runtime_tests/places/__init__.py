@@ -1,11 +1,8 @@
 """Where jobs that need an artifact run: in child processes of this machine, or on an attached device (`remote`)."""
 
 import platform
-import subprocess
 from collections.abc import Sequence
 from typing import Protocol
-
-import psutil
 
 from devices import DeadlineError, DeviceError, DeviceLostError, NoSpaceError
 from export.manifest import Manifest
@@ -13,7 +10,7 @@ from runtime_tests.evidence.record import DeviceState, Environment, Outcome
 from runtime_tests.jobs import ConformanceJob, GenerateJob, LogitsJob, SpeedJob, isolation
 from runtime_tests.jobs.isolation import Ended, Progress
 
-from . import environment, facts
+from . import environment
 
 ArtifactJob = LogitsJob | ConformanceJob | GenerateJob | SpeedJob
 _OUTCOMES: dict[type[DeviceError], Outcome] = {
@@ -70,7 +67,4 @@ class ThisMachine:
         return environment.current()
 
     def state(self) -> DeviceState:
-        if not psutil.LINUX:
-            return facts.UNKNOWN
-        ended = subprocess.run(["sh", "-c", facts.SCRIPT], capture_output=True, check=True)
-        return facts.state(ended.stdout.decode(errors="replace"))
+        return environment.state()
