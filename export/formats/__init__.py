@@ -29,7 +29,7 @@ from export.plan import Plan, leads_out
 if TYPE_CHECKING:
     from export.quantization.store import QuantizedModel
 
-_LIBRARIES = ("torch", "torchao", "transformers")
+_LIBRARIES = ("torch", "torchao", "transformers", "jinja2")
 """Packages that decide every artifact's bytes; a format adds its own."""
 _DTYPE = re.compile(r"(?:b?float|u?int|nf|fp)([1-9]\d?)")
 """A dtype's name ends with its bits."""
