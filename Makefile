@@ -58,7 +58,7 @@ STUDIED := int4-g32-gptq-chat,int4-g64-gptq,int4-g32-gptq-prose,int4-g32-scales,
 LEFT_OUT = $(if $(filter Linux-aarch64 Linux-arm64,$(shell uname -s)-$(shell uname -m)),coreml)
 WHY      = "left out: $(LEFT_OUT), for which coremltools has no wheel here; build it on x86-64 Linux or a Mac"
 TARGETS := $(filter-out $(LEFT_OUT),$(sort $(basename $(notdir $(wildcard configs/targets/*.yaml)))))
-COMMANDS := all setup locked build validate test lint unit fuzz shape bench bench-quick bench-docs bench-pages choosing study detours tasks devices lab baseline tiny gate ci-artifacts ci-report ci-diff cards compute-plan configuration golden readme reliability audit lock clean help
+COMMANDS := all setup locked build validate test lint unit fuzz shape bench bench-quick bench-docs bench-pages choosing study detours tasks devices lab baseline tiny gate ci-artifacts ci-report ci-diff cards compute-plan mac-check configuration golden readme reliability audit lock clean help
 # a YAML of another name is a device all the same, for --device: neither a space nor the name of a command harms others
 DEVICES := $(filter-out $(COMMANDS),$(shell ls devices 2>/dev/null | sed -n 's/^\([A-Za-z0-9][A-Za-z0-9_.-]*\)\.yaml$$/\1/p'))
 LOCKS   := $(sort $(wildcard locks/*.txt))
@@ -182,6 +182,9 @@ cards: setup                        ## run the Python on the cards of MODEL × Q
 compute-plan: setup                 ## on which processor Core ML runs each operation of MODEL × RECIPES (on a Mac)
 	@folders=$$(for recipe in $(call each,RECIPES); do $(call folders,"$$recipe",coreml) || exit 1; done) && \
 	$(PY) -m runtime_tests.coreml.compute_plan $$folders --out build/ci
+
+mac-check: setup                    ## on a Mac: Core ML on each unit beside the evaluator, MODEL and tiny; build/mac-check
+	@$(PY) -m runtime_tests.coreml.check $(call quote,MODEL) $(CHECKPOINT)
 
 baseline: setup                     ## store what the last run on DEVICE reached as its baseline, or what ARTIFACTS did
 	@$(PY) -m runtime_tests.evidence.baseline $(call quote,DEVICE) $(if $(value RECORDS),--records=$(call quote,RECORDS)) $(call each,ARTIFACTS)

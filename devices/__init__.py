@@ -1,6 +1,7 @@
 """Where and how to run a command: one YAML per device. No module here imports anything of models or formats."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 
@@ -23,6 +24,7 @@ from .transports.connection import AnyAddress, open_transport
 __all__ = [
     "Budgets",
     "Completed",
+    "ComputeUnits",
     "CoolDown",
     "DeadlineError",
     "Device",
@@ -40,6 +42,8 @@ __all__ = [
 ]
 
 FOLDER = Path(__file__).parent
+ComputeUnits = Literal["cpu", "cpu_gpu", "cpu_ne", "all"]
+"""Processors of a Mac or phone: the CPU alone, with its GPU, with its Neural Engine, or all of them."""
 
 
 class Budgets(BaseModel):
@@ -86,6 +90,8 @@ class Device(BaseModel):
     """Names of the targets whose artifacts it can run."""
     threads: PositiveInt | None
     """Threads of a session; null: one for each physical core that is not made to save energy."""
+    compute_units: ComputeUnits = "cpu_gpu"
+    """What Core ML may run on there; nothing else reads it."""
     evaluation: str
     """Name of the evaluation where the command names none."""
     time_limit_s: PositiveFloat

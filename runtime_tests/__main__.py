@@ -327,7 +327,7 @@ def here(device: Device) -> bool:
 def opened(device: Device, scratch: Path) -> Iterator[Place]:
     """The place where artifacts run; an attached device is locked until the end."""
     if here(device):
-        yield ThisMachine(environment.threads(device))
+        yield ThisMachine(environment.threads(device), device.compute_units)
         return
     try:
         transport = devices.open_transport(device)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from devices import Device, Transport
 from export.errors import ExportError
+from runtime_tests.sessions.mlpackage import UNITS
 
 from . import own_runner, started
 from .onnx_kv import CACHE, push_session
@@ -49,5 +50,5 @@ def install(transport: Transport, device: Device, *, timeout_s: float) -> tuple[
             refuse_changed(installed.stderr.decode(errors="replace"))
             raise ExportError(f"{device.name}: coremltools=={number} cannot be installed there: {installed.reason}")
     push_session(transport, "mlpackage", timeout_s)
-    paths = ("env", "PYTHONPATH=runners", f"PYTHONPYCACHEPREFIX={CACHE}")
-    return started(transport, device, (*paths, _PYTHON, "-m", "sessions.mlpackage"), timeout_s=timeout_s)
+    settings = ("env", "PYTHONPATH=runners", f"PYTHONPYCACHEPREFIX={CACHE}", f"{UNITS}={device.compute_units}")
+    return started(transport, device, (*settings, _PYTHON, "-m", "sessions.mlpackage"), timeout_s=timeout_s)

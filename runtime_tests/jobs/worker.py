@@ -73,6 +73,15 @@ def _run(job: jobs.Job) -> dict[str, Any]:  # noqa: C901, PLR0911, PLR0912 – o
             from runtime_tests.bench.runners import write_logits as write_contender_logits
 
             return write_contender_logits(job)
+        case jobs.CoreMLJob():
+            from runtime_tests.coreml.calls import answer as answer_calls
+
+            return answer_calls(job)
+        case jobs.CoreMLPlanJob():
+            from runtime_tests.coreml.compute_plan import placements
+
+            placed = placements(Path(job.package), job.compute_units)
+            return {"placed": [[device, operator, number] for (device, operator), number in placed.items()]}
         case jobs.TaskDataJob():
             from runtime_tests.tasks.run import count_questions
 

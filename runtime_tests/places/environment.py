@@ -7,13 +7,18 @@ from devices import Device
 from export.formats import tool_versions
 from export.host import memory, processor
 from runtime_tests.evidence.record import DeviceState, Environment
+from runtime_tests.sessions import mlpackage
 
 from . import facts
 
 
-def current() -> Environment:
-    """The machine that runs this program as far as it may use it, with its load at this moment."""
-    told = facts.environment(_told(), tool_versions(), platform.python_version())
+def current(compute_units: str | None = None) -> Environment:
+    """The machine that runs this program as far as it may use it, with its load at this moment.
+
+    `compute_units`: on which Core ML runs, which is told where it is there.
+    """
+    core_ml = {"Core ML": compute_units} if compute_units and mlpackage.in_core_ml() else {}
+    told = facts.environment(_told(), tool_versions() | core_ml, platform.python_version())
     shared = {"cores": min(told.cores, processor.usable()), "memory_bytes": memory.total_bytes()}
     return told.model_copy(update=shared)
 

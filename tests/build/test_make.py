@@ -103,6 +103,7 @@ def test_no_variable_is_run(make, name):
             "gate",
             *(["AGAINST=x"] if name != "AGAINST" else []),
             "compute-plan",
+            "mac-check",
             "bench-quick",
             "study",
             "unit",
