@@ -98,7 +98,7 @@ def _called(folder: Path, units: str | None, steps: int, reference: str) -> Ende
     job = CoreMLJob(
         folder=str(folder.resolve()),
         compute_units=units,
-        threads=devices.physical_threads(),
+        threads=environment.threads(),
         steps=steps,
         reference=reference,
     )
