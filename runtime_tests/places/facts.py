@@ -4,6 +4,7 @@ Everything is read from /proc, /sys and what Android and macOS have instead. An 
 """
 
 import re
+from collections import Counter
 
 from devices import last_line
 from runtime_tests.evidence.record import DeviceState, Environment
@@ -61,7 +62,7 @@ each cpu_capacity capacity
 sed -n 's/^\(CPU implementer\|CPU part\)[[:space:]]*: */id=\1 /p' /proc/cpuinfo 2>/dev/null
 exit 0
 """
-_MOST_CHARACTERS = 2**17
+_MOST_CHARACTERS = 2**16
 _HOTTEST, _COLDEST = 150.0, -50.0
 """Degrees Celsius that no working sensor reports; some zones count milli-degrees, some report nonsense."""
 
@@ -134,7 +135,7 @@ def _low_power(text: str | None) -> bool | None:
 
 def _temperatures(zones: list[str]) -> dict[str, float]:
     """`type:value` entries → °C by zone; zones of one type are numbered."""
-    temperatures: dict[str, float] = {}
+    temperatures, seen = dict[str, float](), Counter[str]()
     for zone in zones:
         kind, _, text = zone.rpartition(":")
         degrees = number(text)
@@ -142,11 +143,14 @@ def _temperatures(zones: list[str]) -> dict[str, float]:
             continue
         degrees = degrees / 1000 if abs(degrees) > _HOTTEST else degrees
         if _COLDEST < degrees < _HOTTEST:
-            same = sum(re.sub(r"#\d+$", "", name) == kind for name in temperatures)
-            temperatures[kind if not same else f"{kind}#{same + 1}"] = degrees
+            seen[kind] += 1
+            temperatures[kind if seen[kind] == 1 else f"{kind}#{seen[kind]}"] = degrees
     return temperatures
 
 
 def number(text: str | None) -> float | None:
     """A decimal number of a size that machines have, or null."""
     return float(text) if text and re.fullmatch(r"-?[0-9]{1,18}(\.[0-9]{1,18})?", text) else None
+
+
+UNKNOWN = state("")

@@ -322,7 +322,13 @@ def test_a_runtime_that_fails_in_the_middle_is_an_error_in_one_line(monkeypatch,
 
 @pytest.mark.parametrize(
     ("name", "runtime"),
-    [("base", set()), ("board", set()), ("onnx_kv", {"onnxruntime"}), ("mlpackage", {"coremltools"})],
+    [
+        ("base", set()),
+        ("board", set()),
+        ("footprint", set()),
+        ("onnx_kv", {"onnxruntime"}),
+        ("mlpackage", {"coremltools"}),
+    ],
 )
 def test_a_board_needs_nothing_but_its_runtime(name, runtime):
     """Parts that only a type checker or the host uses are left out."""
@@ -331,7 +337,7 @@ def test_a_board_needs_nothing_but_its_runtime(name, runtime):
         if isinstance(node, ast.Import):
             assert {name.name.partition(".")[0] for name in node.names} <= allowed
         elif isinstance(node, ast.ImportFrom):
-            inside = node.level == 1 and node.module in ("base", "board")
+            inside = node.level == 1 and node.module in ("base", "board", "footprint")
             assert inside or node.module.partition(".")[0] in allowed
 
 

@@ -72,7 +72,7 @@ def test_torch_takes_no_more_threads_than_the_share(given, then):
     done = subprocess.run(
         [sys.executable, "-c", code], env=around, cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.decode() == f"{then}\n"
+    assert done.stdout == f"{then}\n"
 
 
 def test_without_a_share_threads_are_left_as_they_are(monkeypatch):
@@ -91,18 +91,16 @@ def test_blocks_in_flight_are_as_many_as_processors_and_memory_hold(monkeypatch,
     assert nearest.blocks_at_once() == blocks
 
 
-def test_macos_gives_up_more_than_is_free(monkeypatch):
+@pytest.mark.parametrize(("level", "gives_up"), [(49, 2**34 * 49 // 100), (None, 4.8e9)])
+def test_macos_gives_up_more_than_is_free(monkeypatch, level, gives_up):
     """`memory_pressure` of a 16 GB Mac in use: `System-wide memory free percentage: 49%`; psutil has 4.8 GB."""
-    told = {"hw.memsize": 2**34, "kern.memorystatus_level": 49}
-    assert darwin.available_bytes(*told.values()) == 2**34 * 49 // 100
-    assert darwin.available_bytes(2**34, None) is None
-    monkeypatch.setattr(memory.sys, "platform", "darwin")
+    told = type("", (), {"total": 2**34, "available": 4.8e9})
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: told)
     monkeypatch.setattr(memory, "cgroup_rooms", lambda: iter(()))
-    monkeypatch.setattr(darwin, "sysctl", told.get)
-    assert memory.free().bytes == 2**34 * 49 // 100
-    monkeypatch.setattr(darwin, "sysctl", lambda name: None)
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: type("", (), {"available": 5}))
-    assert memory.free().bytes == 5
+    assert memory.free().bytes == 4.8e9
+    monkeypatch.setattr(memory.sys, "platform", "darwin")
+    monkeypatch.setattr(darwin, "sysctl", {"kern.memorystatus_level": level}.get)
+    assert memory.free().bytes == gives_up
 
 
 def test_memory_of_a_container_is_what_its_group_has(tmp_path):
