@@ -42,14 +42,17 @@ BASE    ?=
 # of `make gate`: the release before, and limits other than those in configs/gate.yaml
 AGAINST ?=
 LIMITS  ?=
+# no: `make gate` and `make baseline` leave speed out, on a machine that others use as well
+SPEED   ?=
 VALIDATION ?= --skip-proven
 
 # what users give reaches the shell and Python as the text it is, whatever characters a path has
 quote   = '$(subst ','\'',$(value $(1)))'
 each    = $(foreach item,$(value $(1)),'$(subst ','\'',$(item))')
-unexport PYTHON TORCH MODEL QUANT CALIBRATE_ON DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS VALIDATION QUICK STUDIED TARGETS
+unexport PYTHON TORCH MODEL QUANT CALIBRATE_ON DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS SPEED VALIDATION QUICK STUDIED TARGETS
 
 PY      := .venv/bin/python
+NO_SPEED = $(if $(filter-out no,$(value SPEED)),$(error SPEED is no, or empty))$(if $(value SPEED),--no-speed)
 # contenders of `make bench-quick`
 QUICK   := device-runner,runner-stock,genai,genai-stock,session,llamacpp-q4_0,llamacpp-q4_k_m
 # recipes that `make study` builds as ONNX only
@@ -155,7 +158,7 @@ gate: setup                         ## MODEL × RECIPES × TARGETS against the r
 	$(if $(value AGAINST),,$(error AGAINST names the release before: an artifact folder, a folder of them, or a file of records))
 	@folders=$$($(CHECKED)) && \
 	$(PY) -m runtime_tests gate --device=$(call quote,DEVICE) --against=$(call quote,AGAINST) \
-	  $(if $(value LIMITS),--limits=$(call quote,LIMITS)) $$folders
+	  $(if $(value LIMITS),--limits=$(call quote,LIMITS)) $(NO_SPEED) $$folders
 
 ci-report: setup                    ## report the last run of MODEL × QUANT on DEVICE in build/ci
 	@targets=$$($(PY) -m devices targets $(call quote,DEVICE)) && \
@@ -187,7 +190,7 @@ mac-check: setup                    ## on a Mac: Core ML on each unit beside the
 	@$(PY) -m runtime_tests.coreml.check $(call quote,MODEL) $(CHECKPOINT)
 
 baseline: setup                     ## store what the last run on DEVICE reached as its baseline, or what ARTIFACTS did
-	@$(PY) -m runtime_tests.evidence.baseline $(call quote,DEVICE) $(if $(value RECORDS),--records=$(call quote,RECORDS)) $(call each,ARTIFACTS)
+	@$(PY) -m runtime_tests.evidence.baseline $(call quote,DEVICE) $(if $(value RECORDS),--records=$(call quote,RECORDS)) $(NO_SPEED) $(call each,ARTIFACTS)
 
 tiny:                               ## the whole job on a two-layer random model, in a minute
 	@$(MAKE) --no-print-directory all MODEL=tiny

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from stat import S_ISBLK, S_ISCHR, S_ISDIR, S_ISFIFO, S_ISSOCK
+from stat import S_ISDIR, S_ISFIFO, S_ISREG, S_ISSOCK
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
@@ -15,12 +15,12 @@ _MOST_YAML_BYTES = 2**20
 _SPECIAL = tuple("*&!%@`")
 """With which no text of YAML begins, unless it is in quotes."""
 _TEXT_BEFORE, _TEXT_AFTER = re.compile(r"[^\s{,]*$"), re.compile(r"^[^\s:,}]*")
-_NO_FILES = (
+_KINDS = (
+    (S_ISREG, "a file"),
     (S_ISDIR, "a folder"),
     (S_ISFIFO, "a pipe"),
     (S_ISSOCK, "a socket"),
-    (S_ISCHR, "a device"),
-    (S_ISBLK, "a device"),
+    (lambda _mode: True, "a device"),
 )
 _MOST_KNOWN = 30
 _MOST_PROBLEMS = 5
@@ -53,13 +53,19 @@ def load_record(cls: type[Record], path: Path) -> Record:
     return validated(cls, {"name": path.stem, **fields}, path)
 
 
-def absence(path: Path) -> str:
-    """What is in the place of a file: `missing`, `a folder, no file`, `a pipe, no file` and so on."""
+def kind(path: Path) -> str | None:
+    """`a file`, `a folder`, `a pipe` and so on; None: nothing is there."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError):
-        return "missing"
-    return next((f"{what}, no file" for is_one, what in _NO_FILES if is_one(mode)), "no file")
+        return None
+    return next(what for is_one, what in _KINDS if is_one(mode))
+
+
+def absence(path: Path) -> str:
+    """What is in the place of a file: `missing`, `a folder, no file`, `a pipe, no file` and so on."""
+    what = kind(path)
+    return f"{what}, no file" if what else "missing"
 
 
 def load_fields(path: Path) -> dict[str, Any]:

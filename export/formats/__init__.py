@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.architecture import Architecture, Strict
-from export.errors import ExportError, suggestion
+from export.errors import ExportError, absence, suggestion
 from export.manifest import IOContract, KVLayout, Manifest, TensorSpec, TokenizerIds
 from export.plan import Plan, leads_out
 
@@ -215,7 +215,7 @@ def recognize(path: Path) -> Reader:
 def contents(reader: Reader, path: Path, architecture: Architecture | None) -> Contents:
     """Read a file. Raises ExportError, in one line, whatever its parser raises for a damaged one."""
     if not (path.is_file() or path.is_dir()):
-        raise ExportError(f"{path}: missing; build the artifact again")
+        raise ExportError(f"{path}: {absence(path)}; build the artifact again")
     try:
         return reader.contents(path, architecture)
     except (ExportError, OSError):

@@ -13,7 +13,8 @@ from export import manifest
 from export.manifest import Manifest
 from runtime_tests.checks import accuracy
 from runtime_tests.jobs import CoreMLJob, report_progress
-from runtime_tests.sessions import footprint, mlpackage
+from runtime_tests.sessions import mlpackage
+from runtime_tests.sessions.footprint import peak_bytes
 
 LENGTHS = (1, 2, 5, 64, 512)
 """New tokens of calls that follow each other in one state, so that the slots in use grow beyond them."""
@@ -49,7 +50,7 @@ def answer(job: CoreMLJob) -> dict[str, Any]:
     """
     folder = Path(job.folder)
     described = manifest.read(folder)
-    package, before, started = folder / described.plan.target.artifact, footprint.peak_bytes(), time.perf_counter_ns()
+    package, before, started = folder / described.plan.target.artifact, peak_bytes(), time.perf_counter_ns()
     if job.compute_units is None or not mlpackage.in_core_ml():
         model: Any = mlpackage.Evaluated(package, job.threads)
     else:
@@ -62,7 +63,7 @@ def answer(job: CoreMLJob) -> dict[str, Any]:
     return {
         "load_ms": load_ns / 1e6,
         "step_ms": median(caller.times[len(LENGTHS) : len(LENGTHS) + job.steps]) / 1e6,
-        "memory_bytes": footprint.peak_bytes() - before,
+        "memory_bytes": peak_bytes() - before,
         "compared": _compared(logits, Path(job.reference)),
     }
 

@@ -399,13 +399,15 @@ def test_a_command_says_where_a_checkpoint_was_and_what_has_become_of_it(here):
         ("none", "none/manifest.json: missing; give an artifact folder made by `python -m export`"),
         ("file", "file: a file; give an artifact folder made by `python -m export`"),
         ("empty", "empty/manifest.json: missing; give an artifact folder made by `python -m export`"),
+        ("pipe", "pipe: a pipe; give an artifact folder made by `python -m export`"),
         ("piped", "piped/manifest.json: a pipe, no file; give an artifact folder made by `python -m export`"),
     ],
 )
 def test_what_is_no_artifact_folder_says_which_to_give(here, given, line):
     for folder in ("artifact", "empty", "piped"):
         (here / folder).mkdir()
-    os.mkfifo(here / "piped/manifest.json")
+    for pipe in ("piped/manifest.json", "pipe"):
+        os.mkfifo(here / pipe)
     for file in ("artifact/model.onnx", "artifact/manifest.json", "file"):
         (here / file).touch()
     with pytest.raises(ExportError) as refusal:

@@ -1,7 +1,6 @@
 """`compute_units` of a device's YAML: what Core ML runs on there, whoever opens the package, and in the record."""
 
 import json
-import platform
 import sys
 
 import pytest
@@ -79,15 +78,11 @@ def test_a_runner_is_started_with_its_devices_units():
 
 
 def test_a_record_names_the_build_of_the_system_and_the_units(monkeypatch):
-    monkeypatch.setattr(platform, "system", lambda: "Darwin")
-    monkeypatch.setattr(platform, "mac_ver", lambda: ("15.1", ("", "", ""), ""))
-    monkeypatch.setattr(mlpackage, "os_build", lambda: "24B83")
-    monkeypatch.delenv("LLAMA_COREML", raising=False)
-    machine = places.ThisMachine(1, "cpu").environment()
-    assert (machine.os, machine.tools["Core ML"]) == ("macOS 15.1 (24B83)", "cpu")
-    monkeypatch.setenv("LLAMA_COREML", "reference")
+    monkeypatch.setattr(mlpackage, "in_core_ml", lambda: True)
+    assert places.ThisMachine(1, "cpu").environment().tools["Core ML"] == "cpu"
+    monkeypatch.setattr(mlpackage, "in_core_ml", lambda: False)
     assert "Core ML" not in environment.current("cpu").tools
-    assert "sw_vers -buildVersion" in facts.SCRIPT
+    assert 'say os "macOS $(sw_vers -productVersion) ($(sw_vers -buildVersion))"' in facts.SCRIPT
 
 
 def test_what_was_proven_on_other_units_is_proven_again(monkeypatch, tmp_path):

@@ -396,6 +396,19 @@ def test_scales_that_a_gpu_may_flush_are_said_at_the_build_and_on_the_card(plan,
     assert f"18 {line}: compare its answers with those of `.cpuOnly`." in card.render(described, [])
 
 
+@pytest.mark.parametrize(("weights", "for_macs"), [(0.8e9, False), (1.9e9, True)])
+def test_the_card_tells_an_app_what_memory_the_model_takes(built, weights, for_macs):
+    described = built[1]
+    sizes = {name: info.model_copy(update={"bytes": int(weights)}) for name, info in described.files.items()}
+    weight_file = f"model.mlpackage/{WEIGHTS}"
+    files = described.files | {weight_file: sizes[weight_file]}
+    text = card.render(described.model_copy(update={"files": files}), [])
+    assert "configuration.computeUnits = .cpuAndGPU" in text
+    assert "Array(ids.prefix(256))" in text  # 256 rows of logits at a time
+    assert "com.apple.developer.kernel.increased-memory-limit" in text
+    assert ("This model is for Macs: its\n1.9 GB do not fit" in text) is for_macs
+
+
 # platforms
 
 
