@@ -52,6 +52,7 @@ each    = $(foreach item,$(value $(1)),'$(subst ','\'',$(item))')
 unexport PYTHON TORCH MODEL QUANT CALIBRATE_ON DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS SPEED VALIDATION QUICK STUDIED TARGETS
 
 PY      := .venv/bin/python
+WHICH_TORCH = $(if $(filter-out cpu cuda,$(value TORCH))$(word 2,$(value TORCH)),$(error TORCH is cpu or cuda, or empty))$(call quote,TORCH)
 NO_SPEED = $(if $(filter-out no,$(value SPEED)),$(error SPEED is no, or empty))$(if $(value SPEED),--no-speed)
 # contenders of `make bench-quick`
 QUICK   := device-runner,runner-stock,genai,genai-stock,session,llamacpp-q4_0,llamacpp-q4_k_m
@@ -99,7 +100,7 @@ FORCE: ;
 
 .venv/.ready:
 	@sh .ci/venv .venv $(call quote,PYTHON)
-	@sh .ci/install .venv $(call quote,TORCH)
+	@sh .ci/install .venv $(WHICH_TORCH)
 	@echo "$(call made_from,$(PINS))" > $@
 
 # of it only the weights are used

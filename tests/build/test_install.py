@@ -68,7 +68,6 @@ def test_the_torch_that_a_machine_can_use_is_installed_at_once(install, asked, m
 @pytest.mark.parametrize(
     ("asked", "machine", "says"),
     [
-        ("rocm", {}, "error: TORCH=rocm: expected cpu or cuda\n"),
         ("cpu", {"answers": False}, f"error: TORCH=cpu: {CPU} does not answer; leave TORCH away to take"),
         ("", {"free_gb": 3}, "error: venv: 3 GB free, and set-up needs 4 GB (torch without CUDA"),
         ("", {"free_gb": 8, "card": True}, "error: venv: 8 GB free, and set-up needs 9 GB (torch with CUDA (TORCH=cpu"),
