@@ -214,11 +214,10 @@ def _validate(folders: Sequence[Path], device: Device, given: _Given) -> None:
         )
         place.prepare([described for _, described in artifacts])
         records = []
-        for folder, described in artifacts:
-            console.print(f"{described.id} on {device.name}", style="bold", soft_wrap=True)
-            records.append(validate.validate(folder, described, setting))
+        for (folder, described), record in zip(artifacts, validate.each(artifacts, setting), strict=True):
+            records.append(record)
             with disk.writing(BUILD):
-                publication.keep(records[-1], BUILD, folder, described)
+                publication.keep(record, BUILD, folder, described)
     disk.trim(BUILD / "cache")
     with stage("report"), disk.writing(BUILD):
         page = publication.report(records, [described for _, described in artifacts], BUILD)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from export.host import disk, processes
+from export.host import disk, interrupt, processes
 from export.host.processes import last_line
 from export.manifest import ROOT
 from runtime_tests.evidence.record import Outcome
@@ -39,6 +39,7 @@ def run(job: Job, *, limit_s: float, on_progress: Progress | None = None, renewe
 
     def watch(line: str) -> bool:
         nonlocal last_seen
+        interrupt.check()  # only the main thread is told, and this may be another
         if not on_progress or not (progress := _parse(line)) or "done" not in progress:
             return False
         on_progress(int(progress["done"]), int(progress["total"]))
