@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from .architecture import Architecture, Positive, Strict
-from .errors import ExportError, explain
+from .errors import ExportError, absence, explain, kind
 from .host import digests, transit
 from .plan import FileName, Levels, Plan
 
@@ -275,10 +275,11 @@ def _no_manifest(folder: Path) -> str:
     """Which folder to give in place of one that is no artifact's."""
     if (folder.parent / FILE).is_file() and folder.exists():
         return f"{folder}: a part of an artifact; give the artifact's folder, {folder.parent}"
-    if folder.is_dir() and (inside := sorted(path.parent.name for path in folder.glob(f"*/{FILE}"))):
+    if folder.is_dir() and (inside := sorted(path.parent.name for path in folder.glob(f"*/{FILE}") if path.is_file())):
         more = f" and {len(inside) - 3} more" if len(inside) > 3 else ""
         return f"{folder}: holds artifacts, {', '.join(inside[:3])}{more}; give the folder of one"
-    what = f"{folder}: a file" if folder.is_file() else f"{folder / FILE}: missing"
+    is_other = folder.exists() and not folder.is_dir()
+    what = f"{folder}: {kind(folder)}" if is_other else f"{folder / FILE}: {absence(folder / FILE)}"
     return f"{what}; give an artifact folder made by `python -m export`"
 
 
@@ -426,9 +427,16 @@ def source_info() -> SourceInfo:
     )
 
 
+def git_is_silent(source: SourceInfo) -> str:
+    """That a repository tells no commit, in a line: no git, or one before 2.38 in another user's checkout; or ""."""
+    if source.commit != UNKNOWN or not (ROOT / ".git").exists():
+        return ""
+    return f"git tells no commit of {ROOT}, so the manifest says `unknown`; `git -C {ROOT} log` says why"
+
+
 def _git(*arguments: str) -> str | None:
     """Output of a git command in this checkout; None where it fails. These only read, so the owner may be another."""
-    command = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), *arguments]
+    command = ["git", "-c", f"safe.directory={ROOT.resolve()}", "-C", str(ROOT), *arguments]  # git knows no link
     try:
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

@@ -17,6 +17,8 @@ Device = Literal["cpu", "cuda"]
 """Where calibration computes."""
 Levels = Literal["even", "nf4", "fp4"]
 """What codes stand for: evenly spaced integers, or the sixteen levels of bitsandbytes' types."""
+Attention = Literal["fused", "plain"]
+"""One operation of the runtime, or its parts: matmul, softmax, matmul."""
 CONFIGS = Path(__file__).parent.parent / "configs"
 SHORTEST_CONTEXT = 64
 """Tokens; a KV cache of fewer is no model that anybody runs."""
@@ -134,6 +136,7 @@ class CalibrationText(Strict):
     file: FileName
     """In configs/calibration."""
     windows: Positive
+    """How many windows are cut from it, spread evenly."""
 
 
 class GeneratedText(Strict):
@@ -142,6 +145,7 @@ class GeneratedText(Strict):
     prompts: FileName
     """In configs/calibration, one per line."""
     windows: Positive
+    """How many windows of answers the model writes."""
 
 
 class Mixture(Strict):
@@ -155,7 +159,9 @@ class Mixture(Strict):
     held_out_every: Annotated[int, Field(ge=2)]
     """One window in this many is held out: the loss is estimated on it."""
     texts: tuple[CalibrationText, ...]
+    """Texts that are there already, each with its number of windows."""
     generated: GeneratedText | None
+    """Text that the model itself writes; null: none."""
 
     @property
     def windows(self) -> int:
@@ -181,6 +187,7 @@ class Promotion(Strict):
     """Which linears get a larger scheme: those that lose most KL per byte, until the budget is met."""
 
     scheme: WeightScheme
+    """That promoted linears get, of more bits than `linear`."""
     windows: Positive
     """Calibration windows on which every linear's share of the loss is estimated."""
     linear_bits_per_weight: PositiveNumber
@@ -192,6 +199,7 @@ class LayerRule(Strict):
 
     pattern: Annotated[str, Field(min_length=1, max_length=200)]
     scheme: WeightScheme
+    """Of the linears that match."""
 
 
 def _rules(value: Any) -> Any:
@@ -241,7 +249,7 @@ class QuantRecipe(Strict):
     ] = ()
     """Schemes of some linears instead of that of `linear`: pattern → scheme. Patterns are a shell's, of names without
     `.weight`: `"*.down_proj"`, `"model.layers.{0,2..4}.*"`, `"model.layers.{-2..-1}.mlp.*"` for the last two layers.
-    Of several that match, the last one decides."""
+    What braces list must all match. Of several that match, the last one decides."""
     linear: WeightScheme | None
     """Of every linear of the layers; null: they stay float."""
     embedding: WeightScheme | None
@@ -333,7 +341,10 @@ class Target(Strict):
     """Activation quantization the runtime adds; the eager reference does the same."""
     logits: Literal["last", "all"]
     """Positions of a prompt for which the artifact returns logits."""
+    attention: Annotated[Attention, Field(exclude_if=lambda attention: attention == "fused")] = "fused"
+    """Of Core ML: `plain` is matmul, softmax and matmul, for systems where the fused operation is wrong or slow."""
     limits: TargetLimits
+    """What validation judges the lowering by."""
     limits_on: dict[str, TargetLimits]
     """Limits for processors whose kernels round differently, by family: aarch64, x86_64."""
 

@@ -176,6 +176,7 @@ def _examine(subject: Subject, environment: Environment) -> Iterator[Finding]:
     yield files.check_text(subject)
     yield files.check_tokenizer(subject)
     yield weights.check(subject)
+    _remember_place(subject)
     windows, probes, template = comparisons.cut_tokens(subject)
     yield Finding(windows=windows.windows)
     references = comparisons.compute_references(subject, windows, probes)
@@ -208,6 +209,12 @@ def collect(checks: Iterator[Finding], scratch: Path) -> tuple[Finding, _Stop | 
     except ExportError as error:
         return total, (Outcome.RUN_FAIL, str(error))
     return total, None
+
+
+def _remember_place(subject: Subject) -> None:
+    """A checkpoint that moved is found there from now on: by its digests it is this one."""
+    checkpoint = subject.manifest.checkpoint
+    whereabouts.remember(whereabouts.told(checkpoint, subject.setting.source), checkpoint.sha256)
 
 
 def _find_baseline(subject: Subject, environment: Environment) -> Reached | None:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
-from . import Completed, DeviceError, last_line
+from . import Completed, DeviceError, last_line, packages
 from .address import Address, lookup, variable
 from .processes import Deadline
 
@@ -59,7 +59,9 @@ class _Host(Address):
     host: str
     """Name or address, or `${VARIABLE}` of the environment."""
     port: PositiveInt | None
+    """null: what ssh takes."""
     user: str | None
+    """The name to log in with; null: what ssh takes."""
     identity: str | None
     """File of the private key."""
     config: str | None
@@ -68,7 +70,7 @@ class _Host(Address):
     def connect(self, device: str, deadline: Deadline, /) -> "_SshLink":
         address = self._resolved(device)
         if shutil.which("ssh") is None:
-            raise DeviceError("ssh is not installed: install Debian's package openssh-client")
+            raise DeviceError(f"ssh is not installed: {packages.hint('ssh')}")
         link = _SshLink(device, address)
         try:
             link.open(deadline)
@@ -100,12 +102,14 @@ class Ssh(_Host):
     """A Linux board."""
 
     kind: Literal["ssh"]
+    """Over ssh, to Linux."""
 
 
 class Apple(_Host):
     """A Mac, or an iPhone attached to one."""
 
     kind: Literal["apple"]
+    """Over ssh, to a Mac."""
     phone: str | None
     """Identifier of the iPhone, as `xcrun devicectl list devices` shows it; null: the Mac itself."""
 

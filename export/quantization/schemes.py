@@ -3,7 +3,6 @@
 All of it from shapes alone.
 """
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -13,10 +12,8 @@ from export.errors import ExportError, suggestion
 from export.plan import LayerRule, Mixture, QuantRecipe, WeightScheme
 
 from . import patterns, rotation
-from .nearest import BLOCK_ELEMENTS
+from .nearest import BLOCK_ELEMENTS, ROUNDING_BYTES, blocks_at_once
 
-_ROUNDING_BYTES = 50
-"""What rounding holds for each element of a block, measured: the block in float32 a dozen times over."""
 _FACTOR_BYTES = 3 * 8
 """For each pair of a linear's inputs: the damped moments, their inverse and its factor, float64."""
 
@@ -127,6 +124,10 @@ def _matching(rule: LayerRule, architecture: Architecture) -> list[str]:
     return patterns.matching(rule.pattern, architecture.linear_shapes(), architecture.num_hidden_layers)
 
 
+_MOST_IDLE = 5
+"""Told of a pattern."""
+
+
 def _check_rules(recipe: QuantRecipe, architecture: Architecture) -> None:
     """Refuse a pattern that decides nothing."""
     deciding = by_pattern(recipe, architecture).values()
@@ -136,6 +137,12 @@ def _check_rules(recipe: QuantRecipe, architecture: Architecture) -> None:
         if not _matching(rule, architecture):
             kinds = {f"*.{name.rpartition('.')[2]}" for name in names}
             raise ExportError(f"{where} matches no linear of the layers; {suggestion(rule.pattern, [*kinds, *names])}")
+        if unmatched := patterns.idle(rule.pattern, architecture.linear_shapes(), architecture.num_hidden_layers):
+            more = f" and {len(unmatched) - _MOST_IDLE} more" if len(unmatched) > _MOST_IDLE else ""
+            raise ExportError(
+                f"{where} matches nothing by its {', '.join(unmatched[:_MOST_IDLE])}{more}; the model's layers are 0 "
+                f"to {architecture.num_hidden_layers - 1}, or -{architecture.num_hidden_layers} to -1"
+            )
         if rule not in deciding:
             raise ExportError(f"{where} decides nothing: later patterns match all of its linears; write it after them")
 
@@ -167,8 +174,7 @@ def memory_bytes(recipe: QuantRecipe, architecture: Architecture) -> int:
     if not counts.integers:
         return 0
     calibrating = _calibrating_bytes(recipe, recipe.calibration, architecture) if recipe.calibration else 0
-    blocks = min(os.cpu_count() or 1, -(-counts.largest // BLOCK_ELEMENTS))
-    block_bytes = _ROUNDING_BYTES * min(blocks * BLOCK_ELEMENTS, counts.largest)
+    block_bytes = ROUNDING_BYTES * min(blocks_at_once() * BLOCK_ELEMENTS, counts.largest)
     rotating = rotation.memory_bytes(architecture) if recipe.rotation else 0
     return rotating + max(6 * counts.largest + block_bytes, counts.store_bytes + max(calibrating, block_bytes * 3 // 2))
 

@@ -20,6 +20,8 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
+import devices
+from devices import DeviceError
 from export import manifest
 from export.architecture import Strict
 from export.build import request
@@ -28,6 +30,7 @@ from export.errors import ExportError, explain
 from export.formats import admission
 from export.host import disk
 from export.host.console import say
+from runtime_tests.places import processors
 
 from . import record, regression
 from .record import Environment, PlanKey, Record
@@ -133,14 +136,18 @@ def _speeds(run: Record, before: Reached | None) -> tuple[Speed, ...]:
     """The earlier speeds of the same plan and this run's, if steady."""
     same = before is not None and not before.plan_key.differs_in(run.plan_key)
     others = [speed for speed in before.speeds if speed.run_id != run.run_id] if before and same else []
-    new = [regression.speed_of(run.latency, run.run_id)] if run.latency and not _unsteady(run) else []
+    new = [regression.speed_of(run.latency, run.run_id)] if run.latency and not left_out(run) else []
     return tuple([*others, *new][-KEPT_RUNS:])
 
 
-def _unsteady(run: Record) -> str:
+def left_out(run: Record) -> str:
     """Why a run's speed is not stored; empty: it is."""
     if run.emulated or run.latency is None:
         return "not timed"
+    if not processors.is_named(run.environment.cpu):
+        return f"its processor ({run.environment.cpu}) may be any"
+    if run.state_before.low_power:
+        return "it saved energy"
     # a run that is inconclusive only because the baseline is noisy is steady itself, and shows how large that noise is
     left_open = [gate.detail for gate in run.gates if gate.verdict == "inconclusive"]
     return next((detail for detail in left_open if not detail.endswith(regression.HIDDEN)), "")
@@ -241,11 +248,20 @@ def main(
     device: Annotated[str, typer.Argument(help="a name in devices/")],
     folders: Annotated[list[Path] | None, typer.Argument(help="of artifacts; default: those of the last run")] = None,
     records: Annotated[
-        Path | None, typer.Option(help="records of another machine, as ci-artifacts publishes them; all are stored")
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="records of another machine, as ci-artifacts publishes them; all are stored",
+        ),
     ] = None,
     speed: Annotated[bool, typer.Option(help="store speeds too; not if others use the machine as well")] = True,
 ) -> None:
     """Store the results of the last run on DEVICE, or of some artifacts, as its baseline."""
+    try:
+        devices.load(device)
+    except DeviceError as error:
+        raise ExportError(str(error)) from None
     if folders:
         found = of_folders(device, folders, records or RECORDS)
     else:
@@ -258,7 +274,7 @@ def main(
     if not written:
         raise ExportError(f"{records or RECORDS}: no record of {device} that holds; run `make {device}` first")
     for path, stored in written:
-        why = _unsteady(stored)
+        why = left_out(stored)
         say(f"{path.name}: {stored.artifact}, run {stored.run_id}{', without speed: ' + why if why else ''}")
 
 

@@ -28,8 +28,10 @@ class Outcome(StrEnum):
     CONTAMINATED = "contaminated"
     """The recipe calibrated on text of the evaluation, or that cannot be ruled out."""
     TOKENIZER_DIFFERS = "tokenizer differs"
+    SOURCE_MISSING = "source missing"
+    """The checkpoint, or a file of it, is not found."""
     SOURCE_DIFFERS = "source differs"
-    """The checkpoint is missing or not the one that the artifact was built from."""
+    """The checkpoint is not the one that the artifact was built from."""
     WEIGHTS_DIFFER = "weights differ"
     MISMATCH = "mismatch"
     """Differs from its reference by more than a limit allows."""
@@ -185,6 +187,9 @@ class DeviceState(Strict):
     """By thermal zone."""
     battery_percent: float | None
     charging: bool | None
+    """Whether it is on mains: charging, or charged, or kept where it is."""
+    low_power: bool | None = None
+    """Whether its user has it save energy."""
     governor: str | None
     """Of the first core's clock."""
     online_cores: str | None

@@ -6,10 +6,15 @@ from typing import Annotated, Literal
 from pydantic import Field, RootModel
 
 from export.architecture import Strict
+from runtime_tests.evidence.record import Outcome
 
 
-class SourceDiffersError(Exception):
+class SourceError(Exception):
     """The checkpoint is missing or not the one that the artifact was built from."""
+
+    def __init__(self, outcome: Outcome, detail: str) -> None:
+        super().__init__(detail)
+        self.outcome = outcome
 
 
 class Task(Strict):
@@ -149,6 +154,29 @@ class OverheadJob(Strict):
     generate: int
 
 
+class CoreMLJob(Strict):
+    """Call a Core ML package in the shapes and states that clients use."""
+
+    action: Literal["core-ml"] = "core-ml"
+    folder: str
+    compute_units: str | None
+    """As a device's YAML has them; null: in the evaluator, and what it answers becomes the reference."""
+    threads: int
+    """Of the evaluator."""
+    steps: int
+    """Single tokens in one state."""
+    reference: str
+    """.npz of its logits."""
+
+
+class CoreMLPlanJob(Strict):
+    """Ask Core ML on which processor it runs each operation."""
+
+    action: Literal["core-ml-plan"] = "core-ml-plan"
+    package: str
+    compute_units: str
+
+
 class BenchLogitsJob(Task):
     """Logits of windows of tokens through a contender's runner."""
 
@@ -201,6 +229,8 @@ Job = (
     | BenchJob
     | OverheadJob
     | BenchLogitsJob
+    | CoreMLJob
+    | CoreMLPlanJob
     | TaskDataJob
     | TasksJob
 )

@@ -17,7 +17,8 @@ WORKER: tuple[str, ...] = (sys.executable, "-m", "runtime_tests.jobs.worker")
 DISK_FULL = "disk-full"
 """A child's failure that is no outcome, since it tells nothing about the artifact: this machine's disk is full."""
 Progress = Callable[[int, int], None]
-_FAILURES = {outcome.value: outcome for outcome in (Outcome.LOAD_FAIL, Outcome.RUN_FAIL, Outcome.SOURCE_DIFFERS)}
+_OF_JOBS = (Outcome.LOAD_FAIL, Outcome.RUN_FAIL, Outcome.SOURCE_MISSING, Outcome.SOURCE_DIFFERS)
+_FAILURES = {outcome.value: outcome for outcome in _OF_JOBS}
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,21 @@ class Ended:
     result: dict[str, Any] = field(default_factory=dict)
 
 
-def run(job: Job, *, limit_s: float, on_progress: Progress | None = None, renewed: bool = False) -> Ended:
+def run(
+    job: Job,
+    *,
+    limit_s: float,
+    on_progress: Progress | None = None,
+    renewed: bool = False,
+    settings: tuple[str, ...] = (),
+) -> Ended:
     """Run a job; end its whole process group after `limit_s` seconds. Raises disk.FullError.
 
     `renewed`: every report of progress restarts the limit, for work of hours that must not hang either.
+    `settings`: environment variables of the child beside ours, `NAME=value`.
     """
     last_seen = None
+    command = ("env", *settings, *WORKER)
 
     def watch(line: str) -> bool:
         nonlocal last_seen
@@ -47,7 +57,7 @@ def run(job: Job, *, limit_s: float, on_progress: Progress | None = None, renewe
         return renewed and progress != before
 
     try:
-        child = processes.run(WORKER, cwd=ROOT, given=job.model_dump_json().encode(), limit_s=limit_s, watch=watch)
+        child = processes.run(command, cwd=ROOT, given=job.model_dump_json().encode(), limit_s=limit_s, watch=watch)
     except TimeoutError:
         return Ended(Outcome.TIMEOUT, f"no {'progress' if renewed else 'answer'} within {limit_s:g} s")
     return interpret(child.returncode, child.out, child.err)

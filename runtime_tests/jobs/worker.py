@@ -16,7 +16,7 @@ import numpy as np
 from export import manifest
 from export.build.command import quiet_libraries
 from export.errors import ExportError
-from export.host import disk, processes
+from export.host import disk, processes, processor
 from runtime_tests import jobs
 from runtime_tests.evidence.record import Outcome
 from runtime_tests.sessions import Session, greedy, open_session
@@ -24,7 +24,7 @@ from runtime_tests.sessions import Session, greedy, open_session
 from . import logits_file
 from .isolation import DISK_FULL
 
-_TIMED = jobs.SpeedJob | jobs.BandwidthJob | jobs.BenchJob | jobs.OverheadJob
+_TIMED = jobs.SpeedJob | jobs.BandwidthJob | jobs.BenchJob | jobs.OverheadJob | jobs.CoreMLJob
 """In these, threads wait as they do for users; in the rest asleep, for another artifact's job may run beside them."""
 
 
@@ -76,6 +76,15 @@ def _run(job: jobs.Job) -> dict[str, Any]:  # noqa: C901, PLR0911, PLR0912 – o
             from runtime_tests.bench.runners import write_logits as write_contender_logits
 
             return write_contender_logits(job)
+        case jobs.CoreMLJob():
+            from runtime_tests.coreml.calls import answer as answer_calls
+
+            return answer_calls(job)
+        case jobs.CoreMLPlanJob():
+            from runtime_tests.coreml.compute_plan import placements
+
+            placed = placements(Path(job.package), job.compute_units)
+            return {"placed": [[device, operator, number] for (device, operator), number in placed.items()]}
         case jobs.TaskDataJob():
             from runtime_tests.tasks.run import count_questions
 
@@ -127,8 +136,8 @@ def answer(job: jobs.Job) -> dict[str, Any]:
         return {"result": _run(job)}
     except LoadError as error:
         return {"failed": Outcome.LOAD_FAIL.value, "error": str(error)}
-    except jobs.SourceDiffersError as error:
-        return {"failed": Outcome.SOURCE_DIFFERS.value, "error": str(error)}
+    except jobs.SourceError as error:
+        return {"failed": error.outcome.value, "error": str(error)}
     except Exception as error:
         if disk.is_full(error):
             return {"failed": DISK_FULL, "error": _one_line(error)}
@@ -143,6 +152,7 @@ def main() -> int:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if not isinstance(job, _TIMED):
         processes.wait_asleep()
+    processor.limit_threads()
     quiet_libraries()
     reply = answer(job)
     print("\n" + json.dumps(reply), flush=True)

