@@ -19,7 +19,7 @@ from .base import Session
 
 RUNTIME = "ExecuTorch Python runtime, stepped"
 (_OPS,) = Path(custom_ops.__path__[0]).glob("libcustom_ops_aot_lib.*")
-torch.ops.load_library(_OPS)  # custom_sdpa and update_cache
+torch.ops.load_library(_OPS)  # type: ignore[no-untyped-call]  # custom_sdpa and update_cache
 
 
 class PteSession(Session):

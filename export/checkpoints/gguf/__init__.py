@@ -71,8 +71,10 @@ _TOLERANCE = 1e-5
 """Relative; the table is float32."""
 
 
-class _Reader(GGUFReader):
+class _Reader(GGUFReader):  # type: ignore[misc]  # of a package without types
     """The library's, which looks at a vocabulary's 700,000 parts through `memmap`: three times the work of an array."""
+
+    data: Any
 
     def _get(self, *where: Any, **order: Any) -> Any:
         self.data = np.asarray(self.data)  # of the same memory
