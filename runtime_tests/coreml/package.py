@@ -26,10 +26,10 @@ def _message(name: str) -> Any:
     """A module of `coremltools.proto`, found without importing coremltools: seven seconds, in every process."""
     if _MESSAGES not in sys.modules:
         spec = find_spec("coremltools")
-        if spec is None or not spec.origin:
+        if spec is None or not spec.submodule_search_locations:
             raise ModuleNotFoundError("no module named 'coremltools'; its protobuf messages are read with it")
         package = ModuleType(_MESSAGES)
-        package.__path__ = [str(Path(spec.origin).parent / "proto")]
+        package.__path__ = [f"{folder}/proto" for folder in spec.submodule_search_locations]
         sys.modules[_MESSAGES] = package
     return importlib.import_module(f"{_MESSAGES}.{name}")
 
