@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 
-from export.errors import ExportError, load_record, suggestion
+from export.errors import CHECKOUT, ExportError, found, load_record, stems, suggestion
 
 from .transports import (
     Completed,
@@ -33,6 +33,7 @@ __all__ = [
     "NoSpaceError",
     "TransferError",
     "Transport",
+    "file_of",
     "last_line",
     "load",
     "names",
@@ -42,7 +43,7 @@ __all__ = [
     "visible",
 ]
 
-FOLDER = Path(__file__).parent
+FOLDER = CHECKOUT / "devices"
 
 
 class Budgets(BaseModel):
@@ -106,8 +107,13 @@ class Device(BaseModel):
 
 
 def names() -> list[str]:
-    """Every known device."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    """Every known device, the user's own in `devices` of the current folder among them."""
+    return stems(FOLDER)
+
+
+def file_of(name: str) -> Path:
+    """The YAML of a name, the user's own before ours. Relative paths in it begin where its folder `devices` lies."""
+    return found(FOLDER, f"{name}.yaml")
 
 
 def load(name: str) -> Device:
@@ -115,7 +121,7 @@ def load(name: str) -> Device:
     if name not in names():
         raise DeviceError(f"unknown device {name!r}; {suggestion(name, names())}")
     try:
-        return load_record(Device, FOLDER / f"{name}.yaml")
+        return load_record(Device, file_of(name))
     except ExportError as error:
         raise DeviceError(str(error)) from None
 

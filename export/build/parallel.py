@@ -5,7 +5,6 @@ wait for the lock and find the result.
 """
 
 import os
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from queue import SimpleQueue
 from export import checkpoints
 from export.checkpoints.origin import Origin
 from export.errors import ExportError
-from export.host import disk, interrupt, memory
+from export.host import disk, interrupt, memory, processes
 from export.host.console import console
 from export.host.processes import BackgroundProcess
 from export.plan import Plan
@@ -85,8 +84,8 @@ def work(waiting: list[Plan], source: Origin | None, folder: Path, fit: Fit) -> 
 
 def command(plan: Plan, source: Origin | None, folder: Path) -> list[str]:
     """Command line of the build of one target into its folder below `folder`."""
-    words = request.words(plan, *request.options(source))
-    return [sys.executable, *words, "--out", str(folder / plan.id)]
+    _, _, *words = request.words(plan, *request.options(source))
+    return [*processes.python("export"), *words, "--out", str(folder / plan.id)]
 
 
 def cores() -> int:

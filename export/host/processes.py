@@ -8,6 +8,7 @@ import atexit
 import json
 import math
 import os
+import re
 import resource
 import runpy
 import select
@@ -25,6 +26,9 @@ from typing import IO, Any
 
 import psutil
 
+SCRIPTS = {"export": "llama-export", "runtime_tests": "llama-validate", "devices": "llama-devices"}
+"""Packages → console scripts, where the project is installed (pyproject.toml)."""
+_DOOR = Path(__file__).parents[2] / "llama_on_device.py"
 OUTPUT_BYTES = 2**22
 """Of an output, its end is returned."""
 _PROGRESS_BYTES = 2**16
@@ -66,6 +70,17 @@ def wait_asleep() -> None:
     They would turn while they wait, and hold up every other process that needs their core. What a user has set stays.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def python(module: str) -> tuple[str, ...]:
+    """The beginning of a command that runs one of our modules, in whatever folder; nothing there is imported."""
+    return sys.executable, "-P", str(_DOOR), module
+
+
+def told(text: str) -> str:
+    """A text for people, with `llama-export` in place of `python -m export` where that is what they have installed."""
+    installed = SCRIPTS if "llama_on_device" in sys.modules else {}
+    return re.sub(r"python -m (\w+)(?![\w.])", lambda found: installed.get(found[1], found[0]), text)
 
 
 @dataclass(frozen=True)
