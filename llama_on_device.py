@@ -48,7 +48,7 @@ def _open() -> None:
     """Let Python find the rooms. Raises ImportError: they are not there, or one of their names is another's here."""
     if _Rooms in sys.meta_path:
         return
-    if not (_CHECKOUT / "export").is_dir():
+    if not (_CHECKOUT / "configs" / "quant").is_dir():
         raise ImportError(f"{_CHECKOUT}: no checkout of llama-on-device; install it with `pip install -e CHECKOUT`")
     for room in _ROOMS:
         ours = _CHECKOUT / room / "__init__.py"

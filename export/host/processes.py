@@ -78,9 +78,11 @@ def python(module: str) -> tuple[str, ...]:
 
 
 def told(text: str) -> str:
-    """A text for people, with `llama-export` in place of `python -m export` where that is what they have installed."""
-    installed = SCRIPTS if "llama_on_device" in sys.modules else {}
-    return re.sub(r"python -m (\w+)(?![\w.])", lambda found: installed.get(found[1], found[0]), text)
+    """A text for people, with `llama-export` in place of `python -m export` where they have it installed."""
+    if "llama_on_device" not in sys.modules:
+        return text
+    text = text.replace("git checkout", "git -C CHECKOUT checkout")
+    return re.sub(r"python -m (\w+)(?![\w.])", lambda found: SCRIPTS.get(found[1], found[0]), text)
 
 
 @dataclass(frozen=True)

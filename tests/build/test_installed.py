@@ -92,7 +92,8 @@ def test_scripts_and_door_work_in_the_users_folder(run, app):
     (record,) = map(json.loads, (app / "build/records/records.jsonl").read_text().splitlines())
     files = "configs/evals/default.yaml, configs/quant/int4-g32.yaml"
     assert f"judged with {files} of the folder where it was validated, not of the checkout" in record["notes"]
-    assert (app / "build/report/index.html").is_file()
+    page = (app / "build/report/index.html").read_text()
+    assert ("llama-export tiny int4-g32 onnx-cpu" in page, "python -m" in page) == (True, False)
 
     code, _, err = run("llama-validate", "--skip-proven", built.relative_to(app))
     assert (code, "nothing changed since" in err) == (0, True), err
