@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from functools import cache
@@ -14,6 +15,8 @@ from pydantic import BaseModel, ValidationError
 
 Record = TypeVar("Record", bound=BaseModel)
 CHECKOUT = Path(__file__).parent.parent
+SCRIPTS = {"export": "llama-export", "runtime_tests": "llama-validate", "devices": "llama-devices"}
+"""Packages → console scripts, where the project is installed (pyproject.toml)."""
 _MOST_YAML_BYTES = 2**20
 _MOST_KNOWN = 30
 _MOST_PROBLEMS = 5
@@ -25,6 +28,17 @@ class ExportError(Exception):
 
     The message is one line: which file, field or layer; what is wrong; what to do.
     """
+
+    def __str__(self) -> str:
+        return told(super().__str__())
+
+
+def told(text: str) -> str:
+    """A text for people, with `llama-export` in place of `python -m export` where they have it installed."""
+    if "llama_on_device" not in sys.modules:
+        return text
+    text = text.replace("git checkout", "git -C CHECKOUT checkout")
+    return re.sub(r"python -m (\w+)(?![\w.])", lambda found: SCRIPTS.get(found[1], found[0]), text)
 
 
 class _Loader(yaml.SafeLoader):

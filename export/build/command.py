@@ -15,8 +15,8 @@ import typer
 from typer.core import TyperGroup
 
 from export import formats
-from export.errors import ExportError
-from export.host import disk, interrupt, processes
+from export.errors import ExportError, told
+from export.host import disk, interrupt
 from export.host.console import LogLines, console
 
 _INTERRUPTED = 130
@@ -58,10 +58,10 @@ def run(app: typer.Typer) -> int:
 def _tell_of_scripts(app: typer.Typer) -> None:
     """Let the help name the commands as this user has them."""
     if isinstance(app.info.help, str):
-        app.info.help = processes.told(app.info.help)
+        app.info.help = told(app.info.help)
     for command in app.registered_commands:
         assert command.callback
-        command.help = processes.told(inspect.getdoc(command.callback) or "")
+        command.help = told(inspect.getdoc(command.callback) or "")
     for group in app.registered_groups:
         assert group.typer_instance
         _tell_of_scripts(group.typer_instance)
@@ -116,7 +116,7 @@ def fail(message: str, code: int) -> int:
     with suppress(OSError):
         sys.stdout.flush()  # a verdict is the last line, where both outputs go to one place too
     with suppress(OSError):
-        console.print(f"error: {processes.told(_shortened(message))}", style="red", soft_wrap=True)
+        console.print(f"error: {_shortened(message)}", style="red", soft_wrap=True)
     return code
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from export.checkpoints import whereabouts
 from export.checkpoints.origin import Adapter, Origin, chosen_origin, halves, last_part, name_for
-from export.host import processes
+from export.errors import told
 from export.host.text import visible
 from export.manifest import Manifest
 from export.plan import Device, ModelSpec, Plan, load_named, load_plan, names
@@ -82,7 +82,7 @@ def options(origin: Origin | None) -> tuple[str | None, str | None]:
 def command(manifest: Manifest) -> str:
     """The shell's line that builds an artifact again on this machine, with paths as they were given."""
     origin = None if _is_the_models(manifest) else whereabouts.given(manifest.checkpoint)
-    return shell(words(manifest.plan, *options(origin))) if origin else processes.told(published_command(manifest))
+    return shell(words(manifest.plan, *options(origin))) if origin else told(published_command(manifest))
 
 
 def published_command(manifest: Manifest) -> str:
@@ -98,7 +98,7 @@ def published_command(manifest: Manifest) -> str:
 
 def shell(python: Sequence[str]) -> str:
     """A command's words after `python` as one line of this user's shell, on which every character is seen."""
-    return processes.told(_line(python))
+    return told(_line(python))
 
 
 def _line(python: Sequence[str]) -> str:

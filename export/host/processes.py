@@ -8,7 +8,6 @@ import atexit
 import json
 import math
 import os
-import re
 import resource
 import runpy
 import select
@@ -26,8 +25,6 @@ from typing import IO, Any
 
 import psutil
 
-SCRIPTS = {"export": "llama-export", "runtime_tests": "llama-validate", "devices": "llama-devices"}
-"""Packages → console scripts, where the project is installed (pyproject.toml)."""
 _DOOR = Path(__file__).parents[2] / "llama_on_device.py"
 OUTPUT_BYTES = 2**22
 """Of an output, its end is returned."""
@@ -75,14 +72,6 @@ def wait_asleep() -> None:
 def python(module: str) -> tuple[str, ...]:
     """The beginning of a command that runs one of our modules, in whatever folder; nothing there is imported."""
     return sys.executable, "-P", str(_DOOR), module
-
-
-def told(text: str) -> str:
-    """A text for people, with `llama-export` in place of `python -m export` where they have it installed."""
-    if "llama_on_device" not in sys.modules:
-        return text
-    text = text.replace("git checkout", "git -C CHECKOUT checkout")
-    return re.sub(r"python -m (\w+)(?![\w.])", lambda found: SCRIPTS.get(found[1], found[0]), text)
 
 
 @dataclass(frozen=True)

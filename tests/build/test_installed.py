@@ -111,6 +111,9 @@ def test_help_and_errors_name_the_script(run):
     assert run("llama-validate", "chat", "nowhere") == (
         1, "", "error: nowhere/manifest.json: missing; give an artifact folder made by `llama-export`\n",
     )  # fmt: skip
+    script = "from llama_on_device import ExportError, open_artifact\ntry: open_artifact('nowhere')"
+    told = run("python", "-c", f"{script}\nexcept ExportError as error: print(error)")[1]
+    assert told == "nowhere/manifest.json: missing; give an artifact folder made by `llama-export`\n"
     code, out, _ = run("llama-export", "build", "--help")
     assert (code, "python -m" in out) == (0, False)
     assert "Example: llama-export smollm2-135m" in out
