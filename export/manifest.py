@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from .architecture import Architecture, Positive, Strict
-from .errors import ExportError, explain
+from .errors import ExportError, absence, explain, kind
 from .host import digests, transit
 from .plan import FileName, Levels, Plan
 
@@ -275,10 +275,11 @@ def _no_manifest(folder: Path) -> str:
     """Which folder to give in place of one that is no artifact's."""
     if (folder.parent / FILE).is_file() and folder.exists():
         return f"{folder}: a part of an artifact; give the artifact's folder, {folder.parent}"
-    if folder.is_dir() and (inside := sorted(path.parent.name for path in folder.glob(f"*/{FILE}"))):
+    if folder.is_dir() and (inside := sorted(path.parent.name for path in folder.glob(f"*/{FILE}") if path.is_file())):
         more = f" and {len(inside) - 3} more" if len(inside) > 3 else ""
         return f"{folder}: holds artifacts, {', '.join(inside[:3])}{more}; give the folder of one"
-    what = f"{folder}: a file" if folder.is_file() else f"{folder / FILE}: missing"
+    is_other = folder.exists() and not folder.is_dir()
+    what = f"{folder}: {kind(folder)}" if is_other else f"{folder / FILE}: {absence(folder / FILE)}"
     return f"{what}; give an artifact folder made by `python -m export`"
 
 

@@ -134,6 +134,7 @@ class CalibrationText(Strict):
     file: FileName
     """In configs/calibration."""
     windows: Positive
+    """How many windows are cut from it, spread evenly."""
 
 
 class GeneratedText(Strict):
@@ -142,6 +143,7 @@ class GeneratedText(Strict):
     prompts: FileName
     """In configs/calibration, one per line."""
     windows: Positive
+    """How many windows of answers the model writes."""
 
 
 class Mixture(Strict):
@@ -155,7 +157,9 @@ class Mixture(Strict):
     held_out_every: Annotated[int, Field(ge=2)]
     """One window in this many is held out: the loss is estimated on it."""
     texts: tuple[CalibrationText, ...]
+    """Texts that are there already, each with its number of windows."""
     generated: GeneratedText | None
+    """Text that the model itself writes; null: none."""
 
     @property
     def windows(self) -> int:
@@ -181,6 +185,7 @@ class Promotion(Strict):
     """Which linears get a larger scheme: those that lose most KL per byte, until the budget is met."""
 
     scheme: WeightScheme
+    """That promoted linears get, of more bits than `linear`."""
     windows: Positive
     """Calibration windows on which every linear's share of the loss is estimated."""
     linear_bits_per_weight: PositiveNumber
@@ -192,6 +197,7 @@ class LayerRule(Strict):
 
     pattern: Annotated[str, Field(min_length=1, max_length=200)]
     scheme: WeightScheme
+    """Of the linears that match."""
 
 
 def _rules(value: Any) -> Any:
@@ -241,7 +247,7 @@ class QuantRecipe(Strict):
     ] = ()
     """Schemes of some linears instead of that of `linear`: pattern → scheme. Patterns are a shell's, of names without
     `.weight`: `"*.down_proj"`, `"model.layers.{0,2..4}.*"`, `"model.layers.{-2..-1}.mlp.*"` for the last two layers.
-    Of several that match, the last one decides."""
+    What braces list must all match. Of several that match, the last one decides."""
     linear: WeightScheme | None
     """Of every linear of the layers; null: they stay float."""
     embedding: WeightScheme | None
@@ -334,6 +340,7 @@ class Target(Strict):
     logits: Literal["last", "all"]
     """Positions of a prompt for which the artifact returns logits."""
     limits: TargetLimits
+    """What validation judges the lowering by."""
     limits_on: dict[str, TargetLimits]
     """Limits for processors whose kernels round differently, by family: aarch64, x86_64."""
 

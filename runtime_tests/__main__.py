@@ -19,7 +19,7 @@ from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from html import unescape
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -38,47 +38,54 @@ from .places import Place, ThisMachine, readiness
 from .places.remote import AttachedDevice
 from .tasks.run import TaskOptions, parse
 
+if TYPE_CHECKING:  # `ready` and `chat` need neither
+    from .checks.limits import Limits
+    from .evaluation import Evaluation
+
 app = typer.Typer(cls=with_default("validate"), help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 app.command("chat")(chat_with)
 BUILD = Path("build")
 """Below the current folder: what a user looks at."""
 CACHE = manifest.ROOT / "build" / "cache"
 """That of the builds: found by contents, so it serves every folder that a user works in."""
+_Source = Annotated[
+    str | None, typer.Option(help="where the checkpoint is; default: where the artifact was built from")
+]
+_Adapter = Annotated[
+    Path | None, typer.Option(help="where the adapter is that was merged into --source, or into the base it names")
+]
+_Eval = Annotated[
+    str | None, typer.Option("--eval", help="a name in configs/evals; default: the one in the device's YAML")
+]
+_LimitsFile = Annotated[
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, help="YAML of limits that judge instead of those in configs/"),
+]
+_SkipProven = Annotated[
+    bool, typer.Option("--skip-proven", help="skip artifacts that passed on this machine and have not changed since")
+]
 
 
 @app.command("validate")
 def main(  # noqa: PLR0913, PLR0917 – a command's options
     folders: Annotated[list[Path] | None, typer.Argument(help="artifact folders; default: all of build/")] = None,
     device: Annotated[str, typer.Option(help="a name in devices/")] = "host",
-    source: Annotated[
-        str | None, typer.Option(help="where the checkpoint is; default: where the artifact was built from")
-    ] = None,
-    adapter: Annotated[
-        Path | None, typer.Option(help="where the adapter is that was merged into --source, or into the base it names")
-    ] = None,
-    eval_name: Annotated[
-        str | None, typer.Option("--eval", help="a name in configs/evals; default: the one in the device's YAML")
-    ] = None,
+    source: _Source = None,
+    adapter: _Adapter = None,
+    eval_name: _Eval = None,
     tasks: Annotated[
         str | None,
         typer.Option(help="lm-evaluation-harness tasks to evaluate instead, as NAME,NAME …", metavar="NAMES"),
     ] = None,
-    limits: Annotated[
-        Path | None,
-        typer.Option(exists=True, dir_okay=False, help="YAML of limits that judge instead of those in configs/"),
-    ] = None,
+    limits: _LimitsFile = None,
     limit: Annotated[int | None, typer.Option(min=1, help="with --tasks: questions of each task")] = None,
     chat: Annotated[bool, typer.Option(help="with --tasks: apply the chat template of artifacts that have one")] = True,
     reference: Annotated[bool, typer.Option(help="with --tasks: evaluate the fp32 model too")] = True,
-    skip_proven: Annotated[
-        bool,
-        typer.Option("--skip-proven", help="skip artifacts that passed on this machine and have not changed since"),
-    ] = False,
+    skip_proven: _SkipProven = False,
 ) -> None:
     """Prove what artifacts compute and how fast: exit 0 only if every gate holds."""
     known = _load_device(device)
-    origin = chosen_origin(source, adapter)
-    source = None if origin is None else absolute(origin)
+    source = _given_source(source, adapter)
     if tasks is None:
         if limit or not chat or not reference:
             raise typer.BadParameter("--limit, --no-chat and --no-reference go with --tasks")
@@ -107,7 +114,8 @@ def gate(  # noqa: PLR0913, PLR0917 – a command's options
         Path | None, typer.Option(exists=True, dir_okay=False, help="YAML of limits; default: configs/gate.yaml")
     ] = None,
     records: Annotated[
-        list[Path] | None, typer.Option(help="more files of records; those in build/ and beside AGAINST are known")
+        list[Path] | None,
+        typer.Option(exists=True, help="more files of records; those in build/ and beside AGAINST are known"),
     ] = None,
     speed: Annotated[bool, typer.Option(help="time old and new in turns, where the old one's folder is there")] = True,
     out: Annotated[Path, typer.Option(help="where gate.md goes")] = BUILD / "ci",
@@ -137,7 +145,8 @@ def gate(  # noqa: PLR0913, PLR0917 – a command's options
 def trace(
     folder: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="an artifact folder")],
     device: Annotated[str, typer.Option(help="a name in devices/")] = "host",
-    source: Annotated[str | None, typer.Option(help="origin of the checkpoint; default: the manifest's")] = None,
+    source: _Source = None,
+    adapter: _Adapter = None,
     out: Annotated[Path | None, typer.Option(help="folder of the page; default: build/trace/ID")] = None,
 ) -> None:
     """Find the first layer of an artifact that leaves the reference: exit 0 only if none does."""
@@ -149,7 +158,7 @@ def trace(
             f"{device}: layers are traced on this machine only; `python -m runtime_tests --device {device} {folder}` "
             "compares the logits there"
         )
-    found = run.trace(folder, known, source, disk.cache_folder(CACHE))
+    found = run.trace(folder, known, _given_source(source, adapter), disk.cache_folder(CACHE))
     page.show(found)
     with disk.writing(_build_folder()):
         say(f"page: {page.write(found, out or BUILD / 'trace' / found.artifact)}")
@@ -158,13 +167,32 @@ def trace(
 
 
 @app.command("ready")
-def ready(device: Annotated[str, typer.Argument(metavar="DEVICE", help="a name in devices/")]) -> None:
-    """Exit 0 if a validation on the device could begin: it answers, and this machine can make its runner.
+def ready(
+    device: Annotated[str, typer.Argument(metavar="DEVICE", help="a name in devices/")],
+    source: _Source = None,
+    adapter: _Adapter = None,
+    eval_name: _Eval = None,
+    limits: _LimitsFile = None,
+    skip_proven: _SkipProven = False,
+) -> None:
+    """Exit 0 if a validation with these options could begin: the device answers, and this machine can make its runner.
 
     Example: python -m runtime_tests ready pixel-8
     """
-    readiness.require(_load_device(device))
+    del skip_proven  # every value of it is one
+    known = _load_device(device)
+    _given_source(source, adapter)
+    _judging(eval_name or known.evaluation, limits)
+    readiness.require(known)
     _build_folder()
+
+
+def _judging(eval_name: str, limits_file: Path | None) -> "tuple[Evaluation, Limits | None]":
+    """What is fed, and the limits that judge instead of this checkout's."""
+    from . import evaluation
+    from .checks import limits
+
+    return evaluation.load(eval_name), limits.load(limits_file) if limits_file else None
 
 
 class _Given(NamedTuple):
@@ -178,14 +206,14 @@ class _Given(NamedTuple):
 
 def proven(folders: Sequence[Path], device: str, source: str | Path | None, eval_name: str | None) -> list[Record]:
     """Validate artifacts and give their records; `runtime_tests.prove` says more."""
-    known, origin = _load_device(device), chosen_origin(source, None)
-    given = _Given(eval_name or known.evaluation, None if origin is None else absolute(origin), None, skip_proven=False)
+    known = _load_device(device)
+    given = _Given(eval_name or known.evaluation, _given_source(source, None), None, skip_proven=False)
     return _validate(folders, known, given)
 
 
 def _validate(folders: Sequence[Path], device: Device, given: _Given) -> list[Record]:
     """Every artifact in turn, then the report; the records, without those of artifacts that were proven before."""
-    from . import evaluation, validate
+    from . import validate
     from .checks import limits
     from .checks.subject import Setting
     from .evidence import baseline, proof
@@ -193,7 +221,7 @@ def _validate(folders: Sequence[Path], device: Device, given: _Given) -> list[Re
     from .reports import publication, summary
 
     artifacts = validate.open_artifacts(folders, device)
-    loaded, judging = evaluation.load(given.eval_name), limits.load(given.limits) if given.limits else None
+    loaded, judging = _judging(given.eval_name, given.limits)
     for _, described in artifacts:
         limits.of(described, judging)  # or it is refused before any work
     records_file = BUILD / "records" / "records.jsonl"
@@ -255,6 +283,12 @@ def _evaluate_tasks(folders: Sequence[Path], device: Device, options: TaskOption
     say(f"page: {page}")
     if not complete:
         raise typer.Exit(1)
+
+
+def _given_source(source: str | Path | None, adapter: Path | None) -> str | None:
+    """The options' origin, for jobs."""
+    origin = chosen_origin(source, adapter)
+    return None if origin is None else absolute(origin)
 
 
 def _load_device(name: str) -> Device:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from export.architecture import Positive, Strict
-from export.errors import ExportError, found
+from export.errors import ExportError, absence, found
 from export.manifest import Manifest
 from export.plan import CONFIGS, load_named
 
@@ -27,6 +27,7 @@ class TextSpec(Strict):
     file: str
     """In configs/evals/text."""
     windows: Positive
+    """How many windows are cut from it, spread evenly."""
 
 
 class SpeedSpec(Strict):
@@ -53,11 +54,13 @@ class Evaluation(Strict):
     decode: Annotated[int, Field(ge=64)]
     """Single-token steps after the prefill: an artifact is judged with a filled cache."""
     texts: tuple[TextSpec, ...]
+    """What is fed, each with its number of windows."""
     max_rewriting_error: float
     """Of our fp32 logits against Hugging Face's: largest difference as a share of the largest logit."""
     max_filled_context: Positive
     """A cache of more slots is not filled to its last position (minutes on an emulated processor)."""
     speed: SpeedSpec
+    """What is timed, and how often."""
 
 
 @dataclass(frozen=True)
@@ -154,5 +157,5 @@ def read_text(name: str) -> str:
     """A text of `configs/evals/text`. Raises ExportError where it is missing."""
     path = text_file(name)
     if not path.is_file():
-        raise ExportError(f"{path}: missing; an evaluation in configs/evals names it")
+        raise ExportError(f"{path}: {absence(path)}; an evaluation in configs/evals names it")
     return path.read_text(encoding="utf-8")

@@ -34,7 +34,7 @@ _PASS_BYTES = 2**28
 
 
 def compute(job: ReferenceJob) -> dict[str, Any]:
-    """Write the logits of every task, with one model in memory at a time. Raises SourceDiffersError."""
+    """Write the logits of every task, with one model in memory at a time. Raises SourceError."""
     mkl.settle()
     torch.set_num_threads(job.threads)
     described = manifest.read(Path(job.folder))

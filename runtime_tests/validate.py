@@ -75,6 +75,7 @@ def _examine(subject: Subject, environment: Environment) -> Iterator[Finding]:
     yield files.check_text(subject)
     yield files.check_tokenizer(subject)
     yield weights.check(subject)
+    _remember_place(subject)
     windows, probes, template = comparisons.cut_tokens(subject)
     yield Finding(windows=windows.windows.sha256)
     references = comparisons.compute_references(subject, windows, probes)
@@ -115,6 +116,12 @@ def _own_files(described: Manifest, setting: Setting) -> tuple[str, ...]:
         files += [file_of("quant", plan.quant.name), file_of("targets", plan.target.name)]
     own = ", ".join(dict.fromkeys(str(file) for file in files if is_own(file)))
     return (f"judged with {own} of the folder where it was validated, not of the checkout",) if own else ()
+
+
+def _remember_place(subject: Subject) -> None:
+    """A checkpoint that moved is found there from now on: by its digests it is this one."""
+    checkpoint = subject.manifest.checkpoint
+    whereabouts.remember(whereabouts.told(checkpoint, subject.setting.source), checkpoint.sha256)
 
 
 def _find_baseline(subject: Subject, environment: Environment) -> Reached | None:

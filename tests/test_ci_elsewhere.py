@@ -22,6 +22,8 @@ locked:
 ci-artifacts:
 \t@printf '%s\\n' {" ".join(f"'{name}=$({name})'" for name in NAMES)} >> calls
 \t@exit $${{RED:-0}}
+gate:
+\t@echo 'gate=$(AGAINST)' >> calls
 """
 
 
@@ -84,6 +86,35 @@ def test_a_base_beside_the_adapter(repository):
     assert hub[3]["SOURCE"] == "meta-llama/Llama-3.2-1B-Instruct"
 
 
+def test_the_release_before_is_compared_with_where_there_is_one(repository, tmp_path):
+    (repository / "last release").mkdir()
+    variables = {"ADAPTER": "adapter", "NAME": "mine", "AGAINST": "last release"}
+    code, err, _, asked = end_of(repository, ["sh on-device.sh"], **variables)
+    assert (code, err, asked["gate"]) == (0, "", str(repository / "last release"))
+    assert "gate" not in end_of(repository, ["sh on-device.sh"], **variables, RED="1")[3]
+    (tmp_path / "bin").mkdir()
+    curl = tmp_path / "bin/curl"
+    curl.write_text(
+        '#!/bin/sh\nfor word; do case $word in *?job=*) echo "$word" > url;; esac; done\n'
+        "mkdir -p before/on-device/build && touch before.zip\n"
+    )
+    curl.chmod(0o755)
+    (tmp_path / "bin/python").symlink_to("/bin/true")  # the archive is there already
+    gitlab = {
+        "RELEASE": "v1",
+        "CI_API_V4_URL": "https://x",
+        "CI_PROJECT_ID": "7",
+        "CI_JOB_NAME": "on-device",
+        "AGAINST": "",
+    }
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    code, _, _, asked = end_of(repository, GITLAB["script"], **variables | gitlab, PATH=path, CI_JOB_TOKEN="t")
+    assert (code, asked["gate"]) == (0, str(repository / "before/on-device/build"))
+    assert (repository / "url").read_text() == "https://x/projects/7/jobs/artifacts/v1/download?job=on-device\n"
+    curl.write_text("#!/bin/sh\nexit 22\n")
+    assert end_of(repository, GITLAB["script"], **variables | gitlab, PATH=path, CI_JOB_TOKEN="t")[0]
+
+
 def test_what_is_not_set_is_named_before_anything_is_fetched(repository):
     code, err, *_ = end_of(repository, ["sh on-device.sh"], ADAPTER="adapter")
     assert code
@@ -97,7 +128,7 @@ def test_the_examples_ask_for_what_there_is():
     assert set(re.findall(r"make --no-print-directory -C on-device ([a-z-]+)", text)) <= make_targets()
     variables = set(re.findall(r"^([A-Z]+) +[?:]?= ?", makefile, re.MULTILINE))
     assert set(NAMES) <= variables
-    assert set(re.findall(r" ([A-Z]+)=\"\$", text)) == set(NAMES)
+    assert set(re.findall(r" ([A-Z]+)=\"\$", text)) == {*NAMES, "AGAINST"}
     defaults = dict(re.findall(r"\{([A-Z]+):=([^}]+)\}", text))
     for kind, names in (("models", "MODEL"), ("quant", "RECIPES"), ("targets", "TARGETS")):
         for given in (defaults, GITLAB["variables"]):

@@ -33,6 +33,7 @@ class Adb(Address):
     bionic: ClassVar[bool] = True
 
     kind: Literal["adb"]
+    """Over adb, to Android."""
     serial: str
     """As `adb devices` lists it; an unset variable means the only device attached."""
     model: str | None

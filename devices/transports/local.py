@@ -11,6 +11,7 @@ class Local(Address):
     """The machine that runs the command."""
 
     kind: Literal["local"]
+    """No way at all: it runs here."""
 
     def connect(self, device: str, _deadline: Deadline, /) -> "_LocalLink":
         return _LocalLink(device)

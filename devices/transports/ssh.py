@@ -59,7 +59,9 @@ class _Host(Address):
     host: str
     """Name or address, or `${VARIABLE}` of the environment."""
     port: PositiveInt | None
+    """null: what ssh takes."""
     user: str | None
+    """The name to log in with; null: what ssh takes."""
     identity: str | None
     """File of the private key."""
     config: str | None
@@ -100,12 +102,14 @@ class Ssh(_Host):
     """A Linux board."""
 
     kind: Literal["ssh"]
+    """Over ssh, to Linux."""
 
 
 class Apple(_Host):
     """A Mac, or an iPhone attached to one."""
 
     kind: Literal["apple"]
+    """Over ssh, to a Mac."""
     phone: str | None
     """Identifier of the iPhone, as `xcrun devicectl list devices` shows it; null: the Mac itself."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from export import manifest
 from export.checkpoints import whereabouts
-from export.checkpoints.origin import Adapter, Origin, Seed, halves
+from export.checkpoints.origin import Adapter, Origin, Seed, halves, telling
 from export.errors import ExportError
 from export.host import disk, interrupt
 from export.host.console import note
@@ -114,7 +114,7 @@ def refuse_foreign(out: Path, plan_id: str, origin: Origin) -> None:
     held = manifest.read_checkpoint(out)
     if held and not _is_same(held, origin) and origin not in whereabouts.origins(held):
         raise ExportError(
-            f"{out}: holds an artifact of another checkpoint, {_told(held)}, not of {origin}; give this one a "
+            f"{out}: holds an artifact of another checkpoint, {_told(held, origin)}, not of {origin}; give this one a "
             "--name of its own, or remove the folder"
         )
     if foreign := next(manifest.unlisted(out), None):
@@ -129,10 +129,11 @@ def _is_same(held: CheckpointInfo, origin: Origin) -> bool:
     return one_kind and bool(held.sha256) and not any(skip.changed_files(held.sha256, origin))
 
 
-def _told(held: CheckpointInfo) -> str:
-    """`local:my-model (model.safetensors 0123456789ab)`."""
-    file, digest = next(iter(held.sha256.items()), ("", ""))
-    return f"{held.origin} ({file} {digest[:12]})" if file else held.origin
+def _told(held: CheckpointInfo, origin: Origin) -> str:
+    """`local:my-model (model.safetensors 0123456789ab)`: by a file that the other checkpoint has not."""
+    others = [change.name for change in skip.changed_files(held.sha256, origin) if change.name in held.sha256]
+    file = telling(others or held.sha256)
+    return f"{held.origin} ({file} {held.sha256[file][:12]})" if file else held.origin
 
 
 def _earlier(out: Path, origin: Origin) -> str:

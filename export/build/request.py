@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from export.checkpoints import whereabouts
-from export.checkpoints.origin import Adapter, Origin, chosen_origin, halves, last_part, name_for
+from export.checkpoints.origin import Adapter, Origin, chosen_origin, halves, last_part, name_for, parse_origin, telling
 from export.errors import told
 from export.host.text import visible
 from export.manifest import Manifest
 from export.plan import Device, ModelSpec, Plan, load_named, load_plan, names
 
-_WEIGHTS = (".safetensors", ".gguf", ".pth")
+from . import skip
+
 _SHOWN_DIGITS = 16
 
 
@@ -80,9 +81,24 @@ def options(origin: Origin | None) -> tuple[str | None, str | None]:
 
 
 def command(manifest: Manifest) -> str:
-    """The shell's line that builds an artifact again on this machine, with paths as they were given."""
-    origin = None if _is_the_models(manifest) else whereabouts.given(manifest.checkpoint)
-    return shell(words(manifest.plan, *options(origin))) if origin else told(published_command(manifest))
+    """The shell's line that builds an artifact again on this machine, with paths as they were given.
+
+    A comment says where what lies there is not that of the artifact any more.
+    """
+    place = None if _is_the_models(manifest) else whereabouts.given(manifest.checkpoint)
+    if place is None:
+        return told(published_command(manifest))
+    adapter, base = halves(place)
+    return shell(words(manifest.plan, base, adapter)) + visible(_since(manifest, place))
+
+
+def _since(manifest: Manifest, place: str) -> str:
+    """A comment of what has happened to the checkpoint since; empty: nothing."""
+    if gone := whereabouts.gone(place):
+        return f"  # not there any more: {', '.join(gone)}"
+    changes = skip.changed_files(manifest.checkpoint.sha256, parse_origin(place))
+    changed = [change.text for change in changes if not change.is_gone]  # a hub's may come again
+    return f"  # since then: {'; '.join(changed)}" if changed else ""
 
 
 def published_command(manifest: Manifest) -> str:
@@ -113,6 +129,6 @@ def _stand_in(text: str, sha256: Mapping[str, str]) -> str:
     """`<my-model, model.safetensors sha256 0123456789abcdef>` for a path that is not told."""
     if (name := last_part(text)) is None:
         return text
-    file = next((file for file in sha256 if file.endswith(_WEIGHTS)), None) or next(iter(sha256), None)
+    file = telling(sha256)
     digest = f", {file} sha256 {sha256[file][:_SHOWN_DIGITS]}" if file else ""
     return f"<{name}{digest}>"

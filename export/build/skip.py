@@ -6,6 +6,7 @@ artifact's own files are compared. What cannot be compared counts as changed.
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from export import formats, manifest
 from export.checkpoints import whereabouts
@@ -72,7 +73,7 @@ def _changed_inputs(built: Manifest, plan: Plan, source: Origin | None) -> Itera
     if built.checkpoint.origin != published(origin):
         yield f"checkpoint: {published(origin)}, was {built.checkpoint.origin}"
     else:
-        yield from changed_files(built.checkpoint.sha256, origin)
+        yield from (change.text for change in changed_files(built.checkpoint.sha256, origin))
     if built.quantization.calibration is not None:
         yield from _changed_texts(built.quantization.calibration.texts)
     for tool, version in formats.tool_versions().items():
@@ -82,19 +83,28 @@ def _changed_inputs(built: Manifest, plan: Plan, source: Origin | None) -> Itera
         yield f"export/: changed since commit {built.source.revision}"
 
 
-def changed_files(recorded: dict[str, str], origin: Origin) -> Iterator[str]:
+class FileChange(NamedTuple):
+    """A file of a checkpoint that is not as an artifact was made of it."""
+
+    name: str
+    """As manifests name it."""
+    text: str
+    is_gone: bool = False
+
+
+def changed_files(recorded: dict[str, str], origin: Origin) -> Iterator[FileChange]:
     """Files of the checkpoint that are gone, changed or new; weights beside the recorded ones are not part of it."""
     of_tokenizer = {name_of(path): path for path in tokenizer_of(origin)}
     for name, digest in recorded.items():
         paths = [of_tokenizer.get(name)] if is_of_tokenizer(name) else _weight_files(origin, name)
         files = [path for path in paths if path is not None and path.is_file()]
         if not files:
-            yield f"{name}: not found in {origin}"
+            yield FileChange(name, f"{name}: not found in {origin}", is_gone=True)
         elif all(digests.remembered_sha256(path) != digest for path in files):
-            yield f"{files[0]}: changed"
+            yield FileChange(name, f"{files[0]}: changed")
     for path in (*(of_tokenizer[name] for name in sorted(of_tokenizer)), *_preferred(origin, recorded)):
         if path.name not in recorded:
-            yield f"{path}: new"
+            yield FileChange(path.name, f"{path}: new")
 
 
 def _preferred(origin: Origin, recorded: Iterable[str]) -> Iterator[Path]:

@@ -82,7 +82,7 @@ def open_source(origin: Origin, expected: Architecture | None) -> Source:
         case Adapter():
             from .lora import LoraSource
 
-            return LoraSource(open_source(origin.base, expected), origin.adapter.path, str(origin.base))
+            return LoraSource(open_source(origin.base, expected), origin.adapter.path, origin.base)
         case Seed():
             from .seed import SeededSource
 

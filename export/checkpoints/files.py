@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from export.errors import ExportError
+from export.errors import ExportError, absence
 from export.host import transit
 
 _FIRST_BYTES = 512
@@ -95,4 +95,4 @@ def missing(path: Path, remedy: str) -> ExportError:
             return ExportError(f"{path}: missing, only {path.name}{suffix} is there; finish the download")
     if any((path.parent / _HUB_DOWNLOADS).glob("*.incomplete")):
         return ExportError(f"{path}: missing, and a download into {path.parent} has not ended; run `hf download` again")
-    return ExportError(f"{path}: missing{remedy}")
+    return ExportError(f"{path}: {absence(path)}{remedy}")

@@ -25,7 +25,9 @@ from .folder import copy_tokenizer
 from .integers import Integers, Unfit
 from .origin import (
     ADAPTER_CONFIG,
+    Origin,
     adapted_tokenizer_files,
+    is_named_base,
     is_of_tokenizer,
     name_of,
     published_base,
@@ -176,7 +178,7 @@ class _Change:
 class LoraSource:
     """A base checkpoint as the adapter changes it; one tensor is merged at a time, in place."""
 
-    def __init__(self, base: "Source", folder: Path, base_origin: str) -> None:
+    def __init__(self, base: "Source", folder: Path, origin: Origin) -> None:
         self._base, self._folder = base, folder
         if not (folder / ADAPTER_CONFIG).is_file():
             raise missing(folder / ADAPTER_CONFIG, "; --adapter must be a folder that peft's save_pretrained wrote")
@@ -187,9 +189,7 @@ class LoraSource:
         tokenizer = adapted_tokenizer_files(folder, (path for path in base.files if is_of_tokenizer(name_of(path))))
         self.files = (*weights, folder / ADAPTER_CONFIG, *self._stored.files, *tokenizer)
         require_inside([path for path in self.files if path not in base.files], folder)
-        trained_on = published_base(folder)
-        merged = f"the adapter was trained on {trained_on} and is merged into {base_origin} ({base.description})"
-        self.notes = (*base.notes, merged, *self._stored.notes, *_unread(folder))
+        self.notes = (*base.notes, *_other_base(folder, origin, base), *self._stored.notes, *_unread(folder))
 
     @property
     def description(self) -> str:
@@ -245,6 +245,13 @@ class LoraSource:
             defaults = Path(temporary) / "generation_config.json"
             if defaults.is_file():
                 (folder / defaults.name).write_bytes(defaults.read_bytes())
+
+
+def _other_base(folder: Path, origin: Origin, base: "Source") -> tuple[str, ...]:
+    """What an adapter was trained on, where it is merged into something else."""
+    if is_named_base(folder, origin):
+        return ()
+    return (f"the adapter was trained on {published_base(folder)} and is merged into {origin} ({base.description})",)
 
 
 def _unread(folder: Path) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 _MOST_CONFIG_BYTES = 2**24
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _GGUF = ".gguf"
+_WEIGHTS = (".safetensors", _GGUF, ".pth")
 
 
 @dataclass(frozen=True)
@@ -236,6 +237,13 @@ def published_base(adapter: Path) -> str:
     return f"{_PRIVATE}{last:.80}" if last else "unknown"
 
 
+def is_named_base(adapter: Path, base: Origin) -> bool:
+    """Whether an adapter names this checkpoint; where nothing is here by its name, whether the two have one name."""
+    with suppress(ExportError):
+        return _named_base(adapter) == base
+    return published_base(adapter) == published(base)
+
+
 def _single_slashes(path: str) -> str:
     """The same path, with no `//` in it and none at its end."""
     return re.sub(r"/+", "/", path if path.strip("/") == "" else path.rstrip("/"))
@@ -371,6 +379,11 @@ def tokenizer_files(folder: Path) -> tuple[Path, ...]:
 def name_of(path: Path) -> str:
     """A checkpoint's file as manifests and keys name it: without its folder, but for a further chat template's."""
     return f"{TEMPLATES}/{path.name}" if path.parent.name == TEMPLATES else path.name
+
+
+def telling(names: Iterable[str]) -> str | None:
+    """The file of a checkpoint whose digest tells it from others: one of weights, where there is one."""
+    return min(names, key=lambda name: not name.endswith(_WEIGHTS), default=None)
 
 
 def is_of_tokenizer(name: str) -> bool:

@@ -23,7 +23,6 @@ from .origin import (
     absolute,
     halves,
     is_private,
-    joined,
     parse_origin,
     published,
 )
@@ -68,14 +67,20 @@ def origins(checkpoint: CheckpointInfo) -> Iterator[Origin]:
             yield parse_origin(text)
 
 
-def given(checkpoint: CheckpointInfo) -> Origin | None:
-    """The first of these as it was given, where that still means the same; None: there is none."""
+def given(checkpoint: CheckpointInfo) -> str | None:
+    """The first of these as it was given, where that still means the same; None: no place is known.
+
+    Where none is there any more, the last that was.
+    """
+    places = _places(checkpoint.sha256)
     origin = next(origins(checkpoint), None)
-    for _, text in _places(checkpoint.sha256):
+    for _, text in places:
         with suppress(ExportError):
-            if (as_given := parse_origin(text)) == origin:
-                return as_given
-    return origin
+            if parse_origin(text) == origin:
+                return text
+    if origin is not None:
+        return str(origin)
+    return places[-1][0] if places else None
 
 
 def place(checkpoint: CheckpointInfo) -> str | None:
@@ -103,14 +108,23 @@ def followed(text: str) -> Origin:
     Its word is followed to what is here already, and nothing is downloaded: a seed, a file of a package that
     configs/models names, a hub model in the hub's cache, a path. Raises ExportError: it leads elsewhere.
     """
-    adapter, base = halves(text)
-    gone = [part for part in (adapter, base) if part and not _is_there(part)]
-    if gone:
-        now = joined("NEW" if adapter in gone else adapter, ("BASE" if adapter else "NEW") if base in gone else base)
+    if missing := gone(text):
+        adapter, base = halves(text)
+        options = {"--source": base, "--adapter": adapter}
+        now = [
+            f"{option} {option.strip('-').upper() if part in missing else shlex.quote(part)}"
+            for option, part in options.items()
+            if part
+        ]
         raise ExportError(
-            f"{' and '.join(gone)}: not found on this machine; give where it is now with --source {shlex.quote(now)}"
+            f"{' and '.join(missing)}: not found on this machine; give where it is now with {' '.join(now)}"
         )
     return _here(parse_origin(text))
+
+
+def gone(text: str) -> list[str]:
+    """The adapter of an origin, its base, or both, where nothing is there any more."""
+    return [part for part in halves(text) if part and not _is_there(part)]
 
 
 def _is_there(text: str) -> bool:

@@ -22,14 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.architecture import Architecture, Strict
-from export.errors import ExportError, suggestion
+from export.errors import ExportError, absence, suggestion
 from export.manifest import IOContract, KVLayout, Manifest, TensorSpec, TokenizerIds
 from export.plan import Plan, leads_out
 
 if TYPE_CHECKING:
     from export.quantization.store import QuantizedModel
 
-_LIBRARIES = ("torch", "torchao", "transformers")
+_LIBRARIES = ("torch", "torchao", "transformers", "jinja2")
 """Packages that decide every artifact's bytes; a format adds its own."""
 _DTYPE = re.compile(r"(?:b?float|u?int|nf|fp)([1-9]\d?)")
 """A dtype's name ends with its bits."""
@@ -215,7 +215,7 @@ def recognize(path: Path) -> Reader:
 def contents(reader: Reader, path: Path, architecture: Architecture | None) -> Contents:
     """Read a file. Raises ExportError, in one line, whatever its parser raises for a damaged one."""
     if not (path.is_file() or path.is_dir()):
-        raise ExportError(f"{path}: missing; build the artifact again")
+        raise ExportError(f"{path}: {absence(path)}; build the artifact again")
     try:
         return reader.contents(path, architecture)
     except (ExportError, OSError):

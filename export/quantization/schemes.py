@@ -127,6 +127,10 @@ def _matching(rule: LayerRule, architecture: Architecture) -> list[str]:
     return patterns.matching(rule.pattern, architecture.linear_shapes(), architecture.num_hidden_layers)
 
 
+_MOST_IDLE = 5
+"""Told of a pattern."""
+
+
 def _check_rules(recipe: QuantRecipe, architecture: Architecture) -> None:
     """Refuse a pattern that decides nothing."""
     deciding = by_pattern(recipe, architecture).values()
@@ -136,6 +140,12 @@ def _check_rules(recipe: QuantRecipe, architecture: Architecture) -> None:
         if not _matching(rule, architecture):
             kinds = {f"*.{name.rpartition('.')[2]}" for name in names}
             raise ExportError(f"{where} matches no linear of the layers; {suggestion(rule.pattern, [*kinds, *names])}")
+        if unmatched := patterns.idle(rule.pattern, architecture.linear_shapes(), architecture.num_hidden_layers):
+            more = f" and {len(unmatched) - _MOST_IDLE} more" if len(unmatched) > _MOST_IDLE else ""
+            raise ExportError(
+                f"{where} matches nothing by its {', '.join(unmatched[:_MOST_IDLE])}{more}; the model's layers are 0 "
+                f"to {architecture.num_hidden_layers - 1}, or -{architecture.num_hidden_layers} to -1"
+            )
         if rule not in deciding:
             raise ExportError(f"{where} decides nothing: later patterns match all of its linears; write it after them")
 

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from export import formats, manifest
 from export.architecture import Strict
+from export.errors import ExportError, absence
 from export.formats import Contents, admission, storage
 from export.host.console import Plain, say
 from export.manifest import FileInfo, Manifest, TensorSpec
@@ -51,6 +52,8 @@ def inspect(path: Path) -> Inspection:
         reader, file = formats.reader(described.plan.target.backend), path / described.plan.target.artifact
         contents = formats.contents(reader, file, described.architecture)
         contents = with_tied_head(contents, described.architecture)
+    elif not (path.is_dir() or path.is_file()):
+        raise ExportError(f"{path}: {absence(path)}; give an artifact folder or a model file")
     else:
         described, note = None, NO_MANIFEST
         files = manifest.hash_files(path) if path.is_dir() else {path.name: manifest.file_info(path)}

@@ -8,7 +8,6 @@ from typing import Any
 
 from export import checkpoints
 from export.checkpoints import Source, chat_template, tokenizer
-from export.checkpoints.whereabouts import told
 from export.errors import ExportError
 from export.formats import admission
 from export.host.console import stage
@@ -18,9 +17,11 @@ from export.quantization import texts
 from runtime_tests import evaluation
 from runtime_tests.evaluation import Evaluation
 from runtime_tests.evidence.record import Outcome
+from runtime_tests.jobs import SourceError
 
 from . import gates
 from .subject import Finding, StoppedError, Subject, require
+from .weights import source_of
 
 LENGTH = 60
 """Characters of an n-gram: about twelve English words. No two shipped texts share one; some share 50 characters."""
@@ -53,10 +54,10 @@ def check_tokenizer(subject: Subject) -> Finding:
     texts = [evaluation.read_text(spec.file) for spec in subject.setting.evaluation.texts]
     with stage("tokenizer"):
         try:
-            origin = told(subject.manifest.checkpoint, subject.setting.source)
-            source = checkpoints.open_source(origin, subject.manifest.plan.model.architecture)
-        except ExportError as error:
-            raise StoppedError(Outcome.SOURCE_DIFFERS, str(error)) from None
+            with source_of(subject.manifest, subject.setting.source) as origin:
+                source = checkpoints.open_source(origin, subject.manifest.plan.model.architecture)
+        except SourceError as error:
+            raise StoppedError(error.outcome, str(error)) from None
         problems = _tokenizer_differences(subject.folder, subject.manifest, source, texts)
     return Finding((gates.count("tokenizer: differences", problems, Outcome.TOKENIZER_DIFFERS),))
 

@@ -43,7 +43,7 @@ def run(turns: Sequence[Callable[[], Turn]], judge: Callable[[list[tuple[Turn, T
             if len(rounds) < ROUNDS:
                 continue
             changes = judge(rounds)
-            if len(rounds) >= MOST_ROUNDS or all(change.noise <= change.floor for change in changes):
+            if len(rounds) >= MOST_ROUNDS or all(change.noise <= change.limit for change in changes):
                 return changes
 
 

@@ -1,20 +1,23 @@
 """Reads the integers and scales of an artifact back and compares them, bit for bit, with those quantized once."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from export import checkpoints, formats, manifest
-from export.checkpoints import Checkpoint
-from export.checkpoints.whereabouts import told
+from export.build import skip
+from export.checkpoints import Checkpoint, whereabouts
+from export.checkpoints.origin import Origin
 from export.errors import ExportError
 from export.host.console import stage
 from export.manifest import Manifest
 from export.quantization import content_key, requantize
 from export.quantization.store import QuantizedModel
 from runtime_tests.evidence.record import Outcome
-from runtime_tests.jobs import SourceDiffersError, WeightsJob
+from runtime_tests.jobs import SourceError, WeightsJob
 
 from . import gates
 from .subject import Finding, Subject
@@ -34,29 +37,44 @@ def check(subject: Subject) -> Finding:
     return Finding((gates.judge(name, problems, "at most", 0, Outcome.WEIGHTS_DIFFER, detail),))
 
 
+@contextmanager
+def source_of(described: Manifest, source: str | None) -> Iterator[Origin]:
+    """Where an artifact's checkpoint is. Raises SourceError: nowhere, or what is wrong with it in the block."""
+    try:
+        origin = whereabouts.told(described.checkpoint, source)
+    except ExportError as error:
+        raise SourceError(Outcome.SOURCE_MISSING, str(error)) from None
+    try:
+        yield origin
+    except ExportError as error:
+        gone = any(change.is_gone for change in skip.changed_files(described.checkpoint.sha256, origin))
+        raise SourceError(Outcome.SOURCE_MISSING if gone else Outcome.SOURCE_DIFFERS, str(error)) from None
+
+
 def rebuild(described: Manifest, source: str | None, cache: Path) -> QuantizedModel:
-    """The quantized model of an artifact, from its checkpoint and the cached integers. Raises SourceDiffersError."""
+    """The quantized model of an artifact, from its checkpoint and the cached integers. Raises SourceError."""
     recipe, calibrated = described.plan.quant, described.quantization.calibration
     processor = calibrated.processor if calibrated else None
-    try:
-        weights = checkpoint_of(described, source)
+    weights = checkpoint_of(described, source)
+    with source_of(described, source):
         if content_key(weights, recipe, processor) != described.quantization.key:
-            raise SourceDiffersError(
+            raise ExportError(
                 f"{described.id}: quantized from another checkpoint ({weights.origin} now), or by another version of "
                 "the recipe, export/quantization/ or torchao; build the artifact again"
             )
         return requantize(weights, recipe, cache, processor)
-    except ExportError as error:
-        raise SourceDiffersError(str(error)) from None
 
 
 def checkpoint_of(described: Manifest, source: str | None) -> Checkpoint:
-    """The checkpoint that an artifact was built from. Raises ExportError where the one at `source` is different."""
-    weights = checkpoints.load(described.plan.model, told(described.checkpoint, source))
-    if weights.sha256 != described.checkpoint.sha256:
-        raise ExportError(
-            f"{weights.origin}: not the checkpoint of {described.id} (sha256); give the one with --source"
-        )
+    """The checkpoint that an artifact was built from. Raises SourceError."""
+    with source_of(described, source) as origin:
+        weights = checkpoints.load(described.plan.model, origin)
+        if weights.sha256 != described.checkpoint.sha256:
+            changes = [change.text for change in skip.changed_files(described.checkpoint.sha256, origin)]
+            raise ExportError(
+                f"{'; '.join(changes) or origin}: not the checkpoint that {described.id} was built from; build it "
+                "again, or give that one with --source and --adapter"
+            )
     return weights
 
 

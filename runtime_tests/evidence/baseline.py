@@ -20,6 +20,8 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
+import devices
+from devices import DeviceError
 from export import manifest
 from export.architecture import Strict
 from export.build import request
@@ -241,11 +243,20 @@ def main(
     device: Annotated[str, typer.Argument(help="a name in devices/")],
     folders: Annotated[list[Path] | None, typer.Argument(help="of artifacts; default: those of the last run")] = None,
     records: Annotated[
-        Path | None, typer.Option(help="records of another machine, as ci-artifacts publishes them; all are stored")
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="records of another machine, as ci-artifacts publishes them; all are stored",
+        ),
     ] = None,
     speed: Annotated[bool, typer.Option(help="store speeds too; not if others use the machine as well")] = True,
 ) -> None:
     """Store the results of the last run on DEVICE, or of some artifacts, as its baseline."""
+    try:
+        devices.load(device)
+    except DeviceError as error:
+        raise ExportError(str(error)) from None
     if folders:
         found = of_folders(device, folders, records or RECORDS)
     else:

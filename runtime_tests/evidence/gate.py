@@ -45,9 +45,7 @@ class Gated:
     def undecided(self) -> list[str]:
         """Losses that were measured beyond their limit and that noise may explain: not red for it, and never green."""
         open_ = [change for change in self.changes if change.verdict == "inconclusive"]
-        return [
-            change.name for change in open_ if change.fails_as is Outcome.MISMATCH and change.worse_by > change.floor
-        ]
+        return [change.name for change in open_ if change.fails_as is Outcome.MISMATCH and change.is_beyond]
 
     @property
     def holds(self) -> bool:

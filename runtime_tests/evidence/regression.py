@@ -26,7 +26,7 @@ KL_FLOOR_NATS = 1e-4
 _SPEED_FLOOR = 0.10
 """Of the baseline's rate or time. A smaller difference is none, however steady the timings."""
 _BLIND = 2.0
-"""Times the floor: more noise hides what a comparison should find."""
+"""Times the limit: more noise hides what a comparison should find."""
 _ENOUGH_RUNS = 3
 """From so many runs on, the differences between them are noise too: one run does not show a machine's slow day."""
 HIDDEN = ": so much noise hides what a change does"
@@ -75,8 +75,8 @@ class Change:
     since: str
     """The run or runs that the baseline's number is from."""
     now: float
-    floor: float
-    """A smaller difference is none."""
+    limit: float
+    """The most it may be worse by."""
     noise: float
     """Half the 95 % interval of the difference."""
     worse: Literal["more", "less"]
@@ -90,24 +90,24 @@ class Change:
         return self.now - self.before if self.worse == "more" else self.before - self.now
 
     @property
-    def tolerance(self) -> float:
-        """The most it may be worse by."""
-        return max(self.floor, self.noise)
+    def is_beyond(self) -> bool:
+        """Measured worse than the limit allows, whether noise may explain it or not; NaN is."""
+        return not self.worse_by <= self.limit
 
     @property
     def verdict(self) -> Verdict:
-        """Fail: worse beyond noise. Inconclusive: noise may hide a loss of twice the floor."""
-        if not self.worse_by <= self.tolerance:  # true for NaN
-            return "fail"
-        visible = _BLIND * self.floor
+        """Fail: beyond limit and noise. Inconclusive: noise may explain it, or hide a loss of twice the limit."""
+        if self.is_beyond:
+            return "inconclusive" if self.worse_by <= self.noise else "fail"
+        visible = _BLIND * self.limit
         return "inconclusive" if self.noise > visible and self.worse_by + self.noise > visible else "pass"
 
 
 def judge(change: Change) -> Gate:
     """A change as a gate of the record."""
     more = change.worse == "more"
-    limit = change.before + (change.tolerance if more else -change.tolerance)
-    detail = f"{number(change.before)} in {change.since}, tolerance {change.tolerance:.2g}"
+    limit = change.before + (change.limit if more else -change.limit)
+    detail = f"{number(change.before)} in {change.since}, noise {change.noise:.2g}"
     if change.verdict == "inconclusive":
         detail += HIDDEN
     name = f"{change.name}{AGAINST}{change.unit}"

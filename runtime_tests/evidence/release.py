@@ -164,6 +164,11 @@ def compared(old: Side, new: Side, limits: Limits) -> list[Change]:
             f"{new.label} and {old.label}: no common measure, validated on different windows (evaluations "
             f"{a.evaluation} and {b.evaluation}); validate both again with the same --eval"
         )
+    if len(a.total.top1_by_window) != len(b.total.top1_by_window):
+        raise ExportError(
+            f"{new.label} and {old.label}: no common measure, one was validated by a version that kept no top-1 of "
+            "each window; validate both again"
+        )
     old_mb, new_mb = old.record.size_bytes / 1e6, new.record.size_bytes / 1e6
     kl, kl_noise = a.total.mean_kl, significance.paired(a.total.kl_by_window, b.total.kl_by_window)
     floor = max(limits.kl * kl, KL_FLOOR_NATS)

@@ -6,10 +6,15 @@ from typing import Annotated, Literal
 from pydantic import Field, RootModel
 
 from export.architecture import Strict
+from runtime_tests.evidence.record import Outcome
 
 
-class SourceDiffersError(Exception):
+class SourceError(Exception):
     """The checkpoint is missing or not the one that the artifact was built from."""
+
+    def __init__(self, outcome: Outcome, detail: str) -> None:
+        super().__init__(detail)
+        self.outcome = outcome
 
 
 class Task(Strict):

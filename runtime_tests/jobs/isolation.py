@@ -16,7 +16,8 @@ WORKER: tuple[str, ...] = processes.python("runtime_tests.jobs.worker")
 DISK_FULL = "disk-full"
 """A child's failure that is no outcome, since it tells nothing about the artifact: this machine's disk is full."""
 Progress = Callable[[int, int], None]
-_FAILURES = {outcome.value: outcome for outcome in (Outcome.LOAD_FAIL, Outcome.RUN_FAIL, Outcome.SOURCE_DIFFERS)}
+_OF_JOBS = (Outcome.LOAD_FAIL, Outcome.RUN_FAIL, Outcome.SOURCE_MISSING, Outcome.SOURCE_DIFFERS)
+_FAILURES = {outcome.value: outcome for outcome in _OF_JOBS}
 
 
 @dataclass(frozen=True)

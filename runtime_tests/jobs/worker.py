@@ -123,8 +123,8 @@ def answer(job: jobs.Job) -> dict[str, Any]:
         return {"result": _run(job)}
     except LoadError as error:
         return {"failed": Outcome.LOAD_FAIL.value, "error": str(error)}
-    except jobs.SourceDiffersError as error:
-        return {"failed": Outcome.SOURCE_DIFFERS.value, "error": str(error)}
+    except jobs.SourceError as error:
+        return {"failed": error.outcome.value, "error": str(error)}
     except Exception as error:
         if disk.is_full(error):
             return {"failed": DISK_FULL, "error": _one_line(error)}

@@ -31,7 +31,7 @@ _COLUMNS = (
     *("verdict", "why"),
 )
 NOT_BUILT = "not built: its build failed, see the log; what its folder holds, if anything, is of an earlier one"
-_CHANGES = ("artifact", "", "baseline", "now", "change", "tolerance", "verdict")
+_CHANGES = ("artifact", "", "baseline", "now", "change", "limit", "verdict")
 _SHOWN = tuple(summary.COLUMNS.index(name) for name in summary.COLUMNS if name != "RSS MB")
 
 
@@ -95,12 +95,12 @@ def against(artifacts: Sequence[Judged]) -> Iterator[str]:
 
 
 def change_row(change: Change) -> list[str]:
-    """Value before and now, the change with its noise, and the tolerance."""
+    """Value before and now, the change with its noise, and the most it may be."""
     numbers = [f"{tables.number(change.before)} {change.unit}", f"{tables.number(change.now)} {change.unit}"]
     shares = [tables.NONE, tables.NONE]
     if change.before:
-        noise, tolerance = change.noise / change.before, change.tolerance / change.before
-        shares = [f"{change.now / change.before - 1:+.1%} ± {noise:.1%}", f"{tolerance:.1%}"]
+        noise, limit = change.noise / change.before, change.limit / change.before
+        shares = [f"{change.now / change.before - 1:+.1%} ± {noise:.1%}", f"{limit:.1%}"]
     verdict = change.verdict if change.verdict == "pass" else Markdown(f"**{change.verdict}**")
     return [change.name, *numbers, *shares, verdict if change.gated else "another run: no gate"]
 

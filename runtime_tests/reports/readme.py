@@ -1,11 +1,14 @@
-"""python -m runtime_tests.reports.readme: the results table of README.md, from the records of the last validation."""
+"""python -m runtime_tests.reports.readme: the results table of README.md, from the records of its own main job."""
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import typer
 
+import devices
+from export import manifest
 from export.build.command import run
 from export.errors import ExportError
 from export.host.text import code
@@ -16,6 +19,8 @@ from runtime_tests.evidence.record import Record
 
 _RECORDS, _README = Path("build/records/records.jsonl"), Path("README.md")
 _START, _END = "<!-- results: written by `make readme` -->", "<!-- end of results -->"
+_NAMED = re.compile(r"^\| `([\w.-]+)` \| `model\.", re.MULTILINE)
+"""The folders that the page says `make` writes."""
 _HEADER = (
     *("artifact", "size", "KL as shipped", "top-1", "KL of quantization", "KL of lowering"),
     *("prefill", "decode", "peak memory", "verdict"),
@@ -30,13 +35,27 @@ def main() -> None:
     if _START not in text or _END not in text:
         raise ExportError(f"{_README}: the markers of the results block are missing")
     before, after = text.split(_START)[0], text.split(_END)[1]
-    _README.write_text(f"{before}{_START}\n\n{block(_last_run())}\n\n{_END}{after}", encoding="utf-8")
+    records = _main_job(_NAMED.findall(before + after))
+    _README.write_text(f"{before}{_START}\n\n{block(records)}\n\n{_END}{after}", encoding="utf-8")
 
 
-def _last_run() -> list[Record]:
+def _main_job(artifacts: Sequence[str]) -> list[Record]:
+    """The last run on this machine, if it is one of these artifacts at this commit. Raises ExportError."""
     records = records_file.newest_run(_RECORDS, "host")
-    if not records:
-        raise ExportError(f"{_RECORDS}: no records; run `make` first")
+    commit, usual = manifest.source_info().commit, devices.load("host").evaluation
+    problem = "no records" if not records else ""
+    for one in records:
+        if {record.artifact for record in records} != set(artifacts):
+            problem = f"the last run is of {', '.join(record.artifact for record in records)}"
+        elif one.commit != commit or one.dirty:
+            problem = f"the last run is of commit {one.commit[:12]}{' with local changes' if one.dirty else ''}"
+        elif one.accuracy.evaluation != usual:
+            problem = f"the last run is of --eval {one.accuracy.evaluation}"
+    if problem:
+        raise ExportError(
+            f"{_RECORDS}: {problem}; {_README} shows {', '.join(artifacts)} at commit {commit[:12]}: run `make`, of a "
+            "clean checkout and without variables, first"
+        )
     return records
 
 

@@ -9,7 +9,7 @@ from runtime_tests.evidence.gate import Gated
 
 from . import ci
 
-_COLUMNS = ("", "before", "now", "change", "tolerance", "verdict")
+_COLUMNS = ("", "before", "now", "change", "limit", "verdict")
 
 
 def render(gated: Sequence[Gated]) -> str:

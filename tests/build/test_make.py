@@ -130,12 +130,58 @@ def test_a_failed_build_is_told_to_ci_and_not_validated(make, tmp_path, stale, l
     calls = [call.split("\0") for call in (tmp_path / "calls").read_text().split("\0\0") if call]
     report = next(call for call in calls if call[0] == "runtime_tests.reports.ci")
     assert report.count("--not-built") == 3 - left
-    assert [len(call) - 2 for call in calls if call[0] == "runtime_tests"] == [left] * bool(left)
+    assert calls[0] == ["runtime_tests", "ready", "host", "--skip-proven"]
+    assert [len(call) - 2 for call in calls[1:] if call[0] == "runtime_tests"] == [left] * bool(left)
     assert not (tmp_path / "build/ci/summary.md").exists()
 
 
+@pytest.mark.parametrize("target", ["ci-artifacts", "pixel-8"])
+def test_what_validation_cannot_take_is_told_before_a_build(make, tmp_path, target):
+    python = tmp_path / ".venv/bin/python"
+    head, rest = python.read_text().split("\n", 1)
+    python.write_text(f'{head}\ncase "$*" in *"runtime_tests ready"*) exit 1; esac\n{rest}')
+    with pytest.raises(AssertionError):
+        make(target, "VALIDATION=--skip-provn")
+    calls = tmp_path / "calls"
+    assert "export\0smollm2" not in (calls.read_text() if calls.exists() else "")
+
+
+def test_an_artifact_whose_build_failed_is_not_compared(make, tmp_path):
+    """Its folder may hold that of an earlier build."""
+    for name in ("coreml", "onnx-cpu"):
+        (tmp_path / f"before/named_{name}").mkdir(parents=True)
+    python = tmp_path / ".venv/bin/python"
+    head, rest = python.read_text().split("\n", 1)
+    python.write_text(f'{head}\ncase "$*" in *--stale*) echo build/named_coreml; exit; esac\n{rest}')
+    with pytest.raises(AssertionError):
+        make("ci-diff", "BASE=before")
+    page = (tmp_path / "build/ci/diff.md").read_text()
+    assert "**build/named_coreml: not built**\n" in page
+    assert "no before/named_executorch-xnnpack to compare build/named_executorch-xnnpack with\n" in page
+    calls = [call.split("\0")[1:4] for call in (tmp_path / "calls").read_text().split("\0\0") if call]
+    assert calls == [["diff", "before/named_onnx-cpu", "build/named_onnx-cpu"]]
+
+
+def test_speed_is_left_out_where_one_says_so(make):
+    for words in (["gate", "AGAINST=x"], ["baseline"]):
+        assert "--no-speed" not in make(*words)[-1]
+        assert "--no-speed" in make(*words, "SPEED=no")[-1]
+        with pytest.raises(AssertionError, match="SPEED is no, or empty"):
+            make(*words, "SPEED=off")
+
+
+@pytest.mark.parametrize("torch", ["CPU", "gpu", "cuda cpu"])
+def test_a_torch_that_there_is_not_is_refused_before_anything_is_installed(tmp_path, torch):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).symlink_to(manifest.ROOT / name)
+    command = ["make", "setup", f"TORCH={torch}", "PYTHON=false"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.splitlines()[-1].endswith("TORCH is cpu, or empty for pip's default.  Stop.")
+
+
 def test_several_recipes_and_rooms_are_several_arguments(make):
-    first, second, *_ = make("ci-artifacts", "RECIPES=fp32 int4-g32")
+    _, first, second, *_ = make("ci-artifacts", "RECIPES=fp32 int4-g32")
     assert [first[2], second[2]] == ["fp32", "int4-g32"]
     assert make("unit", "ROOM=jobs places")[0][-2:] == ["tests/jobs", "tests/places"]
 
@@ -148,7 +194,7 @@ def test_targets_are_several_arguments_one_after_the_other(make):
 
 
 def test_the_recipes_of_ci_are_the_recipe_by_default(make):
-    assert make("ci-artifacts", "QUANT=fp32")[0][:3] == ["export", "smollm2-135m", "fp32"]
+    assert make("ci-artifacts", "QUANT=fp32")[1][:3] == ["export", "smollm2-135m", "fp32"]
     assert make("bench", "MODEL=tiny") == [["runtime_tests.bench", "tiny", "int4-g32"]]
 
 
@@ -178,8 +224,8 @@ def test_a_device_is_asked_before_anything_is_built(tmp_path, ready):
     python.write_text(f'#!/bin/sh\necho "$2 $3" >> calls\n[ "$3" != ready ] || exit {ready}\n')
     python.chmod(0o755)
     ended = subprocess.run(["make", "-o", "setup", "pixel-8"], cwd=tmp_path, capture_output=True, check=False)
-    before = ["devices targets", "runtime_tests ready"]
-    after = ["export smollm2-135m", "export folders", "devices.lab run"]
+    before = ["devices targets", "export folders", "runtime_tests ready"]
+    after = ["export smollm2-135m", "devices.lab run"]
     assert (tmp_path / "calls").read_text().splitlines() == (before if ready else [*before, *after])
     assert bool(ended.returncode) == bool(ready)
 

@@ -1,6 +1,7 @@
 """Whose model an artifact is: its name, what it may replace, and the command that builds it again."""
 
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -128,10 +129,10 @@ def test_folders_are_told_without_a_build(here, export_command):
 # ── what a build may replace ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def retrained(folder, seed=1):
-    weights = folder / "model.safetensors"
+def retrained(folder, file="model.safetensors"):
+    weights = folder / file
     data = bytearray(weights.read_bytes())
-    data[-seed] ^= 1
+    data[-1] ^= 1
     weights.write_bytes(data)
 
 
@@ -144,13 +145,13 @@ def test_another_checkpoint_of_the_same_name_is_refused(here, capsys):
     build(source=second)  # the same bytes
     assert manifest.digest(folder) == before
     retrained(second)
-    file, digest = next(iter(built.checkpoint.sha256.items()))
+    digest = built.checkpoint.sha256["model.safetensors"]
     shutil.rmtree(here / "origins")
     with pytest.raises(ExportError) as refusal:
         build(source="b/model")
     assert str(refusal.value) == (
-        f"{folder}: holds an artifact of another checkpoint, local:model ({file} {digest[:12]}), not of b/model; give "
-        "this one a --name of its own, or remove the folder"
+        f"{folder}: holds an artifact of another checkpoint, local:model (model.safetensors {digest[:12]}), not of "
+        "b/model; give this one a --name of its own, or remove the folder"
     )
     assert manifest.digest(folder) == before
     assert build(source="b/model", name="model-b").id == "model-b_int4-g32_onnx-cpu"
@@ -171,6 +172,13 @@ def test_an_adapter_and_its_base_never_replace_each_other(here):
     build(source=base, name="x")
     with pytest.raises(ExportError, match=r"holds an artifact of another checkpoint, local:base .*, not of adapter:"):
         build(source=base, adapter=base / ADAPTER, name="x")
+    digest = build(source=base, adapter=base / ADAPTER, name="y").checkpoint.sha256["adapter_model.safetensors"]
+    other = shutil.copytree(base / ADAPTER, here / "other")
+    retrained(other, file="adapter_model.safetensors")
+    with pytest.raises(
+        ExportError, match=rf"local:adapter//local:base \(adapter_model.safetensors {digest[:12]}\), not"
+    ):
+        build(source=base, adapter=other, name="y")
     build("tiny", "int4-g32", "onnx-cpu")
     with pytest.raises(ExportError, match="holds an artifact of another checkpoint, seed:20, not of seed:5"):
         build("tiny", "int4-g32", "onnx-cpu", source="seed:5", name="tiny")
@@ -233,6 +241,25 @@ def test_what_an_adapter_was_trained_on_and_merged_into_is_said(here, capsys):
     assert "\n| adapter | trained on `local:model`, merged into `local:base` |\n" in text
     assert "# mine_int4-g32_onnx-cpu: fine-tune of base\n" in text
     assert "secret" not in text + built.model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("named", "source", "noted"),
+    [
+        ("base", "base", False),
+        ("/gone/base", "base", False),  # of the same name, and nothing tells them apart
+        ("other/base", "base", True),
+        ("owner/base", "base", True),
+    ],
+)
+def test_the_base_that_an_adapter_names_is_no_news(here, capsys, named, source, noted):
+    adapter = names_base(write_lora(here / "base") / ADAPTER, base_model_name_or_path=named)
+    write_folder(here / "other/base")
+    build(source=source, adapter=adapter)
+    assert ("the adapter was trained on" in capsys.readouterr().err) == noted
+    if named == "base":
+        card = (here / "build/adapter_int4-g32_onnx-cpu/README.md").read_text()
+        assert "\n| adapter | trained on `local:base` and merged into it |\n" in card
 
 
 # ── what is shown ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -333,17 +360,35 @@ def test_a_checkpoint_is_found_where_it_was_built_from_and_asked_for_where_it_mo
     adapter = Path(shutil.move(base / ADAPTER, here / "lora"))
     checkpoint = build(source="base", adapter="lora").checkpoint
     assert whereabouts.told(checkpoint, None) == parse_origin("adapter:lora//base")
-    assert str(whereabouts.given(checkpoint)) == "adapter:lora//base"
+    assert whereabouts.given(checkpoint) == "adapter:lora//base"
     adapter.rename(here / "moved lora")
     with pytest.raises(ExportError) as moved:
         whereabouts.told(checkpoint, None)
     assert str(moved.value) == (
-        f"{here}/lora: not found on this machine; give where it is now with --source adapter:NEW//{here}/base"
+        f"{here}/lora: not found on this machine; give where it is now with --source {here}/base --adapter ADAPTER"
     )
     assert whereabouts.told(checkpoint, f"adapter:{here}/moved lora//{here}/base")
     shutil.rmtree(here / "origins")  # on another machine
-    with pytest.raises(ExportError, match=r"^local:lora and local:base: not found .* with --source adapter:NEW//BASE$"):
+    with pytest.raises(
+        ExportError, match=r"^local:lora and local:base: not found .* with --source SOURCE --adapter ADAPTER$"
+    ):
         whereabouts.told(checkpoint, None)
+
+
+def test_a_command_says_where_a_checkpoint_was_and_what_has_become_of_it(here):
+    base = write_lora(here / "base")
+    shutil.move(base / ADAPTER, here / "lora")
+    built = build(source="base", adapter="lora")
+    line = "python -m export llama int4-g32 onnx-cpu --source {0}base --adapter {0}lora --name lora"
+    assert request.command(built) == line.format("")
+    retrained(here / "lora", file="adapter_model.safetensors")
+    assert request.command(built) == line.format("") + f"  # since then: {here}/lora/adapter_model.safetensors: changed"
+    (here / "lora").rename(here / "elsewhere")
+    assert request.command(built) == line.format(f"{here}/") + f"  # not there any more: {here}/lora"
+    whereabouts.remember(parse_origin("adapter:elsewhere//base"), built.checkpoint.sha256)  # a validation was told so
+    assert request.command(built).startswith(line.format("").replace("adapter lora", "adapter elsewhere"))
+    shutil.rmtree(here / "origins")
+    assert request.command(built) == request.published_command(built)
 
 
 @pytest.mark.parametrize(
@@ -354,11 +399,15 @@ def test_a_checkpoint_is_found_where_it_was_built_from_and_asked_for_where_it_mo
         ("none", "none/manifest.json: missing; give an artifact folder made by `python -m export`"),
         ("file", "file: a file; give an artifact folder made by `python -m export`"),
         ("empty", "empty/manifest.json: missing; give an artifact folder made by `python -m export`"),
+        ("pipe", "pipe: a pipe; give an artifact folder made by `python -m export`"),
+        ("piped", "piped/manifest.json: a pipe, no file; give an artifact folder made by `python -m export`"),
     ],
 )
 def test_what_is_no_artifact_folder_says_which_to_give(here, given, line):
-    for folder in ("artifact", "empty"):
+    for folder in ("artifact", "empty", "piped"):
         (here / folder).mkdir()
+    for pipe in ("piped/manifest.json", "pipe"):
+        os.mkfifo(here / pipe)
     for file in ("artifact/model.onnx", "artifact/manifest.json", "file"):
         (here / file).touch()
     with pytest.raises(ExportError) as refusal:

@@ -142,6 +142,12 @@ def test_a_wrong_value_in_a_yaml_names_its_field(configs, tmp_path, file, change
         ("a: [1", "not readable as YAML"), ("- a", "found list"), ("", "found NoneType"), ("\xff", "found str"),
         ("method: rtn\nlinear: null\nmethod: rtn", "the key 'method' stands twice"),
         ("linear: {bits: 4, bits: 8}", "the key 'bits' stands twice"),
+        ("layers:\n  *.down_proj: {bits: 8}", r'line 2, column 3: .* but found .\..; write "\*\.down_proj" in quotes$'),
+        ("layers: {*_proj: {bits: 8}}", r'line 1, column 10: .* alias ._proj.; write "\*_proj" in quotes$'),
+        ("layers:\n  model.[01]*: 1\n  [q]*: 1", r'line 3, column 6: .*; write "\[q\]\*" in quotes$'),
+        ("layers:\n  {0,1}.x: 1", "line 2, column 8: .*; write text that begins with a bracket, .* in quotes"),
+        ("description: int4: all", "line 1, column 18: .*; write text that holds a colon and a space in quotes$"),
+        ("a:\n\tb: 1", "line 2, column 1: .*; write spaces instead of tabs$"),
         ("a: !!python/object/apply:os.system [true]", "not readable as YAML"),
     ],
 )  # fmt: skip

@@ -1,5 +1,7 @@
 """`.ci/venv`: which Python the set-up takes, what becomes of an environment that is there, what it says of neither."""
 
+import os
+import shutil
 import subprocess
 import sys
 
@@ -103,6 +105,41 @@ def test_without_one_a_line_says_what_to_install(words, says, path, tmp_path):
     assert ended.stderr.startswith(says)
     assert ended.stderr.count("\n") == 1
     assert not (tmp_path / "venv").exists()
+
+
+FILES = {"setup": ("pyproject.toml", "constraints.txt"), "audit": ("locks/audit.txt",)}
+MADE = {"setup": ".venv", "audit": ".venv-audit"}
+
+
+@pytest.mark.parametrize("target", FILES)
+def test_an_environment_is_of_what_it_was_made_from_whatever_the_times(tmp_path, target):
+    """A clone has files that are newer than a copied or linked environment."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for folder in (".ci", "locks", "elsewhere/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / ".ci/venv").write_text("echo made >> log\n")
+    for name in ("pip", "detect-secrets-hook", "pip-audit"):
+        (tmp_path / "elsewhere/bin" / name).write_text("#!/bin/sh\n")
+        (tmp_path / "elsewhere/bin" / name).chmod(0o755)
+    (tmp_path / MADE[target]).symlink_to("elsewhere")
+    for name in FILES[target]:
+        (tmp_path / name).write_text("one\n")
+
+    def made():
+        (tmp_path / "log").write_text("")
+        words = ["make", "setup"] if target == "setup" else ["make", ".venv-audit/.ready"]
+        ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+        return bool((tmp_path / "log").read_text())
+
+    assert made()
+    for name in FILES[target]:
+        os.utime(tmp_path / name, (4e9, 4e9))
+    assert not made()
+    (tmp_path / FILES[target][-1]).write_text("two\n")
+    os.utime(tmp_path / FILES[target][-1], (0, 0))
+    assert made()
+    assert not made()
 
 
 def test_the_real_python_makes_a_real_environment(tmp_path):

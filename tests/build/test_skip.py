@@ -173,7 +173,7 @@ def test_of_an_adapter_the_tokenizer_counts_that_is_read(tmp_path):
     assert list(skip.changed_files(recorded, origin)) == []
     (base / "generation_config.json").write_text("{ }")
     (adapter / "tokenizer.json").write_text("{}")  # now that of the base, which is not read
-    assert list(skip.changed_files(recorded, origin)) == [
+    assert [change.text for change in skip.changed_files(recorded, origin)] == [
         f"{adapter / 'tokenizer.json'}: changed",
         f"{base / 'generation_config.json'}: changed",
     ]

@@ -17,7 +17,8 @@ from export.errors import ExportError
 from export.plan import load_plan
 from export.quantization.eager import eager
 from runtime_tests.checks import weights as proof
-from runtime_tests.jobs import SourceDiffersError
+from runtime_tests.evidence.record import Outcome
+from runtime_tests.jobs import SourceError
 from tests.support import harms
 from tests.support.checkpoints import (
     LLAMA,
@@ -193,8 +194,13 @@ def test_the_command_builds_an_artifact_that_validation_can_rebuild(tied, tmp_pa
     model = proof.rebuild(described, None, tmp_path / "cache")
     assert model.key == described.quantization.key
     train(tied, tmp_path / "adapter", seed=1)
-    with pytest.raises(SourceDiffersError, match=r"not the checkpoint of .*\(sha256\)"):
+    with pytest.raises(SourceError) as refusal:
         proof.rebuild(described, None, tmp_path / "cache")
+    assert (refusal.value.outcome, str(refusal.value)) == (
+        Outcome.SOURCE_DIFFERS,
+        f"{tmp_path}/adapter/adapter_model.safetensors: changed: not the checkpoint that {described.id} was built "
+        "from; build it again, or give that one with --source and --adapter",
+    )
 
 
 # ── mistakes ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -209,7 +209,7 @@ def test_links_in_a_circle_and_pipes_are_no_files(folder, name):
     assert f"{name}: missing" in refusal(LLAMA, folder)
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    assert f"{name}: missing" in refusal(LLAMA, folder)
+    assert f"{name}: a pipe, no file" in refusal(LLAMA, folder)
 
 
 def test_a_pipe_or_a_folder_is_no_gguf(tmp_path):

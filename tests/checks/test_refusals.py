@@ -143,12 +143,17 @@ def test_limits_that_are_none(check, artifact, tmp_path, text, words):
 
 
 @pytest.mark.hostile("record", "limits that are a pipe or have no end", "one line")
-@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.touch() or os.truncate(path, 2**40)])
-def test_limits_without_an_end(check, artifact, tmp_path, make):
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (os.mkfifo, "a pipe, no file; give a YAML file"),
+        (lambda path: path.touch() or os.truncate(path, 2**40), "larger than 1048576 bytes, which no YAML of ours is"),
+    ],
+)
+def test_limits_without_an_end(check, artifact, tmp_path, make, line):
     make(tmp_path / "mine.yaml")
     code, error, _ = check("--limits", tmp_path / "mine.yaml", artifact)
-    line = f"error: {tmp_path}/mine.yaml: no file, or larger than 1048576 bytes, which no YAML of ours is"
-    assert (code, error.splitlines()[-1]) == (1, line)
+    assert (code, error.splitlines()[-1]) == (1, f"error: {tmp_path}/mine.yaml: {line}")
 
 
 def test_limits_do_not_go_with_tasks(check, artifact, tmp_path):
@@ -230,7 +235,7 @@ def test_a_checkpoint_that_is_gone_is_named_and_can_be_given(check, from_folder,
     moved = source.rename(tmp_path / "moved")
     code, _, out = check(folder)
     assert code == 1
-    assert f"{source}: not found on this machine; give where it is now with --source NEW" in verdict(out)
+    assert f"{source}: not found on this machine; give where it is now with --source SOURCE" in verdict(out)
     code, _, out = check("--source", moved, folder)
     assert "no such file" not in out
     assert code == 0, out
@@ -241,7 +246,8 @@ def test_a_checkpoint_that_changed_since_the_build_is_named(check, from_folder):
     flip(source / "model.safetensors", -1)  # the last weight's sign or exponent
     code, _, out = check(folder)
     assert code == 1
-    assert f"{source}: not the checkpoint of llama_int4-g32_fake (sha256); give the one with --source" in verdict(out)
+    line = f"{source}/model.safetensors: changed: not the checkpoint that llama_int4-g32_fake was built from; build it"
+    assert line in verdict(out)
 
 
 def test_a_tokenizer_that_changed_since_the_build_is_named(check, from_folder):

@@ -13,15 +13,17 @@ from safetensors.torch import load_file, save_file
 import devices
 from devices import DeviceLostError
 from export import manifest
-from export.checkpoints import tokenizer
+from export.checkpoints import tokenizer, whereabouts
+from export.checkpoints.origin import parse_origin
 from export.errors import ExportError
 from export.host import disk
-from export.plan import QuantLimits, WeightScheme
+from export.plan import ModelSpec, Plan, QuantLimits, QuantRecipe, WeightScheme, load_named
 from runtime_tests import evaluation, validate
 from runtime_tests.checks import gates, golden, limits, tokens
 from runtime_tests.checks.subject import Finding, StoppedError
 from runtime_tests.evidence.record import Outcome
-from tests.support.artifacts import OWN_LIMITS, edit_manifest, renamed, reseal, set_fault
+from tests.support.artifacts import OWN_LIMITS, TARGET, edit_manifest, export_with, renamed, reseal, set_fault
+from tests.support.checkpoints import ADAPTER, write_lora
 from tests.support.harms import Execute
 from tests.support.records import failed
 from tests.support.reliability import NUMBERS
@@ -195,6 +197,65 @@ def test_another_checkpoint_is_refused(artifact, setting, in_process):
     record = check(artifact, replace(setting, source="seed:21"))
     assert record.outcome is Outcome.SOURCE_DIFFERS
     assert "another checkpoint (seed:21 now)" in record.detail
+
+
+@pytest.fixture
+def fine_tuned(tmp_path, store, setting):
+    """An artifact of a base and an adapter, in folders of their own, and what a validation says of it."""
+    write_lora(tmp_path / "base")
+    shutil.move(tmp_path / "base" / ADAPTER, tmp_path / "lora")
+    plan = Plan(
+        model=load_named(ModelSpec, "models", "llama"),
+        quant=load_named(QuantRecipe, "quant", "int4-g32"),
+        target=TARGET,
+    )
+    origin = parse_origin(f"adapter:{tmp_path}/lora//{tmp_path}/base")
+    export_with(store, plan, tmp_path / "tuned", origin)
+
+    def run(source=None):
+        record = check(tmp_path / "tuned", replace(setting, source=source))
+        return record.outcome, record.detail.replace(f"{tmp_path}/", "")
+
+    return run
+
+
+def turned(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("happens", "outcome", "line"),
+    [
+        (lambda at: (at / "lora").rename(at / "new"), Outcome.SOURCE_MISSING,
+         "lora: not found on this machine; give where it is now with --source base --adapter ADAPTER"),
+        (lambda at: (at / "base").rename(at / "new"), Outcome.SOURCE_MISSING,
+         "base: not found on this machine; give where it is now with --source SOURCE --adapter lora"),
+        (lambda at: (at / "lora/adapter_config.json").unlink(), Outcome.SOURCE_MISSING,
+         "lora/adapter_config.json: missing; --adapter must be a folder that peft's save_pretrained wrote"),
+        (lambda at: (at / "base/config.json").unlink(), Outcome.SOURCE_MISSING,
+         "base/config.json: missing; --source must be a Hugging Face model folder"),
+        (lambda at: turned(at / "lora/adapter_model.safetensors"), Outcome.SOURCE_DIFFERS,
+         "weights: lora/adapter_model.safetensors: changed: not the checkpoint that llama_int4-g32_fake was built "
+         "from; build it again, or give that one with --source and --adapter"),
+        (lambda at: turned(at / "base/model.safetensors"), Outcome.SOURCE_DIFFERS,
+         "weights: base/model.safetensors: changed: not the checkpoint that llama_int4-g32_fake was built from; build "
+         "it again, or give that one with --source and --adapter"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_is_gone_is_told_from_one_that_changed(
+    fine_tuned, tmp_path, in_process, happens, outcome, line
+):
+    happens(tmp_path)
+    assert fine_tuned() == (outcome, line)
+
+
+def test_a_checkpoint_that_is_given_where_it_moved_is_found_there_again(fine_tuned, tmp_path, in_process):
+    now = (tmp_path / "lora").rename(tmp_path / "new")
+    given = f"adapter:{now}//{tmp_path}/base"
+    assert fine_tuned(given)[0] not in {Outcome.SOURCE_MISSING, Outcome.SOURCE_DIFFERS}
+    assert whereabouts.given(manifest.read(tmp_path / "tuned").checkpoint) == given
 
 
 def test_quantization_beyond_the_recipe_fails_only_its_gates(artifact, setting, in_process):

@@ -252,9 +252,15 @@ def test_the_command_keeps_what_another_machine_recorded(folder, tmp_path, monke
     monkeypatch.setattr("sys.argv", [*arguments, "--no-speed"])
     assert run_app(baseline.app) == 0
     assert "without speed: not timed" in " ".join(capsys.readouterr().out.split())
-    monkeypatch.setattr("sys.argv", [*arguments[:3], str(tmp_path / "none.jsonl")])
-    assert run_app(baseline.app) == 1
-    assert "no record of host that holds" in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "empty.jsonl").touch()
+    for words, code, line in (
+        (("host", "--records", tmp_path / "empty.jsonl"), 1, "no record of host that holds"),
+        (("host", "--records", tmp_path / "none.jsonl"), 2, "none.jsonl' does not exist"),
+        (("hsot",), 1, "error: unknown device 'hsot'; did you mean host?"),
+    ):
+        monkeypatch.setattr("sys.argv", ["baseline", *map(str, words)])
+        assert run_app(baseline.app) == code
+        assert line in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -34,7 +35,7 @@ def run_of(described, *, kl=KL, top1=TOP1, windows="ab" * 32, **changes):
         update={
             "mean_kl": sum(kl) / len(kl),
             "kl_by_window": kl,
-            "top1": sum(top1) / len(top1),
+            "top1": sum(top1) / max(1, len(top1)),
             "top1_by_window": top1,
         }
     )
@@ -65,6 +66,7 @@ SAME = {"KL as shipped": "pass", "top-1 as shipped": "pass", "size": "pass"}
         ({"kl": lost(1.04)}, {}),
         ({"kl": lost(1.06)}, {"KL as shipped": "fail"}),
         ({"kl": lost(0.5)}, {}),
+        ({"kl": lost(*[1.16, 0.98] * 4)}, {"KL as shipped": "inconclusive"}),  # +7 % ± 8 %
         ({"kl": lost(*[2, 0.5] * 4)}, {"KL as shipped": "inconclusive"}),
         ({"kl": lost(float("nan"))}, {"KL as shipped": "fail"}),
         ({"top1": tuple(share - 0.01 for share in TOP1)}, {}),
@@ -73,7 +75,7 @@ SAME = {"KL as shipped": "pass", "top-1 as shipped": "pass", "size": "pass"}
         ({"size_bytes": 1_011_000}, {"size": "fail"}),
     ],
 )
-def test_each_measure_has_its_limit_or_noise(described, change, worse):
+def test_each_measure_has_its_limit(described, change, worse):
     assert verdicts(side(described), side(described, **change)) == SAME | worse
 
 
@@ -258,7 +260,8 @@ def test_a_rebuild_passes_and_says_what_changed(world, described):
 @pytest.mark.parametrize(
     ("changes", "turn", "worse"),
     [
-        ({"kl": lost(1.1)}, Turn(100.0, 0.1), "KL as shipped"),
+        ({"kl": lost(1.051)}, Turn(100.0, 0.1), "KL as shipped"),
+        ({"kl": lost(*[1.16, 0.98] * 4)}, Turn(100.0, 0.1), None),
         ({"kl": lost(*[2.2, 0.5] * 4)}, Turn(100.0, 0.1), None),
         ({}, Turn(80.0, 0.125), "decode, time to first token"),
     ],
@@ -271,6 +274,31 @@ def test_worse_than_its_limit_is_red(world, changes, turn, worse):
         f"**fail** ({worse})" if worse else "**open** (KL as shipped; more windows decide, as of `--eval domains`)"
     )
     assert (code, verdict in page) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "row"),
+    [
+        ({}, 0, "| +0.0% ± 0.0% | 5.0% | pass |"),
+        ({"kl": lost(1.051)}, 1, "| +5.1% ± 0.5% | 5.0% | **fail** |"),
+        ({"kl": lost(*[1.16, 0.98] * 4)}, 1, "| +6.9% ± 8.1% | 5.0% | **inconclusive** |"),
+    ],
+)
+@pytest.mark.parametrize("against", ["old/tiny_int4-g32_fake", "old", "release.jsonl"])
+def test_one_rule_decides_whatever_the_release_before_is_given_as(world, against, changes, code, row):
+    record.append(world.validate("old"), Path("release.jsonl"))
+    world.validate("new", **changes)
+    ended, page, _ = world(against=against)
+    (line,) = [line for line in page.splitlines() if line.startswith("| KL as shipped")]
+    assert (ended, line.endswith(row)) == (code, True), line
+
+
+def test_a_record_without_the_windows_of_a_measure_has_no_common_one(world):
+    old = world.validate("old", top1=())
+    world.validate("new")
+    assert old.accuracy.total.top1_by_window == ()
+    code, page, _ = world()
+    assert (code, "no common measure, one was validated by a version that kept no top-1" in page) == (1, True)
 
 
 def test_speed_of_a_record_is_not_compared_and_neither_green_nor_red(world, tmp_path):

@@ -3,11 +3,15 @@
 from contextlib import contextmanager
 
 import pytest
+import yaml
 
 import devices
 from devices import DeviceBusyError, DeviceError
+from export.build.command import run
 from export.errors import ExportError
+from runtime_tests import __main__ as cli
 from runtime_tests.places import readiness
+from tests.support.artifacts import OWN_LIMITS
 
 
 class Answering:
@@ -92,3 +96,25 @@ def test_an_emulated_device_needs_the_lab(monkeypatch):
 def test_nothing_is_asked_of_this_machine(monkeypatch):
     monkeypatch.setattr(readiness, "open_transport", None)
     readiness.require(devices.load("host"))
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "line"),
+    [
+        ([], 0, ""),
+        (["--skip-proven", "--eval", "languages", "--limits", "mine.yaml"], 0, ""),
+        (["--skip-provn"], 2, "error: No such option: --skip-provn"),
+        (["--eval", "langauges"], 1, "unknown name 'langauges' in configs/evals; did you mean languages?"),
+        (["--limits", "none.yaml"], 2, "'none.yaml' does not exist"),
+        (["--limits", "bad.yaml"], 1, "error: bad.yaml: quant: missing; target: missing"),
+        (["--source", "nowhere"], 1, "error: nowhere: no such file or folder"),
+    ],
+)
+def test_options_that_validation_cannot_take_are_told_too(monkeypatch, tmp_path, capsys, words, code, line):
+    monkeypatch.chdir(tmp_path)
+    limits = {"quant": {"max_mean_kl": 1, "min_top1": 0}, "target": OWN_LIMITS}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(limits))
+    (tmp_path / "bad.yaml").write_text("{}")
+    monkeypatch.setattr("sys.argv", ["runtime_tests", "ready", "host", *words])
+    ended = run(cli.app)
+    assert (ended, line in " ".join(capsys.readouterr().err.split())) == (code, True)

@@ -57,6 +57,14 @@ def test_patterns_are_a_shells_and_count_layers_from_both_ends(pattern, layers):
     assert sorted({int(name.split(".")[2]) for name in found}) == list(layers)
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    ["model.layers.{3,5..7}.*", "*.{mlp,self_attn}.{q_proj,down_proj}", "model.layers.{-12..-1}.{m*,self_attn}.*"],
+)
+def test_what_is_listed_in_braces_matches_in_some_combination(pattern):
+    assert patterns.idle(pattern, LINEARS, 12) == []
+
+
 def test_braces_that_stand_for_too_much_are_refused_at_once():
     with pytest.raises(ExportError, match="stands for more than 256 patterns; write \\* for a part of it"):
         patterns.matching("{0..9999}" * 20, LINEARS, 12)
@@ -91,6 +99,13 @@ def test_the_key_is_of_what_the_rules_choose(opened):
         ({"q_proj": EIGHT}, r"'q_proj' matches no linear of the layers; did you mean \*\.q_proj"),
         ({"model.layers.2.mlp.up_proj": EIGHT}, r"matches no linear .* did you mean model\.layers\.[01]\.mlp\.up_proj"),
         ({"lm_head": EIGHT}, "'lm_head' matches no linear of the layers; known: "),
+        (
+            {"model.layers.{0..9}.*": EIGHT},
+            r"\*' matches nothing by its 2, 3, 4, 5, 6 and 3 more; the model's layers are 0 to 1, or -2 to -1$",
+        ),
+        ({"model.layers.{-3..-1}.mlp.*": EIGHT}, "matches nothing by its -3; the model's"),
+        ({"*.{up_proj,down_prj}": EIGHT}, "matches nothing by its down_prj; the model's"),
+        ({"model.layers.{0,1}.{mlp,attn}.{q_proj,up_proj}": EIGHT}, "matches nothing by its q_proj, attn; the model's"),
         ({"model.layers.1.*": EIGHT, "*_proj": WIDE}, r"'model\.layers\.1\.\*' decides nothing: later patterns match"),
         (
             {"*.down_proj": {"bits": 4, "group_size": 48}},

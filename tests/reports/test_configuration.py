@@ -42,6 +42,15 @@ def test_a_mistake_is_one_in_an_editor_too(title, changes):
         jsonschema.validate(yaml.safe_load(path.read_text()) | changes, configuration.schema(kind))
 
 
+@pytest.mark.parametrize("kind", configuration.KINDS, ids=lambda kind: kind.title)
+def test_every_key_and_every_record_has_a_meaning(kind):
+    made = configuration.schema(kind)
+    parts = {kind.title: made, **made.get("$defs", {})}
+    assert [name for name, part in parts.items() if not part.get("description", "").strip()] == []
+    keys = [(name, key, field) for name, part in parts.items() for key, field in part["properties"].items()]
+    assert [f"{name}.{key}" for name, key, field in keys if not field.get("description", "").strip()] == []
+
+
 def test_layers_are_written_as_a_mapping_and_shown_so():
     schema = configuration.schema(configuration.KINDS[0])
     fields = yaml.safe_load((ROOT / "configs/quant/int4-g32.yaml").read_text())

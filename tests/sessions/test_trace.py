@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 
+from export.architecture import ROTATE_IN
+from export.plan import QuantRecipe, load_plan
 from runtime_tests.checks.accuracy import BEST_SQNR_DB
 from runtime_tests.jobs import TraceJob, isolation
 from runtime_tests.sessions.trace import page, run
 from runtime_tests.sessions.trace.run import SINGLE, Trace
-from tests.support.artifacts import spoil_weight
+from tests.support.artifacts import export_with, spoil_weight
 
 TARGETS = ("onnx-cpu", "executorch-xnnpack", "coreml")
 DOWN, QUERY = "model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.q_proj.weight"
@@ -46,6 +48,27 @@ def test_no_part_of_a_healthy_artifact_breaks_and_the_one_that_is_wrong_is_named
         assert broken <= {(layer, kind) for kind in kinds}
         assert found.first is not None
         assert {(found.first[1].layer, found.first[1].name)} == broken
+
+
+@pytest.mark.parametrize(
+    ("target", "beginning"),
+    [
+        ("onnx-cpu", ["embedding", "rotation"]),
+        ("executorch-xnnpack", ["embedding+rotation"]),
+        ("coreml", ["embedding", "rotation"]),
+    ],
+)
+def test_rotated_linears_of_two_kinds_are_parts_as_others(traced, store, tmp_path, target, beginning):
+    plan = load_plan("tiny", "int4-g32", target)
+    four, eight = plan.quant.linear.model_dump(), {"bits": 8, "group_size": None}
+    changes = {"rotation": {"seed": 1, "scheme": four}, "layers": {"*.down_proj": eight}}
+    plan = plan.model_copy(update={"quant": QuantRecipe.model_validate(plan.quant.model_dump() | changes)})
+    folder = export_with(store, plan, tmp_path / "rotated")
+    found = traced(folder)
+    assert page.verdict(found) == f"tiny_int4-g32_{target}: no part breaks"
+    assert [part.name for part in found.parts[SINGLE] if part.layer is None][: len(beginning)] == beginning
+    spoil_weight(folder, ROTATE_IN)
+    assert traced(folder).first[1].name == beginning[-1]
 
 
 def test_a_value_that_is_not_finite_breaks_however_it_arises(tiny, traced, monkeypatch):

@@ -25,11 +25,11 @@ OWN_LIMITS = {
 TARGET = load_record(Target, FAKES / "targets/fake.yaml")
 
 
-def export_with(store, plan, out):
+def export_with(store, plan, out, source=None):
     """Build an artifact whose quantized weights are taken from a store, or left there."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "CACHE", store)
-        pipeline.export(plan, None, out)
+        pipeline.export(plan, source, out)
     admission.admit(out)
     return out
 

@@ -1,6 +1,7 @@
 """`python -m export inspect` and `diff`: what they say of real artifacts of every format, and of files of others."""
 
 import json
+import os
 import shutil
 from statistics import mean, stdev
 
@@ -337,6 +338,14 @@ def test_a_damaged_model_in_a_folder_is_one_line(tiny, tmp_path, folder, export_
     assert "error:" in error
     with pytest.raises(ExportError):
         difference.compare(copy, copy, [tmp_path / "none"])
+
+
+def test_a_pipe_is_not_waited_for_nor_a_device_read_to_its_end(tmp_path, export_command):
+    os.mkfifo(pipe := tmp_path / "model.pte")
+    for path, what in ((pipe, "a pipe"), ("/dev/zero", "a device")):
+        for words in (("inspect", path), ("diff", path, path)):
+            line = f"error: {path}: {what}, no file; give an artifact folder or a model file\n"
+            assert export_command(*words) == (1, "", line)
 
 
 # ── the picture ─────────────────────────────────────────────────────────────────────────────────────────────────────

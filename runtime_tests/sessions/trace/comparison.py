@@ -22,7 +22,7 @@ class Part(Strict):
     """The SQNR of one part of one layer, dB, median over its tokens; -200 where a value is not finite."""
 
     layer: int | None
-    """None: embedding, or head."""
+    """None: embedding, its rotation, or head."""
     name: str
     """`attention` (with q, k, v), `o_proj`, `mlp`; parts that the artifact gives one value of are joined by `+`."""
     alone: float
@@ -69,7 +69,9 @@ def _expected(model: Llama, tokens: Sequence[int], found: Mapping[str, Tensor]) 
 
     cos, sin = rope_tables(model.architecture, len(tokens))
     rows = len(found.get(points.LOGITS, tokens))  # the last layer may compute no more than it has to
-    x = at(points.EMBEDDING, model.model.rotate_in(model.model.embed_tokens(torch.tensor([list(tokens)]))))
+    x = at(points.EMBEDDING, model.model.embed_tokens(torch.tensor([list(tokens)])))
+    if model.architecture.rotated:
+        x = at(points.ROTATION, model.model.rotate_in(x))
     for i, module in enumerate(model.model.layers):
         assert isinstance(module, Layer)
         heads = at(points.attention(i), _heads(module, x, cos, sin))

@@ -66,7 +66,9 @@ def _places(package: Path, described: Manifest) -> dict[str, str]:
         return named[mil_name((name,))]
 
     a = described.architecture
-    places = {points.EMBEDDING: _output(linear(ROTATE_IN if a.rotated else EMBEDDING))}
+    places = {points.EMBEDDING: _output(linear(EMBEDDING))}
+    if a.rotated:
+        places[points.ROTATION] = _output(linear(ROTATE_IN))
     for i in range(a.num_hidden_layers):
         o, down = (linear(f"model.layers.{i}.{name}.weight") for name in ("self_attn.o_proj", "mlp.down_proj"))
         places[points.attention(i)] = str(o.inputs["x"][0])

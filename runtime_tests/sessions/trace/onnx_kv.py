@@ -17,7 +17,7 @@ from . import points
 from .points import Points, Probe
 
 NOTE = "read as more outputs of the shipped graph; onnxruntime fuses nothing across them"
-LIMITS = {"embedding": 60.0, "attention": 15.0, "o_proj": 28.0, "mlp": 25.0, "logits": 25.0}
+LIMITS = {"embedding": 60.0, "rotation": 25.0, "attention": 15.0, "o_proj": 28.0, "mlp": 25.0, "logits": 25.0}
 _FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -62,7 +62,7 @@ def _places(described: Manifest, proto: onnx.ModelProto) -> dict[str, str]:
             del node.output[1:]
             node.output.extend(["", "", last])
     norms = a.norm_names()
-    places = {points.EMBEDDING: f"{ROTATE_IN}.out" if a.rotated else "embedded"}
+    places = {points.EMBEDDING: "embedded"} | ({points.ROTATION: f"{ROTATE_IN}.out"} if a.rotated else {})
     for i in range(a.num_hidden_layers):
         places[points.attention(i)] = f"model.layers.{i}.self_attn.out"
         places[points.o_proj(i)] = f"{norms[2 * i + 1]}.sum"

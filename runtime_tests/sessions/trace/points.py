@@ -10,8 +10,9 @@ Points = dict[str, NDArray[np.float32]]
 Probe = Callable[[Sequence[Sequence[int]]], Points]
 """Feeds calls of tokens one after the other from an empty cache: the rows of all of them."""
 
-EMBEDDING, LOGITS = "embedding", "logits"
-KINDS = (EMBEDDING, "attention", "o_proj", "mlp", LOGITS)
+EMBEDDING, ROTATION, LOGITS = "embedding", "rotation", "logits"
+"""The rotation is of the embedding, of recipes that have one; the one before the head is with the logits."""
+KINDS = (EMBEDDING, ROTATION, "attention", "o_proj", "mlp", LOGITS)
 
 
 def attention(layer: int) -> str:

@@ -75,7 +75,8 @@ def _points(events: Sequence[Any], data: Any, a: Architecture, tokens: int, path
         if instruction in attentions:
             if stream is None:
                 break
-            read[points.mlp(layer - 1) if layer else points.EMBEDDING] = stream
+            begins = points.ROTATION if a.rotated else points.EMBEDDING
+            read[points.mlp(layer - 1) if layer else begins] = stream
             read[points.attention(layer)] = value.reshape(-1, a.num_attention_heads * a.head_dim)
             stream, layer = None, layer + 1
         elif value.shape == (1, tokens, a.hidden_size):

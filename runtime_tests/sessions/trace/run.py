@@ -94,7 +94,7 @@ def trace(folder: Path, device: Device, source: str | None, cache: Path) -> Trac
 
 
 def compute(job: TraceJob) -> dict[str, Any]:
-    """The trace, in a child process. Raises SourceDiffersError, and whatever the runtime raises."""
+    """The trace, in a child process. Raises SourceError, and whatever the runtime raises."""
     folder, tokens = Path(job.folder), list(job.tokens)
     described = manifest.read(folder)
     module = _format(described)

@@ -63,7 +63,10 @@ def require_same(client, kind, checkpoint, tmp_path):
     command, code = snippets.python(card)[number]
     versions = described.tools
     assert command.startswith(f"pip install {client}=={versions[client]} ")
-    assert f"transformers=={versions['transformers']}" in command or "transformers" not in code
+    for package in ("transformers", "jinja2"):
+        needed = "transformers" in code and (package != "jinja2" or "apply_chat_template" in code)
+        assert (f" {package}=={versions[package]}" in command) == needed
+    assert all("==" in package for package in command.split()[2:])
     assert "+cpu" not in command
     stand_in = snippets.EVALUATED if client == "coremltools" else ""
     done = snippets.run(out, f"{stand_in}{code}\n{told}\nprint()\nprint(fed, *ids)\n", tmp_path)
@@ -107,7 +110,7 @@ def test_executorchs_runner_feeds_what_transformers_would(tmp_path, kind):
     described, card = built(checkpoint, "executorch-xnnpack", out)
     ((command, code),) = snippets.python(card)
     versions = {**described.tools, "torch": described.tools["torch"].partition("+")[0]}
-    packages = ["executorch", "torch", *["transformers"] * (kind == "conversation")]
+    packages = ["executorch", "torch", *["transformers", "jinja2"] * (kind == "conversation")]
     assert command == " ".join(["pip install", *(f"{package}=={versions[package]}" for package in packages)])
     # a random model's bytes are no text, which Python's runner raises for: the prompt is counted before that
     fed = re.search(r"num_prompt_tokens (\d+)", snippets.run(out, code, tmp_path).stderr)[1]
