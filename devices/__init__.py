@@ -1,7 +1,7 @@
 """Where and how to run a command: one YAML per device. No module here imports anything of models or formats."""
 
-import os
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 
@@ -24,6 +24,7 @@ from .transports.connection import AnyAddress, open_transport
 __all__ = [
     "Budgets",
     "Completed",
+    "ComputeUnits",
     "CoolDown",
     "DeadlineError",
     "Device",
@@ -38,12 +39,12 @@ __all__ = [
     "load",
     "names",
     "open_transport",
-    "physical_threads",
-    "thread_count",
     "visible",
 ]
 
 FOLDER = CHECKOUT / "devices"
+ComputeUnits = Literal["cpu", "cpu_gpu", "cpu_ne", "all"]
+"""Processors of a Mac or phone: the CPU alone, with its GPU, with its Neural Engine, or all of them."""
 
 
 class Budgets(BaseModel):
@@ -89,7 +90,9 @@ class Device(BaseModel):
     targets: tuple[str, ...]
     """Names of the targets whose artifacts it can run."""
     threads: PositiveInt | None
-    """Threads of a session; null: one per physical core."""
+    """Threads of a session; null: one for each physical core that is not made to save energy."""
+    compute_units: ComputeUnits = "cpu_gpu"
+    """What Core ML may run on there; nothing else reads it."""
     evaluation: str
     """Name of the evaluation where the command names none."""
     time_limit_s: PositiveFloat
@@ -125,29 +128,3 @@ def load(name: str) -> Device:
         return load_record(Device, file_of(name))
     except ExportError as error:
         raise DeviceError(str(error)) from None
-
-
-def thread_count(device: Device) -> int:
-    """Threads of a session on the local device: those of its YAML, else one per physical core."""
-    return device.threads or physical_threads()
-
-
-def physical_threads() -> int:
-    """One thread per physical core of this machine."""
-    return _physical_cores() or os.cpu_count() or 1
-
-
-def _physical_cores() -> int:
-    """Distinct (package, core) pairs that the system shows to this process; 0 where it shows none."""
-    try:
-        allowed = os.sched_getaffinity(0)
-    except AttributeError:  # macOS
-        return 0
-    cores = set()
-    for cpu in allowed:
-        folder = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
-        try:
-            cores.add(tuple((folder / name).read_text() for name in ("physical_package_id", "core_id")))
-        except OSError:
-            return 0
-    return len(cores)

@@ -24,7 +24,7 @@ from .build import request, skip
 from .build.command import run, with_default
 from .checkpoints.origin import origin_of
 from .errors import ExportError
-from .host import disk, processes
+from .host import disk, processes, processor
 from .host.console import console, say
 from .plan import Device
 from .toolbox import commands
@@ -132,4 +132,5 @@ def folders(  # noqa: PLR0913, PLR0917 – the options of a build
 
 if __name__ == "__main__":
     processes.wait_asleep()
+    processor.limit_threads()
     sys.exit(run(app))

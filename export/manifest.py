@@ -427,9 +427,16 @@ def source_info() -> SourceInfo:
     )
 
 
+def git_is_silent(source: SourceInfo) -> str:
+    """That a repository tells no commit, in a line: no git, or one before 2.38 in another user's checkout; or ""."""
+    if source.commit != UNKNOWN or not (ROOT / ".git").exists():
+        return ""
+    return f"git tells no commit of {ROOT}, so the manifest says `unknown`; `git -C {ROOT} log` says why"
+
+
 def _git(*arguments: str) -> str | None:
     """Output of a git command in this checkout; None where it fails. These only read, so the owner may be another."""
-    command = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), *arguments]
+    command = ["git", "-c", f"safe.directory={ROOT.resolve()}", "-C", str(ROOT), *arguments]  # git knows no link
     try:
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

@@ -45,6 +45,8 @@ def export(plan: Plan, source: Origin | None, out: Path) -> Manifest:
             described = describe(model, build, lowered)
             whereabouts.remember(weights.origin, weights.sha256)
             manifest.write(folder, described)
+            if line := manifest.git_is_silent(described.source):
+                note(line)
             card.write(folder, described, [])
         console.print(f"  weights: {storage.line(described)}", soft_wrap=True)
     return described

@@ -17,6 +17,8 @@ Device = Literal["cpu", "cuda"]
 """Where calibration computes."""
 Levels = Literal["even", "nf4", "fp4"]
 """What codes stand for: evenly spaced integers, or the sixteen levels of bitsandbytes' types."""
+Attention = Literal["fused", "plain"]
+"""One operation of the runtime, or its parts: matmul, softmax, matmul."""
 CONFIGS = CHECKOUT / "configs"
 SHORTEST_CONTEXT = 64
 """Tokens; a KV cache of fewer is no model that anybody runs."""
@@ -339,6 +341,8 @@ class Target(Strict):
     """Activation quantization the runtime adds; the eager reference does the same."""
     logits: Literal["last", "all"]
     """Positions of a prompt for which the artifact returns logits."""
+    attention: Annotated[Attention, Field(exclude_if=lambda attention: attention == "fused")] = "fused"
+    """Of Core ML: `plain` is matmul, softmax and matmul, for systems where the fused operation is wrong or slow."""
     limits: TargetLimits
     """What validation judges the lowering by."""
     limits_on: dict[str, TargetLimits]

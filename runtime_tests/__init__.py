@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 def open_artifact(folder: str | Path, *, threads: int | None = None) -> "Session":
     """An artifact in its runtime, in this process: `feed` takes token ids and gives float32 logits [V].
 
-    Its runtime is native code, whose crash ends this process. `threads`: by default one per physical core.
+    Its runtime is native code, whose crash ends this process. `threads`: by default as many as suit this machine.
     Raises ExportError: the folder holds what no build of ours writes, or its runtime does not load it.
     """
-    import devices
     from export.errors import ExportError
     from export.formats import admission
 
     admission.admit(Path(folder))
     from .jobs.worker import LoadError, opened
+    from .places import environment
 
     try:
-        return opened(str(folder), threads or devices.physical_threads())
+        return opened(str(folder), threads or environment.threads())
     except LoadError as error:
         raise ExportError(f"{folder}: does not load: {error}") from None
 

@@ -34,7 +34,7 @@ from export.host.console import console, say, stage
 
 from .chat.command import chat as chat_with
 from .evidence.record import Outcome, Record
-from .places import Place, ThisMachine, readiness
+from .places import Place, ThisMachine, environment, readiness
 from .places.remote import AttachedDevice
 from .tasks.run import TaskOptions, parse
 
@@ -98,7 +98,7 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
         raise typer.BadParameter("--limits judges a validation; scores of --tasks are not judged")
     else:
         options = TaskOptions(
-            parse(tasks), limit, chat, reference, source, devices.thread_count(known), known.time_limit_s
+            parse(tasks), limit, chat, reference, source, environment.threads(known), known.time_limit_s
         )
         _evaluate_tasks(folders or _built_for(known), known, options)
 
@@ -244,7 +244,7 @@ def _validate(folders: Sequence[Path], device: Device, given: _Given) -> list[Re
             run_id=run_id,
             device=device,
             place=place,
-            threads=devices.physical_threads(),
+            threads=environment.threads(),
             evaluation=loaded,
             source=given.source,
             limits=judging,
@@ -335,7 +335,7 @@ def here(device: Device) -> bool:
 def opened(device: Device, scratch: Path) -> Iterator[Place]:
     """The place where artifacts run; an attached device is locked until the end."""
     if here(device):
-        yield ThisMachine(devices.thread_count(device))
+        yield ThisMachine(environment.threads(device), device.compute_units)
         return
     try:
         transport = devices.open_transport(device)

@@ -171,5 +171,6 @@ def test_the_tests_of_a_room_run_alone(words, programs):
     around = {"ROOM", "MAKEFLAGS", "MFLAGS", "MAKELEVEL"}  # `make test` may be what runs this test
     environment = {name: value for name, value in os.environ.items() if name not in around}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    started = [[word for word in shlex.split(line)[1:] if word[:2] != "--"] for line in ended.stdout.splitlines()]
+    lines = [line for line in ended.stdout.splitlines() if line.startswith(".venv/bin/python ")]
+    started = [[word for word in shlex.split(line)[1:] if word[:2] != "--"] for line in lines]
     assert [" ".join(given) for given in started] == programs

@@ -116,6 +116,8 @@ def missing(packages: dict[str, str]) -> list[str]:
 
 def lacks() -> str | None:
     """What this machine lacks to run the lab; None: nothing."""
+    if os.uname().sysname != "Linux":
+        return "Linux, whose namespaces it is made of"
     if packages := missing(PACKAGES):
         return f"Debian's {', '.join(packages)}: make lab"
     if os.geteuid() != 0:

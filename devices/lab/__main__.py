@@ -5,6 +5,7 @@ python -m devices.lab run DEVICE -- COMMAND …    COMMAND with that device runn
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,6 +45,8 @@ def _install(packages: list[str]) -> None:
         return
     if os.geteuid() != 0:
         raise LabError(f"the lab needs Debian's {', '.join(packages)}: sudo apt-get install {' '.join(packages)}")
+    if not shutil.which("apt-get"):
+        raise LabError(f"the lab is made of Debian's packages ({', '.join(packages)}), and apt-get is not here")
     for step in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
         status = subprocess.run(["apt-get", "-qq", *step], stdout=subprocess.DEVNULL, check=False).returncode
         if status:

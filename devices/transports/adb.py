@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from . import Completed, DeviceError, DeviceLostError, FloodError, last_line, processes
+from . import Completed, DeviceError, DeviceLostError, FloodError, last_line, packages, processes
 from .address import Address, lookup, variable
 from .processes import Deadline
 
@@ -21,7 +21,7 @@ _ADVICE = {
     "recovery": "it is in recovery mode: restart it",
     "sideload": "it is in sideload mode: restart it",
     "bootloader": "it is in its bootloader: restart it",
-    "no permissions": "this user may not open it: install Debian's package android-sdk-platform-tools-common",
+    "no permissions": f"this user may not open it: {packages.hint('adb rules')}",
 }
 _starting = threading.Lock()
 """The first adb of a machine starts a server: one at a time."""
@@ -84,7 +84,7 @@ def find() -> str:
         program = Path(bundled.origin).parent / "binaries" / "adb"
         if program.exists():
             return str(program)
-    raise DeviceError("adb is not installed: install Debian's package adb or Android's platform-tools, or set ADB")
+    raise DeviceError(f"adb is not installed: {packages.hint('adb')}, or set ADB to that of Android's platform-tools")
 
 
 def _connect(name: str, serial: str | None, choice: str, deadline: Deadline) -> _AdbLink:

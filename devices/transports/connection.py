@@ -14,6 +14,7 @@ from .local import Local
 from .processes import Deadline
 from .shell import Shell
 from .ssh import Apple, Ssh
+from .transfer import family
 
 if TYPE_CHECKING:
     from devices import Device
@@ -73,7 +74,7 @@ def _attach(link: Link, device: "Device", deadline: Deadline) -> Attached:
             f"{device.name}: 64-bit kernel ({architecture}), 32-bit programs (getconf LONG_BIT is 32): install its "
             "64-bit system"
         )
-    if device.abi not in (None, abi):
+    if device.abi and family(device.abi) != family(abi):
         raise DeviceError(f"{device.name}: the device is {abi}, devices/{device.name}.yaml says {device.abi}")
     if reason := device.transport.mismatch(model and visible(model)):
         raise DeviceError(f"{device.name}: {reason}")

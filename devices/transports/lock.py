@@ -6,13 +6,12 @@ import shlex
 import socket
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated
 
 import psutil
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from . import Completed, DeviceBusyError, DeviceError, visible
+from . import Completed, DeviceBusyError, DeviceError, identity, visible
 
 _LOG = logging.getLogger(__name__)
 _FOLDER = ".lock"
@@ -31,6 +30,8 @@ class Owner(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     host: str
+    """For people."""
+    machine: str
     boot: str
     """Changes with every start of the host."""
     pid: Annotated[int, Field(gt=0, lt=2**31)]
@@ -43,7 +44,14 @@ class Owner(BaseModel):
         """The caller."""
         started = psutil.Process().create_time()
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(host=socket.gethostname(), boot=_boot_id(), pid=os.getpid(), started=started, since=since)
+        return cls(
+            host=socket.gethostname(),
+            machine=identity.machine(),
+            boot=identity.boot(),
+            pid=os.getpid(),
+            started=started,
+            since=since,
+        )
 
     @classmethod
     def parse(cls, text: str) -> "Owner | None":
@@ -52,27 +60,19 @@ class Owner(BaseModel):
             owner = cls.model_validate_json(text) if len(text) <= _LONGEST else None
         except ValidationError:
             return None
-        plain = owner is not None and f"{owner.host}{owner.boot}{owner.since}".isprintable()
+        plain = owner is not None and f"{owner.host}{owner.machine}{owner.boot}{owner.since}".isprintable()
         return owner if plain else None
 
     def is_dead(self) -> bool:
-        """Whether it was a process of this host that no longer runs; False for other hosts, which cannot be asked."""
-        if self.host != socket.gethostname():
+        """Whether it was a process of this machine that no longer runs; False for others, which cannot be asked."""
+        if self.machine != identity.machine():
             return False
-        if self.boot != _boot_id():
+        if self.boot != identity.boot():
             return True
         try:
             return abs(psutil.Process(self.pid).create_time() - self.started) > 2
         except psutil.NoSuchProcess:
             return True
-
-
-def _boot_id() -> str:
-    """Identifies this start of the host: by the second it began where the system has no identifier."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return str(int(psutil.boot_time()))
 
 
 def take(ask: _Ask, device: str, folder: str) -> str:

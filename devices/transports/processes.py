@@ -129,7 +129,7 @@ def _hang_up(child: subprocess.Popen[bytes], held: list[int] | None) -> None:
             for _ in _read(child, moment):  # what it still says is lost, or it could not end
                 pass
             child.wait(moment.left_s())
-    with suppress(ProcessLookupError):
+    with suppress(ProcessLookupError, PermissionError):  # the latter on macOS, of ended ones not waited for yet
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
     for stream in (child.stdout, child.stderr):

@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
-from . import Completed, DeviceError, last_line
+from . import Completed, DeviceError, last_line, packages
 from .address import Address, lookup, variable
 from .processes import Deadline
 
@@ -70,7 +70,7 @@ class _Host(Address):
     def connect(self, device: str, deadline: Deadline, /) -> "_SshLink":
         address = self._resolved(device)
         if shutil.which("ssh") is None:
-            raise DeviceError("ssh is not installed: install Debian's package openssh-client")
+            raise DeviceError(f"ssh is not installed: {packages.hint('ssh')}")
         link = _SshLink(device, address)
         try:
             link.open(deadline)

@@ -4,7 +4,6 @@ They quantize once without being told to: the first takes the cache's lock, the 
 wait for the lock and find the result.
 """
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from queue import SimpleQueue
 from export import checkpoints
 from export.checkpoints.origin import Origin
 from export.errors import ExportError
-from export.host import disk, interrupt, memory, processes
+from export.host import disk, interrupt, memory, processes, processor
 from export.host.console import console
 from export.host.processes import BackgroundProcess
 from export.plan import Plan
@@ -30,7 +29,7 @@ def build(plans: Sequence[Plan], source: Origin | None, folder: Path, cache: Pat
     """
     architecture = plans[0].quant.reshaped(checkpoints.architecture_of(plans[0].model, source))
     estimates = {plan.target.name: needs.estimate(plan, source, architecture, cache) for plan in plans}
-    room, workers = memory.free().bytes, cores()
+    room, workers = memory.free().bytes, processor.usable()
     needed = needs.disk_line(list(estimates.values()), folder, cache)
     console.print(
         f"  {len(plans)} targets need {needed}; as many at once as fit in {disk.size(room)} memory on {workers} cores",
@@ -86,8 +85,3 @@ def command(plan: Plan, source: Origin | None, folder: Path) -> list[str]:
     """Command line of the build of one target into its folder below `folder`."""
     _, _, *words = request.words(plan, *request.options(source))
     return [*processes.python("export"), *words, "--out", str(folder / plan.id)]
-
-
-def cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -249,6 +249,14 @@ def refuse_any_scales(plan: Plan, why: str) -> None:
         )
 
 
+def refuse_plain_attention(plan: Plan) -> None:
+    """Raise ExportError where attention is one operation of the runtime, which has no parts to choose."""
+    if plan.target.attention != "fused":
+        raise ExportError(
+            f"target {plan.target.name!r}: attention {plan.target.attention!r} is Core ML's; set `attention: fused`"
+        )
+
+
 def kv_layout(a: Architecture, kind: Literal["io", "state"], dtype: str, context_length: int) -> KVLayout:
     """The contract's description of a KV cache with one slot for each position of the context."""
     return KVLayout(

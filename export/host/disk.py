@@ -21,9 +21,13 @@ from export.plan import CONFIGS
 from .console import console, waiting
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""Of flock on file systems without locks: NFS without lockd, Lustre with `noflock`, some of FUSE."""
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+"""Of flock on file systems without locks: NFS without lockd, Lustre with `noflock`, SMB, some of FUSE.
+
+The last two are one number on Linux and two on macOS.
+"""
 _ALMOST_FULL_BYTES = 2**20
+_PURGEABLE = " (what Finder shows as free may be held by local snapshots: `tmutil deletelocalsnapshots /`)"
 _IN_USE_S = 6 * 3600.0
 """Longer than any build or validation goes on without touching what it needs from the cache."""
 
@@ -59,7 +63,7 @@ def _locked_file(path: Path) -> IO[str]:
                     raise ExportError(f"{_busy(path, file)}; wait for it to end") from None
                 raise ExportError(
                     f"{_lock_of(path)}: cannot be locked ({error.strerror}), and two writers would damage {path}; "
-                    "take a folder on another file system"
+                    "name a folder on a local disk (--out), or work in a checkout on one"
                 ) from None
         if _is_named(path, file):  # or the writer before has removed it since it was opened
             return file
@@ -233,6 +237,7 @@ def require_room(folder: Path, needed_bytes: int) -> None:
         missing = megabytes(needed_bytes - free)
         raise ExportError(
             f"{folder}: needs {megabytes(needed_bytes)} MB on the disk, has {megabytes(free)} MB; free {missing} MB"
+            f"{_PURGEABLE if sys.platform == 'darwin' else ''}"
         )
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import psutil
 
-_PROC, _CGROUPS = Path("/proc/self"), Path("/sys/fs/cgroup")
+from . import cgroups, darwin
+from .cgroups import MOUNT, PROC
 
 
 @dataclass(frozen=True)
@@ -26,18 +27,20 @@ def free() -> Room:
 
     File pages count as free, because the kernel drops them; swap does not.
     """
-    machine = Room(psutil.virtual_memory().available, "this machine")
-    return min((machine, *cgroup_rooms(_PROC, _CGROUPS)), key=lambda room: room.bytes)
+    machine = Room(_available(), "this machine")
+    return min((machine, *cgroup_rooms()), key=lambda room: room.bytes)
 
 
-def peak_rss_bytes() -> int:
-    """Most memory this process has held."""
-    status = _PROC / "status"
-    if status.is_file():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
+def _available() -> int:
+    level = darwin.sysctl("kern.memorystatus_level") if sys.platform == "darwin" else None
+    told = psutil.virtual_memory()
+    return darwin.available_bytes(told.total, level) or told.available
+
+
+def total_bytes(proc: Path = PROC, mount: Path = MOUNT) -> int:
+    """Memory of this machine, or what a control group leaves of it."""
+    limits = (files.limit_bytes(folder) for files, folder in _groups(proc, mount))
+    return min([psutil.virtual_memory().total, *(limit for limit in limits if limit is not None)])
 
 
 def within_reach() -> Room:
@@ -51,26 +54,18 @@ def within_reach() -> Room:
     return min(reach, Room(max(0, now.rss + limit - now.vms), "ulimit -v"), key=lambda room: room.bytes)
 
 
-def cgroup_rooms(proc: Path, mount: Path) -> Iterator[Room]:
-    """Free memory of every control group with a limit that this process is in: versions 1 and 2, parents included.
+def cgroup_rooms(proc: Path = PROC, mount: Path = MOUNT) -> Iterator[Room]:
+    """Free memory of every control group with a limit that this process is in."""
+    for files, folder in _groups(proc, mount):
+        if room := files.room(folder):
+            yield room
 
-    A container may see its own group as the root, or the host's path with only its own group mounted.
-    """
-    if not (proc / "cgroup").is_file():
-        return  # not Linux
-    for line in (proc / "cgroup").read_text().splitlines():
-        _, controllers, inside = line.split(":", 2)
-        if controllers == "":
-            files, tops = _V2, [mount, mount / "unified"]
-        elif "memory" in controllers.split(","):
-            files, tops = _V1, [mount / "memory"]
-        else:
-            continue
-        for top in tops:
-            group = top / inside.strip("/")
-            for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(top))):
-                if (folder / files.limit).is_file() and (room := files.room(folder)):
-                    yield room
+
+def _groups(proc: Path, mount: Path) -> "Iterator[tuple[_GroupFiles, Path]]":
+    for version, folder in cgroups.folders("memory", proc, mount):
+        files = _V2 if version == 2 else _V1
+        if (folder / files.limit).is_file():
+            yield files, folder
 
 
 @dataclass(frozen=True)
@@ -82,15 +77,21 @@ class _GroupFiles:
     cached: tuple[str, str]
     """Lines of memory.stat: file pages, which the kernel drops before it refuses memory."""
 
+    def limit_bytes(self, folder: Path) -> int | None:
+        """Of one group; None: without a limit."""
+        limit = (folder / self.limit).read_text(encoding="utf-8").strip()
+        return None if limit == "max" else int(limit)
+
     def room(self, folder: Path) -> Room | None:
         """Free memory of one group; None without a limit."""
-        limit = (folder / self.limit).read_text().strip()
-        if limit == "max":
+        limit = self.limit_bytes(folder)
+        if limit is None:
             return None
-        lines = (line.partition(" ") for line in (folder / "memory.stat").read_text().splitlines())
+        stat = (folder / "memory.stat").read_text(encoding="utf-8")
+        lines = (line.partition(" ") for line in stat.splitlines())
         cached = sum(int(value) for name, _, value in lines if name in self.cached)
-        used = int((folder / self.used).read_text()) - cached
-        return Room(max(0, int(limit) - used), f"the control group's {self.limit}")
+        used = int((folder / self.used).read_text(encoding="utf-8")) - cached
+        return Room(max(0, limit - used), f"the control group's {self.limit}")
 
 
 _V1 = _GroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))

@@ -33,6 +33,10 @@ _LONGEST_PAUSE_S = 0.05
 _STOP_S = 60.0
 """Time for a background process to clean up before it is killed."""
 _PARENT_CHECK_S = 0.5
+_LOOK_S = 0.1
+"""Between two looks at the memory of a worker that computes."""
+_ROOM_BESIDE = 2
+"""So many times its limit a worker may hold with its libraries, where the system itself sets no limit (macOS)."""
 ERROR = "error: "
 _printing = threading.Lock()
 
@@ -124,12 +128,22 @@ def run(
             peak_rss_bytes = _follow(child, out, limit_s, watch)
             seconds = time.perf_counter() - started
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
+            end_group(child.pid)
             child.wait()
         return Exit(
             child.returncode, _tail(out, OUTPUT_BYTES), _tail(log or err, OUTPUT_BYTES), seconds, peak_rss_bytes
         )
+
+
+def peak_bytes(usage: resource.struct_rusage, platform: str = sys.platform) -> int:
+    """Most memory that was resident, of getrusage or wait4: macOS counts bytes there, all others KiB."""
+    return usage.ru_maxrss if platform == "darwin" else usage.ru_maxrss * 1024
+
+
+def end_group(leader: int) -> None:
+    """Kill what is left of a process group: on macOS one of ended processes that nobody has waited for gives EPERM."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 def _follow(child: subprocess.Popen[bytes], out: IO[bytes], limit_s: float, watch: Callable[[str], bool]) -> int:
@@ -139,7 +153,7 @@ def _follow(child: subprocess.Popen[bytes], out: IO[bytes], limit_s: float, watc
         pid, status, usage = os.wait4(child.pid, os.WNOHANG)
         if pid:
             child.returncode = os.waitstatus_to_exitcode(status)  # collected here, so that Popen does not wait again
-            return usage.ru_maxrss if sys.platform == "darwin" else usage.ru_maxrss * 1024
+            return peak_bytes(usage)
         if watch(last_line(_tail(out, _PROGRESS_BYTES))):
             deadline = time.monotonic() + limit_s
         if time.monotonic() >= deadline:
@@ -244,6 +258,11 @@ class Limits:
         """The error for an answer that takes too much time of either kind."""
         return f"did not end within {self.cpu_s} s of work"
 
+    @property
+    def large(self) -> str:
+        """The error for an answer that takes too much memory."""
+        return f"took more than {self.memory_bytes >> 20} MB"
+
 
 class LimitError(Exception):
     """A request that failed or took too much, in one line."""
@@ -308,9 +327,13 @@ def _exchange(child: subprocess.Popen[bytes], request: bytes, limits: Limits) ->
         child.stdin.flush()
     deadline, line = time.monotonic() + limits.wall_s, b""
     while not line.endswith(b"\n"):
-        ready, _, _ = select.select([child.stdout], [], [], max(0.0, deadline - time.monotonic()))
+        ready, _, _ = select.select([child.stdout], [], [], _LOOK_S)
         if not ready:
-            raise LimitError(limits.late)
+            if _resident_bytes(child.pid) > _ROOM_BESIDE * limits.memory_bytes:
+                raise LimitError(limits.large)
+            if time.monotonic() >= deadline:
+                raise LimitError(limits.late)
+            continue
         part = os.read(child.stdout.fileno(), 2**16)
         if not part:
             break
@@ -318,6 +341,12 @@ def _exchange(child: subprocess.Popen[bytes], request: bytes, limits: Limits) ->
         if len(line) > limits.answer_bytes:
             raise LimitError(f"gave more than {limits.answer_bytes >> 20} MB")
     return line
+
+
+def _resident_bytes(pid: int) -> int:
+    with suppress(psutil.Error):  # it has ended
+        return int(psutil.Process(pid).memory_info().rss)
+    return 0
 
 
 def _serve(answer: Callable[[Any], str]) -> None:
@@ -331,14 +360,14 @@ def _serve(answer: Callable[[Any], str]) -> None:
                 _limit_this_process(limits)
                 text = json.dumps({"text": answer(given["request"])})
             except MemoryError:
-                text = json.dumps({"error": f"took more than {limits.memory_bytes >> 20} MB"})
+                text = json.dumps({"error": limits.large})
             except Exception as error:
                 text = json.dumps({"error": " ".join(f"{type(error).__name__}: {error}".split())[:200]})
             print(text, file=answers, flush=True)
 
 
 def _limit_this_process(limits: Limits) -> None:
-    """Limit memory, processor time and core files from now on. macOS ignores the first; there the time limit holds."""
+    """Limit memory, processor time and core files from now on. macOS ignores the first; the parent looks at it too."""
     most_bytes = psutil.Process().memory_info().vms + limits.memory_bytes
     most_s = math.ceil(time.process_time()) + limits.cpu_s
     for kind, value in ((resource.RLIMIT_AS, most_bytes), (resource.RLIMIT_CPU, most_s), (resource.RLIMIT_CORE, 0)):

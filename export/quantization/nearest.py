@@ -4,7 +4,6 @@ The common scheme every runtime holds exactly: symmetric integers, one scale per
 to bf16 *before* the integers are chosen (bf16 scales of at least 2⁻¹⁷ are exact in fp16 and fp32 too).
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,10 +15,15 @@ from torchao.quantization import IntxUnpackedToInt8Tensor, MappingType
 from torchao.quantization.quant_primitives import choose_qparams_affine
 
 from export.checkpoints.integers import values_of
+from export.host import memory, processor
 from export.plan import Levels, WeightScheme
 
 SMALLEST_SCALE = 2.0**-17
 BLOCK_ELEMENTS = 2**21  # a few MB per temporary, so that a 1 GB embedding costs no more than its integers
+ROUNDING_BYTES = 50
+"""What rounding holds for each element of a block, measured: the block in float32 a dozen times over."""
+_SHARE_OF_FREE = 8
+"""Blocks side by side take no more than such a part of the free memory, however many processors there are."""
 _SEARCHED_AT_ONCE = 2**18
 """Elements whose scales are searched together: they stay in a core's cache for all tries."""
 _SHRINK = torch.linspace(0.6, 1.05, 46).tolist()
@@ -68,11 +72,17 @@ def compared(weight: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, lev
 
 
 def round_to_nearest(weight: torch.Tensor, scheme: WeightScheme) -> Rounded:
-    """weight float32 [N, K]. Rows are independent, so blocks of them run on all cores."""
-    with one_torch_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    """weight float32 [N, K]. Rows are independent, so blocks of them run side by side."""
+    with one_torch_thread(), ThreadPoolExecutor(blocks_at_once()) as pool:
         blocks = list(pool.map(lambda rows: _round_block(rows, scheme), torch.split(weight, rows_at_once(weight))))
     qdata, scale = torch.cat([block.qdata for block in blocks]), torch.cat([block.scale for block in blocks])
     return joined(qdata, scale, blocks)
+
+
+def blocks_at_once() -> int:
+    """How many blocks are rounded side by side: one for each processor that may be used, as far as memory reaches."""
+    fitting = memory.free().bytes // _SHARE_OF_FREE // (ROUNDING_BYTES * BLOCK_ELEMENTS)
+    return max(1, min(processor.usable(), fitting))
 
 
 def rows_at_once(weight: torch.Tensor) -> int:

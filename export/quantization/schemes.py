@@ -3,7 +3,6 @@
 All of it from shapes alone.
 """
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -13,10 +12,8 @@ from export.errors import ExportError, suggestion
 from export.plan import LayerRule, Mixture, QuantRecipe, WeightScheme
 
 from . import patterns, rotation
-from .nearest import BLOCK_ELEMENTS
+from .nearest import BLOCK_ELEMENTS, ROUNDING_BYTES, blocks_at_once
 
-_ROUNDING_BYTES = 50
-"""What rounding holds for each element of a block, measured: the block in float32 a dozen times over."""
 _FACTOR_BYTES = 3 * 8
 """For each pair of a linear's inputs: the damped moments, their inverse and its factor, float64."""
 
@@ -177,8 +174,7 @@ def memory_bytes(recipe: QuantRecipe, architecture: Architecture) -> int:
     if not counts.integers:
         return 0
     calibrating = _calibrating_bytes(recipe, recipe.calibration, architecture) if recipe.calibration else 0
-    blocks = min(os.cpu_count() or 1, -(-counts.largest // BLOCK_ELEMENTS))
-    block_bytes = _ROUNDING_BYTES * min(blocks * BLOCK_ELEMENTS, counts.largest)
+    block_bytes = ROUNDING_BYTES * min(blocks_at_once() * BLOCK_ELEMENTS, counts.largest)
     rotating = rotation.memory_bytes(architecture) if recipe.rotation else 0
     return rotating + max(6 * counts.largest + block_bytes, counts.store_bytes + max(calibrating, block_bytes * 3 // 2))
 

@@ -215,7 +215,8 @@ class Unfinished:
     def write_sensitivities(self, sensitivities: dict[str, Sensitivity]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self.folder / f"{_SENSITIVITIES}.part"
-        part.write_text(json.dumps({name: [linear.kl, linear.promoted_kl] for name, linear in sensitivities.items()}))
+        fields = {name: [linear.kl, linear.promoted_kl] for name, linear in sensitivities.items()}
+        part.write_text(json.dumps(fields), encoding="utf-8")
         part.replace(self.folder / _SENSITIVITIES)
 
     def remove(self) -> None:

@@ -4,6 +4,7 @@ The first layers are calibrated as in a build and the rest is extrapolated, beca
 """
 
 import dataclasses
+import resource
 import sys
 import tempfile
 import time
@@ -17,7 +18,7 @@ from export import checkpoints
 from export.build.command import run
 from export.checkpoints.origin import parse_origin
 from export.errors import ExportError
-from export.host import memory
+from export.host import processes
 from export.host.console import say
 from export.plan import Device, ModelSpec, QuantRecipe, load_named
 from export.quantization import processors, schemes
@@ -58,7 +59,7 @@ def main(
             for done, _ in enumerate(calibrator.walk(calibrator.base, unfinished, calibrator.streams()), 1):
                 if done % _LINEARS_OF_A_LAYER == 0:
                     times.append(time.perf_counter())
-                    peak = memory.peak_rss_bytes() / 1e9
+                    peak = processes.peak_bytes(resource.getrusage(resource.RUSAGE_SELF)) / 1e9
                     say(f"layer {len(times) - 2}: {times[-1] - times[-2]:.0f} s, peak memory {peak:.1f} GB", flush=True)
     start_s, layer_s = times[0] - begun, (times[-1] - times[0]) / (len(times) - 1)
     say(f"before the first layer: {start_s:.0f} s")

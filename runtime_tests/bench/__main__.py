@@ -15,6 +15,7 @@ from export.host.console import say
 from export.manifest import ROOT
 from export.toolbox.tables import plain
 from runtime_tests.evidence import record
+from runtime_tests.places import environment
 
 from . import contenders, fidelity, measurement, publish, tables
 from .contenders import ROLES, Request
@@ -36,7 +37,7 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     prompts: Annotated[str, typer.Option(help="prompt lengths, tokens")] = "42,512",
     generate: Annotated[int, typer.Option(min=1, help="generated tokens")] = 128,
     passes: Annotated[int, typer.Option(min=1, help="timed passes in each process")] = 2,
-    threads: Annotated[int | None, typer.Option(min=1, help="default: physical cores")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="default: all fast cores")] = None,
     only: Annotated[str, typer.Option(help="contenders, by name")] = _ALL,
     also: Annotated[str, typer.Option(help="further recipes of ours, measured beside QUANT")] = "",
     eval_name: Annotated[str, typer.Option("--eval", help="a name in configs/evals")] = "default",
@@ -46,7 +47,7 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     write: Annotated[bool, typer.Option(help="write the model's page in docs/benchmarks")] = False,
 ) -> None:
     """Measure our artifacts against the stock ones of the same weights, interleaved, in one run."""
-    count = threads or devices.thread_count(devices.load("host"))
+    count = threads or environment.threads(devices.load("host"))
     further = tuple(name.strip() for name in also.split(",") if name.strip())
     if accuracy:
         fidelity.refuse_read_text(eval_name, (quant, *further))

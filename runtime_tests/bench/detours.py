@@ -29,6 +29,7 @@ from runtime_tests import evaluation
 from runtime_tests.checks.accuracy import compare
 from runtime_tests.evaluation import Windows
 from runtime_tests.evidence.record import Outcome
+from runtime_tests.places import environment
 from runtime_tests.reports import templates
 
 from . import contenders, exports, fidelity, publish
@@ -81,7 +82,7 @@ def main(
 
 
 def _judge(model: str, source: str, room: Path) -> Iterator[Detour]:
-    threads = devices.thread_count(devices.load("host"))
+    threads = environment.threads(devices.load("host"))
     direct = _built(model, _RECIPE, source)
     cut = fidelity.windows(ROOT / direct, _EVALUATION)
     floats = fidelity.compute_reference(ROOT / direct, source, cut, room / "float", threads)

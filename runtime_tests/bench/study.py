@@ -22,6 +22,7 @@ from export.toolbox.tables import Row, plain
 from runtime_tests.evaluation import Evaluation
 from runtime_tests.evidence.record import Outcome
 from runtime_tests.jobs import Opening
+from runtime_tests.places import environment
 from runtime_tests.reports import templates
 from runtime_tests.sessions import session_module
 
@@ -56,7 +57,7 @@ def main(
     write: Annotated[str, typer.Option(help="write docs/NAME.md, its record and its figure")] = "",
 ) -> None:
     """Judge every artifact on each kind of text; exit 1 if one does not run."""
-    threads = devices.thread_count(devices.load("host"))
+    threads = environment.threads(devices.load("host"))
     further = [recipe.strip() for recipe in also.split(",") if recipe.strip()]
     pairs = [(recipe, target) for recipe in recipes for target in names("targets")]
     pairs += [(recipe, ONE_TARGET) for recipe in further]

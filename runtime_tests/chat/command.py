@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-import devices
 from export import manifest
 from export.checkpoints import tokenizer
 from export.errors import ExportError
 from export.formats import admission
 from export.host.console import native_held, stage
+from runtime_tests.places import environment
 
 
 def chat(
@@ -39,7 +39,7 @@ def chat(
         tokenizer.try_out(folder / "tokenizer.json")
         loaded_tokenizer = tokenizer.load(folder)
         try:
-            session = opened(str(folder), devices.physical_threads())
+            session = opened(str(folder), environment.threads())
         except LoadError as error:
             raise ExportError(f"{folder}: does not load: {error}") from None
     if not session.measures_speed:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from export import manifest
-from export.host.memory import peak_rss_bytes
 from runtime_tests.jobs import SpeedJob
 from runtime_tests.sessions import Session, open_session, session_module
+from runtime_tests.sessions.footprint import peak_bytes
 from runtime_tests.sessions.timing import time_prompt, time_tokens
 
 NOT_TIMED = "not measured: reference evaluator"
@@ -23,7 +23,7 @@ def measure(job: SpeedJob) -> dict[str, Any]:
     folder = Path(job.folder)
     described = manifest.read(folder)
     session_module(described)  # importing the runtime is not loading the artifact
-    before = peak_rss_bytes()
+    before = peak_bytes()
     started = time.perf_counter_ns()
     session = open_session(folder, described, threads=job.threads)
     load_ns = time.perf_counter_ns() - started
@@ -43,7 +43,7 @@ def measure(job: SpeedJob) -> dict[str, Any]:
         "prompts": prompts,
         "decode": decode,
         "rss_before_load_bytes": before,
-        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_rss_bytes": peak_bytes(),
     }
 
 

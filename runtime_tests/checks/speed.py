@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from devices import CoolDown
 from export.architecture import EMBEDDING, HEAD
-from export.host.console import stage
+from export.host.console import note, stage
 from export.manifest import Manifest
 from export.plan import WeightScheme
 from export.quantization.schemes import bits_each
@@ -43,15 +43,22 @@ def check(subject: Subject, windows: Windows) -> Finding:
     with stage("speed", f"{timed.repeats} repeats"):
         heat = wait_until_cool(setting.place.state, setting.device.cool_down) if setting.device.cool_down else ""
         state_before = setting.place.state()
+        if state_before.charging is False:
+            note(f"{setting.device.name} runs on its battery, which some slow down to spare")
         raw = subject.run_on_device(job, "speed")
     if not raw["measured"]:
         return Finding()
     state_after, environment = setting.place.state(), setting.place.environment()
     measured = summarize(raw, subject.manifest, setting.place.threads, setting.read_bandwidth_bytes_per_s)
     return Finding(
-        gates=() if setting.device.emulated else tuple(judge(subject, measured, heat)),
+        gates=() if setting.device.emulated else tuple(judge(subject, measured, heat or saving(state_before))),
         timing=Timing(environment, state_before, state_after, measured),
     )
+
+
+def saving(state: DeviceState) -> str:
+    """Why timings are in doubt: the device's user has it save energy; empty: that is not so, or not told."""
+    return "timed while it saves energy (low-power mode)" if state.low_power else ""
 
 
 def judge(subject: Subject, measured: Latency, heat: str) -> list[Gate]:

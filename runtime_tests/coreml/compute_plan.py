@@ -1,19 +1,19 @@
 """python -m runtime_tests.coreml.compute_plan FOLDER… [--out DIR]: where Core ML would run each operation. On a Mac.
 
-The plan is Core ML's own (MLComputePlan, macOS 14.4 or later), for the compute units that the session uses.
+The plan is Core ML's own (MLComputePlan, macOS 14.4 or later), for the compute units of devices/host.yaml and the
+smallest inputs: one token on an empty cache.
 """
 
 import platform
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+import devices
 from export.build.command import run
 from export.errors import ExportError
 from export.formats import admission
@@ -21,29 +21,26 @@ from export.host.console import say
 from export.host.text import code
 from export.toolbox.tables import markdown
 from runtime_tests.reports import ci
+from runtime_tests.sessions import mlpackage
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@contextmanager
-def _plan(package: Path) -> Iterator[Any]:
-    """Core ML's plan of a package. Raises ExportError: this is no Mac."""
+def placements(package: Path, compute_units: str) -> Counter[tuple[str, str]]:
+    """`counts` of Core ML's plan of a package on these units. Raises ExportError: this is no Mac."""
     if platform.system() != "Darwin":
         raise ExportError(f"{package}: Core ML plans its work on a Mac only; this is {platform.system()}")
-    import coremltools as ct
     from coremltools.models.compute_plan import MLComputePlan
 
-    units = ct.ComputeUnit.CPU_AND_GPU
-    with tempfile.TemporaryDirectory() as folder:  # an MLModel's own compiled copy goes when the object does
-        compiled = ct.models.utils.compile_model(str(package), f"{folder}/{package.stem}.mlmodelc")
-        yield MLComputePlan.load_from_path(compiled, compute_units=units)
+    compiled = mlpackage.compiled(package, mlpackage.cache_here())
+    return counts(MLComputePlan.load_from_path(str(compiled), compute_units=mlpackage.unit(compute_units)))
 
 
 def _operations(blocks: list[Any]) -> Iterator[Any]:
     """Every operation except constants, including those of loops and branches."""
     for block in blocks:
         for operation in block.operations:
-            if operation.operator_name != "const":
+            if _operator(operation) != "const":
                 yield operation
             yield from _operations(operation.blocks)
 
@@ -55,7 +52,13 @@ def counts(plan: Any) -> Counter[tuple[str, str]]:
         raise ExportError("Core ML found no ML Program in the package")
     operations = _operations([function.block for function in program.functions.values()])
     usage = plan.get_compute_device_usage_for_mlprogram_operation
-    return Counter((_device_name(usage(operation)), operation.operator_name) for operation in operations)
+    return Counter((_device_name(usage(operation)), _operator(operation)) for operation in operations)
+
+
+def _operator(operation: Any) -> str:
+    """`linear`, which Core ML calls `ios18.linear`."""
+    name: str = operation.operator_name
+    return name.rpartition(".")[2]
 
 
 def _device_name(usage: Any) -> str:
@@ -65,14 +68,14 @@ def _device_name(usage: Any) -> str:
     return type(usage.preferred_compute_device).__name__.removeprefix("ML").removesuffix("ComputeDevice")
 
 
-def render(name: str, placements: Counter[tuple[str, str]]) -> str:
+def render(name: str, units: str, placed: Counter[tuple[str, str]]) -> str:
     """A line of sums by device, and a table of operators, in Markdown."""
     devices = Counter[str]()
-    for (device, _), number in placements.items():
+    for (device, _), number in placed.items():
         devices[device] += number
     sums = ", ".join(f"{number} on {device}" for device, number in devices.most_common())
-    rows = [(device, operator, str(number)) for (device, operator), number in placements.most_common()]
-    lines = [f"### Core ML's plan of {code(name)}", "", f"{placements.total()} operations: {sums}", ""]
+    rows = [(device, operator, str(number)) for (device, operator), number in placed.most_common()]
+    lines = [f"### Core ML's plan of {code(name)} on {units}", "", f"{placed.total()} operations: {sums}", ""]
     return "\n".join([*lines, markdown([("device", "operator", "count"), *rows]), ""])
 
 
@@ -88,8 +91,8 @@ def main(
         package = folder / described.plan.target.artifact
         if package.suffix != ".mlpackage":
             raise ExportError(f"{package}: not a Core ML package; give the folder of one")
-        with _plan(package) as plan:
-            pages.append(render(described.id, counts(plan)))
+        units = devices.load("host").compute_units
+        pages.append(render(described.id, units, placements(package, units)))
     text = "\n".join(pages)
     out.mkdir(parents=True, exist_ok=True)
     (out / "compute-plan.md").write_text(text, encoding="utf-8")

@@ -175,6 +175,14 @@ def _reduce_mean(inputs: Inputs) -> Tensor:
     return x.float().mean(axes, keepdim=bool(_integer(inputs, "keep_dims", 0)))
 
 
+def _cumsum(inputs: Inputs) -> Tensor:
+    """Sums along an axis up to and with each element."""
+    _require(inputs, "exclusive", 0)
+    _require(inputs, "reverse", 0)
+    x: Tensor = inputs["x"]
+    return x.cumsum(_integer(inputs, "axis", 0))
+
+
 def _rsqrt(inputs: Inputs) -> Tensor:
     """1 / √(x + epsilon)."""
     return torch.rsqrt(inputs["x"] + inputs["epsilon"])
@@ -201,8 +209,10 @@ OPS: dict[str, _Op] = {
     "abs": lambda i: i["x"].abs(),
     "add": lambda i: i["x"] + i["y"],
     "cast": lambda i: i["x"].to(_CAST_TYPES[i["dtype"]]),
+    "clip": lambda i: i["x"].clamp(i["alpha"], i["beta"]),
     "concat": _concat,
     "constexpr_blockwise_shift_scale": dequantize,
+    "cumsum": _cumsum,
     "equal": lambda i: i["x"] == i["y"],
     "exp": lambda i: i["x"].exp(),
     "expand_dims": _expand_dims,

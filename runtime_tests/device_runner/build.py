@@ -4,7 +4,6 @@ python -m runtime_tests.device_runner.build [x86-64|aarch64]
 """
 
 import hashlib
-import os
 import platform
 import shutil
 import subprocess
@@ -16,8 +15,11 @@ from typing import ClassVar
 
 import typer
 
+from devices.transports import packages
+from devices.transports.transfer import family
 from export.build.command import run
 from export.errors import ExportError
+from export.host import processor
 from export.host.console import say
 from export.manifest import ROOT
 
@@ -28,7 +30,6 @@ SOURCES = Path(__file__).parent / "cpp"
 BUILD = ROOT / "build" / "runner"
 _LIBRARIES = ("", "_threadpool", "_kernels_optimized", "_kernels_quantized", "_backend_xnnpack")
 _CROSS_COMPILER = "aarch64-linux-gnu-g++"
-_PACKAGES = {"cmake": "cmake", "make": "make", "g++": "g++", _CROSS_COMPILER: "g++-aarch64-linux-gnu"}
 _DYNAMIC_LOADER = "ld-linux-aarch64.so.1"
 # all system libraries that the runner and the SDK's libraries need
 _SYSTEM = (
@@ -107,7 +108,7 @@ def _compile(target: str, kit: sdk.Sdk, compiler: _Compiler, into: Path) -> None
     """Configure and build with cmake; the first error line is the reason when it fails."""
     for command in (
         ("cmake", "-S", str(SOURCES), "-B", str(into), f"-DCMAKE_PREFIX_PATH={kit.root}", *compiler.options),
-        ("cmake", "--build", str(into), "--target", target, "--parallel", str(os.cpu_count() or 1)),
+        ("cmake", "--build", str(into), "--target", target, "--parallel", str(processor.usable())),
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
@@ -123,18 +124,16 @@ def compiler_for(abi: Abi) -> _Compiler:
     name = "g++" if native else _CROSS_COMPILER
     for tool in ("cmake", "make", name):
         if shutil.which(tool) is None:
-            raise UnavailableError(
-                f"{tool}: not found, needed to build the runner for {abi}; install {_PACKAGES[tool]}"
-            )
+            raise UnavailableError(f"{tool}: not found, needed to build the runner for {abi}; {packages.hint(tool)}")
     toolchain = () if native else (f"-DCMAKE_TOOLCHAIN_FILE={SOURCES / 'aarch64.cmake'}",)
     return _Compiler(name, (f"-DCMAKE_CXX_COMPILER={name}", "-GUnix Makefiles", *toolchain))
 
 
 def host_abi() -> Abi:
     """The ABI of this machine."""
-    if platform.machine() not in MACHINES:
+    if (found := MACHINES.get(family(platform.machine()))) is None:
         raise UnavailableError(f"{platform.machine()}: there is no runner for this processor")
-    return MACHINES[platform.machine()]
+    return found
 
 
 def _system_libraries(compiler: _Compiler) -> list[Path]:

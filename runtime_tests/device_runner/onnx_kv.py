@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from devices import Device, Transport
+from devices.transports.transfer import family
 from export.errors import ExportError
 
 from . import complaints, own_runner, started
@@ -51,7 +52,7 @@ def install(transport: Transport, device: Device, *, timeout_s: float) -> tuple[
     """Push the runner of the device's YAML, or ours with the packages it needs."""
     if device.runner:
         return own_runner(transport, device, timeout_s)
-    packages = _site_packages(transport.abi(), _python(transport, device))
+    packages = _site_packages(family(transport.abi()), _python(transport, device))
     remote = f"runners/{packages.name}"
     transport.push(packages, remote, timeout_s=timeout_s)
     push_session(transport, "onnx_kv", timeout_s)
@@ -61,7 +62,7 @@ def install(transport: Transport, device: Device, *, timeout_s: float) -> tuple[
 
 def push_session(transport: Transport, session: str, timeout_s: float) -> None:
     """Push a session's module and what it imports: together they are a runner in Python."""
-    for name in ("base.py", "board.py", f"{session}.py"):
+    for name in ("base.py", "board.py", "footprint.py", f"{session}.py"):
         transport.push(SESSIONS / name, f"runners/sessions/{name}", timeout_s=timeout_s)
 
 

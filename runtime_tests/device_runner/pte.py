@@ -3,12 +3,14 @@
 import logging
 
 from devices import Device, Transport
+from devices.transports.transfer import family
 
 from . import build, own_runner, start_failure, started
 from .sdk import MACHINES, Abi, UnavailableError
 
 _LOG = logging.getLogger(__name__)
-_ANDROID: dict[str, Abi] = {"arm64-v8a": "aarch64", "x86_64": "x86-64"}
+_BIONIC = "arm64-v8a"
+"""What only Android reports, over ssh too."""
 
 
 def require(device: Device, reported: str, _transport: Transport | None, /) -> None:
@@ -18,7 +20,7 @@ def require(device: Device, reported: str, _transport: Transport | None, /) -> N
 
 def _abi(device: Device, reported: str) -> Abi:
     """Of the runner, for the ABI that the device reports."""
-    if abi := MACHINES.get(reported) or _ANDROID.get(reported):
+    if abi := MACHINES.get(family(reported)):
         return abi
     raise UnavailableError(f"{device.name}: there is no runner for {reported}; name one of your own as `runner`")
 
@@ -37,7 +39,7 @@ def install(transport: Transport, device: Device, *, timeout_s: float) -> tuple[
     alone: tuple[str, ...] = ()
     if bundle.start_alone:
         alone = (f"{remote}/{bundle.start_alone[0]}", "--library-path", f"{remote}/loader:{remote}/lib", *start)
-    if device.transport.bionic or reported not in MACHINES:
+    if device.transport.bionic or reported == _BIONIC:
         if not alone:
             raise UnavailableError(f"{device.name}: no runner with a C library of its own for {reported}")
         start = alone

@@ -17,13 +17,15 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from devices import last_line
+from devices.transports.transfer import family
 from export.errors import ExportError
 from export.host.digests import sha256
 from export.manifest import ROOT
 
 Abi = Literal["x86-64", "aarch64"]
 ABIS: tuple[Abi, ...] = ("x86-64", "aarch64")
-MACHINES: dict[str, Abi] = {"x86_64": "x86-64", "AMD64": "x86-64", "aarch64": "aarch64", "arm64": "aarch64"}
+MACHINES: dict[str, Abi] = {"x86_64": "x86-64", "aarch64": "aarch64"}
+"""Family of processors (`devices.transports.transfer.family`) → ABI."""
 LOCK = ROOT / "locks" / "release.txt"
 """Every package with the sha256 of its wheels, for all platforms and Pythons."""
 _PYTHON = "3.11"
@@ -51,7 +53,7 @@ class Sdk:
 def find(abi: Abi, cache: Path) -> Sdk:
     """The SDK for an ABI; downloaded once into `cache` where the installed wheel is for another ABI."""
     version, installed = _installed_wheel()
-    if MACHINES.get(platform.machine()) == abi and platform.system() == "Linux":
+    if MACHINES.get(family(platform.machine())) == abi and platform.system() == "Linux":
         return Sdk(installed, version, "installed")
     cached = sorted(cache.glob(f"executorch-{version}-{abi}-*"))
     folder = cached[0] if cached else _fetch(abi, version, cache)

@@ -30,6 +30,7 @@ from export.errors import ExportError, explain
 from export.formats import admission
 from export.host import disk
 from export.host.console import say
+from runtime_tests.places import processors
 
 from . import record, regression
 from .record import Environment, PlanKey, Record
@@ -135,14 +136,18 @@ def _speeds(run: Record, before: Reached | None) -> tuple[Speed, ...]:
     """The earlier speeds of the same plan and this run's, if steady."""
     same = before is not None and not before.plan_key.differs_in(run.plan_key)
     others = [speed for speed in before.speeds if speed.run_id != run.run_id] if before and same else []
-    new = [regression.speed_of(run.latency, run.run_id)] if run.latency and not _unsteady(run) else []
+    new = [regression.speed_of(run.latency, run.run_id)] if run.latency and not left_out(run) else []
     return tuple([*others, *new][-KEPT_RUNS:])
 
 
-def _unsteady(run: Record) -> str:
+def left_out(run: Record) -> str:
     """Why a run's speed is not stored; empty: it is."""
     if run.emulated or run.latency is None:
         return "not timed"
+    if not processors.is_named(run.environment.cpu):
+        return f"its processor ({run.environment.cpu}) may be any"
+    if run.state_before.low_power:
+        return "it saved energy"
     # a run that is inconclusive only because the baseline is noisy is steady itself, and shows how large that noise is
     left_open = [gate.detail for gate in run.gates if gate.verdict == "inconclusive"]
     return next((detail for detail in left_open if not detail.endswith(regression.HIDDEN)), "")
@@ -269,7 +274,7 @@ def main(
     if not written:
         raise ExportError(f"{records or RECORDS}: no record of {device} that holds; run `make {device}` first")
     for path, stored in written:
-        why = _unsteady(stored)
+        why = left_out(stored)
         say(f"{path.name}: {stored.artifact}, run {stored.run_id}{', without speed: ' + why if why else ''}")
 
 

@@ -52,7 +52,7 @@ def without(
 
     `given`: limits that judge them instead of this checkout's.
     """
-    machine, unproven = environment.current(), []
+    machine, unproven = environment.current(device.compute_units), []
     for folder, described in cases:
         newest = record.newest_of(records, manifest_sha256=manifest.digest(folder))
         proven = key(folder, device, evaluation, machine, limits.of(described, given))

@@ -187,6 +187,9 @@ class DeviceState(Strict):
     """By thermal zone."""
     battery_percent: float | None
     charging: bool | None
+    """Whether it is on mains: charging, or charged, or kept where it is."""
+    low_power: bool | None = None
+    """Whether its user has it save energy."""
     governor: str | None
     """Of the first core's clock."""
     online_cores: str | None

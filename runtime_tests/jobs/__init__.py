@@ -154,6 +154,29 @@ class OverheadJob(Strict):
     generate: int
 
 
+class CoreMLJob(Strict):
+    """Call a Core ML package in the shapes and states that clients use."""
+
+    action: Literal["core-ml"] = "core-ml"
+    folder: str
+    compute_units: str | None
+    """As a device's YAML has them; null: in the evaluator, and what it answers becomes the reference."""
+    threads: int
+    """Of the evaluator."""
+    steps: int
+    """Single tokens in one state."""
+    reference: str
+    """.npz of its logits."""
+
+
+class CoreMLPlanJob(Strict):
+    """Ask Core ML on which processor it runs each operation."""
+
+    action: Literal["core-ml-plan"] = "core-ml-plan"
+    package: str
+    compute_units: str
+
+
 class BenchLogitsJob(Task):
     """Logits of windows of tokens through a contender's runner."""
 
@@ -206,6 +229,8 @@ Job = (
     | BenchJob
     | OverheadJob
     | BenchLogitsJob
+    | CoreMLJob
+    | CoreMLPlanJob
     | TaskDataJob
     | TasksJob
 )

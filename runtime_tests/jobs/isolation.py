@@ -30,12 +30,21 @@ class Ended:
     result: dict[str, Any] = field(default_factory=dict)
 
 
-def run(job: Job, *, limit_s: float, on_progress: Progress | None = None, renewed: bool = False) -> Ended:
+def run(
+    job: Job,
+    *,
+    limit_s: float,
+    on_progress: Progress | None = None,
+    renewed: bool = False,
+    settings: tuple[str, ...] = (),
+) -> Ended:
     """Run a job; end its whole process group after `limit_s` seconds. Raises disk.FullError.
 
     `renewed`: every report of progress restarts the limit, for work of hours that must not hang either.
+    `settings`: environment variables of the child beside ours, `NAME=value`.
     """
     last_seen = None
+    command = ("env", *settings, *WORKER)
 
     def watch(line: str) -> bool:
         nonlocal last_seen
@@ -47,7 +56,7 @@ def run(job: Job, *, limit_s: float, on_progress: Progress | None = None, renewe
 
     try:
         given = job.model_dump_json().encode()
-        child = processes.run(WORKER, cwd=Path.cwd(), given=given, limit_s=limit_s, watch=watch)
+        child = processes.run(command, cwd=Path.cwd(), given=given, limit_s=limit_s, watch=watch)
     except TimeoutError:
         return Ended(Outcome.TIMEOUT, f"no {'progress' if renewed else 'answer'} within {limit_s:g} s")
     return interpret(child.returncode, child.out, child.err)

@@ -16,7 +16,7 @@ import numpy as np
 from export import manifest
 from export.build.command import quiet_libraries
 from export.errors import ExportError
-from export.host import disk, processes
+from export.host import disk, processes, processor
 from runtime_tests import jobs
 from runtime_tests.evidence.record import Outcome
 from runtime_tests.sessions import Session, greedy, open_session
@@ -73,6 +73,15 @@ def _run(job: jobs.Job) -> dict[str, Any]:  # noqa: C901, PLR0911, PLR0912 – o
             from runtime_tests.bench.runners import write_logits as write_contender_logits
 
             return write_contender_logits(job)
+        case jobs.CoreMLJob():
+            from runtime_tests.coreml.calls import answer as answer_calls
+
+            return answer_calls(job)
+        case jobs.CoreMLPlanJob():
+            from runtime_tests.coreml.compute_plan import placements
+
+            placed = placements(Path(job.package), job.compute_units)
+            return {"placed": [[device, operator, number] for (device, operator), number in placed.items()]}
         case jobs.TaskDataJob():
             from runtime_tests.tasks.run import count_questions
 
@@ -139,6 +148,7 @@ def main() -> int:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if isinstance(job, jobs.ReferenceJob | jobs.WeightsJob):  # nothing of it is timed, nor runs in its own threads
         processes.wait_asleep()
+    processor.limit_threads()
     quiet_libraries()
     reply = answer(job)
     print("\n" + json.dumps(reply), flush=True)

@@ -1,19 +1,17 @@
 """Where jobs that need an artifact run: in child processes of this machine, or on an attached device (`remote`)."""
 
 import platform
-import subprocess
 from collections.abc import Sequence
 from typing import Protocol
 
-import psutil
-
-from devices import DeadlineError, DeviceError, DeviceLostError, NoSpaceError
+from devices import ComputeUnits, DeadlineError, DeviceError, DeviceLostError, NoSpaceError
 from export.manifest import Manifest
 from runtime_tests.evidence.record import DeviceState, Environment, Outcome
 from runtime_tests.jobs import ConformanceJob, GenerateJob, LogitsJob, SpeedJob, isolation
 from runtime_tests.jobs.isolation import Ended, Progress
+from runtime_tests.sessions import mlpackage
 
-from . import environment, facts
+from . import environment
 
 ArtifactJob = LogitsJob | ConformanceJob | GenerateJob | SpeedJob
 _OUTCOMES: dict[type[DeviceError], Outcome] = {
@@ -57,20 +55,18 @@ class ThisMachine:
     attached = False
     abi = platform.machine()
 
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
+    def __init__(self, threads: int, compute_units: ComputeUnits = "cpu_gpu") -> None:
+        self.threads, self.compute_units = threads, compute_units
 
     def prepare(self, manifests: Sequence[Manifest]) -> None:
         pass
 
     def run(self, job: ArtifactJob, *, limit_s: float, on_progress: Progress | None = None) -> Ended:
-        return isolation.run(job, limit_s=limit_s, on_progress=on_progress)
+        settings = (f"{mlpackage.UNITS}={self.compute_units}",)
+        return isolation.run(job, limit_s=limit_s, on_progress=on_progress, settings=settings)
 
     def environment(self) -> Environment:
-        return environment.current()
+        return environment.current(self.compute_units)
 
     def state(self) -> DeviceState:
-        if not psutil.LINUX:
-            return facts.UNKNOWN
-        ended = subprocess.run(["sh", "-c", facts.SCRIPT], capture_output=True, check=True)
-        return facts.state(ended.stdout.decode(errors="replace"))
+        return environment.state()

@@ -1,33 +1,38 @@
-"""The machine and the software that a measurement belongs to."""
+"""The machine and the software that a measurement belongs to, where it is this machine."""
 
-import os
 import platform
-from pathlib import Path
+import subprocess
 
-import psutil
-
+from devices import Device
 from export.formats import tool_versions
-from runtime_tests.evidence.record import Environment
+from export.host import memory, processor
+from runtime_tests.evidence.record import DeviceState, Environment
+from runtime_tests.sessions import mlpackage
+
+from . import facts
 
 
-def current() -> Environment:
-    """The machine that runs this program, with its load at this moment."""
-    return Environment(
-        os=platform.platform(terse=True) if platform.system() != "Darwin" else f"macOS {platform.mac_ver()[0]}",
-        cpu=_cpu_name(),
-        cores=psutil.cpu_count(logical=False) or os.cpu_count() or 1,
-        memory_bytes=psutil.virtual_memory().total,
-        load_average_1min=round(os.getloadavg()[0], 2),
-        python=platform.python_version(),
-        tools=tool_versions(),
-    )
+def current(compute_units: str | None = None) -> Environment:
+    """The machine that runs this program as far as it may use it, with its load at this moment.
+
+    `compute_units`: on which Core ML runs, which is told where it is there.
+    """
+    core_ml = {"Core ML": compute_units} if compute_units and mlpackage.in_core_ml() else {}
+    told = facts.environment(_told(), tool_versions() | core_ml, platform.python_version())
+    shared = {"cores": min(told.cores, processor.usable()), "memory_bytes": memory.total_bytes()}
+    return told.model_copy(update=shared)
 
 
-def _cpu_name() -> str:
-    """The processor's marketing name where the system has it, else its architecture."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.lower().startswith(("model name", "hardware")):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def state() -> DeviceState:
+    """Temperatures, battery, clocks and load at this moment."""
+    return facts.state(_told())
+
+
+def threads(device: Device | None = None) -> int:
+    """Of a session here: those of the device's YAML, else one for each fast physical core that this process may use."""
+    return (device and device.threads) or min(facts.threads(_told()), processor.usable())
+
+
+def _told() -> str:
+    ended = subprocess.run(["sh", "-c", facts.SCRIPT], capture_output=True, check=True)
+    return ended.stdout.decode(errors="replace")

@@ -4,32 +4,40 @@ Everything is read from /proc, /sys and what Android and macOS have instead. An 
 """
 
 import re
+from collections import Counter
 
 from devices import last_line
 from runtime_tests.evidence.record import DeviceState, Environment
 
+from . import processors
+
 SCRIPT = r"""
+LC_ALL=C; export LC_ALL
 say() { [ -n "$2" ] && printf '%s=%s\n' "$1" "$2"; }
 first() { [ -r "$1" ] && head -n 1 "$1" 2>/dev/null; }
 if command -v getprop >/dev/null 2>&1; then
     say os "Android $(getprop ro.build.version.release), $(getprop ro.build.fingerprint)"
     say cpu "$(getprop ro.soc.model)"
     say model "$(getprop ro.product.model)"
+    say low_power "$(settings get global low_power 2>/dev/null)"
 elif command -v sw_vers >/dev/null 2>&1; then
-    say os "macOS $(sw_vers -productVersion)"
+    say os "macOS $(sw_vers -productVersion) ($(sw_vers -buildVersion))"
     say model "$(sysctl -n hw.model)"
     say cpu "$(sysctl -n machdep.cpu.brand_string)"
     say cores "$(sysctl -n hw.physicalcpu)"
+    say fast_cores "$(sysctl -n hw.perflevel0.physicalcpu 2>/dev/null)"
     say memory_kb "$(($(sysctl -n hw.memsize) / 1024))"
     say load "$(sysctl -n vm.loadavg | cut -d ' ' -f 2)"
-    say battery "$(pmset -g batt | sed -n 's/.*[^0-9]\([0-9]*\)%.*/\1/p')"
-    say charging "$(pmset -g batt | sed -n 's/.*%; \([a-z]*\);.*/\1/p')"
+    pmset -g batt 2>/dev/null | sed 's/^/pmset=/'
+    say low_power "$(pmset -g 2>/dev/null | sed -n 's/^ *lowpowermode *//p')"
 else
     say os "$(. /etc/os-release 2>/dev/null && printf %s "$PRETTY_NAME")"
+    say low_power "$(first /sys/firmware/acpi/platform_profile)"
 fi
 say kernel "$(uname -sr)"
 say machine "$(uname -m)"
 say model "$(cat /proc/device-tree/model 2>/dev/null | tr -d '\000')"
+say product "$(first /sys/class/dmi/id/sys_vendor) $(first /sys/class/dmi/id/product_name)"
 say cpu "$(sed -n 's/^\(model name\|Hardware\)[[:space:]]*: *//p' /proc/cpuinfo 2>/dev/null | head -n 1)"
 say cores "$(grep -c '^processor' /proc/cpuinfo 2>/dev/null)"
 say memory_kb "$(sed -n 's/^MemTotal: *\([0-9]*\) kB/\1/p' /proc/meminfo 2>/dev/null)"
@@ -42,15 +50,19 @@ for zone in /sys/class/thermal/thermal_zone*; do
     say zone "$(first $zone/type):$(first $zone/temp)"
 done
 for supply in /sys/class/power_supply/*; do
-    if [ "$(first $supply/type)" = Battery ]; then
+    if [ "$(first $supply/type)" = Battery ] && [ "$(first $supply/scope)" != Device ]; then
         say battery "$(first $supply/capacity)"
         say charging "$(first $supply/status)"
     fi
 done
+say fast "$(first /sys/devices/cpu_core/cpus)"
+each() { grep -s . /dev/null /sys/devices/system/cpu/cpu[0-9]*/$1 | sed "s|.*/cpu\([0-9]*\)/$1:|$2=\1:|"; }
+each topology/thread_siblings_list siblings
+each cpu_capacity capacity
+sed -n 's/^\(CPU implementer\|CPU part\)[[:space:]]*: */id=\1 /p' /proc/cpuinfo 2>/dev/null
 exit 0
 """
 _MOST_CHARACTERS = 2**16
-_MOST_CORES = 2**12
 _HOTTEST, _COLDEST = 150.0, -50.0
 """Degrees Celsius that no working sensor reports; some zones count milli-degrees, some report nonsense."""
 
@@ -65,31 +77,37 @@ def values(text: str) -> dict[str, list[str]]:
     return entries
 
 
-def environment(text: str, tools: dict[str, str]) -> Environment:
+def environment(text: str, tools: dict[str, str], python: str = "") -> Environment:
     """The device and the software, from the script's output."""
-    first = {key: entries[0] for key, entries in values(text).items()}
+    told = values(text)
+    first = {key: entries[0] for key, entries in told.items()}
     system = [first[key] for key in ("os", "kernel") if key in first]
-    name = [first[key] for key in ("model", "cpu") if key in first]
     return Environment(
-        os=", ".join(system) or "not told",
-        cpu=", ".join(dict.fromkeys(name)) or first.get("machine", "not told"),
-        cores=min(max(1, int(number(first.get("cores")) or 1)), _MOST_CORES),
+        os=", ".join(system) or processors.NOT_TOLD,
+        cpu=processors.name(told),
+        cores=processors.cores(told),
         memory_bytes=max(0, int(number(first.get("memory_kb")) or 0)) * 1024,
         load_average_1min=number(first.get("load")),
-        python="",
+        python=python,
         tools=tools,
     )
 
 
+def threads(text: str) -> int:
+    """Of a session on the device, from the script's output."""
+    return processors.threads(values(text))
+
+
 def state(text: str) -> DeviceState:
     """Temperatures, battery, clocks and load, from the script's output."""
-    all_entries = values(text)
-    first = {key: entries[0] for key, entries in all_entries.items()}
-    charging = first.get("charging")
+    told = values(text)
+    first = {key: entries[0] for key, entries in told.items()}
+    percent, charging = _battery(told)
     return DeviceState(
-        temperatures_c=_temperatures(all_entries.get("zone", [])),
-        battery_percent=number(first.get("battery")),
-        charging=None if charging is None else charging.lower() in {"charging", "full", "charged"},
+        temperatures_c=_temperatures(told.get("zone", [])),
+        battery_percent=percent,
+        charging=charging,
+        low_power=_low_power(first.get("low_power")),
         governor=first.get("governor"),
         online_cores=first.get("online"),
         affinity=first.get("affinity"),
@@ -98,9 +116,26 @@ def state(text: str) -> DeviceState:
     )
 
 
+def _battery(told: dict[str, list[str]]) -> tuple[float | None, bool | None]:
+    """How full the first battery is, and whether none of them drives the device; null: not told, or there is none."""
+    if "pmset" in told:  # Now drawing from 'AC Power', -InternalBattery-0 (id=…) 80%; AC attached; not charging …
+        text = " ".join(told["pmset"])
+        percent = re.search(r"([0-9]{1,3})%", text)
+        if not percent:
+            return None, None
+        return float(percent[1]), None if "'" not in text else "'Battery Power'" not in text
+    states = {status.lower() for status in told.get("charging", [])} - {"unknown"}
+    return number(next(iter(told.get("battery", [])), None)), "discharging" not in states if states else None
+
+
+def _low_power(text: str | None) -> bool | None:
+    """Whether the user has the device save energy: a switch, or Linux's name of a profile."""
+    return None if text in (None, "null") else text in {"1", "low-power", "quiet"}
+
+
 def _temperatures(zones: list[str]) -> dict[str, float]:
     """`type:value` entries → °C by zone; zones of one type are numbered."""
-    temperatures: dict[str, float] = {}
+    temperatures, seen = dict[str, float](), Counter[str]()
     for zone in zones:
         kind, _, text = zone.rpartition(":")
         degrees = number(text)
@@ -108,8 +143,8 @@ def _temperatures(zones: list[str]) -> dict[str, float]:
             continue
         degrees = degrees / 1000 if abs(degrees) > _HOTTEST else degrees
         if _COLDEST < degrees < _HOTTEST:
-            same = sum(re.sub(r"#\d+$", "", name) == kind for name in temperatures)
-            temperatures[kind if not same else f"{kind}#{same + 1}"] = degrees
+            seen[kind] += 1
+            temperatures[kind if seen[kind] == 1 else f"{kind}#{seen[kind]}"] = degrees
     return temperatures
 
 

@@ -79,7 +79,7 @@ class AttachedDevice:
         """By artifact folder: the model's path on the device."""
         self.abi = transport.abi()
         self.facts = self._ask_facts()
-        self.threads = device.threads or self.environment().cores
+        self.threads = device.threads or facts.threads(self.facts)
 
     def prepare(self, manifests: Sequence[Manifest]) -> None:
         """Push the runners before any work: a missing one ends the run with one line and is no artifact's failure."""

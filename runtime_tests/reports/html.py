@@ -155,7 +155,8 @@ def _facts_of(state: DeviceState) -> dict[str, str]:
     facts: dict[str, object] = {
         **{f"temperature {zone}": f"{value:.1f} °C" for zone, value in state.temperatures_c.items()},
         "battery, %": state.battery_percent,
-        "charging": state.charging,
+        "on mains": state.charging,
+        "saves energy": state.low_power,
         "clock governor": state.governor,
         "cores online": state.online_cores,
         "cores allowed": state.affinity,

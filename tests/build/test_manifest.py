@@ -45,10 +45,14 @@ def test_commit_and_local_changes(checkout):
     assert manifest.source_info().revision == f"{commit[:12]} with local changes"
 
 
-def test_a_checkout_of_another_owner_answers(checkout, monkeypatch):
+@pytest.mark.parametrize("by_link", [False, True])
+def test_a_checkout_of_another_owner_answers(checkout, tmp_path, monkeypatch, by_link):
     commit = git(checkout, "rev-parse", "HEAD")
+    (tmp_path / "link").symlink_to(checkout)
+    monkeypatch.setattr(manifest, "ROOT", tmp_path / "link" if by_link else checkout)
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
     assert (manifest.source_info().commit, manifest.source_info().dirty) == (commit, False)
+    assert manifest.git_is_silent(manifest.source_info()) == ""
 
 
 def unknown(info):
@@ -64,8 +68,12 @@ def test_code_inside_of_another_repository_does_not_take_its_commit(checkout, mo
 def test_no_repository_no_commit_and_no_git_are_unknown(checkout, tmp_path, monkeypatch):
     shutil.rmtree(checkout / ".git")
     assert unknown(manifest.source_info())
+    assert manifest.git_is_silent(manifest.source_info()) == ""  # a copy without its history
     git(checkout, "init", "-q")
     assert manifest.source_info().commit == "unknown"
+    assert manifest.git_is_silent(manifest.source_info()) == (
+        f"git tells no commit of {checkout}, so the manifest says `unknown`; `git -C {checkout} log` says why"
+    )
     monkeypatch.setenv("PATH", str(tmp_path))
     assert unknown(manifest.source_info())
 

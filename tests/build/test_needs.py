@@ -85,7 +85,7 @@ def test_a_real_run_takes_about_what_was_said(target, tmp_path):
         "import sys; from pathlib import Path; from export import pipeline; "
         "from export.plan import load_plan; pipeline.CACHE = Path(sys.argv[2]) / 'cache'; "
         "pipeline.export(load_plan('tiny', 'int4-g32', sys.argv[1]), None, Path(sys.argv[2]) / 'out'); "
-        "from export.host.memory import peak_rss_bytes; print(peak_rss_bytes())"  # of the child alone
+        "from runtime_tests.sessions.footprint import peak_bytes; print(peak_bytes())"  # of the child alone
     )
     done = subprocess.run(
         [sys.executable, "-c", script, target, tmp_path],

@@ -27,7 +27,7 @@ def chat(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["runtime_tests", "chat", str(folder), *arguments])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed)))
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        monkeypatch.setattr(command.devices, "physical_threads", lambda: 1)
+        monkeypatch.setattr(command.environment, "threads", lambda: 1)
         code = run_app(app)
         printed = capsys.readouterr()
         assert "Traceback" not in printed.err

@@ -31,12 +31,15 @@ def block(*operations):
 def plan():
     """Two linears, and a softmax inside a loop; Core ML does not report where the loop itself runs."""
     program = block(
-        operation("const"), operation("linear"), operation("linear"), operation("while", block(operation("softmax")))
+        operation("ios18.const"),
+        operation("ios18.linear"),
+        operation("linear"),
+        operation("while", block(operation("softmax"))),
     )
     devices = {"linear": MLNeuralEngineComputeDevice(), "softmax": MLCPUComputeDevice()}
 
     def usage(operation):
-        device = devices.get(operation.operator_name)
+        device = devices.get(operation.operator_name.removeprefix("ios18."))
         return device and SimpleNamespace(preferred_compute_device=device)
 
     functions = {"main": SimpleNamespace(block=program)}
@@ -49,7 +52,8 @@ def plan():
 def test_operations_are_counted_by_device(plan):
     placements = compute_plan.counts(plan)
     assert placements == {("NeuralEngine", "linear"): 2, ("CPU", "softmax"): 1, ("not told", "while"): 1}
-    page = compute_plan.render("tiny", placements)
+    page = compute_plan.render("tiny", "cpu_ne", placements)
+    assert "plan of `tiny` on cpu_ne" in page
     assert "4 operations: 2 on NeuralEngine, 1 on not told, 1 on CPU" in page
     assert "| NeuralEngine | linear | 2 |" in page
 
@@ -66,13 +70,15 @@ def test_the_compiled_package_is_there_while_its_plan_is_read(plan, monkeypatch,
     def loaded(path, compute_units):
         assert Path(path).is_dir()
         assert Path(path).name == "model.mlmodelc"
+        assert compute_units is ct.ComputeUnit.CPU_AND_NE
         return plan
 
     monkeypatch.setattr(compute_plan.platform, "system", lambda: "Darwin")
     monkeypatch.setattr(ct.models.utils, "compile_model", compiled)
     monkeypatch.setattr(theirs.MLComputePlan, "load_from_path", loaded)
-    with compute_plan._plan(tmp_path / "model.mlpackage") as read:
-        assert sum(compute_plan.counts(read).values()) == 4
+    monkeypatch.setattr(compute_plan.mlpackage, "cache_here", lambda: tmp_path / "compiled")
+    monkeypatch.setattr(compute_plan.mlpackage, "os_build", lambda: "24B83")
+    assert compute_plan.placements(tmp_path / "model.mlpackage", "cpu_ne").total() == 4
 
 
 def test_a_model_that_is_no_program_is_refused(plan):

@@ -121,6 +121,8 @@ BUILDS: dict[str, Callable[[Any], Any]] = {
     "reduce_max": lambda mb: mb.reduce_max(x=random(2, 3, 4), axes=[0, 2]),
     "equal": lambda mb: mb.equal(x=np.float16([0, 1]), y=np.float16(0)),
     "logical_or": lambda mb: mb.logical_or(x=np.array([True, False]), y=np.array([False, False])),
+    "clip": lambda mb: mb.clip(x=random(2, 5), alpha=np.float32(0), beta=np.float32(1)),
+    "cumsum": lambda mb: mb.cumsum(x=np.int32([[1, 1, 1]]), axis=1),
     "rsqrt": lambda mb: mb.rsqrt(x=np.abs(random(4)), epsilon=np.float32(1e-5)),
     "softmax": lambda mb: mb.softmax(x=random(2, 5), axis=-1),
     "tile": lambda mb: mb.tile(x=random(1, 2, 3), reps=[1, 3, 1]),

@@ -31,6 +31,7 @@ from runtime_tests.device_runner import (
     write_script,
 )
 from runtime_tests.sessions import base, board, greedy
+from runtime_tests.sessions.mlpackage import UNITS
 from tests.support.artifacts import opened
 from tests.support.scripts import BAD_LINES, EARLY, random_tokens, steps
 
@@ -73,7 +74,7 @@ def start(runners, tmp_path):
             "PYTHONPATH": os.pathsep.join(map(str, there)),
             "PYTHONPYCACHEPREFIX": str(runners / "pycache"),
             "FAKE_COREML_CALLS": str(tmp_path / "calls"),
-            **{name: value for name, value in os.environ.items() if name == "FAKE_COREML_REFUSES"},
+            **{name: value for name, value in os.environ.items() if name in ("FAKE_COREML_REFUSES", UNITS)},
         }
         command = [sys.executable, "-W", "ignore", "-m", f"sessions.{SESSIONS[kind]}", *map(str, words)]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120, check=False)
@@ -156,12 +157,30 @@ def test_without_a_file_no_logits_are_written(start, artifacts, tmp_path):
 # inputs of Core ML
 
 
+def written_down(folder):
+    return [json.loads(line) for line in (folder / "calls").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("units", "meant"), [("cpu", "CPU"), ("cpu_ne", "CPU and NE"), ("all", "all"), ("", "")])
+def test_a_package_is_compiled_once_and_runs_on_the_units_of_the_device(  # noqa: PLR0917
+    start, runners, artifacts, monkeypatch, tmp_path, units, meant
+):
+    monkeypatch.setenv(UNITS, units) if units else monkeypatch.delenv(UNITS, raising=False)
+    shutil.rmtree(runners / "compiled", ignore_errors=True)
+    write_script([Feed((1, 2, 3))], tmp_path / "script")
+    answers = [start("coreml", artifacts["coreml"] / "model.mlpackage", tmp_path / "script") for _ in range(2)]
+    assert {answer.runtime.rpartition(", ")[2] for answer in answers} == {units or "cpu_gpu"}
+    calls = written_down(tmp_path)
+    assert len([call for call in calls if "compiled" in call]) == 1
+    assert [call["loaded"] for call in calls if "loaded" in call] == [meant or "CPU and GPU"] * 2
+
+
 def test_core_ml_is_called_as_the_contract_says(run, tmp_path):
     run("coreml", [Reset(), Feed(random_tokens(580)), Feed((1,)), Reset(), Feed((5, 6, 7))])
-    calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    calls = [call for call in written_down(tmp_path) if "ids" in call]
     steps = [(0, 512), (512, 68), (580, 1), (0, 3)]  # past and new: at most 512 tokens a call
     assert [call["ids"] for call in calls] == [["int32", [1, new]] for _, new in steps]
-    assert [call["mask"] for call in calls] == [["float16", [1, 1, new, past + new]] for past, new in steps]
+    assert [call["mask"] for call in calls] == [["float32", [1, 1, new, past + new]] for past, new in steps]
     assert [call["visible"] for call in calls] == [list(range(past + 1, past + new + 1)) for past, new in steps]
     assert {value for call in calls for value in call["values"]} == {0.0, -65504.0}
     assert {tuple(call["inputs"]) for call in calls} == {("causalMask", "inputIds")}
@@ -183,7 +202,8 @@ def test_a_model_whose_yaml_names_no_architecture(run, artifacts, tmp_path, kind
 # refusals
 
 
-def test_what_core_ml_says_of_a_package_that_it_refuses_reaches_the_user(run, monkeypatch):
+def test_what_core_ml_says_of_a_package_that_it_refuses_reaches_the_user(run, runners, monkeypatch):
+    shutil.rmtree(runners / "compiled", ignore_errors=True)
     monkeypatch.setenv("FAKE_COREML_REFUSES", "unsupported opset version 99")
     failure, _ = run("coreml", [Feed((1,))])
     assert failure.stage == "load"
@@ -302,7 +322,13 @@ def test_a_runtime_that_fails_in_the_middle_is_an_error_in_one_line(monkeypatch,
 
 @pytest.mark.parametrize(
     ("name", "runtime"),
-    [("base", set()), ("board", set()), ("onnx_kv", {"onnxruntime"}), ("mlpackage", {"coremltools"})],
+    [
+        ("base", set()),
+        ("board", set()),
+        ("footprint", set()),
+        ("onnx_kv", {"onnxruntime"}),
+        ("mlpackage", {"coremltools"}),
+    ],
 )
 def test_a_board_needs_nothing_but_its_runtime(name, runtime):
     """Parts that only a type checker or the host uses are left out."""
@@ -311,13 +337,16 @@ def test_a_board_needs_nothing_but_its_runtime(name, runtime):
         if isinstance(node, ast.Import):
             assert {name.name.partition(".")[0] for name in node.names} <= allowed
         elif isinstance(node, ast.ImportFrom):
-            inside = node.level == 1 and node.module in ("base", "board")
+            inside = node.level == 1 and node.module in ("base", "board", "footprint")
             assert inside or node.module.partition(".")[0] in allowed
+
+
+HOST_ONLY = ("Evaluated", "cache_here", "open_session", "runtime_calls")
 
 
 def executed(source):
     """Every node of a module that a device may execute."""
     for node in ast.parse(source).body:
         types_only = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        if not types_only and getattr(node, "name", "") not in ("Evaluated", "open_session", "runtime_calls"):
+        if not types_only and getattr(node, "name", "") not in HOST_ONLY:
             yield from ast.walk(node)

@@ -107,6 +107,30 @@ def test_a_mac_installs_what_the_lock_holds_and_nothing_else():
         mlpackage.install(Mac(b"no room"), devices.load("macbook-m3"), timeout_s=1)
 
 
+@pytest.mark.parametrize(
+    ("there", "chosen"),
+    [
+        ({"python3": "3.9.6"}, ""),  # of Apple's command line tools
+        ({"python3": "3.14.0"}, ""),
+        ({"python3": "3.12.1"}, "python3"),
+        ({"python3": "3.14.0", "python3.12": "3.12.1", "python3.11": "3.11.2"}, "python3.12"),
+        ({"python3": "3.9.6", "python3.11": "3.11.2"}, "python3.11"),
+    ],
+)
+def test_a_mac_uses_a_python_that_the_wheels_are_for(tmp_path, there, chosen):
+    """Each a program that answers as the interpreter of that version would."""
+    for name, version in there.items():
+        fits = (3, 11) <= tuple(map(int, version.split(".")[:2])) < (3, 14)
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {int(not fits)}\n")
+        (tmp_path / name).chmod(0o755)
+    script = mlpackage.FIND_PYTHON.replace(":/opt/homebrew/bin:/usr/local/bin", "") + '\necho "$python"'
+    ended = subprocess.run(
+        ["/bin/sh", "-c", script], env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert (ended.stdout.strip(), ended.returncode) == (chosen, int(not chosen))
+    assert ended.stderr == ("" if chosen else "it has no Python 3.11 to 3.13: brew install python@3.12\n")
+
+
 def test_no_library_of_the_bundle_comes_from_elsewhere(bundle):
     """The fixture `run` starts it without an environment; here: it names no library but these and the system's."""
     files = [path for path in bundle.path.rglob("*") if path.is_file()]

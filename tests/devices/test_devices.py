@@ -12,7 +12,7 @@ import yaml
 
 import devices
 from devices import DeviceError
-from devices.transports import adb, transfer
+from devices.transports import adb, packages, transfer
 from export.errors import ExportError
 from runtime_tests.device_runner import mlpackage
 
@@ -133,11 +133,12 @@ def bare_path(monkeypatch, tmp_path):
     (tmp_path / "bin/sh").symlink_to("/bin/sh")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.delenv("ADB", raising=False)
+    monkeypatch.setattr(packages, "hint", "brew install {}".format)
 
 
 def test_without_adb_the_package_is_named(monkeypatch, bare_path):
     monkeypatch.setattr(adb.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DeviceError, match="install Debian's package adb or Android's platform-tools, or set ADB"):
+    with pytest.raises(DeviceError, match="adb is not installed: brew install adb, or set ADB to that of Android"):
         devices.open_transport(devices.load("pixel-8"))
 
 
@@ -158,7 +159,7 @@ def test_an_adb_that_is_not_there(monkeypatch):
 
 def test_without_ssh_the_package_is_named(monkeypatch, bare_path):
     monkeypatch.setenv("RASPBERRY_PI_5_HOST", "board")
-    with pytest.raises(DeviceError, match="install Debian's package openssh-client"):
+    with pytest.raises(DeviceError, match="ssh is not installed: brew install ssh"):
         devices.open_transport(devices.load("raspberry-pi-5"))
 
 

@@ -80,6 +80,10 @@ def test_what_is_missing_is_named(monkeypatch, tmp_path):
             {"uname": lambda: os.uname_result(("Linux", "desk", "6.1.0-17-amd64", "", "x86_64"))},
             "Linux 6.7, .* this is 6.1.0",
         ),
+        (
+            {"uname": lambda: os.uname_result(("Darwin", "mac", "24.1.0", "", "arm64"))},
+            "the lab needs Linux, whose namespaces",
+        ),
     ],
 )
 def test_a_machine_that_cannot_is_told_why(monkeypatch, lacking, message):

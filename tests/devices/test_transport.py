@@ -198,7 +198,7 @@ def test_a_lock_from_before_the_last_start_of_this_host_is_broken(transport, the
 
 
 def test_the_lock_of_another_host_is_left_alone(transport, there):
-    put_lock(there, lock.Owner.this_process().model_copy(update={"host": "other", "pid": 1}))
+    put_lock(there, lock.Owner.this_process().model_copy(update={"host": "other", "machine": "other", "pid": 1}))
     with pytest.raises(DeviceBusyError, match="process 1 on other"):
         transport.lock().__enter__()
 

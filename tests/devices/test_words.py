@@ -287,7 +287,7 @@ OWNER = lock.Owner.this_process().model_dump()
     "owner",
     [
         *({**OWNER, "pid": pid} for pid in ("x", -1, 0, 2**40, 1.5, True, None, [1])),
-        *({**OWNER, key: value} for key in ("host", "boot", "since") for value in (1, None, {}, "\x1b[2J")),
+        *({**OWNER, key: value} for key in ("host", "machine", "boot", "since") for value in (1, None, {}, "\x1b[2J")),
         *({**OWNER, "started": value} for value in ("x", None)),
         *({**OWNER, "more": 1}, {}, [], None, 7, {**OWNER, "since": "x" * 3000}),
     ],

@@ -3,11 +3,14 @@
 import errno
 import fcntl
 import os
+import subprocess
+import sys
 
 import pytest
 
 from export.errors import ExportError
 from export.host import disk
+from export.manifest import ROOT
 from tests.support.reliability import LOCATION
 
 
@@ -29,9 +32,8 @@ def no_locks(request, monkeypatch):
 
 @LOCATION
 def test_without_locks_a_folder_is_refused_by_its_file_and_the_cache_goes_on(no_locks, tmp_path, capsys):
-    refused(
-        tmp_path / "out", rf"/\.out\.lock: cannot be locked \({no_locks}\), and two writers would damage .*/out; take"
-    )
+    line = rf"/\.out\.lock: cannot be locked \({no_locks}\), and two writers would damage .*/out; name a folder on a "
+    refused(tmp_path / "out", line + r"local disk \(--out\), or work in a checkout on one$")
     with disk.turn(tmp_path / "stored"):
         pass
     assert f"/.stored.lock: not locked ({no_locks})" in capsys.readouterr().err.replace("\n", "")
@@ -39,6 +41,23 @@ def test_without_locks_a_folder_is_refused_by_its_file_and_the_cache_goes_on(no_
     with record.open("ab") as file:
         disk.wait_for_lock(file)
     assert disk.is_locked(record)  # what cannot be known is not removed
+
+
+def test_a_share_without_locks_is_one_on_macos_too(tmp_path):
+    """<sys/errno.h> there: ENOTSUP is 45, which SMB answers, and EOPNOTSUPP is 102."""
+    code = (
+        "import errno, fcntl, sys; from pathlib import Path\n"
+        "errno.ENOTSUP, errno.EOPNOTSUPP = 45, 102\n"
+        "def flock(file, operation): raise OSError(45, 'Operation not supported')\n"
+        "fcntl.flock = flock\n"
+        "from export.host import disk\n"
+        "with open(sys.argv[1], 'wb') as file: disk.wait_for_lock(file)\n"
+        "print(disk.is_locked(Path(sys.argv[1])))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "records"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert ended.stdout == "True\n"
 
 
 def test_a_lock_is_gone_in_the_end_and_one_that_was_removed_locks_nothing(tmp_path, monkeypatch):

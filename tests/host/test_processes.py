@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -36,6 +37,19 @@ def test_an_ended_process_tells_all():
     assert (ended.returncode, ended.out, ended.last_words) == (1, "given\n", "why")
     assert ended.seconds < 60
     assert 10**8 < ended.peak_rss_bytes < 10**10
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1), ("freebsd14", 1024)])
+def test_the_kernels_peak_is_in_bytes(platform, unit):
+    usage = resource.struct_rusage((0.0, 0.0, 5, *range(13)))
+    assert processes.peak_bytes(usage, platform) == 5 * unit
+
+
+@pytest.mark.parametrize("error", [ProcessLookupError, PermissionError])
+def test_a_group_that_has_ended_is_ended(monkeypatch, error):
+    """macOS answers EPERM where nothing but zombies is left."""
+    monkeypatch.setattr(os, "killpg", lambda *_: (_ for _ in ()).throw(error))
+    assert run("print(1)").out == "1\n"
 
 
 def test_a_large_input_that_nobody_reads_holds_up_nothing():
@@ -126,6 +140,11 @@ def worker(tmp_path):
         ("time.sleep(60)", "did not end within 1 s of work"),
         ("while True: pass", "did not end within 1 s of work"),
         ("return bytearray(2**30) and ''", "took more than 256 MB"),
+        # as on macOS, which sets no limit
+        (
+            "import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1)); kept = b'1' * 2**30; time.sleep(60)",
+            "took more than 256 MB",
+        ),
         ("return 'a' * 2**23", "gave more than 4 MB"),
         ("return {}['a']", "KeyError: 'a'"),
         ("raise ValueError('two\\nlines')", "ValueError: two lines"),

@@ -5,7 +5,7 @@ import numpy as np
 from runtime_tests.bench.results import Benchmark, Entry, ExportCost, Fidelity, HostOverhead, Sample, Settings, Timing
 from runtime_tests.evidence.record import Outcome, Slice
 from runtime_tests.jobs import BenchLogitsJob, Opening, isolation
-from runtime_tests.places import environment
+from tests.support.records import here
 
 SETTINGS = Settings(
     threads=2, context=256, prompts=(4, 8), generate=16, passes=2, repetitions=3, far_prompt=128, far_generate=64
@@ -70,7 +70,7 @@ def stored_run(model="tiny"):
         seconds=90,
         commit="0123456789abcdef" * 4,
         dirty=False,
-        environment=environment.current(),
+        environment=here(),
         load_average_after=1.5,
         evaluation="default",
         checkpoint="random weights, seed 20",

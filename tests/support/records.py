@@ -1,5 +1,7 @@
 """Records for tests: one with every field set, and the gates that failed in one."""
 
+from functools import cache
+
 import numpy as np
 
 from runtime_tests import evaluation
@@ -30,6 +32,10 @@ def sample_latency():
     )  # fmt: skip
 
 
+here = cache(environment.current)
+"""The machine that runs the tests."""
+
+
 def sample_record(**changes):
     lowering, total = sample_comparison(), sample_comparison(noise=0.5)
     gate = Gate(
@@ -41,7 +47,7 @@ def sample_record(**changes):
         "manifest_sha256": "ab" * 32,
         "plan_key": dict.fromkeys(("model", "recipe", "target", "context", "evaluation"), "0a1b2c3d"),
         "size_bytes": 1_000_000, "bits_per_weight": 4.9, "device": "host", "emulated": False,
-        "environment": environment.current(), "state_before": facts.state(""),
+        "environment": here(), "state_before": facts.state(""),
         "state_after": facts.state(""), "commit": "c" * 40, "dirty": False,
         "started_at": "2026-01-01T00:00:00+00:00", "seconds": 1.5, "gates": (gate,),
         "accuracy": Accuracy(evaluation="default", prefill=64, decode=64, domains=("english", "hindi"),

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from export.architecture import Architecture
 from export.errors import ExportError
 from export.formats import Build, Lowered, Needs, kv_layout, refuse_any_scales
+from export.host.console import note
 from export.manifest import IOContract, TensorSpec
-from export.plan import Plan
+from export.plan import Attention, Plan
 
 if TYPE_CHECKING:
     from export.quantization.store import QuantizedModel
@@ -111,15 +112,17 @@ def lower(model: "QuantizedModel", build: Build) -> Lowered:
 
     context_length = build.plan.model.context_length
     package = build.folder / build.plan.target.artifact
-    convert(model, context_length, package)
+    convert(model, context_length, package, build.plan.target.attention)
     facts = file.seal(package, metadata(build.plan, model.key), build.plan.model.license)
+    if subnormal := facts["subnormal_scales"]:
+        note(f"{subnormal} scales are subnormal in fp16, and a GPU may take them for zero; the card says so")
     facts["float_values"] = (
         "fp16, RMSNorm in fp32" if model.recipe.linear else "fp16, rounded from float32; RMSNorm in fp32"
     )
     return Lowered(_contract(model.architecture, context_length), facts)
 
 
-def convert(model: "QuantizedModel", context_length: int, package: Path) -> None:
+def convert(model: "QuantizedModel", context_length: int, package: Path, attention: Attention) -> None:
     """Author the program and let coremltools write it without the passes that change a program.
 
     Only its fixed backend passes remain: valid names and the deduplication of constants.
@@ -136,7 +139,7 @@ def convert(model: "QuantizedModel", context_length: int, package: Path) -> None
         ct.TensorType("inputIds", (1, flexible()), dtype=np.int32),
         ct.TensorType("causalMask", (1, 1, flexible(), flexible()), dtype=np.float16),
     ]
-    program = author(model, context_length)
+    program = author(model, context_length, attention)
     # hides coremltools' progress bars and the warning about its temporary folder; its errors are raised
     with redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore", category=ResourceWarning):
         ct.convert(

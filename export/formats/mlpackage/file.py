@@ -63,7 +63,7 @@ def _count(spec: Any, weights: Path) -> dict[str, int | float | str]:
         "ops": sum(count for kind, count in ops.items() if kind != "const"),
         "int4_weights": stored[MIL_pb2.INT4],
         "int8_weights": stored[MIL_pb2.INT8],
-        "attention_ops": ops["scaled_dot_product_attention"],
+        "attention_ops": ops["scaled_dot_product_attention"] + ops["softmax"],
         "state_reads": ops["read_state"],
         "state_writes": ops["write_state"],
         "weight_bin_bytes": weights.stat().st_size,

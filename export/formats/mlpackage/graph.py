@@ -26,9 +26,11 @@ from export.checkpoints.integers import Integers
 from export.errors import ExportError
 from export.host.console import track
 from export.model import rope_tables
+from export.plan import Attention
 from export.quantization.store import QuantizedModel
 
 _FP16_LOWEST = np.float16(-65504)
+_FP16_SMALLEST = np.finfo(np.float16).smallest_normal
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,12 @@ class _Step:
     """int32 [1]: slot of the first new token."""
     end: Var
     """int32 [1]: slots in use after this call."""
+    positions: Var
+    """int32 [1, q]: slots of the new tokens."""
     cos: Var
-    """fp16 [q, D]"""
+    """fp16 [1, q, D]"""
     sin: Var
-    """fp16 [q, D], the first half negated."""
-    bias: Var
-    """fp16 [1, 1, H/G·q, e], added to attention scores."""
+    """fp16 [1, q, D], the first half negated."""
 
 
 @dataclass
@@ -56,11 +58,11 @@ class _Caches:
     """fp16 [layers, 1, G, C, D] each."""
 
 
-def author(model: QuantizedModel, context_length: int) -> Program:
+def author(model: QuantizedModel, context_length: int, attention: Attention) -> Program:
     """The whole program with its weights, each of which is read once."""
     program = Program()
     with Function(_interface(model.architecture, context_length), opset_version=ct.target.iOS18) as function:
-        function.set_outputs([_decoder(model, function.inputs)])
+        function.set_outputs([_decoder(model, function.inputs, attention)])
     program.add_function("main", function)
     return program
 
@@ -77,12 +79,14 @@ def _interface(a: Architecture, context_length: int) -> dict[str, Var]:
     }
 
 
-def _decoder(model: QuantizedModel, inputs: dict[str, Var]) -> Var:
+def _decoder(model: QuantizedModel, inputs: dict[str, Var], attention: Attention) -> Var:
     """Logits fp16 [1, q, V] of every new position."""
+    attend = {"fused": _fused, "plain": _plain}[attention]
     a = model.architecture
     states = (inputs["keyCache"], inputs["valueCache"])
     caches = _Caches(states, (mb.read_state(input=states[0]), mb.read_state(input=states[1])))
-    step = _prepare(a, inputs["inputIds"], inputs["causalMask"], caches.values[0])
+    context_length: int = states[0].shape[3]
+    step = _prepare(a, inputs["inputIds"], inputs["causalMask"], context_length)
     table = _weight(model, (EMBEDDING,))
     x = mb.gather(
         x=table, indices=inputs["inputIds"], axis=0, batch_dims=0, validate_indices=False, name=mil_name((EMBEDDING,))
@@ -92,7 +96,11 @@ def _decoder(model: QuantizedModel, inputs: dict[str, Var]) -> Var:
     for i in track(range(a.num_hidden_layers), "author", a.num_hidden_layers):
         prefix = f"model.layers.{i}."
         normed = rms_norm(model, x, f"{prefix}input_layernorm.weight")
-        x = mb.add(x=x, y=_attention(model, normed, i, step, caches))
+        queries = _project(model, normed, i, step, caches)
+        keys, values = (_slots(cache, i, step.end) for cache in caches.values)
+        if i == 0:  # behind the first write: a state that is read before it is written may be copied as a whole
+            bias = _attention_bias(a, inputs["causalMask"], step, keys, context_length)
+        x = mb.add(x=x, y=_attention(model, attend(queries, keys, values, bias), i))
         normed = rms_norm(model, x, f"{prefix}post_attention_layernorm.weight")
         x = mb.add(x=x, y=_swiglu(model, normed, prefix))
     x = rms_norm(model, x, FINAL_NORM)
@@ -103,58 +111,79 @@ def _decoder(model: QuantizedModel, inputs: dict[str, Var]) -> Var:
     return mb.linear(x=x, weight=head, name="logits")
 
 
-def _prepare(a: Architecture, ids: Var, mask: Var, keys: Var) -> _Step:
-    """Positions, rotary tables and attention bias of this call; `keys` is the key state before this call."""
+def _prepare(a: Architecture, ids: Var, mask: Var, context_length: int) -> _Step:
+    """Slots and rotary tables of this call.
+
+    Lengths are those of inputs, never of a slice between two computed slots: off the CPU, Core ML has refused such
+    shapes as data-dependent.
+    """
     new = mb.slice_by_size(x=mb.shape(x=ids), begin=[1], size=[1])
     end = mb.slice_by_size(x=mb.shape(x=mask), begin=[3], size=[1], name="end")
     start = mb.sub(x=end, y=new, name="start")
-    cos, sin = (table.numpy() for table in rope_tables(a, keys.shape[3]))
+    counted = mb.cumsum(x=mb.cast(x=mb.equal(x=ids, y=ids), dtype="int32"), axis=1)  # 1…q
+    positions = mb.add(x=counted, y=mb.sub(x=start, y=np.int32(1)), name="positions")
+    cos, sin = (table.numpy() for table in rope_tables(a, context_length))
     return _Step(
         start=start,
         end=end,
-        cos=_rows(np.concatenate([cos, cos], axis=1).astype(np.float16), start, end, "cos"),
-        sin=_rows(np.concatenate([-sin, sin], axis=1).astype(np.float16), start, end, "sin"),
-        bias=_attention_bias(a, mask, keys, start, end),
+        positions=positions,
+        cos=_rows(np.concatenate([cos, cos], axis=1), positions, "cos"),
+        sin=_rows(np.concatenate([-sin, sin], axis=1), positions, "sin"),
     )
 
 
-def _rows(table: NDArray[np.generic], start: Var, end: Var, name: str) -> Var:
-    """Rows start…end-1 of a constant [C, n]."""
-    zero, width = np.array([0], np.int32), np.array([table.shape[1]], np.int32)
-    return mb.slice_by_index(
-        x=mb.const(val=table, name=f"{name}_table"),
-        begin=mb.concat(values=[start, zero], axis=0),
-        end=mb.concat(values=[end, width], axis=0),
-        name=name,
-    )
+def _rows(table: NDArray[np.floating[Any]], positions: Var, name: str) -> Var:
+    """Rows of a constant [C, D] at positions [1, q], in fp16: [1, q, D]."""
+    stored = mb.const(val=table.astype(np.float16), name=f"{name}_table")
+    return mb.gather(x=stored, indices=positions, axis=0, batch_dims=0, validate_indices=False, name=name)
 
 
-def _attention_bias(a: Architecture, mask: Var, keys: Var, start: Var, end: Var) -> Var:
-    """The caller's mask with later and empty slots hidden; repeated for the query heads of a group: [1, 1, H/G·q, e].
+def _attention_bias(a: Architecture, mask: Var, step: _Step, keys: Var, context_length: int) -> Var:
+    """The caller's mask with later slots and an empty first one hidden; repeated for a group's heads: [1, 1, H/G·q, e].
 
     swift-transformers passes zeros of shape [1, 1, 1, e] even for a prompt, with e one more than there are tokens:
-    its first token lands in slot 1. So the program is causal by itself, and a slot before `start` that was never
-    written (zeros in `keys`, the key state before this call) is hidden. Rotary embedding depends on differences of
-    positions only, so the shift by one does not matter.
+    its first token lands in slot 1. So the program is causal by itself, and slot 0 is hidden where it was never
+    written: where the used slots `keys` [1, G, e, D] of layer 0 begin with zeros. Rotary embedding depends on
+    differences of positions only, so the shift by one does not matter.
     """
-    slots = np.arange(keys.shape[3], dtype=np.int32)
-    queries = _rows(slots[:, None], start, end, "query_slot")  # [q, 1]
-    one_row = mb.concat(values=[np.array([1], np.int32), end], axis=0)
-    columns = mb.slice_by_index(x=slots[None, :], begin=[0, 0], end=one_row, name="key_slot")  # [1, e]
-    later = mb.greater(x=columns, y=queries)  # [q, e]
-    # One layer is enough: each call writes the same slots in all layers. The slots of this call's own tokens are still
-    # empty in `keys`, therefore only those before `start` are judged by their contents.
-    largest = mb.reduce_max(x=mb.abs(x=_used_slots(keys, 0, end)), axes=[0, 1, 3])  # [e]
-    empty = mb.logical_and(x=mb.equal(x=largest, y=np.float16(0)), y=mb.less(x=columns, y=start))  # [1, e]
+    slots = np.arange(context_length, dtype=np.float32)
+    columns = mb.slice_by_index(x=slots, begin=[0], end=step.end, name="key_slot")  # [e]
+    queries = mb.expand_dims(x=mb.cast(x=step.positions, dtype="fp32"), axes=[2])  # [1, q, 1]
+    first = mb.slice_by_size(x=keys, begin=[0, 0, 0, 0], size=[-1, -1, 1, -1])
+    empty = mb.cast(x=_is_zero(first), dtype="fp32")  # [1, 1, 1, 1]
+    # Differences of slots cut to 0…1: no comparison of the mask's size in integers, which Core ML may leave to the CPU.
+    # fp32 holds every slot exactly, fp16 none beyond 2048.
+    later = mb.clip(x=mb.sub(x=columns, y=queries), alpha=np.float32(0), beta=np.float32(1))  # [1, q, e]
+    earlier = mb.clip(x=mb.sub(x=empty, y=columns), alpha=np.float32(0), beta=np.float32(1))  # [1, 1, 1, e]
     # fp16's lowest number instead of -inf, since 0 · -inf is NaN; the minimum of two masks instead of their sum, which
     # could leave fp16's range
-    hidden = mb.mul(x=mb.cast(x=mb.logical_or(x=later, y=empty), dtype="fp16"), y=_FP16_LOWEST)
+    hidden = mb.mul(x=mb.cast(x=mb.maximum(x=later, y=earlier), dtype="fp16"), y=_FP16_LOWEST)
     bias = mb.minimum(x=mask, y=hidden)  # [1, 1, q, e]
     return mb.tile(x=bias, reps=[1, 1, a.num_attention_heads // a.num_key_value_heads, 1], name="attention_bias")
 
 
-def _attention(model: QuantizedModel, x: Var, layer: int, step: _Step, caches: _Caches) -> Var:
-    """Grouped-query attention of x [1, q, hidden] over the cache, after its keys and values are written into it."""
+def _is_zero(keys: Var) -> Var:
+    """Whether all groups' keys [1, G, s, D] of a slot are zero: bool [1, 1, s, 1]."""
+    return mb.equal(x=mb.reduce_max(x=mb.abs(x=keys), axes=[1, 3], keep_dims=True), y=np.float16(0))
+
+
+def _marked(keys: Var) -> Var:
+    """Keys [1, G, q, D] as they are, and of a token whose keys are all zero one number that is not.
+
+    A table's row of zeros has such keys, and must not pass for a slot that was never written. fp16's smallest normal
+    number, which no GPU takes for zero, changes its scores by some 1e-4.
+    """
+    mark = np.zeros(keys.shape[3], np.float16)
+    mark[0] = _FP16_SMALLEST
+    return mb.add(x=keys, y=mb.mul(x=mb.cast(x=_is_zero(keys), dtype="fp16"), y=mark))
+
+
+def _project(model: QuantizedModel, x: Var, layer: int, step: _Step, caches: _Caches) -> Var:
+    """Queries [1, G, H/G·q, D] of x [1, q, hidden]; its keys and values are written into the caches.
+
+    MIL's attention has no grouped queries: the heads of a group become more query rows of the one key head, which
+    copies no keys. Row r of a group is head r // q, token r % q; the bias is repeated to match.
+    """
     a, prefix = model.architecture, f"model.layers.{layer}."
     heads, groups, size = a.num_attention_heads, a.num_key_value_heads, a.head_dim
     qkv = _linear(model, x, tuple(f"{prefix}{name}.weight" for name in QKV))  # [1, q, (H+2G)·D]
@@ -162,15 +191,29 @@ def _attention(model: QuantizedModel, x: Var, layer: int, step: _Step, caches: _
     # queries and keys are rotated by one set of ops
     qk, v = mb.split(x=qkv, split_sizes=[heads + groups, groups], axis=1)
     q, k = mb.split(x=_rotate(qk, step), split_sizes=[heads, groups], axis=1)
-    _write(caches, layer, (k, v), step)
-    keys, values = (_used_slots(cache, layer, step.end) for cache in caches.values)
-    # MIL's attention has no grouped queries: the heads of a group become more query rows of the one key head,
-    # which copies no keys. Row r of a group is head r // q, token r % q; the bias is repeated to match.
-    q = mb.reshape(x=q, shape=[1, groups, -1, size])
-    out = mb.scaled_dot_product_attention(query=q, key=keys, value=values, attn_mask=step.bias)
-    out = mb.transpose(x=mb.reshape(x=out, shape=[1, heads, -1, size]), perm=[0, 2, 1, 3])
+    _write(caches, layer, (k if layer else _marked(k), v), step)
+    return mb.reshape(x=q, shape=[1, groups, -1, size])
+
+
+def _attention(model: QuantizedModel, rows: Var, layer: int) -> Var:
+    """What attention gave the query rows [1, G, H/G·q, D], projected: [1, q, hidden]."""
+    a = model.architecture
+    heads, size = a.num_attention_heads, a.head_dim
+    out = mb.transpose(x=mb.reshape(x=rows, shape=[1, heads, -1, size]), perm=[0, 2, 1, 3])
     out = mb.reshape(x=out, shape=[1, -1, heads * size])
-    return _linear(model, out, (f"{prefix}self_attn.o_proj.weight",))
+    return _linear(model, out, (f"model.layers.{layer}.self_attn.o_proj.weight",))
+
+
+def _fused(queries: Var, keys: Var, values: Var, bias: Var) -> Var:
+    """Attention of query rows [1, G, r, D] over e slots [1, G, e, D], as one operation."""
+    return mb.scaled_dot_product_attention(query=queries, key=keys, value=values, attn_mask=bias)
+
+
+def _plain(queries: Var, keys: Var, values: Var, bias: Var) -> Var:
+    """The same as its parts, for systems whose fused operation is broken; scores and weights are rounded to fp16."""
+    scale = np.float16(1 / np.sqrt(queries.shape[-1]))
+    scores = mb.add(x=mb.matmul(x=mb.mul(x=queries, y=scale), y=keys, transpose_y=True), y=bias)
+    return mb.matmul(x=mb.softmax(x=scores, axis=-1), y=values)
 
 
 def _rotate(x: Var, step: _Step) -> Var:
@@ -201,7 +244,7 @@ def _write(caches: _Caches, layer: int, new: tuple[Var, Var], step: _Step) -> No
     caches.values = (updated[0], updated[1])
 
 
-def _used_slots(cache: Var, layer: int, end: Var) -> Var:
+def _slots(cache: Var, layer: int, end: Var) -> Var:
     """Slots 0…e-1 of one layer: [1, G, e, D]."""
     stop = mb.concat(values=[np.array([layer + 1, 0, 0], np.int32), end, np.array([0], np.int32)], axis=0)
     return mb.slice_by_index(

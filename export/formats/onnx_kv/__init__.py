@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from export.architecture import Architecture
 from export.errors import ExportError
-from export.formats import Build, Lowered, Needs, clients, kv_layout
+from export.formats import Build, Lowered, Needs, clients, kv_layout, refuse_plain_attention
 from export.manifest import IOContract, TensorSpec, TokenizerIds
 from export.plan import Plan, WeightScheme
 
@@ -47,6 +47,7 @@ def check(plan: Plan, architecture: Architecture) -> None:
             f"target {plan.target.name!r}: activations is {plan.target.activations!r}, but onnxruntime rounds "
             "activations itself inside MatMulNBits; set it to none"
         )
+    refuse_plain_attention(plan)
     if architecture.head_dim % 16:
         raise ExportError(
             f"head_dim {architecture.head_dim}: GroupQueryAttention rotates heads of a multiple of 16 only; "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from export.architecture import EMBEDDING, Architecture
 from export.errors import ExportError
-from export.formats import Build, Lowered, Needs, clients, kv_layout, refuse_any_scales
+from export.formats import Build, Lowered, Needs, clients, kv_layout, refuse_any_scales, refuse_plain_attention
 from export.manifest import IOContract, TensorSpec, TokenizerIds
 from export.plan import Plan
 
@@ -36,6 +36,7 @@ def check(plan: Plan, architecture: Architecture) -> None:
             "set `activations: int8-per-token` in the target"
         )
     refuse_any_scales(plan, "XNNPACK multiplies by positive bf16 scales only")
+    refuse_plain_attention(plan)
     if plan.target.logits != "last":
         raise ExportError(
             f"target {plan.target.name!r}: logits {plan.target.logits!r}, but the program returns those of the last "

@@ -128,7 +128,7 @@ def xnnpack_graph(blob: Bytes) -> Any:
         schema.write_bytes(xnnpack._get_schema_bytes())
         binary.write_bytes(blob[header.flatbuffer_offset : header.flatbuffer_offset + header.flatbuffer_size])
         _flatc_decompile(folder, str(schema), str(binary), ["--raw-binary"])
-        return json.loads(_FLOATS.sub(_json_number, (Path(folder) / "graph.json").read_text()))
+        return json.loads(_FLOATS.sub(_json_number, (Path(folder) / "graph.json").read_text(encoding="utf-8")))
 
 
 def _json_number(match: re.Match[str]) -> str:

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export import manifest
-from export.host.memory import peak_rss_bytes
 from runtime_tests.jobs import BenchJob, BenchLogitsJob, Opening, OverheadJob, logits_file, report_progress
 from runtime_tests.sessions import open_session, session_module
+from runtime_tests.sessions.footprint import peak_bytes
 from runtime_tests.sessions.timing import time_tokens
 
 
@@ -46,7 +46,7 @@ class Runner(ABC):
 
     def peak_rss_bytes(self) -> int:
         """Most memory the process that ran the artifact has held: this one."""
-        return peak_rss_bytes()
+        return peak_bytes()
 
 
 class _RunnerModule(Protocol):

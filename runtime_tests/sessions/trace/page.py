@@ -31,7 +31,7 @@ def show(trace: Trace) -> None:
 def write(trace: Trace, folder: Path) -> Path:
     """index.html and trace.json; returns the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "trace.json").write_text(trace.model_dump_json(indent=1) + "\n")
+    (folder / "trace.json").write_text(trace.model_dump_json(indent=1) + "\n", encoding="utf-8")
     sections = [(way, _plot(parts), _legend(parts), rows(trace, parts)) for way, parts in trace.parts.items()]
     page = folder / "index.html"
     holds = trace.first is None

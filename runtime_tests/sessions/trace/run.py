@@ -8,7 +8,6 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 
-import devices
 from devices import Device
 from export import manifest
 from export.architecture import Strict
@@ -24,6 +23,7 @@ from runtime_tests.checks.accuracy import sqnr_by_window
 from runtime_tests.checks.weights import rebuild
 from runtime_tests.evidence.record import Outcome
 from runtime_tests.jobs import TraceJob, isolation
+from runtime_tests.places import environment
 
 from . import comparison, points
 from .comparison import Part
@@ -83,7 +83,7 @@ def trace(folder: Path, device: Device, source: str | None, cache: Path) -> Trac
         folder=str(folder.resolve()),
         source=source,
         cache=str(cache.resolve()),
-        threads=devices.thread_count(device),
+        threads=environment.threads(device),
         tokens=tuple(windows.tokens[0, :TOKENS].tolist()),
     )
     with stage("trace", described.id):

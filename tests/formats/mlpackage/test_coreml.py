@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from export import checkpoints, formats, manifest, pipeline
+from export import card, checkpoints, formats, manifest, pipeline
+from export.architecture import EMBEDDING, HEAD
 from export.errors import ExportError
-from export.formats import mlpackage
+from export.formats import admission, mlpackage
 from export.manifest import Manifest
 from export.plan import Plan, QuantRecipe, WeightScheme, load_plan
 from export.quantization import quantize
 from export.quantization.store import QuantizedModel
 from runtime_tests.sessions import mlpackage as sessions
 from runtime_tests.sessions import open_session
+from runtime_tests.sessions.mlpackage import Evaluated, PackageSession
 from tests.support.metrics import eager_logits, forced_logits, mean_kl, random_tokens, sqnr_db
 
 ct = pytest.importorskip("coremltools")
@@ -139,7 +141,7 @@ def test_tied_table_is_stored_once_and_int4_is_packed(built, package, model):
     a = model.architecture
     linears = sum(n * k for n, k in a.linear_shapes().values())
     once = a.vocab_size * (a.hidden_size + 2) + linears // 2 + linears // 32 * 2
-    tables = 2 * model.checkpoint.architecture.head_dim * 2 * 256 + 2 * 4 * 256  # cos and sin fp16, slots int32
+    tables = 2 * model.checkpoint.architecture.head_dim * 2 * 256 + 4 * 256  # cos and sin fp16, slots fp32
     excess = (package / WEIGHTS).stat().st_size - once - tables
     assert 0 <= excess < a.vocab_size * a.hidden_size // 4
     assert built[1].lowering["embedding_and_head"] == "one table"
@@ -218,14 +220,91 @@ def test_a_flipped_byte_changes_the_logits(damaged, session, tokens, parameter):
     assert not np.array_equal(session.feed(tokens), broken.feed(tokens))
 
 
-def test_swift_transformers_calls_give_the_same_logits(session, tokens, reference):
+def as_swift_transformers_calls(session, tokens):
     """It passes zeros of shape [1, 1, 1, tokens + 1] as mask, also for a prompt, and so never writes slot 0."""
-    logits = []
+    state, logits = session.model.make_state(), []
     for first, end in [(0, PREFILL), *((i, i + 1) for i in range(PREFILL, len(tokens)))]:
         mask = np.zeros((1, 1, 1, end + 1), np.float16)
         inputs = {"inputIds": np.array([tokens[first:end]], np.int32), "causalMask": mask}
-        logits.append(session.model.predict(inputs, session.state)["logits"][0, -1])
-    assert sqnr_db(reference, np.stack(logits).astype(np.float32)) >= 50
+        logits.append(session.model.predict(inputs, state)["logits"][0, -1])
+    return np.stack(logits).astype(np.float32)
+
+
+def test_swift_transformers_calls_give_the_same_logits(session, tokens, reference):
+    assert sqnr_db(reference, as_swift_transformers_calls(session, tokens)) >= 50
+
+
+class _Muted(QuantizedModel):
+    """Some tokens have a row of zeros in the embedding, as reserved ones may, and so keys of zeros in every layer."""
+
+    tokens = (300, 301)
+
+    def _read(self, name, file):
+        read = super()._read(name, file)
+        if name in (EMBEDDING, HEAD):
+            read.qdata[list(self.tokens)] = 0
+        return read
+
+
+@pytest.fixture(scope="module", params=["fused", "plain"])
+def muted(request, model, built, tmp_path_factory):
+    """Such a model and a session of its package."""
+    changed = _Muted(**vars(model))
+    package = tmp_path_factory.mktemp("muted") / "model.mlpackage"
+    mlpackage.convert(changed, 256, package, request.param)
+    return changed, PackageSession(Evaluated(package, 1), built[1].contract, measures_speed=False)
+
+
+@pytest.mark.parametrize("slots", [(0,), (5,), (0, 1), (0, PREFILL)])
+def test_a_written_key_of_zeros_is_attended_to(muted, tokens, slots):
+    """Beside an empty slot it would look alike, and be hidden: in our convention, and where slot 0 stays empty."""
+    model, session = muted
+    tokens = [300 + slot % 2 if slot in slots else token for slot, token in enumerate(tokens[: PREFILL + 3])]
+    reference = eager_logits(model, tokens)[PREFILL - 1 :]
+    session.reset()
+    assert sqnr_db(reference, forced_logits(session, tokens, PREFILL)) >= 50
+    assert sqnr_db(reference, as_swift_transformers_calls(session, tokens)) >= 50
+
+
+def test_attention_as_its_parts_is_another_plan_and_loses_no_more(built, plan, model, tokens, reference, tmp_path):
+    target = plan.target.model_copy(update={"attention": "plain"})
+    described = pipeline.export(plan.model_copy(update={"target": target}), None, tmp_path / "plain")
+    assert admission.admit(tmp_path / "plain") == described
+    assert '"attention":"plain"' in described.plan.model_dump_json()
+    assert '"attention"' not in built[1].plan.model_dump_json()
+    assert described.lowering["attention_ops"] == model.architecture.num_hidden_layers
+    assert differing(tmp_path / "plain/model.mlpackage", model) == []
+    fused, plain = (
+        forced_logits(open_session(folder, described, threads=1), tokens, PREFILL)
+        for folder in (built[0], tmp_path / "plain")
+    )
+    assert mean_kl(reference, plain) <= 1e-4
+    assert 1e-7 < mean_kl(fused, plain) <= 5e-5
+
+
+def test_no_length_is_that_of_a_slice_between_two_slots(package):
+    """Core ML has refused such shapes off the CPU; a slice that begins at a constant ends at the mask's width."""
+    from runtime_tests.coreml.package import load
+
+    operations = load(package).operations
+    made = {name: op for op in operations for name, _ in op.outputs}
+    begins = [made[str(op.inputs["begin"][0])] for op in operations if op.kind == "slice_by_index"]
+    assert {op.kind for op in begins} == {"const"}
+
+
+def test_slots_beyond_2048_are_told_apart(model, tmp_path):
+    """fp16 holds no odd number there: a token would see the one after it."""
+    mlpackage.convert(model, 2304, tmp_path / "long.mlpackage", "fused")
+    long = Evaluated(tmp_path / "long.mlpackage", 1)
+
+    def first(*tokens):
+        mask = np.zeros((1, 1, 1, 2048 + len(tokens)), np.float32)
+        mask[..., :2048] = -65504
+        inputs = {"inputIds": np.array([tokens], np.int32), "causalMask": mask}
+        return long.predict(inputs, long.make_state())["logits"][0, 0].astype(np.float32)
+
+    assert sqnr_db(first(7), first(7, 8)) >= 50
+    assert sqnr_db(first(7), first(8, 7)) < 10
 
 
 def test_context_length_is_a_limit(session):
@@ -277,6 +356,14 @@ def test_refuses_activation_quantization(plan):
     assert "set `logits: all`" in refused(plan, target=target)
 
 
+@pytest.mark.parametrize("target", ["executorch-xnnpack", "onnx-cpu"])
+def test_attention_of_other_runtimes_has_no_parts(target):
+    plan = load_plan("tiny", "int4-g32", target)
+    plain = plan.target.model_copy(update={"attention": "plain"})
+    with pytest.raises(ExportError, match=f"target '{target}': attention 'plain' is Core ML's; set `attention: fused`"):
+        formats.load(plan.target.backend).check(plan.model_copy(update={"target": plain}), plan.model.architecture)
+
+
 def test_refuses_bits_core_ml_cannot_store(plan):
     six = WeightScheme.model_construct(bits=6, group_size=32)
     recipe = QuantRecipe.model_construct(**{**dict(plan.quant), "linear": six})
@@ -296,6 +383,30 @@ def test_refuses_scales_that_fp16_would_round():
         half(torch.tensor([1 + 2.0**-20]), ["w"], exact=True)
     with pytest.raises(ExportError, match="65504"):
         half(torch.tensor([1e5]), ["w"], exact=False)
+
+
+def test_scales_that_a_gpu_may_flush_are_said_at_the_build_and_on_the_card(plan, built, monkeypatch, capsys, tmp_path):
+    line = "scales are subnormal in fp16, and a GPU may take them for zero"
+    assert line not in card.render(built[1], [])
+    before = built[1].model_copy(update={"lowering": {}})  # of a build that did not count them
+    assert line not in card.render(before, [])
+    monkeypatch.setattr("export.formats.mlpackage.file._subnormal", lambda scales: 2)
+    described = pipeline.export(plan, None, tmp_path / "out")
+    assert f"18 {line}; the card says so" in capsys.readouterr().err
+    assert f"18 {line}: compare its answers with those of `.cpuOnly`." in card.render(described, [])
+
+
+@pytest.mark.parametrize(("weights", "for_macs"), [(0.8e9, False), (1.9e9, True)])
+def test_the_card_tells_an_app_what_memory_the_model_takes(built, weights, for_macs):
+    described = built[1]
+    sizes = {name: info.model_copy(update={"bytes": int(weights)}) for name, info in described.files.items()}
+    weight_file = f"model.mlpackage/{WEIGHTS}"
+    files = described.files | {weight_file: sizes[weight_file]}
+    text = card.render(described.model_copy(update={"files": files}), [])
+    assert "configuration.computeUnits = .cpuAndGPU" in text
+    assert "Array(ids.prefix(256))" in text  # 256 rows of logits at a time
+    assert "com.apple.developer.kernel.increased-memory-limit" in text
+    assert ("This model is for Macs: its\n1.9 GB do not fit" in text) is for_macs
 
 
 # platforms

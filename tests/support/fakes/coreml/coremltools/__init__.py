@@ -21,21 +21,25 @@ __version__ = "9.0 (fake)"
 
 from runtime_tests.coreml.evaluator import Evaluator  # noqa: E402 – needs the rest of coremltools
 
-ComputeUnit = SimpleNamespace(CPU_AND_GPU="CPU and GPU")
+ComputeUnit = SimpleNamespace(CPU_ONLY="CPU", CPU_AND_GPU="CPU and GPU", CPU_AND_NE="CPU and NE", ALL="all")
 
 
 def compile_model(package, compiled):
     if reason := os.environ.get("FAKE_COREML_REFUSES"):
         raise RuntimeError(f"Error compiling model: {reason}")
     assert compiled.endswith(".mlmodelc")  # Core ML looks at the name
+    with Path(os.environ["FAKE_COREML_CALLS"]).open("a") as file:
+        file.write(json.dumps({"compiled": str(package)}) + "\n")
     Path(compiled).symlink_to(Path(package).absolute())
     return compiled
 
 
 class CompiledMLModel:
     def __init__(self, path, compute_units):
-        if compute_units is not ComputeUnit.CPU_AND_GPU:
+        if compute_units not in vars(ComputeUnit).values():
             raise ValueError(compute_units)
+        with Path(os.environ["FAKE_COREML_CALLS"]).open("a") as file:
+            file.write(json.dumps({"loaded": compute_units}) + "\n")
         self.evaluator = Evaluator(Path(path).resolve(strict=True))
         self.made = 0
 
@@ -47,7 +51,10 @@ class CompiledMLModel:
     def predict(self, inputs, state):
         number, self.evaluator.states = state
         write_down(inputs, number)
-        result = self.evaluator.predict({name: torch.from_numpy(value) for name, value in inputs.items()})
+        dtypes = self.evaluator.program.inputs
+        result = self.evaluator.predict(
+            {name: torch.from_numpy(value).to(dtypes[name]) for name, value in inputs.items()}
+        )
         return {name: value.numpy() for name, value in result.items()}
 
 
