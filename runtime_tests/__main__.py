@@ -14,6 +14,7 @@ python -m runtime_tests chat build/smollm2-135m_int4-g32-scales_onnx-cpu
 
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
@@ -317,9 +318,11 @@ def _build_folder() -> Path:
     """build/, created if missing, on a disk with room for the logits of a run."""
     try:
         BUILD.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=BUILD):
+            pass
     except OSError as error:
         raise ExportError(
-            f"{BUILD.resolve()}: cannot be made ({error.strerror}); records go there, so run this in a folder of yours"
+            f"{BUILD.resolve()}: cannot be written ({error.strerror}); records go there: run this in a folder of yours"
         ) from None
     if shutil.disk_usage(BUILD).free < 2**30:
         raise ExportError(f"{BUILD.resolve()}: less than 1 GiB free; a run needs room there for logits")

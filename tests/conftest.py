@@ -93,6 +93,14 @@ def tiny(tmp_path_factory, shared, store):
     return build
 
 
+def pytest_collection_modifyitems(items):
+    """Tests of what only Linux has are skipped elsewhere."""
+    if not sys.platform.startswith("linux"):
+        for item in items:
+            if item.get_closest_marker("linux"):
+                item.add_marker(pytest.mark.skip(f"not on {sys.platform}"))
+
+
 @pytest.fixture(scope="session")
 def small_disk():
     """Wraps a command so that it sees a small disk of its own at a folder, and lists that folder at the end."""

@@ -189,6 +189,7 @@ def until_it_waits(child, patience_s=100.0):
         time.sleep(0.1)
 
 
+@pytest.mark.linux
 @pytest.mark.reliability("two builds of one recipe at once, the first killed", "the second waits and finishes")
 def test_two_builds_of_one_recipe_quantize_once(tmp_path):
     cache = tmp_path / "cache"

@@ -179,7 +179,7 @@ def test_a_torch_that_there_is_not_is_refused_before_anything_is_installed(tmp_p
     command = ["make", "setup", f"TORCH={torch}", "PYTHON=false"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr.splitlines()[-1].endswith("TORCH is cpu, or empty for pip's default.  Stop.")
+    assert ended.stderr.splitlines()[-1].endswith("TORCH is cpu or cuda, or empty.  Stop.")
 
 
 def test_several_recipes_and_rooms_are_several_arguments(make):

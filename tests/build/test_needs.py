@@ -143,6 +143,7 @@ def test_a_cache_on_another_disk_is_asked_for_itself(monkeypatch, tmp_path, caps
     assert f"0.1 GB disk at {tmp_path / 'cache'} (1.0 MB free)" in said
 
 
+@pytest.mark.linux
 def test_a_limit_on_address_space_is_named_by_the_real_command(tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_AS, (4 * 10**9, 4 * 10**9))

@@ -118,6 +118,7 @@ def test_an_environment_is_of_what_it_was_made_from_whatever_the_times(tmp_path,
     for folder in (".ci", "locks", "elsewhere/bin"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / ".ci/venv").write_text("echo made >> log\n")
+    (tmp_path / ".ci/install").write_text("")
     for name in ("pip", "detect-secrets-hook", "pip-audit"):
         (tmp_path / "elsewhere/bin" / name).write_text("#!/bin/sh\n")
         (tmp_path / "elsewhere/bin" / name).chmod(0o755)

@@ -45,7 +45,8 @@ class TypeTraits(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def ggml():
-    library = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
+    path = next((Path(llama_cpp.__file__).parent / "lib").glob("libggml-base.*"))
+    library = ctypes.CDLL(str(path))
     library.ggml_get_type_traits.restype = ctypes.POINTER(TypeTraits)
     return library
 

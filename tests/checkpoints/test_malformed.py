@@ -132,6 +132,7 @@ def test_an_executed_pickle_would_leave_its_marker(monkeypatch, tmp_path):
     assert (tmp_path / MARKER).exists()
 
 
+@pytest.mark.linux
 def test_huge_claims_in_little_memory_and_time(pristine, tmp_path):
     """In a child process limited to half a gigabyte more than a whole build took, and a minute for each file."""
     out = ["--out", str(tmp_path / "out")]

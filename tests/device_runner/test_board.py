@@ -296,7 +296,7 @@ def test_lines_end_in_a_newline_alone(start, artifacts, tmp_path):
     assert start("onnx", artifacts["onnx"] / "model.onnx", tmp_path / "script").stage == "usage"
 
 
-@pytest.mark.parametrize("place", ["no-such-folder/logits", "/dev/full", "."])
+@pytest.mark.parametrize("place", ["no-such-folder/logits", pytest.param("/dev/full", marks=pytest.mark.linux), "."])
 def test_logits_that_cannot_be_written_are_an_error(start, artifacts, tmp_path, place):
     write_script([Feed((1,)), Logits()], tmp_path / "script")
     failure = start("onnx", artifacts["onnx"] / "model.onnx", tmp_path / "script", "--logits", place)

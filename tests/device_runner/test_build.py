@@ -131,6 +131,7 @@ def test_a_mac_uses_a_python_that_the_wheels_are_for(tmp_path, there, chosen):
     assert ended.stderr == ("" if chosen else "it has no Python 3.11 to 3.13: brew install python@3.12\n")
 
 
+@pytest.mark.linux
 def test_no_library_of_the_bundle_comes_from_elsewhere(bundle):
     """The fixture `run` starts it without an environment; here: it names no library but these and the system's."""
     files = [path for path in bundle.path.rglob("*") if path.is_file()]

@@ -76,7 +76,7 @@ def test_wrong_arguments_are_refused(bundle, artifacts, tmp_path, words, message
     assert message in failure.error
 
 
-@pytest.mark.parametrize("place", ["no-such-folder/logits", "/dev/full", "."])
+@pytest.mark.parametrize("place", ["no-such-folder/logits", pytest.param("/dev/full", marks=pytest.mark.linux), "."])
 def test_logits_that_cannot_be_written_are_an_error(bundle, artifacts, tmp_path, place):
     write_script([Feed(PROMPT), Logits()], tmp_path / "script")
     failure = started(bundle, artifacts["fp32"] / "model.pte", tmp_path / "script", "--logits", place)

@@ -28,7 +28,7 @@ def end_of(words, redirection=""):
 @pytest.mark.parametrize(
     ("redirection", "code", "line"),
     [
-        (">/dev/full", 1, "error: standard output: No space left on device\n"),
+        pytest.param(">/dev/full", 1, "error: standard output: No space left on device\n", marks=pytest.mark.linux),
         (">&-", 0, ""),
         ("<&- >&- 2>&-", 0, ""),
     ],
@@ -51,15 +51,18 @@ def test_a_reader_that_has_gone_is_told_nothing():
 @pytest.mark.parametrize(
     ("words", "redirection", "code", "line"),
     [
-        ("devices targets nokia", ">/dev/full", 1, "error: unknown device 'nokia'; known: "),
+        pytest.param(
+            "devices targets nokia", ">/dev/full", 1, "error: unknown device 'nokia'; known: ", marks=pytest.mark.linux
+        ),
         ("devices.lab run nokia -- true", "", 1, "error: unknown device 'nokia'; known: "),
-        (
+        pytest.param(
             "devices.lab run host -- no-such-program",
             ">/dev/full",
             1,
             "error: no-such-program: No such file or directory",
+            marks=pytest.mark.linux,
         ),
-        ("devices targets nokia", "2>/dev/full", 1, ""),
+        pytest.param("devices targets nokia", "2>/dev/full", 1, "", marks=pytest.mark.linux),
         ("devices nonsense", ">&-", 2, "The known devices."),
         ("devices.lab nonsense", "", 2, "The emulated devices"),
     ],

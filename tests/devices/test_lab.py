@@ -13,6 +13,7 @@ from devices import lab
 from devices.lab import LabError, roots
 from tests.support.processes import emulated, left_running
 
+pytestmark = pytest.mark.linux
 ROOT = Path(__file__).parents[2]
 DEVICES = list(lab.MACHINES)
 

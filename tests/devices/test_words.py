@@ -171,6 +171,7 @@ def test_a_folder_that_cannot_be_written_is_not_taken_for_a_lock(board, tmp_path
         transport.lock().__enter__()
 
 
+@pytest.mark.linux
 def test_a_lock_that_cannot_be_signed_is_not_left_behind(board, tmp_path):
     put(tmp_path / "tools", "mkdir", '/bin/mkdir "$@"; [ "$1" = -p ] || ln -s /dev/full .lock/owner')
     transport, there = board(before=f"PATH={tmp_path}/tools:$PATH")
