@@ -11,17 +11,19 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import devices
 from devices import Device, DeviceError
 from export import manifest
 from export.checkpoints import whereabouts
-from export.errors import ExportError
+from export.errors import ExportError, is_own
 from export.host import disk, memory
 from export.host.console import console, lane, stage
 from export.manifest import Manifest
+from export.plan import file_of
 
 from .checks import comparisons, conformance, files, gates, limits, speed, tokens, weights
 from .checks.subject import Finding, Setting, StoppedError, Subject, Timing
-from .evaluation import Windows
+from .evaluation import Windows, text_file
 from .evidence import baseline, proof, regression
 from .evidence.record import Accuracy, Comparison, Environment, Outcome, Record, folder_text
 from .evidence.regression import Reached
@@ -120,7 +122,7 @@ def examine(folder: Path, described: Manifest, setting: Setting) -> Examined:
 def _examined(folder: Path, described: Manifest, setting: Setting) -> Examined:
     setting = replace(setting, source=setting.source or whereabouts.place(described.checkpoint))
     subject = Subject(folder, described, setting, limits.of(described, setting.limits))
-    notes = limits.notes(described, subject.judged_by, setting.place.abi)
+    notes = *limits.notes(described, subject.judged_by, setting.place.abi), *_own_files(described, setting)
     for note in notes:
         console.print(f"  {note}", style="yellow", soft_wrap=True, markup=False)
     environment = setting.place.environment()
@@ -209,6 +211,17 @@ def collect(checks: Iterator[Finding], scratch: Path) -> tuple[Finding, _Stop | 
     except ExportError as error:
         return total, (Outcome.RUN_FAIL, str(error))
     return total, None
+
+
+def _own_files(described: Manifest, setting: Setting) -> tuple[str, ...]:
+    """A line where files of the current folder decide the verdict: this checkout does not vouch for them."""
+    plan, evaluation = described.plan, setting.evaluation
+    files = [file_of("evals", evaluation.name), *(text_file(text.file) for text in evaluation.texts)]
+    files += [devices.file_of(setting.device.name)]
+    if setting.limits is None:
+        files += [file_of("quant", plan.quant.name), file_of("targets", plan.target.name)]
+    own = ", ".join(dict.fromkeys(str(file) for file in files if is_own(file)))
+    return (f"judged with {own} of the folder where it was validated, not of the checkout",) if own else ()
 
 
 def _remember_place(subject: Subject) -> None:

@@ -96,7 +96,7 @@ class Subject:
 
     @property
     def folder_text(self) -> str:
-        """The absolute path, for a child process, whose working folder is a different one."""
+        """The absolute path, for a child process."""
         return str(self.folder.resolve())
 
     @property
