@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 
-from export.errors import ExportError, load_record, suggestion
+from export.errors import CHECKOUT, ExportError, found, load_record, stems, suggestion
 
 from .transports import (
     Completed,
@@ -34,6 +34,7 @@ __all__ = [
     "NoSpaceError",
     "TransferError",
     "Transport",
+    "file_of",
     "last_line",
     "load",
     "names",
@@ -41,7 +42,7 @@ __all__ = [
     "visible",
 ]
 
-FOLDER = Path(__file__).parent
+FOLDER = CHECKOUT / "devices"
 ComputeUnits = Literal["cpu", "cpu_gpu", "cpu_ne", "all"]
 """Processors of a Mac or phone: the CPU alone, with its GPU, with its Neural Engine, or all of them."""
 
@@ -110,8 +111,13 @@ class Device(BaseModel):
 
 
 def names() -> list[str]:
-    """Every known device."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    """Every known device, the user's own in `devices` of the current folder among them."""
+    return stems(FOLDER)
+
+
+def file_of(name: str) -> Path:
+    """The YAML of a name, the user's own before ours. Relative paths in it begin where its folder `devices` lies."""
+    return found(FOLDER, f"{name}.yaml")
 
 
 def load(name: str) -> Device:
@@ -119,6 +125,6 @@ def load(name: str) -> Device:
     if name not in names():
         raise DeviceError(f"unknown device {name!r}; {suggestion(name, names())}")
     try:
-        return load_record(Device, FOLDER / f"{name}.yaml")
+        return load_record(Device, file_of(name))
     except ExportError as error:
         raise DeviceError(str(error)) from None

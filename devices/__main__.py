@@ -6,6 +6,7 @@ python -m devices targets DEVICE   the targets it runs, for scripts
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -29,8 +30,13 @@ def main(arguments: list[str]) -> int:
         case ["targets", name]:
             print(*load(name).targets)
             return 0
-    print(__doc__, file=sys.stderr)
+    print(_usage(), file=sys.stderr)
     return _USAGE
+
+
+def _usage() -> str:
+    script = Path(sys.argv[0]).name
+    return __doc__.replace("python -m devices", script) if script == "llama-devices" else __doc__
 
 
 def _show() -> int:

@@ -1,8 +1,12 @@
-"""Mistakes in one line: the error, and YAML files read as strict records or refused with what is wrong in them."""
+"""Mistakes in one line: the error, and YAML files found, and read as strict records or refused with what is wrong."""
 
+import logging
+import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from stat import S_ISDIR, S_ISFIFO, S_ISREG, S_ISSOCK
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -11,6 +15,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 Record = TypeVar("Record", bound=BaseModel)
+CHECKOUT = Path(__file__).parent.parent
+SCRIPTS = {"export": "llama-export", "runtime_tests": "llama-validate", "devices": "llama-devices"}
+"""Packages → console scripts, where the project is installed (pyproject.toml)."""
 _MOST_YAML_BYTES = 2**20
 _SPECIAL = tuple("*&!%@`")
 """With which no text of YAML begins, unless it is in quotes."""
@@ -33,6 +40,17 @@ class ExportError(Exception):
     The message is one line: which file, field or layer; what is wrong; what to do.
     """
 
+    def __str__(self) -> str:
+        return told(super().__str__())
+
+
+def told(text: str) -> str:
+    """A text for people, with `llama-export` in place of `python -m export` where they have it installed."""
+    if "llama_on_device" not in sys.modules:
+        return text
+    text = text.replace("git checkout", "git -C CHECKOUT checkout")
+    return re.sub(r"python -m (\w+)(?![\w.])", lambda found: SCRIPTS.get(found[1], found[0]), text)
+
 
 class _Loader(yaml.SafeLoader):
     """Refuses a key that stands twice, of which YAML would take the last in silence."""
@@ -43,6 +61,55 @@ class _Loader(yaml.SafeLoader):
             if keys.count(key) > 1:
                 raise ValueError(f"the key {key!r} stands twice{node.start_mark}")
         return super().construct_mapping(node, deep)
+
+
+def own_folder(ours: Path) -> Path | None:
+    """The user's own files, which go before those in a folder of this checkout: the same folder below the current one.
+
+    None: there is none, the current folder is this checkout, or it is not the user's: beside a manifest.json it may
+    have come with an artifact, and of another owner anybody may have put it into /tmp.
+    """
+    if not ours.is_relative_to(CHECKOUT):
+        return None
+    own = Path(ours.relative_to(CHECKOUT))
+    if not own.is_dir() or own.samefile(ours):
+        return None
+    top = Path(own.parts[0])
+    if os.path.lexists("manifest.json"):
+        _say(f"{top}/ is not read here: of an artifact's folder (manifest.json) nothing decides; run in another folder")
+        return None
+    if (owner := top.lstat().st_uid) not in (0, os.getuid(), Path().stat().st_uid):
+        _say(f"{top}/ is not read here: it belongs to another user ({owner}); copy it into a folder of yours")
+        return None
+    return own
+
+
+def found(ours: Path, name: str) -> Path:
+    """The file of that name among the user's own, else in a folder of this checkout, where it may be missing.
+
+    A file of the user's that takes the place of one of ours is told once.
+    """
+    own = own_folder(ours)
+    if own is None or not (own / name).is_file():
+        return ours / name
+    if (ours / name).is_file():
+        _say(f"{own / name} of this folder is taken, not {ours / name}")
+    return own / name
+
+
+def is_own(file: Path) -> bool:
+    """Whether a file that was found is the user's own, not one of this checkout."""
+    return not file.is_relative_to(CHECKOUT)
+
+
+def stems(ours: Path) -> list[str]:
+    """Names of all YAMLs of a folder of this checkout, and of the user's own."""
+    return sorted({path.stem for folder in (ours, own_folder(ours)) if folder for path in folder.glob("*.yaml")})
+
+
+@cache
+def _say(line: str) -> None:
+    logging.getLogger(__name__).warning(line)
 
 
 def load_record(cls: type[Record], path: Path) -> Record:

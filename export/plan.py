@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from .architecture import Architecture, Positive, PositiveNumber, Strict
-from .errors import ExportError, Record, explain, load_record, suggestion
+from .errors import CHECKOUT, ExportError, Record, explain, found, load_record, stems, suggestion
 
 Device = Literal["cpu", "cuda"]
 """Where calibration computes."""
@@ -19,7 +19,7 @@ Levels = Literal["even", "nf4", "fp4"]
 """What codes stand for: evenly spaced integers, or the sixteen levels of bitsandbytes' types."""
 Attention = Literal["fused", "plain"]
 """One operation of the runtime, or its parts: matmul, softmax, matmul."""
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = CHECKOUT / "configs"
 SHORTEST_CONTEXT = 64
 """Tokens; a KV cache of fewer is no model that anybody runs."""
 _NAME = re.compile(r"\w(?:[\w-]|\.(?!\.)){0,79}")
@@ -393,15 +393,20 @@ class Plan(Strict):
 
 
 def names(kind: str) -> list[str]:
-    """Every known model, recipe or target (`kind`: models, quant, targets)."""
-    return sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml"))
+    """Every known model, recipe or target (`kind`: models, quant, targets), the user's own among them."""
+    return stems(CONFIGS / kind)
+
+
+def file_of(kind: str, name: str) -> Path:
+    """The YAML of a name, the user's own before ours."""
+    return found(CONFIGS / kind, f"{name}.yaml")
 
 
 def load_named(cls: type[Record], kind: str, name: str) -> Record:
     """Load `configs/KIND/NAME.yaml`; an unknown name is answered by the nearest ones."""
     if name not in names(kind):
         raise ExportError(f"unknown name {name!r} in configs/{kind}; {suggestion(name, names(kind))}")
-    return load_record(cls, CONFIGS / kind / f"{name}.yaml")
+    return load_record(cls, file_of(kind, name))
 
 
 def load_plan(model: str, quant: str, target: str, context_length: int | None = None, device: Device = "cpu") -> Plan:

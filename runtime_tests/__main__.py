@@ -34,7 +34,7 @@ from export.host import disk
 from export.host.console import console, say, stage
 
 from .chat.command import chat as chat_with
-from .evidence.record import Outcome
+from .evidence.record import Outcome, Record
 from .places import Place, ThisMachine, environment, readiness
 from .places.remote import AttachedDevice
 from .tasks.run import TaskOptions, parse
@@ -46,6 +46,9 @@ if TYPE_CHECKING:  # `ready` and `chat` need neither
 app = typer.Typer(cls=with_default("validate"), help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 app.command("chat")(chat_with)
 BUILD = Path("build")
+"""Below the current folder: what a user looks at."""
+CACHE = manifest.ROOT / "build" / "cache"
+"""That of the builds: found by contents, so it serves every folder that a user works in."""
 _Source = Annotated[
     str | None, typer.Option(help="where the checkpoint is; default: where the artifact was built from")
 ]
@@ -88,7 +91,8 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
         if limit or not chat or not reference:
             raise typer.BadParameter("--limit, --no-chat and --no-reference go with --tasks")
         given = _Given(eval_name or known.evaluation, source, limits, skip_proven)
-        _validate(folders or _built_for(known), known, given)
+        if not all(record.holds for record in _validate(folders or _built_for(known), known, given)):
+            raise typer.Exit(1)
     elif eval_name:
         raise typer.BadParameter("--eval chooses what validation feeds; with --tasks the tasks do that")
     elif limits:
@@ -155,7 +159,7 @@ def trace(
             f"{device}: layers are traced on this machine only; `python -m runtime_tests --device {device} {folder}` "
             "compares the logits there"
         )
-    found = run.trace(folder, known, _given_source(source, adapter), BUILD / "cache")
+    found = run.trace(folder, known, _given_source(source, adapter), disk.cache_folder(CACHE))
     page.show(found)
     with disk.writing(_build_folder()):
         say(f"page: {page.write(found, out or BUILD / 'trace' / found.artifact)}")
@@ -201,8 +205,15 @@ class _Given(NamedTuple):
     skip_proven: bool
 
 
-def _validate(folders: Sequence[Path], device: Device, given: _Given) -> None:
-    """Every artifact in turn, then the report; exit 0 only if every gate holds."""
+def proven(folders: Sequence[Path], device: str, source: str | Path | None, eval_name: str | None) -> list[Record]:
+    """Validate artifacts and give their records; `runtime_tests.prove` says more."""
+    known = _load_device(device)
+    given = _Given(eval_name or known.evaluation, _given_source(source, None), None, skip_proven=False)
+    return _validate(folders, known, given)
+
+
+def _validate(folders: Sequence[Path], device: Device, given: _Given) -> list[Record]:
+    """Every artifact in turn, then the report; the records, without those of artifacts that were proven before."""
     from . import validate
     from .checks import limits
     from .checks.subject import Setting
@@ -225,7 +236,8 @@ def _validate(folders: Sequence[Path], device: Device, given: _Given) -> None:
         artifacts = proof.without(artifacts, device, loaded, records_file, judging)
         if not artifacts:
             remember()
-            return
+            return []
+    cache = disk.cache_folder(CACHE)
     run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     with scratch.folder(BUILD) as logits, opened(device, logits) as place:
         remember()  # a device that does not answer is no run
@@ -237,23 +249,21 @@ def _validate(folders: Sequence[Path], device: Device, given: _Given) -> None:
             evaluation=loaded,
             source=given.source,
             limits=judging,
-            cache=BUILD / "cache",
+            cache=cache,
             scratch=logits,
             read_bandwidth_bytes_per_s=_measure_bandwidth(device, place.threads) if here(device) else None,
         )
         place.prepare([described for _, described in artifacts])
         records = []
-        for folder, described in artifacts:
-            console.print(f"{described.id} on {device.name}", style="bold", soft_wrap=True)
-            records.append(validate.validate(folder, described, setting))
+        for (folder, described), record in zip(artifacts, validate.each(artifacts, setting), strict=True):
+            records.append(record)
             with disk.writing(BUILD):
-                publication.keep(records[-1], BUILD, folder, described)
-    disk.trim(BUILD / "cache")
+                publication.keep(record, BUILD, folder, described)
+    disk.trim(cache)
     with stage("report"), disk.writing(BUILD):
         page = publication.report(records, [described for _, described in artifacts], BUILD)
     summary.show(records, page)
-    if not all(record.holds for record in records):
-        raise typer.Exit(1)
+    return records
 
 
 def _evaluate_tasks(folders: Sequence[Path], device: Device, options: TaskOptions) -> None:
@@ -275,8 +285,8 @@ def _evaluate_tasks(folders: Sequence[Path], device: Device, options: TaskOption
         raise typer.Exit(1)
 
 
-def _given_source(source: str | None, adapter: Path | None) -> str | None:
-    """The options' origin for jobs, which have another working folder."""
+def _given_source(source: str | Path | None, adapter: Path | None) -> str | None:
+    """The options' origin, for jobs."""
     origin = chosen_origin(source, adapter)
     return None if origin is None else absolute(origin)
 

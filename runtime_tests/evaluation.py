@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from export.architecture import Positive, Strict
-from export.errors import ExportError, absence
+from export.errors import ExportError, absence, found
 from export.manifest import Manifest
 from export.plan import CONFIGS, load_named
 
@@ -148,9 +148,14 @@ def position_ranges(prefill: int, decode: int) -> tuple[str, ...]:
     return f"{prefill - 1} (prefill)", *(f"{max(low, prefill)}–{min(2 * low - 1, last)}" for low in lows)
 
 
+def text_file(name: str) -> Path:
+    """Where a text of `configs/evals/text` is, the user's own before ours."""
+    return found(TEXT, name)
+
+
 def read_text(name: str) -> str:
     """A text of `configs/evals/text`. Raises ExportError where it is missing."""
-    path: Path = TEXT / name
+    path = text_file(name)
     if not path.is_file():
         raise ExportError(f"{path}: {absence(path)}; an evaluation in configs/evals names it")
     return path.read_text(encoding="utf-8")

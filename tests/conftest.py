@@ -189,8 +189,8 @@ def command(monkeypatch, tmp_path, setting):
     monkeypatch.setattr(cli.devices, "load", lambda name: setting.device)
     monkeypatch.setattr("runtime_tests.evaluation.load", lambda name: setting.evaluation)
     monkeypatch.setattr(cli, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(cli, "CACHE", setting.cache)
     (tmp_path / "build").mkdir()
-    (tmp_path / "build" / "cache").symlink_to(setting.cache)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["runtime_tests", *map(str, arguments)])

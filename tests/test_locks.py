@@ -1,12 +1,17 @@
 """What releases and boards install is what was seen working together, byte for byte."""
 
+import ast
 import re
 import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
 
 import pytest
 
 from export.manifest import ROOT
 from runtime_tests.device_runner import sdk
+from tests.support import shape
 
 PEERS = {"llama_cpp_python", "diskcache"}
 """Compiled for benchmarks only."""
@@ -27,6 +32,30 @@ def test_the_lock_holds_every_constraint_with_hashes():
     for path in (ROOT / "locks").iterdir():
         for block in re.split(r"\n(?=[\w.-]+==)", path.read_text())[1:]:
             assert "--hash=sha256:" in block, block.splitlines()[0]
+
+
+def declared():
+    """Every distribution that pyproject.toml names, with the extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    words = [*project["dependencies"], *(word for extra in project["optional-dependencies"].values() for word in extra)]
+    return {plain(re.match(r"[\w.-]+", word)[0]) for word in words}
+
+
+def imported():
+    """Top-level modules of others that any code of ours imports."""
+    for path in shape.tracked("export", "runtime_tests", "devices", "tests", "llama_on_device.py"):
+        for node in ast.walk(shape.tree(path)) if path.suffix == ".py" else ():
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            yield from (name.partition(".")[0] for name in names)
+
+
+def test_whatever_is_imported_is_declared():
+    """And not only there because something else happens to need it."""
+    homes, known = packages_distributions(), declared()
+    others = set(imported()) - sys.stdlib_module_names - {*shape.PRODUCT, "tests"}
+    undeclared = {name: homes[name] for name in others & homes.keys() if not known & set(map(plain, homes[name]))}
+    assert undeclared == {}
 
 
 @pytest.mark.parametrize("name", ["executorch", "onnxruntime", "numpy"])

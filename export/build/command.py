@@ -1,6 +1,7 @@
 """How commands end: a user's mistake, a full disk and Ctrl-C are one line and an exit code, never a traceback."""
 
 import errno
+import inspect
 import io
 import logging
 import os
@@ -14,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from export import formats
-from export.errors import ExportError
+from export.errors import ExportError, told
 from export.host import disk, interrupt
 from export.host.console import LogLines, console
 
@@ -50,7 +51,20 @@ def run(app: typer.Typer) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     quiet_libraries()
     interrupt.listen()
+    _tell_of_scripts(app)
     return _flushed(_end_of(app))
+
+
+def _tell_of_scripts(app: typer.Typer) -> None:
+    """Let the help name the commands as this user has them."""
+    if isinstance(app.info.help, str):
+        app.info.help = told(app.info.help)
+    for command in app.registered_commands:
+        assert command.callback
+        command.help = told(inspect.getdoc(command.callback) or "")
+    for group in app.registered_groups:
+        assert group.typer_instance
+        _tell_of_scripts(group.typer_instance)
 
 
 def _open_closed_streams() -> None:

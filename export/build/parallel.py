@@ -4,7 +4,6 @@ They quantize once without being told to: the first takes the cache's lock, the 
 wait for the lock and find the result.
 """
 
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from queue import SimpleQueue
 from export import checkpoints
 from export.checkpoints.origin import Origin
 from export.errors import ExportError
-from export.host import disk, interrupt, memory, processor
+from export.host import disk, interrupt, memory, processes, processor
 from export.host.console import console
 from export.host.processes import BackgroundProcess
 from export.plan import Plan
@@ -84,5 +83,5 @@ def work(waiting: list[Plan], source: Origin | None, folder: Path, fit: Fit) -> 
 
 def command(plan: Plan, source: Origin | None, folder: Path) -> list[str]:
     """Command line of the build of one target into its folder below `folder`."""
-    words = request.words(plan, *request.options(source))
-    return [sys.executable, *words, "--out", str(folder / plan.id)]
+    _, _, *words = request.words(plan, *request.options(source))
+    return [*processes.python("export"), *words, "--out", str(folder / plan.id)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from export.checkpoints import whereabouts
 from export.checkpoints.origin import Adapter, Origin, chosen_origin, halves, last_part, name_for, parse_origin, telling
+from export.errors import told
 from export.host.text import visible
 from export.manifest import Manifest
 from export.plan import Device, ModelSpec, Plan, load_named, load_plan, names
@@ -86,7 +87,7 @@ def command(manifest: Manifest) -> str:
     """
     place = None if _is_the_models(manifest) else whereabouts.given(manifest.checkpoint)
     if place is None:
-        return published_command(manifest)
+        return told(published_command(manifest))
     adapter, base = halves(place)
     return shell(words(manifest.plan, base, adapter)) + visible(_since(manifest, place))
 
@@ -103,16 +104,20 @@ def _since(manifest: Manifest, place: str) -> str:
 def published_command(manifest: Manifest) -> str:
     """The same for everybody: in place of a path stands what it led to, by a digest."""
     if _is_the_models(manifest):
-        return shell(words(manifest.plan, None))
+        return _line(words(manifest.plan, None))
     adapter, base = halves(manifest.checkpoint.origin)
     files = manifest.checkpoint.sha256
     of_adapter = {name: files[name] for name in files if adapter and name.startswith("adapter_")}
     of_base = {name: files[name] for name in files if name not in of_adapter}
-    return shell(words(manifest.plan, _stand_in(base, of_base), adapter and _stand_in(adapter, of_adapter)))
+    return _line(words(manifest.plan, _stand_in(base, of_base), adapter and _stand_in(adapter, of_adapter)))
 
 
 def shell(python: Sequence[str]) -> str:
-    """A command's words after `python` as one line of a shell, on which every character is seen."""
+    """A command's words after `python` as one line of this user's shell, on which every character is seen."""
+    return told(_line(python))
+
+
+def _line(python: Sequence[str]) -> str:
     return visible(shlex.join(["python", *python]))
 
 

@@ -26,7 +26,7 @@ from export.checkpoints.origin import (
     published_plan,
     tokenizer_files,
 )
-from export.errors import ExportError
+from export.errors import ExportError, found
 from export.formats import admission
 from export.host import digests
 from export.host.console import console
@@ -155,8 +155,8 @@ def folders(origin: Folder | Hub) -> Iterator[Path]:
 
 
 def _changed_texts(recorded: dict[str, str]) -> Iterator[str]:
-    """Calibration texts of this checkout that are gone or different."""
+    """Calibration texts that are gone or different."""
     for name, digest in recorded.items():
-        path = CONFIGS / "calibration" / name
+        path = found(CONFIGS / "calibration", name)
         if not path.is_file() or manifest.file_info(path).sha256 != digest:
             yield f"configs/calibration/{name}: changed"

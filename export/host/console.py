@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -24,6 +25,8 @@ from .text import visible
 Item = TypeVar("Item")
 _EVERY_S = 30.0
 """Between two lines of a step where there is no terminal."""
+_lane: ContextVar[str] = ContextVar("lane", default="")
+"""Of this thread: whose work it does beside that of others."""
 
 
 class Plain(Console):
@@ -33,6 +36,9 @@ class Plain(Console):
         return Text(
             visible(text), **{name: options[name] for name in ("style", "justify", "overflow") if name in options}
         )
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*((f"{_lane.get()} |", *objects) if _lane.get() else objects), **options)
 
 
 console = Plain(stderr=True)
@@ -54,12 +60,23 @@ class LogLines(logging.Formatter):
         return visible(super().format(record), keep="\n")
 
 
+@contextmanager
+def lane(name: str) -> Iterator[None]:
+    """Begin every line of this thread with a name, and show no bars: other threads work and print beside it."""
+    before = _lane.set(name)
+    try:
+        yield
+    finally:
+        _lane.reset(before)
+
+
 @dataclass(eq=False)
 class _Step:
     """Something that takes time, and how far it is."""
 
     label: str
     detail: str = ""
+    lane: str = field(default_factory=_lane.get)
     done: int = 0
     total: int | None = None
     started: float = field(default_factory=time.perf_counter)
@@ -73,7 +90,7 @@ class _Step:
 
 
 _steps: list[_Step] = []
-"""Those that go on, each within the one before."""
+"""Those that go on, each within the one before of its lane."""
 
 
 @contextmanager
@@ -91,12 +108,13 @@ def _going_on(step: _Step) -> Iterator[_Step]:
 
 
 def _report(ended: threading.Event) -> None:
-    """The innermost step, until the outermost has ended or nobody reads."""
+    """The innermost step of each lane, until the outermost of all has ended or nobody reads."""
     while not ended.wait(_EVERY_S):
-        innermost = _steps[-1:]  # a copy: it may end in between
+        innermost = {step.lane: step for step in list(_steps)}  # a copy: they may end in between
         try:
-            for step in innermost:
-                console.print(step.line(), soft_wrap=True)
+            for step in innermost.values():
+                with lane(step.lane):
+                    console.print(step.line(), soft_wrap=True)
         except (OSError, SystemExit):  # rich makes the latter of a broken pipe
             return
 
@@ -118,7 +136,7 @@ def _progress() -> Progress:
         TimeElapsedColumn(),
         console=console,
         transient=True,
-        disable=not sys.stderr.isatty(),
+        disable=not sys.stderr.isatty() or bool(_lane.get()),
     )
 
 
@@ -165,7 +183,7 @@ def stage(label: str, detail: str = "") -> Iterator[None]:
     """Run a stage with a spinner and end it with one line: label, detail, seconds."""
     started = time.perf_counter()
     with _going_on(_Step(label, detail)):
-        if console.is_terminal:
+        if console.is_terminal and not _lane.get():
             with console.status(console.render_str(f"{label} {detail}")):
                 yield
         else:

@@ -25,6 +25,7 @@ from typing import IO, Any
 
 import psutil
 
+_DOOR = Path(__file__).parents[2] / "llama_on_device.py"
 OUTPUT_BYTES = 2**22
 """Of an output, its end is returned."""
 _PROGRESS_BYTES = 2**16
@@ -70,6 +71,11 @@ def wait_asleep() -> None:
     They would turn while they wait, and hold up every other process that needs their core. What a user has set stays.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def python(module: str) -> tuple[str, ...]:
+    """The beginning of a command that runs one of our modules, in whatever folder; nothing there is imported."""
+    return sys.executable, "-P", str(_DOOR), module
 
 
 @dataclass(frozen=True)

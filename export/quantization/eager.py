@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from export.architecture import EMBEDDING, HEAD, Architecture
 from export.checkpoints.integers import Integers, values_of
@@ -37,6 +36,8 @@ def as_torchao(weight: Integers, activations: str | None = None) -> torch.Tensor
     """The torchao tensor that computes with these integers; for levels that torchao lacks, their float32 values."""
     if weight.levels != "even":
         return values_of(weight.qdata, weight.levels) * weight.scale.repeat_interleave(weight.group_size, 1)
+    from torchao.quantization import IntxUnpackedToInt8Tensor  # see nearest.py
+
     tensor: torch.Tensor = IntxUnpackedToInt8Tensor(
         qdata=weight.qdata,
         scale=weight.scale,

@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from math import log10
 
 import torch
-from torchao.quantization import IntxUnpackedToInt8Tensor, MappingType
-from torchao.quantization.quant_primitives import choose_qparams_affine
 
 from export.checkpoints.integers import values_of
 from export.host import memory, processor
@@ -103,6 +101,10 @@ def joined(qdata: torch.Tensor, scale: torch.Tensor, blocks: Sequence[Rounded]) 
 
 
 def _round_block(weight: torch.Tensor, scheme: WeightScheme) -> Rounded:
+    # two seconds, which processes that only read integers need not wait
+    from torchao.quantization import IntxUnpackedToInt8Tensor, MappingType
+    from torchao.quantization.quant_primitives import choose_qparams_affine
+
     block = (1, scheme.group_size or weight.shape[-1])
     low, high = integer_range(scheme)
     scale, zero = choose_qparams_affine(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from export.checkpoints import chat_template
 from export.checkpoints.tokenizer import adds_bos
-from export.errors import ExportError, absence
+from export.errors import ExportError, absence, found
 from export.host.console import track
 from export.model import Llama
 from export.plan import CONFIGS, Mixture
@@ -41,9 +41,14 @@ def windows(mixture: Mixture, tokenizer: Any) -> torch.Tensor:
     return torch.tensor(rows)
 
 
+def place(name: str) -> Path:
+    """Where a calibration text is, the user's own before ours."""
+    return found(TEXT, name)
+
+
 def read(name: str) -> str:
     """A calibration text, by its file's name in configs/calibration."""
-    path: Path = TEXT / name
+    path = place(name)
     if not path.is_file():
         raise ExportError(f"{path}: {absence(path)}; a mixture in configs/mixtures names it")
     return path.read_text(encoding="utf-8")

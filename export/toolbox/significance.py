@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from math import inf, isfinite, nan, sqrt
 from statistics import stdev
 
-from scipy.stats import binom
-from scipy.stats import t as student_t
-
 
 def _half_interval(standard_error: float, freedom: float) -> float:
+    from scipy.stats import t as student_t  # a second, which processes that judge nothing need not wait
+
     return float(student_t.ppf(0.975, freedom)) * standard_error
 
 
@@ -44,6 +43,8 @@ def of_median(values: Sequence[float]) -> tuple[float, float]:
 
     Unbounded for fewer than six values.
     """
+    from scipy.stats import binom
+
     ordered, count = sorted(values), len(values)
     left_out = int(binom.ppf(0.025, count, 0.5)) if count else 0  # on each side
     return (ordered[left_out - 1], ordered[-left_out]) if left_out else (-inf, inf)

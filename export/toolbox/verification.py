@@ -5,7 +5,6 @@ and integers that another quantizer chose (validation compares them with ours).
 """
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from export.quantization import schemes
 
 from . import provenance, signature
 
-WORKER = (sys.executable, "-m", "export.toolbox.model_checks")
+WORKER = processes.python("export.toolbox.model_checks")
 
 
 def verify(folder: Path, limit_s: float, public_key: Path | None = None) -> list[str]:

@@ -113,7 +113,7 @@ def contamination(judged: Evaluation, recipe: QuantRecipe) -> list[str]:
 
 def _overlaps(evaluated: dict[str, set[str]], name: str, judged: Evaluation, recipe: QuantRecipe) -> list[str]:
     """One calibration text against the n-grams of every text of the evaluation."""
-    path = texts.TEXT / name
+    path = texts.place(name)
     if not path.is_file():
         return [
             f"{path}: missing; the recipe {recipe.name!r} calibrated on it, so nothing shows that the evaluation "
@@ -122,7 +122,7 @@ def _overlaps(evaluated: dict[str, set[str]], name: str, judged: Evaluation, rec
     calibrated = ngrams(texts.read(name))
     shared = {file: len(calibrated & passages) for file, passages in evaluated.items()}
     return [
-        f"{evaluation.TEXT / file} holds text that the recipe {recipe.name!r} calibrated on, in {path} ({count:,} "
+        f"{evaluation.text_file(file)} holds text that the recipe {recipe.name!r} calibrated on, in {path} ({count:,} "
         f"passages of {LENGTH} characters in both); choose an --eval without it, or take it out of the recipe and "
         "build the artifact again"
         for file, count in shared.items()

@@ -6,9 +6,9 @@ from typing import TypeVar
 
 from devices.transports.transfer import family
 from export.architecture import Strict
-from export.errors import ExportError, load_fields, validated
+from export.errors import ExportError, is_own, load_fields, validated
 from export.manifest import Manifest, flat
-from export.plan import QuantLimits, QuantRecipe, Target, TargetLimits, load_named, names
+from export.plan import QuantLimits, QuantRecipe, Target, TargetLimits, file_of, load_named, names
 
 _WORDS = {"description", "limits", "limits_on"}
 """Fields of a recipe or target that change nothing about an artifact."""
@@ -44,7 +44,7 @@ def of(described: Manifest, given: Limits | None) -> Limits:
     target = _known(Target, "targets", described.plan.target.name, described.id)
     if other := _differing(described.plan.target, target):
         raise ExportError(
-            f"{described.id}: its target is not configs/targets/{target.name}.yaml of this checkout ({other} differs): "
+            f"{described.id}: its target is not {_file('targets', target.name)} ({other} differs): "
             "build it again, or give the limits that judge it with --limits FILE"
         )
     return Limits(quant=recipe.limits, target=target.limits, target_on=target.limits_on)
@@ -59,10 +59,13 @@ def notes(described: Manifest, limits: Limits, abi: str) -> tuple[str, ...]:
         found.append(f"not judged by the limits that it brings: {', '.join(pairs)}")
     if plan.quant.name in names("quant"):
         other = _differing(plan.quant, load_named(QuantRecipe, "quant", plan.quant.name))
-        found += [f"its recipe is not configs/quant/{plan.quant.name}.yaml of this checkout: {other} differs"] * bool(
-            other
-        )
+        found += [f"its recipe is not {_file('quant', plan.quant.name)}: {other} differs"] * bool(other)
     return tuple(found)
+
+
+def _file(kind: str, name: str) -> str:
+    where = "this folder" if is_own(file_of(kind, name)) else "this checkout"
+    return f"configs/{kind}/{name}.yaml of {where}"
 
 
 def _known(cls: type[_Record], kind: str, name: str, artifact: str) -> _Record:

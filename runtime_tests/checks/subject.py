@@ -1,6 +1,8 @@
-"""One artifact in the setting of its run, and the findings of its checks: values only."""
+"""One artifact in the setting of its run, and the findings of its checks."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,50 @@ from export.host.console import counted
 from export.manifest import Manifest
 from export.plan import TargetLimits
 from runtime_tests import jobs
-from runtime_tests.evaluation import Evaluation
+from runtime_tests.evaluation import Evaluation, Windows
 from runtime_tests.evidence.record import Comparison, DeviceState, Environment, Gate, Latency, Outcome
 from runtime_tests.jobs import isolation
 from runtime_tests.jobs.isolation import Ended
 from runtime_tests.places import ArtifactJob, Place
 
 from .limits import Limits
+
+
+class Turns:
+    """Of artifacts side by side: their child processes work at once, this process for one artifact at a time.
+
+    Neither transformers' imports nor our workers for templates are made for threads.
+    """
+
+    def __init__(self) -> None:
+        self._turn = threading.Condition()
+        self._shared = False
+
+    @contextmanager
+    def mine(self) -> Iterator[None]:
+        """The turn of the artifact that this thread examines."""
+        with self._turn:
+            yield
+
+    @contextmanager
+    def given_away(self) -> Iterator[None]:
+        """Within a turn: until the end of the block others have theirs."""
+        self._turn.release()
+        try:
+            yield
+        finally:
+            self._turn.acquire()
+
+    @contextmanager
+    def for_all(self) -> Iterator[None]:
+        """Within a turn: work whose results several artifacts need, so that the next finds them, children included."""
+        self._turn.wait_for(lambda: not self._shared)
+        self._shared = True
+        try:
+            yield
+        finally:
+            self._shared = False
+            self._turn.notify_all()
 
 
 @dataclass(frozen=True)
@@ -38,6 +77,7 @@ class Setting:
     scratch: Path
     read_bandwidth_bytes_per_s: float | None
     """Of the device; None: not measured."""
+    turns: Turns = field(default_factory=Turns)
 
 
 @dataclass(frozen=True)
@@ -56,7 +96,7 @@ class Subject:
 
     @property
     def folder_text(self) -> str:
-        """The absolute path, for a child process, whose working folder is a different one."""
+        """The absolute path, for a child process."""
         return str(self.folder.resolve())
 
     @property
@@ -73,7 +113,7 @@ class Subject:
         return self._run(self.setting.place.run, job, label)
 
     def _run(self, run: Callable[..., Ended], job: jobs.Job, label: str) -> dict[str, Any]:
-        with counted(label) as progress:
+        with counted(label) as progress, self.setting.turns.given_away():
             ended = run(job, limit_s=self.setting.device.time_limit_s, on_progress=progress)
         if ended.outcome is not Outcome.PASS:
             raise StoppedError(ended.outcome, f"{label}: {ended.detail}")
@@ -100,8 +140,10 @@ class Finding:
     """By their names in `record.Accuracy`."""
     probe_sqnr_db: tuple[float, ...] = ()
     timing: Timing | None = None
-    windows: str = ""
-    """`evaluation.Windows.sha256` of those that were fed."""
+    windows: Windows | None = None
+    """Those that were fed."""
+    evaluated: bool = False
+    """The artifact ran in a reference evaluator, whose speed is nobody's."""
 
     def __add__(self, later: "Finding") -> "Finding":
         return Finding(
@@ -110,6 +152,7 @@ class Finding:
             probe_sqnr_db=self.probe_sqnr_db + later.probe_sqnr_db,
             timing=later.timing or self.timing,
             windows=later.windows or self.windows,
+            evaluated=self.evaluated or later.evaluated,
         )
 
 

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.architecture import Strict
+from export.errors import is_own
 from export.host.console import stage
 from export.manifest import ROOT, Manifest
-from export.plan import ModelSpec, load_named, names
+from export.plan import ModelSpec, file_of, load_named, names
 from runtime_tests import jobs
 from runtime_tests.evaluation import Windows
 from runtime_tests.evidence.record import Outcome
@@ -41,8 +42,11 @@ class Golden(Strict):
 
 def golden_of(described: Manifest) -> Golden | None:
     """The golden answer, if there is one, of an artifact built from its model's weights in configs/models."""
-    path = GOLDEN / f"{described.plan.model.name}_{described.plan.quant.name}.json"
-    if not path.is_file() or (name := described.plan.model.name) not in names("models"):
+    name, recipe = described.plan.model.name, described.plan.quant.name
+    path = GOLDEN / f"{name}_{recipe}.json"
+    if not path.is_file() or name not in names("models"):
+        return None
+    if is_own(file_of("models", name)) or is_own(file_of("quant", recipe)):  # another model or recipe of that name
         return None
     own_weights = described.checkpoint.origin == load_named(ModelSpec, "models", name).source
     return Golden.model_validate_json(path.read_bytes()) if own_weights else None

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+import devices
 from devices import Device, Transport, visible
 from export.errors import ExportError
 from export.host.processes import signal_name
-from export.manifest import ROOT
 from runtime_tests.sessions import board
 
 from . import complaints
@@ -236,14 +236,14 @@ def started(transport: Transport, device: Device, start: tuple[str, ...], *, tim
 def file_of_own_runner(device: Device) -> Path:
     """The `runner` of the device's YAML. Raises ExportError: no such file."""
     assert device.runner is not None
-    path = ROOT / device.runner
+    path = devices.file_of(device.name).parents[1] / device.runner
     if not path.is_file():
         raise ExportError(f"devices/{device.name}.yaml: runner: no file {path}; build it first, or set it to null")
     return path
 
 
 def own_runner(transport: Transport, device: Device, timeout_s: float) -> tuple[str, ...]:
-    """Push the `runner` of the device's YAML; a relative path starts at the project's folder."""
+    """Push the `runner` of the device's YAML; a relative path starts at the folder that `devices` lies in."""
     path = file_of_own_runner(device)
     remote = f"runners/{path.name}"
     transport.push(path, remote, timeout_s=timeout_s)

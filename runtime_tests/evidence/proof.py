@@ -14,7 +14,7 @@ from export.host.console import console
 from export.manifest import ROOT, Manifest, flat
 from runtime_tests.checks import limits
 from runtime_tests.checks.limits import Limits
-from runtime_tests.evaluation import TEXT, Evaluation, read_text
+from runtime_tests.evaluation import Evaluation, read_text, text_file
 from runtime_tests.places import environment
 
 from . import baseline, record
@@ -33,7 +33,7 @@ def key(folder: Path, device: Device, evaluation: Evaluation, machine: Environme
         "device": device.model_dump(mode="json"),
         "evaluation": evaluation.model_dump(mode="json"),
         "limits": judged_by.model_dump(mode="json"),
-        "texts": [digests.sha256(TEXT / text.file) for text in evaluation.texts],
+        "texts": [digests.sha256(text_file(text.file)) for text in evaluation.texts],
         "baseline": digests.sha256(path) if path.is_file() else None,
         "machine": [machine.cpu, machine.cores, machine.memory_bytes, machine.os, machine.python, machine.tools],
         "code": [digests.artifact_digest(), digests.code_digest(*CODE)],

@@ -1,19 +1,18 @@
 """Runs a job in a child process: whatever happens there, even a crash, comes back as an outcome."""
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from export.host import disk, processes
+from export.host import disk, interrupt, processes
 from export.host.processes import last_line
-from export.manifest import ROOT
 from runtime_tests.evidence.record import Outcome
 
 from . import Job
 
-WORKER: tuple[str, ...] = (sys.executable, "-m", "runtime_tests.jobs.worker")
+WORKER: tuple[str, ...] = processes.python("runtime_tests.jobs.worker")
 DISK_FULL = "disk-full"
 """A child's failure that is no outcome, since it tells nothing about the artifact: this machine's disk is full."""
 Progress = Callable[[int, int], None]
@@ -49,6 +48,7 @@ def run(
 
     def watch(line: str) -> bool:
         nonlocal last_seen
+        interrupt.check()  # only the main thread is told, and this may be another
         if not on_progress or not (progress := _parse(line)) or "done" not in progress:
             return False
         on_progress(int(progress["done"]), int(progress["total"]))
@@ -56,7 +56,8 @@ def run(
         return renewed and progress != before
 
     try:
-        child = processes.run(command, cwd=ROOT, given=job.model_dump_json().encode(), limit_s=limit_s, watch=watch)
+        given = job.model_dump_json().encode()
+        child = processes.run(command, cwd=Path.cwd(), given=given, limit_s=limit_s, watch=watch)
     except TimeoutError:
         return Ended(Outcome.TIMEOUT, f"no {'progress' if renewed else 'answer'} within {limit_s:g} s")
     return interpret(child.returncode, child.out, child.err)

@@ -24,6 +24,9 @@ from runtime_tests.sessions import Session, greedy, open_session
 from . import logits_file
 from .isolation import DISK_FULL
 
+_TIMED = jobs.SpeedJob | jobs.BandwidthJob | jobs.BenchJob | jobs.OverheadJob | jobs.CoreMLJob
+"""In these, threads wait as they do for users; in the rest asleep, for another artifact's job may run beside them."""
+
 
 class LoadError(Exception):
     """The artifact does not load."""
@@ -116,8 +119,9 @@ def _write_logits(job: jobs.LogitsJob) -> dict[str, Any]:
                 for step in range(1, steps):
                     write(session.feed([window[task.prefill + step - 1]]))
                 jobs.report_progress(i + 1, len(tokens))
+    measures_speed = session.measures_speed
     session.close()
-    return {"tasks": len(job.tasks)}
+    return {"tasks": len(job.tasks), "measures_speed": measures_speed}
 
 
 def _one_line(error: BaseException) -> str:
@@ -146,7 +150,7 @@ def main() -> int:
     job = jobs.AnyJob.model_validate_json(sys.stdin.buffer.read()).root
     if not isinstance(job, jobs.TaskDataJob | jobs.TasksJob):  # these may read data sets of the hub
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if isinstance(job, jobs.ReferenceJob | jobs.WeightsJob):  # nothing of it is timed, nor runs in its own threads
+    if not isinstance(job, _TIMED):
         processes.wait_asleep()
     processor.limit_threads()
     quiet_libraries()

@@ -124,7 +124,7 @@ class AttachedDevice:
             case LogitsJob():
                 for task in job.tasks:
                     self._write_logits(task, described, execute, on_progress)
-                return {"tasks": len(job.tasks)}
+                return {"tasks": len(job.tasks), "measures_speed": True}
             case GenerateJob():
                 return scripts.generate(job, execute)
             case ConformanceJob():

@@ -25,7 +25,8 @@ _INTRODUCTION = """\
 Every key of every YAML, written by `make configuration` from the code that reads them. A file's name is its record's
 name. Unknown keys and values are refused with the nearest known ones. In an editor with a YAML language server, the
 first line of a file, `# yaml-language-server: $schema=…`, gives completion and checks; the schemas are in
-`configs/schemas`.
+`configs/schemas`. Files in `configs` and `devices` of the current folder go before those of the checkout
+([python.md](python.md)).
 """
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from export.build import request
+from export.errors import told
 from export.formats import storage
 from export.manifest import UNKNOWN, Manifest
 from export.toolbox import charts
@@ -67,7 +68,7 @@ def _commands(records: Sequence[Record], manifests: Sequence[Manifest]) -> list[
     shown: list[str] = []
     for i, (commit, dirty, line) in enumerate(lines):
         if commit != UNKNOWN and (i == 0 or lines[i - 1][:2] != (commit, dirty)):
-            shown.append(f"git checkout {commit}" + ("  # and local changes" if dirty else ""))
+            shown.append(told(f"git checkout {commit}") + ("  # and local changes" if dirty else ""))
         shown.append(line)
     return shown
 

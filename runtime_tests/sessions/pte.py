@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# custom_sdpa, update_cache and the quantized embedding live in libraries these imports load
-import executorch.extension.llm.custom_ops.custom_ops
-import executorch.kernels.quantized  # noqa: F401
 import numpy as np
 import torch
-from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
-from executorch.runtime import Method, Runtime
+
+# the module behind `executorch.runtime`, which would import the compiler too: four seconds, in every process
+from executorch.extension.llm import custom_ops
+from executorch.extension.pybindings._C import ExecuTorchMethod, Verification, _load_program, _unsafe_reset_threadpool
+from executorch.kernels import quantized  # noqa: F401  (its import loads the quantized embedding)
 from numpy.typing import NDArray
 
 from export.manifest import Manifest
@@ -18,6 +18,8 @@ from export.manifest import Manifest
 from .base import Session
 
 RUNTIME = "ExecuTorch Python runtime, stepped"
+(_OPS,) = Path(custom_ops.__path__[0]).glob("libcustom_ops_aot_lib.*")
+torch.ops.load_library(_OPS)  # type: ignore[no-untyped-call]  # custom_sdpa and update_cache
 
 
 class PteSession(Session):
@@ -25,10 +27,12 @@ class PteSession(Session):
 
     def __init__(self, program: Any, context_length: int, largest_call: int) -> None:
         self.program, self.method = program, program.load_method("forward")
-        super().__init__(context_length, largest_call, "last", self.method.metadata.output_tensor_meta(0).sizes()[-1])
+        super().__init__(
+            context_length, largest_call, "last", self.method.method_meta().output_tensor_meta(0).sizes()[-1]
+        )
 
     def step(self, tokens: Sequence[int], position: int) -> NDArray[np.float32]:
-        (logits,) = self.method.execute([torch.tensor([tokens]), torch.tensor([position])])
+        (logits,) = self.method([torch.tensor([tokens]), torch.tensor([position])])
         last: NDArray[np.float32] = logits.reshape(1, -1).numpy()
         return last
 
@@ -38,12 +42,12 @@ def load_program(path: Path, threads: int) -> Any:
     # attention's matrix products run in torch's pool; pools of different sizes compete by spinning
     torch.set_num_threads(threads)
     _unsafe_reset_threadpool(threads)
-    return Runtime.get().load_program(path)
+    return _load_program(str(path), program_verification=Verification.InternalConsistency)
 
 
 def runtime_calls() -> list[tuple[type[Any], str]]:
     """The method that every step executes."""
-    return [(Method, "execute")]
+    return [(ExecuTorchMethod, "__call__")]
 
 
 def open_session(folder: Path, manifest: Manifest, *, threads: int) -> PteSession:

@@ -1,4 +1,4 @@
-"""`from export import build`: what the command builds, a mistake as an ExportError, and a light import."""
+"""`build`: what the command builds, a mistake as an ExportError, and a light import."""
 
 import os
 import re

@@ -42,6 +42,7 @@ def project(tmp_path):
     """A checkout of its own, with a cache and a build folder of its own; it says when it quantizes, slowly."""
     for name in ("export", "configs"):
         shutil.copytree(manifest.ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(manifest.ROOT / "llama_on_device.py", tmp_path)
     code = tmp_path / Path(inspect.getfile(quantization)).relative_to(manifest.ROOT)
     with code.open("a") as file:
         file.write(SLOWLY.format(name=quantization.write_store.__name__))

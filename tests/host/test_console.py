@@ -46,6 +46,28 @@ def test_a_long_step_says_what_is_done_and_how_far(err):
     assert console._steps == []
 
 
+def test_threads_side_by_side_say_whose_work_each_line_is_of(err):
+    def work(name):
+        with console.lane(name), console.stage("artifact", "8 windows"):
+            console.note(f"one of {name}")
+            ended.wait()
+
+    ended, names = threading.Event(), ("coreml", "onnx-cpu")
+    with console.stage("examine"):
+        workers = [threading.Thread(target=work, args=(name,)) for name in names]
+        for worker in workers:
+            worker.start()
+        for name in names:
+            err.wait(rf"^{name} \|   note: one of {name}$")
+            err.wait(rf"^{name} \|   artifact +\d+\.\d s so far: 8 windows$")
+        err.wait(r"^  examine +\d+\.\d s so far$")
+        ended.set()
+        for worker in workers:
+            worker.join()
+    for name in names:
+        err.wait(rf"^{name} \|   artifact +\d+\.\d s  8 windows$")
+
+
 def test_who_waits_says_for_what_again_and_again(err, tmp_path):
     store = tmp_path / "store"
     with (tmp_path / ".store.lock").open("w+") as held:

@@ -18,10 +18,15 @@ from export.host import disk
 from runtime_tests.places import scratch
 from tests.support.processes import one_error, results
 
+VALIDATION = """
+import sys; from pathlib import Path; from export.build.command import run; from runtime_tests import __main__ as cli
+cli.CACHE = Path("build/cache").absolute(); sys.exit(run(cli.app))
+"""
+
 
 def started(folder, place):
-    """`python -m runtime_tests` on an artifact, in a folder of its own."""
-    command = [sys.executable, "-m", "runtime_tests", "--eval", "emulated", str(folder)]
+    """`python -m runtime_tests` on an artifact, in a folder and with a cache of its own."""
+    command = [sys.executable, "-c", VALIDATION, "--eval", "emulated", str(folder)]
     environment = os.environ | {"PYTHONPATH": str(manifest.ROOT)}
     return subprocess.Popen(
         command, cwd=place, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

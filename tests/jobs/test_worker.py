@@ -1,7 +1,12 @@
-"""How the child of a job waits: asleep where nothing is timed, and as the runtime does where it is what users get."""
+"""How the child of a job waits: asleep where nothing is timed, and as the runtime does where it is what users get.
+
+And what it imports: nothing that takes seconds and that its job does not use.
+"""
 
 import io
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +16,10 @@ from runtime_tests.jobs import worker
 
 SPEED = jobs.BandwidthJob(threads=1)
 REFERENCE = jobs.ReferenceJob.model_construct(action="reference")
+LOGITS = jobs.LogitsJob.model_construct(action="logits")
 
 
-@pytest.mark.parametrize(("job", "waits"), [(SPEED, None), (REFERENCE, "passive")])
+@pytest.mark.parametrize(("job", "waits"), [(SPEED, None), (REFERENCE, "passive"), (LOGITS, "passive")])
 def test_threads_wait_asleep_only_where_nothing_is_timed(monkeypatch, job, waits):
     seen = []
     monkeypatch.setenv("OMP_WAIT_POLICY", "")
@@ -24,3 +30,15 @@ def test_threads_wait_asleep_only_where_nothing_is_timed(monkeypatch, job, waits
     monkeypatch.setattr(worker, "answer", lambda _: seen.append(os.environ.get("OMP_WAIT_POLICY")) or {"result": {}})
     assert worker.main() == 0
     assert seen == [waits]
+
+
+@pytest.mark.parametrize("package", ["coremltools", "executorch", "torchao"])
+def test_no_job_imports_more_than_it_uses(package):
+    pytest.importorskip(package)
+    parts = ("coreml.evaluator", "reference", "checks.weights", *(["sessions.pte"] if package == "executorch" else []))
+    heavy = {"coremltools", "executorch.exir", "torch._dynamo", "torch._inductor", "torchao", "scipy", "transformers"}
+    asked = (
+        f"import sys; {'; '.join(f'import runtime_tests.{part}' for part in parts)}; print(*{heavy} & set(sys.modules))"
+    )
+    ended = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == []

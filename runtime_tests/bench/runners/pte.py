@@ -11,9 +11,9 @@ from .session import SessionRunner
 def open_runner(opening: Opening) -> SessionRunner:
     """Load a .pte; the longest call is read from the file itself."""
     program = load_program(Path(opening.path), opening.threads)
-    longest = int(program.load_method("get_max_seq_len").execute([])[0])
+    longest = int(program.load_method("get_max_seq_len")([])[0])
     session = PteSession(program, opening.context, min(longest, opening.context))
-    inputs = session.method.metadata.num_inputs()
+    inputs = session.method.method_meta().num_inputs()
     if inputs != 2:
         raise ValueError(f"{opening.path}: forward takes {inputs} inputs; expected tokens and input_pos")
     return SessionRunner(session)

@@ -59,6 +59,7 @@ def validation(given):
     """The command that validates `folder`, its jobs in this process, its build folder in `place`."""
     sys.argv = ["runtime_tests", "--eval", "emulated", given["folder"]]
     os.chdir(given["place"])
+    validating.CACHE = Path(given["place"]) / "build" / "cache"
     isolation.run = in_process
     return validating.app
 
