@@ -6,10 +6,10 @@ from typing import Protocol
 
 from devices import ComputeUnits, DeadlineError, DeviceError, DeviceLostError, NoSpaceError
 from export.manifest import Manifest
+from runtime_tests import coreml
 from runtime_tests.evidence.record import DeviceState, Environment, Outcome
 from runtime_tests.jobs import ConformanceJob, GenerateJob, LogitsJob, SpeedJob, isolation
 from runtime_tests.jobs.isolation import Ended, Progress
-from runtime_tests.sessions import mlpackage
 
 from . import environment
 
@@ -62,7 +62,7 @@ class ThisMachine:
         pass
 
     def run(self, job: ArtifactJob, *, limit_s: float, on_progress: Progress | None = None) -> Ended:
-        settings = (f"{mlpackage.UNITS}={self.compute_units}",)
+        settings = (f"{coreml.UNITS}={self.compute_units}",)
         return isolation.run(job, limit_s=limit_s, on_progress=on_progress, settings=settings)
 
     def environment(self) -> Environment:

@@ -6,8 +6,8 @@ import subprocess
 from devices import Device
 from export.formats import tool_versions
 from export.host import memory, processor
+from runtime_tests import coreml
 from runtime_tests.evidence.record import DeviceState, Environment
-from runtime_tests.sessions import mlpackage
 
 from . import facts
 
@@ -17,7 +17,7 @@ def current(compute_units: str | None = None) -> Environment:
 
     `compute_units`: on which Core ML runs, which is told where it is there.
     """
-    core_ml = {"Core ML": compute_units} if compute_units and mlpackage.in_core_ml() else {}
+    core_ml = {"Core ML": compute_units} if compute_units and coreml.in_core_ml() else {}
     told = facts.environment(_told(), tool_versions() | core_ml, platform.python_version())
     shared = {"cores": min(told.cores, processor.usable()), "memory_bytes": memory.total_bytes()}
     return told.model_copy(update=shared)

@@ -8,6 +8,7 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, chdir
 from functools import cache
 from typing import Any
 
@@ -68,6 +69,11 @@ def manager(tasks: Sequence[str]) -> Any:
     return known
 
 
+def where_data_is() -> AbstractContextManager[None]:
+    """Our tasks name their data from the checkout, and lm-evaluation-harness opens it from the current folder."""
+    return chdir(CONFIGS.parent)
+
+
 def load(tasks: Sequence[str]) -> dict[str, Any]:
     """Every single task behind these names with its data, by its own name. Raises ExportError: one does not load."""
     trouble = "" if set(tasks) <= set(local()) else hub_trouble()
@@ -75,7 +81,8 @@ def load(tasks: Sequence[str]) -> dict[str, Any]:
     loaded: dict[str, Any] = {}
     for name in tasks:
         try:
-            members = known.load([name])["tasks"]
+            with where_data_is():
+                members = known.load([name])["tasks"]
         except Exception as error:  # whatever a task's own code or the hub's libraries raise
             raise ExportError(_explain(name, known, error, trouble)) from error
         if twice := loaded.keys() & members.keys():

@@ -208,9 +208,9 @@ def evaluate_here(job: jobs.TasksJob) -> dict[str, Any]:
     described = manifest.read(folder)
     session = _open_model(job)
     model = SessionLM(session, tokenizer.load(folder), described, jobs.report_progress)
-    out = Path(job.out)
+    out = Path(job.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".part-", dir=out) as part:
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=out) as part, catalog.where_data_is():
         tracker = EvaluationTracker(output_path=part)
         results = simple_evaluate(
             model=model,

@@ -210,7 +210,7 @@ def test_a_gguf_is_known_by_its_first_bytes_under_the_name_that_is_given(linked,
     assert checkpoints.memory_bytes(place, opened.architecture) > (linked / "blobs/0f3a").stat().st_size
     assert list(skip.changed_files(opened.sha256, place)) == []
     write_gguf(linked / "blobs/0f3a", kind="Q8_0")
-    assert list(skip.changed_files(opened.sha256, place)) == [f"{linked / name}: changed"]
+    assert [change.text for change in skip.changed_files(opened.sha256, place)] == [f"{linked / name}: changed"]
 
 
 @LOCATION

@@ -49,9 +49,9 @@ def uses(code, libraries):
 
 
 def shared_modules(package):
-    """Modules that are neither in a folder nor in a file of a format's name."""
+    """Modules that are neither in a folder nor in a file of a format's name, nor in the room of Core ML."""
     for path in sorted((ROOT / package).rglob("*.py")):
-        if not {*path.parent.parts, path.stem} & set(SHIPPED):
+        if not {*path.parent.parts, path.stem} & {*SHIPPED, "coreml"}:
             yield path
 
 

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 import devices
 from export import manifest
-from runtime_tests import places
+from runtime_tests import coreml, places
 from runtime_tests.device_runner import mlpackage as runner
 from runtime_tests.evidence import proof
 from runtime_tests.jobs import GenerateJob, isolation
@@ -78,9 +78,9 @@ def test_a_runner_is_started_with_its_devices_units():
 
 
 def test_a_record_names_the_build_of_the_system_and_the_units(monkeypatch):
-    monkeypatch.setattr(mlpackage, "in_core_ml", lambda: True)
+    monkeypatch.setattr(coreml, "in_core_ml", lambda: True)
     assert places.ThisMachine(1, "cpu").environment().tools["Core ML"] == "cpu"
-    monkeypatch.setattr(mlpackage, "in_core_ml", lambda: False)
+    monkeypatch.setattr(coreml, "in_core_ml", lambda: False)
     assert "Core ML" not in environment.current("cpu").tools
     assert 'say os "macOS $(sw_vers -productVersion) ($(sw_vers -buildVersion))"' in facts.SCRIPT
 

@@ -84,7 +84,7 @@ def test_a_single_file_that_is_new_beside_shards_is_a_change(tmp_path):
     recorded = checkpoints.load(LLAMA, origin).sha256
     assert list(skip.changed_files(recorded, origin)) == []
     save_file(TENSORS, tmp_path / "c" / FILE, {"format": "pt"})
-    assert list(skip.changed_files(recorded, origin)) == [f"{tmp_path / 'c' / FILE}: new"]
+    assert [change.text for change in skip.changed_files(recorded, origin)] == [f"{tmp_path / 'c' / FILE}: new"]
 
 
 def test_the_same_of_an_adapters_files(tmp_path):
