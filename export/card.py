@@ -19,6 +19,7 @@ from .formats import storage, usage
 from .host import disk
 from .host.text import Markdown, code, markdown, visible
 from .manifest import CARD, Manifest
+from .plan import CONFIGS
 
 _LICENCES = {
     "llama3.2": Markdown("Llama 3.2 Community License (https://www.llama.com/llama3_2/license/). Built with Llama."),
@@ -58,6 +59,7 @@ def render(manifest: Manifest, measured: Sequence[Measured]) -> str:
         a=manifest.architecture,
         lineage=_lineage(manifest),
         merged_into=halves(manifest.checkpoint.origin)[1],
+        own_yamls=_own_yamls(manifest),
         command=Markdown(request.published_command(manifest)),
         llama=manifest.plan.model.license.startswith("llama"),
         parameters=manifest.architecture.parameters,
@@ -129,3 +131,12 @@ def _front_matter(manifest: Manifest, library: str) -> ModelCardData:
         pipeline_tag="text-generation",
         tags=["on-device", *map(visible, names), *(["torchao"] if quantized else [])],
     )
+
+
+def _own_yamls(manifest: Manifest) -> list[str]:
+    """Files that the command needs and the project has not: of a recipe or model that somebody wrote for this build."""
+    named = (
+        f"{kind}/{name}.yaml"
+        for kind, name in (("models", manifest.plan.model.name), ("quant", manifest.plan.quant.name))
+    )
+    return [f"configs/{file}" for file in named if not (CONFIGS / file).is_file()]

@@ -151,3 +151,10 @@ def test_code_of_our_own_is_not_escaped(described):
         'setOf<String>("<|end|>")',
     ):
         assert snippet in text
+
+
+def test_a_recipe_that_the_project_has_not_is_the_builders_own(described):
+    own = described.plan.quant.model_copy(update={"name": "mine"})
+    text = card.render(described.model_copy(update={"plan": described.plan.model_copy(update={"quant": own})}), [])
+    assert "the builder's own `configs/quant/mine.yaml` (its values are in `manifest.json`" in text
+    assert "builder's own" not in card.render(described, [])

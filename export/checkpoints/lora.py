@@ -25,6 +25,7 @@ from .folder import copy_tokenizer
 from .integers import Integers, Unfit
 from .origin import (
     ADAPTER_CONFIG,
+    NOT_AN_ADAPTER,
     Origin,
     adapted_tokenizer_files,
     is_named_base,
@@ -181,7 +182,7 @@ class LoraSource:
     def __init__(self, base: "Source", folder: Path, origin: Origin) -> None:
         self._base, self._folder = base, folder
         if not (folder / ADAPTER_CONFIG).is_file():
-            raise missing(folder / ADAPTER_CONFIG, "; --adapter must be a folder that peft's save_pretrained wrote")
+            raise missing(folder / ADAPTER_CONFIG, NOT_AN_ADAPTER)
         self._config = _read_config(folder / ADAPTER_CONFIG)
         self._stored = SafetensorsFiles(folder, _STEM)
         self._changes = _changes_of(self._stored, self._config, base)

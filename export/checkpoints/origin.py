@@ -34,6 +34,7 @@ LARGEST_TOKENIZER_BYTES = 2**27
 """Of each of these files; the largest vocabularies take a quarter of it."""
 _TOKENIZER_NAMES = frozenset({*TOKENIZER_FILES, _META_TOKENIZER})
 ADAPTER_CONFIG = "adapter_config.json"
+NOT_AN_ADAPTER = "; --adapter must be a folder that peft's save_pretrained wrote"
 _MOST_CONFIG_BYTES = 2**24
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _GGUF = ".gguf"
@@ -205,6 +206,8 @@ def _parse_adapter(text: str) -> Adapter:
 
 def _named_base(adapter: Path) -> Folder | File | Hub:
     """The checkpoint that an adapter names as its base. Raises ExportError: none, or none that is found by its name."""
+    if not (adapter / ADAPTER_CONFIG).is_file():
+        raise ExportError(f"{adapter / ADAPTER_CONFIG}: missing{NOT_AN_ADAPTER}")
     name, revision = trained_on(adapter)
     if name and os.path.lexists(os.path.expanduser(name)):  # noqa: PTH111  (see `parse_origin`)
         return _local(Path(os.path.expanduser(name)), name)  # noqa: PTH111

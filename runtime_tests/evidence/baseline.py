@@ -193,7 +193,7 @@ def _against_baseline(run: Record) -> tuple[tuple[Change, ...], str]:
     if before is None:
         return (), "no baseline of this machine"
     if reason := not_compared(before, run.plan_key):
-        return (), f"{reason}; `make gate AGAINST=…` compares whatever changed"
+        return (), f"{reason}; make gate AGAINST=… compares whatever changed"
     if run.accuracy.total is None:
         return (), "nothing was measured"
     changes = regression.shipped(run.size_bytes, run.accuracy.total, before)

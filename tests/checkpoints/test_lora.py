@@ -491,7 +491,10 @@ def test_an_adapter_of_a_larger_base(base, tied, adapter):
     ("spec", "words"),
     [
         ("adapter:", "expected adapter:FOLDER//CHECKPOINT"),
-        ("adapter:/tmp", "/tmp/adapter_config.json: names no base; give the base with --source"),
+        (
+            "adapter:/tmp",
+            "/tmp/adapter_config.json: missing; --adapter must be a folder that peft's save_pretrained wrote",
+        ),
         ("adapter:///tmp", "expected adapter:FOLDER//CHECKPOINT"),
         ("adapter:/no/such//BASE", "/no/such: no such folder; download the adapter"),
         ("adapter:no/such//BASE", "no/such: no such folder; download the adapter"),
