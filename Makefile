@@ -49,7 +49,11 @@ VALIDATION ?= --skip-proven
 # what users give reaches the shell and Python as the text it is, whatever characters a path has
 quote   = '$(subst ','\'',$(value $(1)))'
 each    = $(foreach item,$(value $(1)),'$(subst ','\'',$(item))')
-unexport PYTHON TORCH MODEL QUANT CALIBRATE_ON DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS SPEED VALIDATION QUICK STUDIED TARGETS
+GIVEN   := PYTHON TORCH MODEL QUANT CALIBRATE_ON DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS SPEED VALIDATION QUICK STUDIED TARGETS
+unexport $(GIVEN)
+# what is misspelled would be left out in silence; sub-makes and tests give PINS
+UNKNOWN := $(foreach name,$(filter-out $(GIVEN) PINS,$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+$(if $(strip $(UNKNOWN)),$(error $(strip $(UNKNOWN)): no such variable; there are $(GIVEN)))
 
 PY      := .venv/bin/python
 WHICH_TORCH = $(if $(filter-out cpu cuda,$(value TORCH))$(word 2,$(value TORCH)),$(error TORCH is cpu or cuda, or empty))$(call quote,TORCH)

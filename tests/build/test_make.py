@@ -282,3 +282,10 @@ def test_help_lines_up_targets_and_what_they_do(tmp_path):
     assert "  make DEVICE        build what that device runs, then validate it there" in lines
     assert all(line[:7] == "  make " and line[20] == " " != line[21] for line in lines), lines
     assert "\\t" not in (manifest.ROOT / "Makefile").read_text()
+
+
+@pytest.mark.parametrize("given", ["RECIPE=int4-g64", "model=tiny", "TARGET=onnx-cpu"])
+def test_a_misspelled_variable_is_told(given):
+    ended = subprocess.run(["make", "--dry-run", "build", given], cwd=manifest.ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert f"{given.partition('=')[0]}: no such variable; there are PYTHON TORCH MODEL" in ended.stderr
