@@ -33,6 +33,8 @@ from tests.support.artifacts import TARGET, export_with
 from tests.support.processes import FAKES, arguments, emulated
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # for tests that import onnxruntime or genai themselves, and their children
+for name in ("MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"):  # a make that a test runs is nobody's sub-make
+    os.environ.pop(name, None)
 for number in (signal.SIGINT, signal.SIGTERM):  # a runner that starts the tests in the background may have them ignored
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
