@@ -190,15 +190,15 @@ def test_several_targets_get_a_folder_each_below_out(here, export_command):
     assert (code, err.splitlines()[-1]) == (
         1, "error: one: an artifact's folder; for several targets --out is the folder that gets one for each"
     )  # fmt: skip
-    (here / "one").rename(here / "root")
-    (here / "root").rename(here / "x")
-    (here / "root").mkdir()
-    (here / "x").rename(here / "root/tiny_int4-g32_onnx-cpu")
-    assert export_command("tiny", "int4-g32", "onnx-cpu", "--out", "root")[2].splitlines()[-1] == (
-        f"error: {here}/root: exists and is not an artifact folder; give --out {here}/root/tiny_int4-g32_onnx-cpu"
+    (here / "one").rename(here / "several")
+    (here / "several").rename(here / "x")
+    (here / "several").mkdir()
+    (here / "x").rename(here / "several/tiny_int4-g32_onnx-cpu")
+    assert export_command("tiny", "int4-g32", "onnx-cpu", "--out", "several")[2].splitlines()[-1] == (
+        f"error: {here}/several: exists and is not an artifact folder; give --out {here}/several/tiny_int4-g32_onnx-cpu"
     )
-    code, _, err = export_command("tiny", "int4-g32", "onnx-cpu", "--out", "root/tiny_int4-g32_onnx-cpu")
-    assert (code, err) == (0, "root/tiny_int4-g32_onnx-cpu: up to date\n")
+    code, _, err = export_command("tiny", "int4-g32", "onnx-cpu", "--out", "several/tiny_int4-g32_onnx-cpu")
+    assert (code, err) == (0, "several/tiny_int4-g32_onnx-cpu: up to date\n")
 
 
 # ── the base of an adapter ──────────────────────────────────────────────────────────────────────────────────────────
