@@ -208,8 +208,9 @@ def test_another_checkpoint_is_refused(artifact, setting, in_process):
 
 
 @pytest.fixture
-def fine_tuned(tmp_path, store, setting):
+def fine_tuned(tmp_path, store, setting, monkeypatch):
     """An artifact of a base and an adapter, in folders of their own, and what a validation says of it."""
+    monkeypatch.setattr(whereabouts, "FOLDER", tmp_path / "origins")  # other tests build from the same bytes
     write_lora(tmp_path / "base")
     shutil.move(tmp_path / "base" / ADAPTER, tmp_path / "lora")
     plan = Plan(
