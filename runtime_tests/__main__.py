@@ -31,7 +31,7 @@ from export.build.command import run, with_default
 from export.checkpoints.origin import absolute, chosen_origin
 from export.errors import ExportError
 from export.host import disk
-from export.host.console import console, say, stage
+from export.host.console import console, say, show_timings, stage
 
 from .chat.command import chat as chat_with
 from .evidence.record import Outcome, Record
@@ -69,6 +69,7 @@ _SkipProven = Annotated[
 
 @app.command("validate")
 def main(  # noqa: PLR0913, PLR0917 – a command's options
+    command: typer.Context,
     folders: Annotated[list[Path] | None, typer.Argument(help="artifact folders; default: all of build/")] = None,
     device: Annotated[str, typer.Option(help="a name in devices/")] = "host",
     source: _Source = None,
@@ -83,8 +84,11 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     chat: Annotated[bool, typer.Option(help="with --tasks: apply the chat template of artifacts that have one")] = True,
     reference: Annotated[bool, typer.Option(help="with --tasks: evaluate the fp32 model too")] = True,
     skip_proven: _SkipProven = False,
+    timings: Annotated[bool, typer.Option("--timings", help="say at the end where the time went")] = False,
 ) -> None:
     """Prove what artifacts compute and how fast: exit 0 only if every gate holds."""
+    if timings:
+        command.call_on_close(show_timings)
     known = _load_device(device)
     source = _given_source(source, adapter)
     if tasks is None:
