@@ -66,6 +66,8 @@ _SkipProven = Annotated[
     bool, typer.Option("--skip-proven", help="skip artifacts that passed on this machine and have not changed since")
 ]
 
+_Timings = Annotated[bool, typer.Option("--timings", help="say at the end where the time went")]
+
 
 @app.command("validate")
 def main(  # noqa: PLR0913, PLR0917 – a command's options
@@ -84,7 +86,7 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     chat: Annotated[bool, typer.Option(help="with --tasks: apply the chat template of artifacts that have one")] = True,
     reference: Annotated[bool, typer.Option(help="with --tasks: evaluate the fp32 model too")] = True,
     skip_proven: _SkipProven = False,
-    timings: Annotated[bool, typer.Option("--timings", help="say at the end where the time went")] = False,
+    timings: _Timings = False,
 ) -> None:
     """Prove what artifacts compute and how fast: exit 0 only if every gate holds."""
     if timings:
@@ -179,12 +181,13 @@ def ready(
     eval_name: _Eval = None,
     limits: _LimitsFile = None,
     skip_proven: _SkipProven = False,
+    timings: _Timings = False,
 ) -> None:
     """Exit 0 if a validation with these options could begin: the device answers, and this machine can make its runner.
 
     Example: python -m runtime_tests ready pixel-8
     """
-    del skip_proven  # every value of it is one
+    del skip_proven, timings  # every value of them is one
     known = _load_device(device)
     _given_source(source, adapter)
     _judging(eval_name or known.evaluation, limits)

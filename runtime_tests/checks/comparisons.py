@@ -199,5 +199,5 @@ def _compare(subject: Subject, windows: Windows, reference_file: Path, candidate
         reference_logits, logits = np.load(reference_file, mmap_mode="r"), np.load(candidate_file, mmap_mode="r")
         return accuracy.compare(reference_logits, logits, windows.targets, windows.labels)
 
-    with subject.setting.turns.at_work():
+    with subject.setting.turns.given_away():
         return subject.setting.shared.once((windows.sha256, reference_file, candidate_file), compare)
