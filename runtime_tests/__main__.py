@@ -174,7 +174,7 @@ def trace(
 
 
 @app.command("ready")
-def ready(
+def ready(  # noqa: PLR0913, PLR0917 – a command's options
     device: Annotated[str, typer.Argument(metavar="DEVICE", help="a name in devices/")],
     source: _Source = None,
     adapter: _Adapter = None,

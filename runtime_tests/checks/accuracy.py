@@ -129,8 +129,8 @@ def not_finite(logits: _Floats) -> str:
 
 def _score_window(reference: _Floats, candidate: _Floats, targets: NDArray[np.int64]) -> _Window:
     """In few rows at a time, and in place: large arrays are new memory each time, which costs more than the numbers."""
-    starts = range(0, len(reference), _ROWS)
-    parts = [_score_rows(*(part[i : i + _ROWS] for part in (reference, candidate, targets))) for i in starts]
+    rows = [slice(start, start + _ROWS) for start in range(0, len(reference), _ROWS)]
+    parts = [_score_rows(reference[some], candidate[some], targets[some]) for some in rows]
     scores = _Scores(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
     difference = reference.astype(np.float64)
     squares = np.square(difference)
