@@ -25,7 +25,7 @@ from .build.command import run, with_default
 from .checkpoints.origin import origin_of
 from .errors import ExportError
 from .host import disk, processes, processor
-from .host.console import console, say
+from .host.console import console, say, show_timings
 from .plan import Device
 from .toolbox import commands
 
@@ -50,6 +50,7 @@ _Out = Annotated[
 
 @app.command("build")
 def main(  # noqa: PLR0913, PLR0917 – a command's options
+    command: typer.Context,
     model: _Model,
     quant: _Recipe,
     target: _Targets,
@@ -60,6 +61,7 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     out: _Out = None,
     device: Annotated[Device, typer.Option(help="where calibration computes; integers differ a little")] = "cpu",
     explain: Annotated[bool, typer.Option("--explain", help="say why each artifact is built again")] = False,
+    timings: Annotated[bool, typer.Option("--timings", help="say at the end where the time went")] = False,
 ) -> None:
     """Build build/NAME_RECIPE_TARGET, one artifact folder for each target: quantize once, lower, describe.
 
@@ -67,6 +69,8 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
 
     Example: python -m export smollm2-135m int4-g32-gptq onnx-cpu coreml
     """
+    if timings:
+        command.call_on_close(show_timings)
     if len(set(target)) < len(target):
         raise typer.BadParameter("the same target twice", param_hint="TARGET")
     plans, origin = request.asked(
@@ -105,7 +109,7 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
             artifact.refuse_foreign(folders[plan.target.name], plan.id, origin_of(plan.model, origin))
         console.print(f"{stale[0].name}_{quant}", style="bold", soft_wrap=True)
         cache = disk.cache_folder(pipeline.CACHE)
-        parallel.build(stale, origin, root or Path("build"), cache)
+        parallel.build(stale, origin, root or Path("build"), cache, ("--timings",) if timings else ())
         disk.trim(cache)
 
 

@@ -128,9 +128,11 @@ def _compute_missing(subject: Subject, missing: Sequence[tuple[reference.Kind, _
 def compare_references(subject: Subject, windows: Windows, references: References) -> Finding:
     """Hugging Face fp32 → our fp32 → our quantized model, → itself with float noise if activations are quantized."""
     with stage("compare", "rewriting and quantization"):
-        rewriting = _compare(windows, references.huggingface, references.fp32)
-        quantization = _compare(windows, references.fp32, references.quantized)
-        noise = {"noise": _compare(windows, references.quantized, references.noise)} if references.noise else {}
+        rewriting = _compare(subject, windows, references.huggingface, references.fp32)
+        quantization = _compare(subject, windows, references.fp32, references.quantized)
+        noise = (
+            {"noise": _compare(subject, windows, references.quantized, references.noise)} if references.noise else {}
+        )
     return Finding(
         gates=(
             *gates.rewriting(rewriting, subject.setting.evaluation.max_rewriting_error),
@@ -164,8 +166,8 @@ def compare_artifact(
     finite = require(gates.count("logits finite: problems", [problem] if problem else [], Outcome.MISMATCH), problem)
     finite += _require_template(template.windows, np.load(template_out))
     with stage("compare", "lowering and total"):
-        lowering = _compare(windows.windows, references.quantized, out)
-        total = _compare(windows.windows, references.huggingface, out)
+        lowering = _compare(subject, windows.windows, references.quantized, out)
+        total = _compare(subject, windows.windows, references.huggingface, out)
     limits = subject.limits
     finding = finite + Finding(
         tuple(gates.lowering(lowering, limits, noise)),
@@ -190,6 +192,12 @@ def _require_template(template: Windows, logits: NDArray[np.float32]) -> Finding
     return require(gate, "".join(problems))
 
 
-def _compare(windows: Windows, reference_file: Path, candidate_file: Path) -> Comparison:
-    reference_logits, logits = np.load(reference_file, mmap_mode="r"), np.load(candidate_file, mmap_mode="r")
-    return accuracy.compare(reference_logits, logits, windows.targets, windows.labels)
+def _compare(subject: Subject, windows: Windows, reference_file: Path, candidate_file: Path) -> Comparison:
+    """Numbers only, so that others have their turn; what several artifacts share is compared once."""
+
+    def compare() -> Comparison:
+        reference_logits, logits = np.load(reference_file, mmap_mode="r"), np.load(candidate_file, mmap_mode="r")
+        return accuracy.compare(reference_logits, logits, windows.targets, windows.labels)
+
+    with subject.setting.turns.given_away():
+        return subject.setting.shared.once((windows.sha256, reference_file, candidate_file), compare)

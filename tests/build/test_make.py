@@ -91,6 +91,13 @@ NAMES = (
 )
 
 
+def test_timings_are_asked_of_build_and_validation(make):
+    assert all("--timings" in call for call in make("build", "validate", "TIMINGS=yes"))
+    assert not any("--timings" in call for call in make("build", "validate"))
+    with pytest.raises(AssertionError):
+        make("build", "TIMINGS=no")
+
+
 @pytest.mark.hostile("text", "variables of make with commands in them", "never run")
 @pytest.mark.parametrize("name", NAMES)
 def test_no_variable_is_run(make, name):
