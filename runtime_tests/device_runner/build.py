@@ -31,6 +31,8 @@ BUILD = ROOT / "build" / "runner"
 _LIBRARIES = ("", "_threadpool", "_kernels_optimized", "_kernels_quantized", "_backend_xnnpack")
 _CROSS_COMPILER = "aarch64-linux-gnu-g++"
 _DYNAMIC_LOADER = "ld-linux-aarch64.so.1"
+_LOADER_PLACES = (Path("/lib"), Path("/lib64"))
+"""Programs name it by the first, whatever folders a compiler searches."""
 # all system libraries that the runner and the SDK's libraries need
 _SYSTEM = (
     _DYNAMIC_LOADER,
@@ -138,10 +140,17 @@ def host_abi() -> Abi:
 
 def _system_libraries(compiler: _Compiler) -> list[Path]:
     """The compiler's own C and C++ libraries, with the loader that belongs to them."""
-    paths = [Path(_answer(compiler, f"-print-file-name={name}")) for name in _SYSTEM]
-    for path in paths:
-        if not path.is_absolute():  # it prints the bare name of what it does not have
-            raise UnavailableError(f"{path}: not found beside {compiler.command}; install libc6-dev-arm64-cross")
+    native = compiler.command != _CROSS_COMPILER
+    paths = []
+    for name in _SYSTEM:
+        path = Path(_answer(compiler, f"-print-file-name={name}"))
+        if not path.is_absolute():  # it prints the bare name of what it does not find: on Fedora the loader, elsewhere
+            places = _LOADER_PLACES if native and name == _DYNAMIC_LOADER else ()
+            path = next((place / name for place in places if (place / name).is_file()), path)
+        if not path.is_absolute():
+            remedy = packages.hint(compiler.command) if native else "install libc6-dev-arm64-cross"
+            raise UnavailableError(f"{name}: not found beside {compiler.command}; {remedy}")
+        paths.append(path)
     return paths
 
 

@@ -48,6 +48,34 @@ def test_a_missing_tool_is_one_line(monkeypatch, tmp_path):
         build.build("aarch64", folder=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("command", "lacking", "line"),
+    [
+        ("g++", "ld-linux-aarch64.so.1", None),  # Fedora's, which has the loader where it does not look
+        ("g++", "libstdc++.so.6", r"^libstdc\+\+\.so\.6: not found beside g\+\+; .*install "),
+        (
+            "aarch64-linux-gnu-g++",
+            "ld-linux-aarch64.so.1",  # the machine's own is of another C library, or another processor
+            r"^ld-linux-aarch64\.so\.1: not found beside aarch64-linux-gnu-g\+\+; install libc6-dev-arm64-cross$",
+        ),
+    ],
+)
+def test_the_loader_is_found_where_programs_name_it(monkeypatch, tmp_path, command, lacking, line):
+    compiler = tmp_path / command
+    compiler.write_text(f'#!/bin/sh\nname=${{1#*=}}; [ "$name" = {lacking} ] || printf /usr/lib64/; echo "$name"\n')
+    compiler.chmod(0o755)
+    (tmp_path / "ld-linux-aarch64.so.1").touch()
+    monkeypatch.setattr(build, "_LOADER_PLACES", (tmp_path / "none", tmp_path))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    libraries = partial(build._system_libraries, build._Compiler(command, ()))
+    if line:
+        with pytest.raises(sdk.UnavailableError, match=line):
+            libraries()
+    else:
+        assert [path.name for path in libraries()] == list(build._SYSTEM)
+        assert libraries()[0] == tmp_path / "ld-linux-aarch64.so.1"
+
+
 def test_a_wheel_that_cannot_be_had_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(sdk.UnavailableError, match=r"executorch .* for aarch64: pip download failed: ERROR"):

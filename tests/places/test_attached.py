@@ -1,6 +1,7 @@
 """Validation over a transport, with this machine as the device: a good artifact passes, every accident has its name."""
 
 import os
+import shlex
 import sys
 from contextlib import closing
 from dataclasses import replace
@@ -67,10 +68,10 @@ def wrapped(tmp_path, real_runner):
     """A runner of the user's: ours with a fault."""
 
     def write(fault):
-        path, text = tmp_path / f"runner-{fault}", WRAPPER.read_text()
-        for word, value in {"PYTHON": sys.executable, "RUNNER": str(real_runner), "KIND": fault}.items():
-            text = text.replace(word, value, 1)
-        path.write_text(text)
+        path = tmp_path / f"runner-{fault}"
+        program = path.with_suffix(".py")
+        program.write_text(WRAPPER.read_text().replace("RUNNER", str(real_runner), 1).replace("KIND", fault, 1))
+        path.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, str(program)])} "$@"\n')  # of paths with spaces
         path.chmod(0o755)
         return path
 
