@@ -27,6 +27,12 @@ NAME   ?=
 # where recipes that calibrate compute: cpu or cuda; empty: cpu
 CALIBRATE_ON ?=
 
+# of the C++ runner for .pte files: zig or g++; empty: docs/platforms.md says which
+COMPILER ?=
+ifneq ($(value COMPILER),)
+export LLAMA_COMPILER := $(value COMPILER)
+endif
+
 # how long `make fuzz` goes on
 MINUTES ?= 60
 
@@ -51,7 +57,7 @@ TIMINGS ?=
 # what users give reaches the shell and Python as the text it is, whatever characters a path has
 quote   = '$(subst ','\'',$(value $(1)))'
 each    = $(foreach item,$(value $(1)),'$(subst ','\'',$(item))')
-GIVEN   := PYTHON TORCH MODEL QUANT CALIBRATE_ON DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS SPEED VALIDATION TIMINGS QUICK STUDIED TARGETS
+GIVEN   := PYTHON TORCH MODEL QUANT CALIBRATE_ON COMPILER DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS SPEED VALIDATION TIMINGS QUICK STUDIED TARGETS
 unexport $(GIVEN)
 # what is misspelled would be left out in silence; sub-makes and tests give PINS
 UNKNOWN := $(foreach name,$(filter-out $(GIVEN) PINS,$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))

@@ -14,7 +14,7 @@ from devices import DeviceLostError, NoSpaceError
 from export import manifest
 from runtime_tests import __main__ as cli
 from runtime_tests import validate
-from runtime_tests.device_runner import build, sdk
+from runtime_tests.device_runner import build, compilers, sdk
 from runtime_tests.evidence.record import Outcome, newest_run
 from runtime_tests.places.remote import AttachedDevice
 from tests.support.fakes import boards
@@ -28,7 +28,7 @@ WRAPPER = FAKES / "runner.py"
 def real_runner():
     """Ours for this machine, built once."""
     try:
-        return build.build(build.host_abi()).path / "bin/runner"
+        return build.build(compilers.host_abi()).path / "bin/runner"
     except sdk.UnavailableError as missing:
         pytest.skip(str(missing))
 
