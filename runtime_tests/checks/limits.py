@@ -10,7 +10,7 @@ from export.errors import ExportError, is_own, load_fields, validated
 from export.manifest import Manifest, flat
 from export.plan import QuantLimits, QuantRecipe, Target, TargetLimits, file_of, load_named, names
 
-_WORDS = {"description", "limits", "limits_on"}
+_WORDS = {"description", "limits", "limits_on", "cache_limits"}
 """Fields of a recipe or target that change nothing about an artifact."""
 _Record = TypeVar("_Record", QuantRecipe, Target)
 
@@ -80,4 +80,4 @@ def _known(cls: type[_Record], kind: str, name: str, artifact: str) -> _Record:
 def _differing(of_artifact: QuantRecipe | Target, ours: QuantRecipe | Target) -> str:
     """Names of the top fields that differ and decide something."""
     was, now = (record.model_dump(exclude=_WORDS) for record in (of_artifact, ours))
-    return ", ".join(name for name in now if was[name] != now[name])
+    return ", ".join(name for name in now if name in was and was[name] != now[name])

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 from export.architecture import EMBEDDING, FINAL_NORM, HEAD, ROTATE_IN, ROTATE_OUT, Architecture
 from export.checkpoints.integers import Integers
+from export.manifest import KVLayout
 from export.model import rope_tables
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Of the caches."""
 _ReadWeight = Callable[[str], Any]
 """Name → float32 tensor, or the integers of a quantized weight."""
 
@@ -122,18 +125,18 @@ class Constants(nn.Module):
 
 
 class Layer(nn.Module):
-    """One block with its keys and values, buffers [1, C, G, D]."""
+    """One block with its keys and values, buffers [1, C, G, D]; attention computes in their type."""
 
-    def __init__(self, read: _ReadWeight, index: int, a: Architecture, context_length: int) -> None:
+    def __init__(self, read: _ReadWeight, index: int, a: Architecture, kv: KVLayout) -> None:
         super().__init__()
         prefix = f"model.layers.{index}."
         self.q, self.k, self.v, self.o = (_linear(read(f"{prefix}self_attn.{p}_proj.weight")) for p in "qkvo")
         self.gate, self.up, self.down = (_linear(read(f"{prefix}mlp.{p}_proj.weight")) for p in ("gate", "up", "down"))
         self.norm_1 = nn.Buffer(read(f"{prefix}input_layernorm.weight"))
         self.norm_2 = nn.Buffer(read(f"{prefix}post_attention_layernorm.weight"))
-        shape = (1, context_length, a.num_key_value_heads, a.head_dim)
-        self.key_cache = nn.Buffer(torch.zeros(shape), persistent=False)
-        self.value_cache = nn.Buffer(torch.zeros(shape), persistent=False)
+        self.dtype = DTYPES[kv.dtype]
+        slots = torch.zeros((1, kv.context_length, kv.kv_heads, kv.head_dim), dtype=self.dtype)
+        self.key_cache, self.value_cache = (nn.Buffer(slots.clone(), persistent=False) for _ in "kv")
         self.heads, self.kv_heads, self.head_dim = a.num_attention_heads, a.num_key_value_heads, a.head_dim
         self.last = index == a.num_hidden_layers - 1
 
@@ -147,10 +150,11 @@ class Layer(nn.Module):
         q, k = c.rotate(q, cos, sin), c.rotate(k, cos, sin)
         # The new tokens take slots start…start+S-1. Attention without a mask (None), without dropout, and causal from
         # `start` on: row r sees slots 0…start+r, thus never a slot that was not written.
+        q, k, v = (self.cast(x, self.dtype) for x in (q, k, v))
         torch.ops.llama.update_cache(k, self.key_cache, start)
         torch.ops.llama.update_cache(v, self.value_cache, start)
         attended = torch.ops.llama.custom_sdpa(q, self.key_cache, self.value_cache, start, None, 0.0, True)
-        attended = attended.view(1, -1, self.heads * self.head_dim)
+        attended = self.cast(attended, torch.float32).view(1, -1, self.heads * self.head_dim)
         if self.last:  # nothing after the last cache needs the other positions
             x, attended = x[:, -1:], attended[:, -1:]
         x = x + self.o(self.activation(attended))
@@ -159,6 +163,10 @@ class Layer(nn.Module):
         out: Tensor = x + self.down(self.activation(gate * torch.sigmoid(gate) * up))
         return out
 
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """To the cache's type and back; no operation where that is float32."""
+        return x if self.dtype == torch.float32 else torch.ops.aten._to_copy(x, dtype=dtype)  # type: ignore[no-any-return]
+
     def activation(self, x: Tensor) -> Tensor:
         return _quantize_activation(x) if isinstance(self.o, QuantizedLinear) else x
 
@@ -166,17 +174,17 @@ class Layer(nn.Module):
 class PteLlama(nn.Module):
     """tokens int64 [1, S], input_pos int64 [1] → logits float32 [1, 1, V] after the last token."""
 
-    def __init__(self, read: _ReadWeight, a: Architecture, context_length: int) -> None:
+    def __init__(self, read: _ReadWeight, a: Architecture, kv: KVLayout) -> None:
         super().__init__()
         self.embedding = Embedding(read(EMBEDDING))
-        self.layers = nn.ModuleList(Layer(read, i, a, context_length) for i in range(a.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(read, i, a, kv) for i in range(a.num_hidden_layers))
         self.norm = nn.Buffer(read(FINAL_NORM))
         self.rotate_in, self.rotate_out = (
             Rotation(read(name)) if a.rotated else nn.Identity() for name in (ROTATE_IN, ROTATE_OUT)
         )
         self.head = _linear(read(HEAD))
-        self.constants = Constants(a, context_length)
-        self.context_length = context_length
+        self.constants = Constants(a, kv.context_length)
+        self.context_length = kv.context_length
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         start: Any = input_pos[0].item()  # a symbol while tracing

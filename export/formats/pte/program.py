@@ -40,7 +40,7 @@ _aten = torch.ops.aten
 def write(model: QuantizedModel, build: Build, contract: IOContract) -> _Facts:
     """Write the artifact. Returns counts of delegates and of the ops left outside them."""
     with model.reader() as read:  # one mapping; one for each weight would be 150 GB of address space for 1B
-        module = PteLlama(read, model.architecture, contract.kv.context_length).eval()
+        module = PteLlama(read, model.architecture, contract.kv).eval()
     with _quiet():
         program = functionalize(trace(module, contract.max_prefill))
     with _quiet(), _ordered_groups(), fast_lowering(), no_decompositions():

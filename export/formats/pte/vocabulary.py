@@ -20,7 +20,8 @@ from export.manifest import Manifest
 from . import FILES, methods
 
 OPERATORS = frozenset({
-    "aten::_local_scalar_dense", "aten::embedding.out", "aten::select_copy.int_out", "aten::slice_copy.Tensor_out",
+    "aten::_local_scalar_dense", "aten::_to_copy.out", "aten::embedding.out", "aten::select_copy.int_out",
+    "aten::slice_copy.Tensor_out",
     "aten::sym_size.int", "aten::unsqueeze_copy.out", "executorch_prim::add.Scalar", "llama::custom_sdpa.out",
     "llama::update_cache.out", "quantized_decomposed::embedding_byte.dtype_out",
 })  # fmt: skip

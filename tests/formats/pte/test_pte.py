@@ -61,6 +61,12 @@ def test_a_flipped_scale_is_seen(folder, model, tmp_path):
     assert weights_differ(tmp_path / "model.pte", model) == ["model.layers.1.mlp.up_proj.weight"]
 
 
+def slots(a, dtype="float32"):
+    """The cache's part of a contract."""
+    wanted = load_plan("tiny", "int4-g32", "executorch-xnnpack", cache=dtype)
+    return formats.kv_layout(wanted, a, "state")
+
+
 def decoded(form: PteLlama, ids: list[int], prefill: int) -> torch.Tensor:
     """Logits after the prefill and after each further token."""
     with torch.no_grad():
@@ -74,8 +80,26 @@ def test_model_form_has_the_logits_of_the_model():
     weights = checkpoints.load(plan().model, None)
     ids = random_tokens(100)
     expected = eager_logits(weights, ids)
-    logits = decoded(PteLlama(eager_reader(weights), weights.architecture, 256).eval(), ids, 60)
+    logits = decoded(PteLlama(eager_reader(weights), weights.architecture, slots(weights.architecture)).eval(), ids, 60)
     assert (logits - expected[59:]).abs().max() < 1e-4
+
+
+def test_a_bfloat16_cache_rounds_queries_keys_and_values_and_nothing_else(monkeypatch):
+    """Against the reference model, whose attention is made to read the same rounded numbers."""
+    weights, ids = checkpoints.load(plan().model, None), random_tokens(100)
+    exact = eager_logits(weights, ids)[59:]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        "torch.nn.functional.scaled_dot_product_attention",
+        lambda q, k, v, **options: attend(*(x.bfloat16().float() for x in (q, k, v)), **options),
+    )
+    rounded = eager_logits(weights, ids)[59:]
+    monkeypatch.undo()
+    form = PteLlama(eager_reader(weights), weights.architecture, slots(weights.architecture, "bfloat16")).eval()
+    logits = decoded(form, ids, 60)
+    assert {layer.key_cache.dtype for layer in form.layers} == {torch.bfloat16}
+    assert (logits - exact).norm() < 1e-2 * exact.norm()
+    assert (logits - rounded).norm() < (logits - exact).norm()
 
 
 def eager_reader(weights):
@@ -84,7 +108,7 @@ def eager_reader(weights):
 
 def test_quantized_model_form_rounds_as_torchao_does(model):
     """int8 rounding turns float noise into steps, so only tokens without a value near an edge, most, are equal."""
-    form = PteLlama(model.read, model.architecture, 256).eval()
+    form = PteLlama(model.read, model.architecture, slots(model.architecture)).eval()
     reference = eager(model.read, model.architecture, "int8-per-token")
     with torch.no_grad():
         pairs = [(decoded(form, [t], 1)[0], reference(torch.tensor([[t]]))[0][0, 0]) for t in range(64)]
