@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FILES = ("model.pte",)
 TOOLS = ("executorch",)
-CACHES: tuple[Cache, ...] = ("float32", "bfloat16")
+CACHES: tuple[Cache, ...] = ("float32", "bfloat16", "int8")
 NO_CACHES: dict[Cache, str] = {
     "float16": "ExecuTorch's attention computes with it as if it had no kernels: six times the time of float32",
 }

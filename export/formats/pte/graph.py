@@ -20,8 +20,8 @@ from export.checkpoints.integers import Integers
 from export.manifest import KVLayout
 from export.model import rope_tables
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""Of the caches."""
+from . import cache
+
 _ReadWeight = Callable[[str], Any]
 """Name → float32 tensor, or the integers of a quantized weight."""
 
@@ -125,7 +125,7 @@ class Constants(nn.Module):
 
 
 class Layer(nn.Module):
-    """One block with its keys and values, buffers [1, C, G, D]; attention computes in their type."""
+    """One block with its keys and values."""
 
     def __init__(self, read: _ReadWeight, index: int, a: Architecture, kv: KVLayout) -> None:
         super().__init__()
@@ -134,9 +134,9 @@ class Layer(nn.Module):
         self.gate, self.up, self.down = (_linear(read(f"{prefix}mlp.{p}_proj.weight")) for p in ("gate", "up", "down"))
         self.norm_1 = nn.Buffer(read(f"{prefix}input_layernorm.weight"))
         self.norm_2 = nn.Buffer(read(f"{prefix}post_attention_layernorm.weight"))
-        self.dtype = DTYPES[kv.dtype]
-        slots = torch.zeros((1, kv.context_length, kv.kv_heads, kv.head_dim), dtype=self.dtype)
-        self.key_cache, self.value_cache = (nn.Buffer(slots.clone(), persistent=False) for _ in "kv")
+        self.attend, self.slots = cache.attention(kv.dtype), tuple(buffers := cache.empty(kv))
+        for name, buffer in buffers.items():
+            setattr(self, name, nn.Buffer(buffer, persistent=False))
         self.heads, self.kv_heads, self.head_dim = a.num_attention_heads, a.num_key_value_heads, a.head_dim
         self.last = index == a.num_hidden_layers - 1
 
@@ -148,13 +148,8 @@ class Layer(nn.Module):
         q = q.view(1, -1, self.heads, self.head_dim)
         k, v = (x.view(1, -1, self.kv_heads, self.head_dim) for x in (k, v))
         q, k = c.rotate(q, cos, sin), c.rotate(k, cos, sin)
-        # The new tokens take slots start…start+S-1. Attention without a mask (None), without dropout, and causal from
-        # `start` on: row r sees slots 0…start+r, thus never a slot that was not written.
-        q, k, v = (self.cast(x, self.dtype) for x in (q, k, v))
-        torch.ops.llama.update_cache(k, self.key_cache, start)
-        torch.ops.llama.update_cache(v, self.value_cache, start)
-        attended = torch.ops.llama.custom_sdpa(q, self.key_cache, self.value_cache, start, None, 0.0, True)
-        attended = self.cast(attended, torch.float32).view(1, -1, self.heads * self.head_dim)
+        attended = self.attend({name: getattr(self, name) for name in self.slots}, q, k, v, start)
+        attended = attended.view(1, -1, self.heads * self.head_dim)
         if self.last:  # nothing after the last cache needs the other positions
             x, attended = x[:, -1:], attended[:, -1:]
         x = x + self.o(self.activation(attended))
@@ -162,10 +157,6 @@ class Layer(nn.Module):
         gate, up = self.gate(h), self.up(h)
         out: Tensor = x + self.down(self.activation(gate * torch.sigmoid(gate) * up))
         return out
-
-    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """To the cache's type and back; no operation where that is float32."""
-        return x if self.dtype == torch.float32 else torch.ops.aten._to_copy(x, dtype=dtype)  # type: ignore[no-any-return]
 
     def activation(self, x: Tensor) -> Tensor:
         return _quantize_activation(x) if isinstance(self.o, QuantizedLinear) else x

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import executorch.exir.passes._quant_patterns_and_replacements
-import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  (registers llama::update_cache and custom_sdpa)
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeCompileConfig, EdgeProgramManager, ExecutorchBackendConfig, to_edge_transform_and_lower
@@ -80,7 +79,7 @@ def _count(edge: EdgeProgramManager) -> _Facts:
     )
     delegates = names.pop("executorch_call_delegate", 0)
     names.pop("getitem", 0)
-    ours = sum(n for name, n in names.items() if "custom_sdpa" in name or "auto_functionalized" in name)
+    ours = sum(n for name, n in names.items() if "_sdpa" in name or "auto_functionalized" in name)
     return {"delegates": delegates, "attention_and_cache_ops": ours, "other_ops": names.total() - ours}
 
 
