@@ -36,6 +36,8 @@ class KVLayout(Strict):
     head_dim: Positive
     context_length: Positive
     """Slots: positions 0…context_length-1 can be fed."""
+    scale_bytes: Annotated[int, Field(ge=0, exclude_if=lambda count: count == 0)] = 0
+    """In the cache, beside each head's keys of a position, and beside its values: their own scale and zero."""
 
 
 class TokenizerIds(Strict):

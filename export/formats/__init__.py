@@ -283,7 +283,7 @@ def check_cache(plan: Plan) -> None:
         )
 
 
-def kv_layout(plan: Plan, a: Architecture, kind: Literal["io", "state"]) -> KVLayout:
+def kv_layout(plan: Plan, a: Architecture, kind: Literal["io", "state"], *, scale_bytes: int = 0) -> KVLayout:
     """The contract's description of a KV cache with one slot for each position of the context."""
     return KVLayout(
         kind=kind,
@@ -292,12 +292,13 @@ def kv_layout(plan: Plan, a: Architecture, kind: Literal["io", "state"]) -> KVLa
         kv_heads=a.num_key_value_heads,
         head_dim=a.head_dim,
         context_length=plan.model.context_length,
+        scale_bytes=scale_bytes,
     )
 
 
 def cache_bytes(kv: KVLayout) -> int:
-    """Keys and values of all slots, which are there from the start."""
-    return size(kv.dtype, (2, kv.layers, kv.kv_heads, kv.head_dim, kv.context_length))
+    """Keys and values of all slots, which are there from the start, with the scales that lie beside them."""
+    return 2 * kv.layers * kv.context_length * kv.kv_heads * (size(kv.dtype, (kv.head_dim,)) + kv.scale_bytes)
 
 
 def in_a_line(error: BaseException) -> str:

@@ -14,12 +14,13 @@ from export.formats import (
     Lowered,
     Needs,
     cache_bytes,
+    cache_of,
     clients,
     kv_layout,
     refuse_any_scales,
     refuse_plain_attention,
 )
-from export.manifest import IOContract, TensorSpec, TokenizerIds
+from export.manifest import IOContract, KVLayout, TensorSpec, TokenizerIds
 from export.plan import Cache, Plan
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ NO_CACHES: dict[Cache, str] = {
 }
 LOGGERS = ("executorch",)
 _MAX_PREFILL = 512
+_SCALE_BYTES = {"int8": 5}
+"""Of a head in one slot: a float32 scale and an int8 zero."""
 _LIBRARIES_BYTES = 100_000_000
 _LAYER_BYTES = 10_000_000
 """Measured memory of executorch and its libraries, and of a layer's graph with every node's values and history."""
@@ -76,7 +79,7 @@ def needs(plan: Plan, architecture: Architecture) -> Needs:
     counts, a = schemes.of_recipe(plan.quant, architecture).counts(), architecture
     packed = int(schemes.largest(plan.quant, a).stored_bits(float_bits=32) / 8)
     table = _table_bytes(plan, a) if a.tie_word_embeddings else 0
-    caches = cache_bytes(kv_layout(plan, a, "state"))
+    caches = cache_bytes(_kv(plan, a))
     weights = counts.store_bytes + counts.scales + 4 * counts.floats  # as many zero points as scales, a byte each
     memory = _LIBRARIES_BYTES + _LAYER_BYTES * a.num_hidden_layers + weights + packed + table + caches
     return Needs(memory, packed + table)
@@ -126,7 +129,11 @@ def _io_contract(a: Architecture, plan: Plan) -> IOContract:
         ),
         outputs=(TensorSpec(name="logits", dtype="float32", shape=(1, 1, a.vocab_size)),),
         states=(),
-        kv=kv_layout(plan, a, "state"),
+        kv=_kv(plan, a),
         max_prefill=min(_MAX_PREFILL, plan.model.context_length),
         logits="last",
     )
+
+
+def _kv(plan: Plan, a: Architecture) -> KVLayout:
+    return kv_layout(plan, a, "state", scale_bytes=_SCALE_BYTES.get(cache_of(plan), 0))

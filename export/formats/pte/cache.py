@@ -5,7 +5,7 @@ Shapes: S new tokens, C context length, H query heads, G key/value heads, D head
 
 from collections.abc import Callable
 
-import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  (registers the operators of `llama`)
+import executorch.extension.llm.custom_ops.custom_ops
 import executorch.kernels.quantized  # noqa: F401  (registers the quantizing ones for programs)
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ def _int8(buffers: Buffers, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tens
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """float32 [1, S, H, D] → int8, zeros int8 and scales float32 [1, S, H, 1]: asymmetric for each position and head."""
+    """float32 [1, S, H, D] → int8, and zeros int8 and scales float32, [1, S, H, 1]: one of each per position and head."""
     scale, zero = _quantized.choose_qparams_per_token_asymmetric.default(x, torch.int8)  # float64 and int64
     q = _quantized.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
     to = torch.ops.aten._to_copy
