@@ -130,7 +130,7 @@ inline void gather_keys(const Int8Attention& call, int64_t begin, int64_t group,
       for (int64_t d = 0; d < dim; d += 64) __builtin_prefetch(keys[i] + kAhead * stride + d);
     }
     Words sums = {};
-    const Words ones = (kStep == 4 ? 0x01010101 : 0) - Words{};
+    const Words ones = static_cast<Word>(kStep == 4 ? 0x01010101 : 0) - Words{};
     Word* to = block.keys + j;
     for (int64_t d = 0; d < dim; d += 4 * kStep, to += 4 * kInt8Block) {
       FourWords fours[kLanes];
