@@ -337,6 +337,8 @@ class CacheLimits(Strict):
     """Mean KL divergence that may come on top of the lowering's, nats."""
     min_top1: float
     """Share that must be left of the positions where the lowering keeps the likeliest token."""
+    min_probe_sqnr_db: float | None
+    """Instead of the target's; null: no single tokens are compared."""
 
 
 class Target(Strict):

@@ -1,7 +1,7 @@
 """One artifact in the setting of its run, and the findings of its checks."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 from devices import Device
 from export.host.console import counted
 from export.manifest import Manifest
-from export.plan import TargetLimits
+from export.plan import CacheLimits, TargetLimits
 from runtime_tests import jobs
 from runtime_tests.evaluation import Evaluation, Windows
 from runtime_tests.evidence.record import Comparison, DeviceState, Environment, Gate, Latency, Outcome
@@ -91,8 +91,14 @@ class Subject:
 
     @property
     def limits(self) -> TargetLimits:
-        """What the lowering may lose on the device's processor."""
-        return self.judged_by.on(self.setting.place.abi)
+        """What the lowering, cache included, may lose on the device's processor."""
+        return self.judged_by.on(self.setting.place.abi, self.cache_limits)
+
+    @property
+    def cache_limits(self) -> CacheLimits | None:
+        """What its kind of cache may lose; None: it is compared with nothing, being the format's usual one."""
+        limits: Mapping[str, CacheLimits] = self.judged_by.cache
+        return limits.get(self.manifest.contract.kv.dtype)
 
     @property
     def folder_text(self) -> str:

@@ -114,7 +114,7 @@ def lower(model: "QuantizedModel", build: Build) -> Lowered:
     if contract.kv.dtype == "int8":
         from .scales import calibrated
 
-        scales, measured_on = calibrated(model, build.folder)
+        scales, measured_on = calibrated(model, build)
     with (build.folder / f"{FILE}.data").open("wb") as file:
         proto = graph.build(model, DataFile(file, f"{FILE}.data"), contract, scales)
     (build.folder / FILE).write_bytes(proto.SerializeToString(deterministic=True))

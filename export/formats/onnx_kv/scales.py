@@ -7,7 +7,7 @@ SmolLM2-135M, int4-g32-scales, KL to the float cache: with the largest values of
 """
 
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from export.architecture import EMBEDDING, ROTATE_IN
 from export.checkpoints import tokenizer
 from export.checkpoints.integers import Integers, values_of
 from export.errors import ExportError
-from export.manifest import CacheScales
+from export.formats import Build
+from export.manifest import CacheScales, TokenizerIds
 from export.model import rope_tables
 from export.plan import Mixture, load_named
 from export.quantization import texts
@@ -36,17 +37,25 @@ _SMALLEST = 2.0**-20
 """Of a scale, for channels that are always zero."""
 
 
-def calibrated(model: QuantizedModel, folder: Path) -> tuple[tuple[NDArray[np.float32], ...], CacheScales]:
-    """Key and value scales of each layer in turn, float32 [G, D], with the tokenizer of an artifact's folder.
+def calibrated(model: QuantizedModel, build: Build) -> tuple[tuple[NDArray[np.float32], ...], CacheScales]:
+    """Key and value scales of each layer in turn, float32 [G, D], with the tokenizer that is in the build's folder.
 
     Raises ExportError: a text is too short, a token beyond the vocabulary, or a value not finite.
     """
-    mixture = load_named(Mixture, "mixtures", MIXTURE)
-    ids = texts.windows(mixture, tokenizer.load(folder))
+    mixture, loaded = load_named(Mixture, "mixtures", MIXTURE), tokenizer.load(build.folder)
+    found = texts.windows(mixture, loaded)
+    ids = torch.cat([found, _beside_text(loaded, build.tokenizer, model.architecture.vocab_size, found.shape[1])])
     if int(ids.max()) >= model.architecture.vocab_size:
         raise ExportError(f"the tokenizer gives id {int(ids.max())}, beyond the vocabulary")
     scales = tuple(scale_of(bound) for pair in bounds(model, ids) for bound in pair)
     return scales, CacheScales(texts=texts.sha256(mixture), tokens=ids.numel())
+
+
+def _beside_text(loaded: Any, described: TokenizerIds, vocab_size: int, length: int) -> Tensor:
+    """Tokens that no text holds, int64 [1, L]: those of a conversation, then some from all over the vocabulary."""
+    chat = loaded.encode(described.chat_example or "", add_special_tokens=False)
+    ids = torch.tensor([*described.eos_ids, *chat])[:length]
+    return torch.cat([ids, torch.linspace(0, vocab_size - 1, length - len(ids)).long()])[None]
 
 
 def scale_of(bound: Tensor) -> NDArray[np.float32]:

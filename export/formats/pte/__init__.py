@@ -30,7 +30,7 @@ FILES = ("model.pte",)
 TOOLS = ("executorch",)
 CACHES: tuple[Cache, ...] = ("float32", "bfloat16", "int8")
 NO_CACHES: dict[Cache, str] = {
-    "float16": "ExecuTorch's attention computes with it as if it had no kernels: six times the time of float32",
+    "float16": "ExecuTorch's attention has no kernels for it: six times the time of float32",
 }
 LOGGERS = ("executorch",)
 _MAX_PREFILL = 512

@@ -70,7 +70,7 @@ def _int8(buffers: Buffers, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tens
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """float32 [1, S, H, D] → int8, and zeros int8 and scales float32, [1, S, H, 1]: one of each per position and head."""
+    """float32 [1, S, H, D] → int8; zeros int8 and scales float32, [1, S, H, 1]: one of each per position and head."""
     scale, zero = _quantized.choose_qparams_per_token_asymmetric.default(x, torch.int8)  # float64 and int64
     q = _quantized.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
     to = torch.ops.aten._to_copy
