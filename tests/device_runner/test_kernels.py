@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from runtime_tests.device_runner import build
+from runtime_tests.device_runner import attention, build
+from runtime_tests.device_runner.attention import Attention, Int8Attention, Int8Heads
 from runtime_tests.device_runner.sdk import UnavailableError
 
 ISAS = {"x86_64": ("baseline", "avx2", "avx512", "avx512_vnni"), "aarch64": ("baseline", "dotprod")}
@@ -34,28 +35,10 @@ SHAPES = [
 ]
 
 
-SHAPE = (*((name, ctypes.c_int64) for name in ("new_tokens", "heads", "groups", "head_dim", "start")),)
-POINTERS = (*((name, ctypes.c_void_p) for name in ("query", "key", "value", "out")),)
-HEADS = (*((name, ctypes.c_void_p) for name in ("values", "zeros", "scales")),)
-
-
-class Attention(ctypes.Structure):
-    _fields_ = (*SHAPE, ("scale", ctypes.c_float), *POINTERS)
-
-
-class Int8Heads(ctypes.Structure):
-    _fields_ = HEADS
-
-
-class Int8Attention(ctypes.Structure):
-    operands = (*((name, Int8Heads) for name in ("query", "key", "value")),)
-    _fields_ = (*SHAPE, ("scale", ctypes.c_float), *operands, ("out", ctypes.c_void_p))
-
-
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory):
     try:
-        return ctypes.CDLL(str(build.kernels_library(tmp_path_factory.mktemp("kernels"))))
+        return attention.library(build.kernels_library(tmp_path_factory.mktemp("kernels")))
     except UnavailableError as missing:
         pytest.skip(str(missing))
 
