@@ -165,7 +165,7 @@ class Layer(nn.Module):
 
     def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """To the cache's type and back; no operation where that is float32."""
-        return x if self.dtype == torch.float32 else torch.ops.aten._to_copy(x, dtype=dtype)  # type: ignore[no-any-return]
+        return x if self.dtype == torch.float32 else torch.ops.aten._to_copy(x, dtype=dtype)
 
     def activation(self, x: Tensor) -> Tensor:
         return _quantize_activation(x) if isinstance(self.o, QuantizedLinear) else x
