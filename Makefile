@@ -8,7 +8,7 @@ PYTHON ?=
 # on Linux cpu or cuda; empty: without CUDA, from PyTorch's own index, where no NVIDIA card is
 TORCH  ?=
 MODEL  ?= smollm2-135m
-QUANT  ?= int4-g32-scales
+QUANT  ?= int4-g32-gptq
 # `make baseline`: of which device, from which records or of which artifacts' folders; empty: the last run's
 DEVICE ?= host
 RECORDS ?=

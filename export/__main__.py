@@ -2,13 +2,13 @@
 
 For example:
 
-python -m export smollm2-135m int4-g32-scales onnx-cpu
+python -m export smollm2-135m int4-g32-gptq onnx-cpu
 
 python -m export llama32-1b-instruct int4-mixed onnx-cpu coreml --source ~/my-fine-tune --name assistant
 
 python -m export llama32-1b-instruct int4-mixed onnx-cpu --adapter runs/my-lora
 
-python -m export inspect build/smollm2-135m_int4-g32-scales_onnx-cpu
+python -m export inspect build/smollm2-135m_int4-g32-gptq_onnx-cpu
 """
 
 import sys
@@ -69,7 +69,7 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
 
     A folder that holds what would be written again is left as it is.
 
-    Example: python -m export smollm2-135m int4-g32-scales onnx-cpu coreml
+    Example: python -m export smollm2-135m int4-g32-gptq onnx-cpu coreml
     """
     if len(set(target)) < len(target):
         raise typer.BadParameter("the same target twice", param_hint="TARGET")
@@ -129,7 +129,7 @@ def folders(  # noqa: PLR0913, PLR0917 – the options of a build
 ) -> None:
     """Print the artifact folder of each target, as a build with the same options names it. Nothing is built.
 
-    Example: python -m export folders smollm2-135m int4-g32-scales onnx-cpu coreml
+    Example: python -m export folders smollm2-135m int4-g32-gptq onnx-cpu coreml
     """
     plans, origin = request.asked(
         model, quant, target, source=source, adapter=adapter, name=name, context=context, cache=cache

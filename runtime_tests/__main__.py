@@ -5,11 +5,11 @@ With `--tasks NAME,…` it evaluates lm-evaluation-harness tasks instead: docs/t
 
 For example:
 
-python -m runtime_tests build/smollm2-135m_int4-g32-scales_onnx-cpu
+python -m runtime_tests build/smollm2-135m_int4-g32-gptq_onnx-cpu
 
-python -m runtime_tests --device pixel-8 build/smollm2-135m_int4-g32-scales_executorch-xnnpack
+python -m runtime_tests --device pixel-8 build/smollm2-135m_int4-g32-gptq_executorch-xnnpack
 
-python -m runtime_tests chat build/smollm2-135m_int4-g32-scales_onnx-cpu
+python -m runtime_tests chat build/smollm2-135m_int4-g32-gptq_onnx-cpu
 """
 
 import shutil

@@ -7,7 +7,7 @@ set -eu
 : "${VERSION:?a tag, branch or commit of it}"
 : "${ADAPTER:?folder of the adapter, from the root of your repository}"
 : "${NAME:?of the artifacts}"
-: "${MODEL:=llama32-1b-instruct}" "${RECIPES:=int4-g32-scales}" "${TARGETS:=executorch-xnnpack coreml onnx-cpu}"
+: "${MODEL:=llama32-1b-instruct}" "${RECIPES:=int4-g32-gptq}" "${TARGETS:=executorch-xnnpack coreml onnx-cpu}"
 : "${SOURCE:=}" # of the base: a folder from the root, a GGUF file or a hub id; empty: what the adapter names
 : "${AGAINST:=}" # the release before: what an earlier run left in on-device/build, or its records.jsonl; empty: the first
 

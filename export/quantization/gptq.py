@@ -33,14 +33,14 @@ class Moments:
 
     inputs: Tensor
     """[K, K]  Σ x̂ x̂ᵀ of the quantized model's inputs x̂."""
-    wanted: Tensor
-    """[N, K]  Σ y x̂ᵀ, where y is what the linears should give for x̂."""
+    lost: Tensor
+    """[N, K]  Σ (y − W x̂) x̂ᵀ, where y is what the linears should give for x̂, and W x̂ what they give unrounded."""
 
 
 def round_linears(
     weights: Sequence[Tensor], schemes: Sequence[WeightScheme], moments: Moments, settings: Gptq
 ) -> list[Rounded]:
-    """Integers and scales of linears with the same inputs, float32 [N, K] each; `moments.wanted` has all their rows.
+    """Integers and scales of linears with the same inputs, float32 [N, K] each; `moments.lost` has all their rows.
 
     Raises torch.linalg.LinAlgError if the moments are not positive definite even when damped.
     """
@@ -51,7 +51,7 @@ def round_linears(
     order = importance.argsort(descending=True, stable=True)
     factor = inverse_factor(moments.inputs[order][:, order], strength)
     weight = torch.cat(list(weights))
-    aims = by_rows(lambda w, wanted: target(w, wanted, order, factor, strength), weight, moments.wanted)
+    aims = by_rows(lambda w, lost: target(w, lost, order, factor), weight, moments.lost)
     rounded: dict[int, Rounded] = {}
     rows = [len(weight) for weight in weights]
     targets = torch.split(aims, rows)
@@ -67,17 +67,16 @@ def round_linears(
     return [rounded[i] for i in range(len(weights))]
 
 
-def target(weight: Tensor, wanted: Tensor, order: Tensor, factor: Tensor, strength: Tensor) -> Tensor:
+def target(weight: Tensor, lost: Tensor, order: Tensor, factor: Tensor) -> Tensor:
     """The weight [N, K] that makes of the quantized model's inputs what is wanted, by least squares.
 
-    It is drawn towards the given weight with `strength`: few tokens know little. `factor` [K, K] is the inverse factor
-    of the inputs' moments in `order` [K], with the same strength: the rounding that follows judges errors as this does.
+    It is drawn towards the given weight with the strength that `factor` has: few tokens know little. `factor` [K, K] is
+    the inverse factor of the inputs' moments in `order` [K]: the rounding that follows judges errors as this does.
     """
-    # min over T of Σ |y − T x̂|² + λ |W − T|²  has the normal equations  T (Σ x̂ x̂ᵀ + λ) = Σ y x̂ᵀ + λ W
-    right = (wanted + strength * weight)[:, order]
-    solved = torch.empty_like(weight)
-    solved[:, order] = right @ factor.T @ factor
-    return solved
+    # min over T of Σ |y − T x̂|² + λ |W − T|²  has the solution  T = W + Σ (y − W x̂) x̂ᵀ (Σ x̂ x̂ᵀ + λ)⁻¹
+    answer = torch.empty_like(weight)
+    answer[:, order] = lost[:, order] @ factor.T @ factor
+    return answer.add_(weight)
 
 
 def choose_integers(weight: Tensor, scale: Tensor, order: Tensor, factor: Tensor, scheme: WeightScheme) -> Tensor:

@@ -11,7 +11,7 @@ Words:
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -103,6 +103,11 @@ def round_layers_at_best_scales(
         for name, linear in linears(layer):
             full_name = f"{prefix}{name}.weight"
             yield full_name, round_at_best_scales(linear.weight.detach(), importance[name], schemes[full_name])
+
+
+def _tokens(windows: Sequence[Tensor]) -> Tensor:
+    """[W, L, K] of several chunks → [T, K]."""
+    return torch.cat(list(windows)).flatten(0, 1)
 
 
 # ── GPTQ: the full and the quantized model side by side ─────────────────────────────────────────────────────────────
@@ -232,18 +237,28 @@ class _Pair:
 
     def _of_first(self, streams: Streams, used: slice) -> Moments:
         """They should give for the quantized model's inputs what they give in the full model for its own."""
-        x, y = (
-            torch.cat(spread(sublayer.normed, chunks(stream[used]), stream.device.type)).flatten(0, 1)
-            for sublayer, stream in ((self.full, streams.full), (self.quantized, streams.quantized))
-        )
+
+        def read(chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            full, quantized = chunk
+            x = self.quantized.normed(quantized)
+            return x, (self.full.norm(full) - self.quantized.norm(quantized)).to(x.dtype)
+
+        pieces = zip(chunks(streams.full[used]), chunks(streams.quantized[used]), strict=True)
+        x, missing = map(_tokens, zip(*spread(read, pieces, streams.full.device.type), strict=True))
         weight = torch.cat([self.weights[name] for name in self.names.first])
-        return Moments(second_moments(y), product(weight, crossed_moments(x, y)))
+        return Moments(second_moments(x), product(weight, crossed_moments(missing, x)))
 
     def _of_last(self, streams: Streams, between: Tensor, used: slice) -> Moments:
         """It should bring the quantized stream to where the full one is by now: only it can take back what was lost."""
-        x = between[used].flatten(0, 1)
-        missing = (streams.full[used] - streams.quantized[used]).flatten(0, 1)
-        return Moments(second_moments(x), crossed_moments(missing, x))
+
+        def lose(chunk: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+            full, quantized, inner = chunk
+            return (full - quantized - self.quantized.last(inner)).to(inner.dtype)
+
+        pieces = zip(*(chunks(x[used]) for x in (streams.full, streams.quantized, between)), strict=True)
+        lost = _tokens(spread(lose, pieces, streams.full.device.type))
+        x = _tokens([between[used]])
+        return Moments(second_moments(x), crossed_moments(lost, x))
 
     def _round(self, linears: tuple[str, ...], moments: Callable[[], Moments]) -> Iterator[tuple[str, Rounded]]:
         """Round linears that read the same inputs; from now on the quantized model computes with the result."""

@@ -65,7 +65,10 @@ def blocks(size: int, most: int = _ROWS) -> list[slice]:
 
 
 def second_moments(x: Tensor) -> Tensor:
-    """x [T, K] → Σ x xᵀ float32 [K, K]. Its upper half is computed, the lower one copied."""
+    """x [T, K] → Σ x xᵀ float32 [K, K]. Its upper half is computed, the lower one copied.
+
+    Summed in float32 throughout: rounded more coarsely it has no inverse where channels go together.
+    """
     total = torch.zeros(x.shape[1], x.shape[1], device=x.device)
 
     def add(rows: slice) -> None:
@@ -78,12 +81,12 @@ def second_moments(x: Tensor) -> Tensor:
 
 
 def crossed_moments(y: Tensor, x: Tensor) -> Tensor:
-    """y [T, N], x [T, K] → Σ y xᵀ float32 [N, K]."""
+    """y [T, N], x [T, K] of one dtype, which some tokens are summed in → Σ y xᵀ float32 [N, K]."""
     total = torch.zeros(y.shape[1], x.shape[1], device=x.device)
 
     def add(rows: slice) -> None:
         for left, right in zip(torch.split(y, _TOKENS), torch.split(x, _TOKENS), strict=True):
-            total[rows].addmm_(left[:, rows].float().T, right.float())
+            total[rows] += left[:, rows].T @ right
 
     spread(add, blocks(y.shape[1]), x.device.type)
     return total

@@ -119,4 +119,4 @@ def test_a_target_without_a_wheel_for_this_linux_is_left_out_by_name(tmp_path, m
     said = subprocess.run(command, cwd=ROOT, env=path, capture_output=True, text=True, check=True).stdout
     assert ("left out: coreml, for which coremltools has no wheel here" in said) == left_out
     (line,) = (line for line in said.splitlines() if "-m export" in line)
-    assert line.split() == f".venv/bin/python -m export 'smollm2-135m' 'int4-g32-scales' {built}".split()
+    assert line.split() == f".venv/bin/python -m export 'smollm2-135m' 'int4-g32-gptq' {built}".split()

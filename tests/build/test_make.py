@@ -11,7 +11,7 @@ from tests.support.reliability import LOCATION
 
 pytestmark = LOCATION
 
-PLAN = ["export", "llama", "int4-g32-scales", "coreml", "executorch-xnnpack", "onnx-cpu"]
+PLAN = ["export", "llama", "int4-g32-gptq", "coreml", "executorch-xnnpack", "onnx-cpu"]
 PATHS = (
     *("my models/ck", "it's", "a $HOME b", "a;touch PWNED", "a & touch PWNED", "`touch PWNED`", "$(touch PWNED)"),
     *("$(shell touch PWNED)", "a#b", "(x)", "größe", "50%", '"quoted"', "*", "-x", "~", "a|b>c", "$(info x)"),
