@@ -74,7 +74,7 @@ def _from(llama: Llama, tokens: torch.Tensor, first: int) -> torch.Tensor:
     """Logits from a position on; a long text before it is fed in pieces, whose logits memory need not hold."""
     cache = None
     begin = max(0, first - _PIECE)
-    for piece in tokens[:, :begin].split(_PIECE, 1) if begin else ():
+    for piece in torch.split(tokens[:, :begin], _PIECE, 1) if begin else ():
         _, cache = llama(piece, cache)
     logits: torch.Tensor = llama(tokens[:, begin:], cache)[0]
     return logits[:, first - begin :]

@@ -47,7 +47,7 @@ def statement(folder: Path, described: Manifest) -> dict[str, Any]:
                     "recipe": plan.quant.name,
                     "target": plan.target.name,
                     "context": plan.model.context_length,
-                    "cache": described.contract.kv.dtype,
+                    **({"cache": plan.cache} if plan.cache else {}),
                 },
                 "internalParameters": {"code": code.sha256, "localChanges": code.dirty},
                 "resolvedDependencies": list(_dependencies(described)),

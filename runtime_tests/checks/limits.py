@@ -53,7 +53,7 @@ def of(described: Manifest, given: Limits | None) -> Limits:
 
     Raises ExportError: this checkout has no such recipe or target, or another target of that name.
     """
-    kind, backend = described.contract.kv.dtype, formats.load(described.plan.target.backend)
+    kind, backend = formats.cache_of(described.plan), formats.load(described.plan.target.backend)
     if given is not None:
         if kind not in (backend.CACHES[0], *given.cache):
             raise ExportError(f"{described.id}: --limits has none for its cache of {kind}; add `cache: {{{kind}: …}}`")
@@ -91,7 +91,7 @@ def notes(described: Manifest, limits: Limits, abi: str) -> tuple[str, ...]:
 
 
 def _of_kind(limits: Mapping[Cache, CacheLimits], described: Manifest) -> Mapping[Cache, CacheLimits]:
-    return {kind: limit for kind, limit in limits.items() if kind == described.contract.kv.dtype}
+    return {kind: limit for kind, limit in limits.items() if kind == formats.cache_of(described.plan)}
 
 
 def _file(kind: str, name: str) -> str:

@@ -1,13 +1,14 @@
 """One artifact in the setting of its run, and the findings of its checks."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from devices import Device
+from export import formats
 from export.host.console import counted
 from export.manifest import Manifest
 from export.plan import CacheLimits, TargetLimits
@@ -97,8 +98,7 @@ class Subject:
     @property
     def cache_limits(self) -> CacheLimits | None:
         """What its kind of cache may lose; None: it is compared with nothing, being the format's usual one."""
-        limits: Mapping[str, CacheLimits] = self.judged_by.cache
-        return limits.get(self.manifest.contract.kv.dtype)
+        return self.judged_by.cache.get(formats.cache_of(self.manifest.plan))
 
     @property
     def folder_text(self) -> str:

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from export.architecture import Architecture
 from export.errors import ExportError
-from export.formats import Build, Lowered, Needs, clients, kv_layout, refuse_plain_attention
+from export.formats import Build, Lowered, Needs, cache_of, clients, kv_layout, refuse_plain_attention
 from export.manifest import IOContract, TensorSpec, TokenizerIds
 from export.plan import Cache, Plan, WeightScheme
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from export.quantization.store import QuantizedModel
 
 TOOLS = ("onnx", "onnxruntime", "onnxruntime-genai")
@@ -89,12 +92,16 @@ def block_size(scheme: WeightScheme, columns: int) -> int:
 
 
 def needs(plan: Plan, architecture: Architecture) -> Needs:
-    """One tensor at a time, read and packed."""
+    """One tensor at a time, read and packed; for an int8 cache a layer and what text gives in it."""
     from export.quantization import schemes  # its room loads torch
 
     counts = schemes.of_recipe(plan.quant, architecture).counts()
     libraries = 40_000_000  # onnx, and the graph without its weights
     memory = libraries + counts.largest * (2 if counts.integers else 8)
+    if cache_of(plan) == "int8":
+        from . import scales
+
+        memory = max(memory, libraries + scales.memory_bytes(architecture))
     return Needs(memory, int(schemes.largest(plan.quant, architecture).stored_bits(float_bits=32) / 8))
 
 
@@ -110,7 +117,8 @@ def lower(model: "QuantizedModel", build: Build) -> Lowered:
     from .weights import DataFile
 
     contract = _contract_of(model.architecture, build.plan)
-    scales, measured_on = (), None
+    scales: tuple[NDArray[np.float32], ...] = ()
+    measured_on = None
     if contract.kv.dtype == "int8":
         from .scales import calibrated
 

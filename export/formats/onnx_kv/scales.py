@@ -14,11 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from export.architecture import EMBEDDING, ROTATE_IN
+from export.architecture import EMBEDDING, ROTATE_IN, Architecture
 from export.checkpoints import tokenizer
 from export.checkpoints.integers import Integers, values_of
 from export.errors import ExportError
 from export.formats import Build
+from export.host import processor
 from export.manifest import CacheScales, TokenizerIds
 from export.model import rope_tables
 from export.plan import Mixture, load_named
@@ -28,6 +29,8 @@ from export.quantization.spread import spread
 from export.quantization.store import QuantizedModel
 
 MIXTURE = "cache"
+_WINDOWS, _LENGTH = 7, 512
+"""Of the mixture, and one besides it: for estimates."""
 MARGIN = 1.15
 """Over the largest that was met. Resolution hardly matters, clipping does: 1.25 times the scales cost nothing that can
 be measured, 0.7 times them 13 times the KL."""
@@ -51,6 +54,14 @@ def calibrated(model: QuantizedModel, build: Build) -> tuple[tuple[NDArray[np.fl
     return scales, CacheScales(texts=texts.sha256(mixture), tokens=ids.numel())
 
 
+def memory_bytes(a: Architecture) -> int:
+    """The most that `calibrated` holds: the stream, a layer in float32, and what two windows for each thread give."""
+    tokens, layer = _WINDOWS * _LENGTH, sum(rows * columns for rows, columns in a.linear_shapes().values())
+    widest = 3 * a.intermediate_size + 4 * a.hidden_size + a.num_attention_heads * _LENGTH
+    at_once = 2 * _LENGTH * widest * processor.usable()
+    return 4 * (2 * tokens * a.hidden_size + 2 * layer // a.num_hidden_layers + at_once)
+
+
 def _beside_text(loaded: Any, described: TokenizerIds, vocab_size: int, length: int) -> Tensor:
     """Tokens that no text holds, int64 [1, L]: those of a conversation, then some from all over the vocabulary."""
     chat = loaded.encode(described.chat_example or "", add_special_tokens=False)
@@ -61,7 +72,8 @@ def _beside_text(loaded: Any, described: TokenizerIds, vocab_size: int, length: 
 def scale_of(bound: Tensor) -> NDArray[np.float32]:
     """What an integer stands for where no value is larger than `bound`, float32 of the same shape."""
     wanted = np.maximum(bound.double().numpy() * MARGIN / 127, _SMALLEST)
-    return np.exp2(np.ceil(np.log2(wanted) * _STEPS) / _STEPS).astype(np.float32)
+    scale: NDArray[np.float32] = np.exp2(np.ceil(np.log2(wanted) * _STEPS) / _STEPS).astype(np.float32)
+    return scale
 
 
 def bounds(model: QuantizedModel, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -69,13 +81,14 @@ def bounds(model: QuantizedModel, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]
     a = model.architecture
     with model.reader() as weights, torch.inference_mode():
 
-        def read(name: str) -> Tensor:
+        def read(name: str, rows: Tensor | slice = slice(None)) -> Tensor:
             weight = weights(name)
             if not isinstance(weight, Integers):
-                return weight
-            return values_of(weight.qdata, weight.levels) * weight.scale.repeat_interleave(weight.group_size, 1)
+                return weight[rows]
+            scale = weight.scale[rows].repeat_interleave(weight.group_size, 1)
+            return values_of(weight.qdata[rows], weight.levels).mul_(scale)
 
-        stream = torch.nn.functional.embedding(ids, read(EMBEDDING))
+        stream = read(EMBEDDING, ids.flatten()).view(*ids.shape, -1)
         if a.rotated:
             stream = stream @ read(ROTATE_IN).T
         cos, sin = rope_tables(a, ids.shape[1])

@@ -23,7 +23,11 @@ OPERATORS = {
     **dict.fromkeys(("GroupQueryAttention", "QuickGelu", "SkipSimplifiedLayerNormalization"), _CONTRIB),
 }
 """Operator → its domain."""
-INT8_CACHE = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+INT8_CACHE: dict[str, int | str] = {
+    "k_quant_type": "PER_CHANNEL",
+    "v_quant_type": "PER_CHANNEL",
+    "kv_cache_bit_width": 8,
+}
 """Attributes of GroupQueryAttention."""
 DATA = f"{FILE}.data"
 _FIELDS = {
