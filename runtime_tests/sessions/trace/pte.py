@@ -28,7 +28,7 @@ from .points import Points, Probe
 
 NOTE = "as ExecuTorch's developer tools log it; o_proj and MLP are one delegate, in the last layer with the head"
 LIMITS = dict.fromkeys(points.KINDS, 40.0)
-_ATTENTION = "custom_sdpa"
+_ATTENTION = "_sdpa"
 _BYTES = {6: 4, 15: 2}
 """Of a number, by ExecuTorch's scalar types: float32, bfloat16."""
 _COPIES = 24
