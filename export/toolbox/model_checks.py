@@ -65,12 +65,12 @@ def _wrong_interface(contents: Contents, described: Manifest) -> Iterator[str]:
     beside = tuple(spec for spec in contents.cache if kv.scale_bytes and spec.shape[-1] == 1)  # scales and zeros
     values = tuple(spec for spec in contents.cache if spec not in beside)
     heads = 2 * kv.layers * kv.kv_heads * kv.context_length
-    for name, found, expected in (
+    for name, count, slots in (
         ("numbers", _elements(values), heads * kv.head_dim),
         ("bytes of scales", sum(size(spec.dtype, map(int, spec.shape)) for spec in beside), heads * kv.scale_bytes),
     ):
-        if found is not None and found != expected:
-            yield f"cache: {found} {name} in the file, the contract has {expected}"
+        if count is not None and count != slots:
+            yield f"cache: {count} {name} in the file, the contract has {slots}"
     if wrong := [spec.dtype for spec in values if spec.dtype != kv.dtype]:
         yield f"cache: {wrong[0]} in the file, the contract has {kv.dtype}"
 
