@@ -41,9 +41,9 @@ class Attention(ctypes.Structure):
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory):
+def kernels(compiler, tmp_path_factory):
     try:
-        return ctypes.CDLL(str(build.kernels_library(tmp_path_factory.mktemp("kernels"))))
+        return ctypes.CDLL(str(build.kernels_library(tmp_path_factory.mktemp("kernels"), compiler)))
     except UnavailableError as missing:
         pytest.skip(str(missing))
 
