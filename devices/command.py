@@ -31,12 +31,13 @@ def run(main: Callable[[list[str]], int]) -> int:
         code = fail(str(error))
     except KeyboardInterrupt:
         code = fail("interrupted", _INTERRUPTED)
-    if code:
-        with suppress(OSError):
-            sys.stdout.flush()
-            return code
-        # Python would write the rest once more, at its end, and tell by a traceback that it cannot.
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 – to the end
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except OSError:
+            # Python would write the rest once more, at its end: a traceback, from 3.12 on an exit code of its own
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 – to the end
+            code = code or 1
     return code
 
 

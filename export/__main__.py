@@ -25,7 +25,7 @@ from .build.command import run, with_default
 from .checkpoints.origin import origin_of
 from .errors import ExportError
 from .host import disk, processes, processor
-from .host.console import console, say
+from .host.console import console, say, show_timings
 from .plan import Cache, Device
 from .toolbox import commands
 
@@ -51,6 +51,7 @@ _Out = Annotated[
 
 @app.command("build")
 def main(  # noqa: PLR0913, PLR0917 – a command's options
+    command: typer.Context,
     model: _Model,
     quant: _Recipe,
     target: _Targets,
@@ -62,6 +63,7 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     out: _Out = None,
     device: Annotated[Device, typer.Option(help="where calibration computes; integers differ a little")] = "cpu",
     explain: Annotated[bool, typer.Option("--explain", help="say why each artifact is built again")] = False,
+    timings: Annotated[bool, typer.Option("--timings", help="say at the end where the time went")] = False,
 ) -> None:
     """Build build/NAME_RECIPE_TARGET, one artifact folder for each target: quantize once, lower, describe.
 
@@ -71,6 +73,8 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
 
     Example: python -m export smollm2-135m int4-g32-gptq onnx-cpu coreml
     """
+    if timings:
+        command.call_on_close(show_timings)
     if len(set(target)) < len(target):
         raise typer.BadParameter("the same target twice", param_hint="TARGET")
     plans, origin = request.asked(
@@ -110,7 +114,7 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
             artifact.refuse_foreign(folders[plan.target.name], plan.id, origin_of(plan.model, origin))
         console.print(f"{stale[0].name}_{quant}", style="bold", soft_wrap=True)
         kept = disk.cache_folder(pipeline.CACHE)
-        parallel.build(stale, origin, root or Path("build"), kept)
+        parallel.build(stale, origin, root or Path("build"), kept, ("--timings",) if timings else ())
         disk.trim(kept)
 
 

@@ -136,7 +136,8 @@ class Decoder(nn.Module):
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(a.vocab_size, a.hidden_size)
+        # an empty table: drawing one at random would import a compiler, a second in every process, even on meta
+        self.embed_tokens = nn.Embedding(a.vocab_size, a.hidden_size, _weight=torch.empty(a.vocab_size, a.hidden_size))
         self.layers = nn.ModuleList(Layer(a) for _ in range(a.num_hidden_layers))
         self.norm = RMSNorm(a.hidden_size, a.rms_norm_eps)
         self.rotate_in, self.rotate_out = (

@@ -5,7 +5,7 @@ They are computed in a child process, a few windows at a time, and cached under 
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -41,20 +41,23 @@ def compute(job: ReferenceJob) -> dict[str, Any]:
     torch.set_num_threads(job.threads)
     described = manifest.read(Path(job.folder))
     model = rebuild(described, job.source, Path(job.cache))
-    for task in job.tasks:
-        _write_logits(_forward_of(task.kind, model, described), task, described.architecture.vocab_size)
+    windows = [len(np.load(task.tokens, mmap_mode="r")) for task in job.tasks]
+    for i, task in enumerate(job.tasks):
+        done = sum(windows[:i])
+        for more in _write_logits(_forward_of(task.kind, model, described), task, described.architecture.vocab_size):
+            report_progress(done + more, sum(windows))
     return {"tasks": len(job.tasks)}
 
 
-def _write_logits(forward: _Forward, task: ReferenceTask, vocab_size: int) -> None:
-    """The logits that a session gives: after the prefill and after every decoded token."""
+def _write_logits(forward: _Forward, task: ReferenceTask, vocab_size: int) -> Iterator[int]:
+    """The logits that a session gives: after the prefill and after every decoded token. Yields how many windows are."""
     tokens = torch.from_numpy(np.load(task.tokens))
     shape = (tokens.shape[0], tokens.shape[1] - task.prefill, vocab_size)
     batch = max(1, _PASS_BYTES // (4 * (tokens.shape[1] - 1) * vocab_size))
     with torch.inference_mode(), logits_file.writing(task.out, shape) as write:
         for first in range(0, len(tokens), batch):
             write(forward(tokens[first : first + batch, :-1], task.prefill - 1).numpy())
-            report_progress(min(first + batch, len(tokens)), len(tokens))
+            yield min(first + batch, len(tokens))
 
 
 def _forward_of(kind: Kind, model: QuantizedModel, described: Manifest) -> _Forward:

@@ -22,11 +22,12 @@ from export.manifest import Manifest
 from export.plan import file_of
 
 from .checks import comparisons, conformance, files, gates, limits, speed, tokens, weights
-from .checks.subject import Finding, Setting, StoppedError, Subject, Timing
+from .checks.subject import Finding, Setting, StoppedError, Subject, Timing, Turns
 from .evaluation import Windows, text_file
 from .evidence import baseline, proof, regression
 from .evidence.record import Accuracy, Comparison, Environment, Outcome, Record, folder_text
 from .evidence.regression import Reached
+from .jobs.child import Child
 from .places import facts, outcome_of
 
 _Stop = tuple[Outcome, str]
@@ -65,6 +66,7 @@ def each(artifacts: Sequence[tuple[Path, Manifest]], setting: Setting) -> Iterat
 
     Raises disk.FullError.
     """
+    setting = replace(setting, turns=Turns(setting.threads))
     at_once = abreast([described for _, described in artifacts], setting, memory.free().bytes)
     if at_once == 1:
         for folder, described in artifacts:
@@ -93,11 +95,14 @@ def _announce(described: Manifest, setting: Setting) -> None:
 
 
 def abreast(manifests: Sequence[Manifest], setting: Setting, room_bytes: int) -> int:
-    """How many artifacts are examined at once: one on an attached device, here as many as cores and memory allow."""
-    if setting.place.attached:
+    """How many artifacts are examined at once: on an attached device or one core one, else as many as memory allows.
+
+    Their jobs share the cores: where one waits, another goes on.
+    """
+    if setting.place.attached or setting.threads == 1:
         return 1
     largest = max(_memory_bytes(described) for described in manifests)
-    return max(1, min(len(manifests), setting.threads, room_bytes // largest))
+    return max(1, min(len(manifests), room_bytes // largest))
 
 
 def _memory_bytes(described: Manifest) -> int:
@@ -121,13 +126,17 @@ def examine(folder: Path, described: Manifest, setting: Setting) -> Examined:
 
 def _examined(folder: Path, described: Manifest, setting: Setting) -> Examined:
     setting = replace(setting, source=setting.source or whereabouts.place(described.checkpoint))
-    subject = Subject(folder, described, setting, limits.of(described, setting.limits))
+    child = Child(setting.place.settings)
+    subject = Subject(folder, described, setting, limits.of(described, setting.limits), child)
     notes = *limits.notes(described, subject.judged_by, setting.place.abi), *_own_files(described, setting)
     for note in notes:
         console.print(f"  {note}", style="yellow", soft_wrap=True, markup=False)
     environment = setting.place.environment()
     started, clock = datetime.now(UTC), time.perf_counter()
-    finding, stop = collect(_examine(subject, environment), setting.scratch)
+    try:
+        finding, stop = collect(_examine(subject, environment), setting.scratch)
+    finally:
+        child.close()
     return Examined(subject, environment, started, time.perf_counter() - clock, finding, stop, notes)
 
 

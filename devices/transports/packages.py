@@ -13,6 +13,7 @@ _PACKAGES = {  # program: Debian's, Fedora's and Homebrew's package; None: it ha
     "g++": ("g++", "gcc-c++", None),
     "aarch64-linux-gnu-g++": ("g++-aarch64-linux-gnu", "gcc-c++-aarch64-linux-gnu", None),
 }
+_EVERYWHERE = {"zig": ".venv/bin/pip install ziglang"}
 _MANAGERS = (("apt install", r"debian|ubuntu"), ("dnf install", r"fedora|rhel|centos|amzn"))
 _OTHERWISE = {"g++": "xcode-select --install"}
 """Of a Mac, for what Homebrew does not have."""
@@ -21,6 +22,8 @@ _RELEASE = Path("/etc/os-release")
 
 def hint(program: str, system: str = sys.platform, release: str | None = None) -> str:
     """`brew install android-platform-tools`; of a system that is not known, the Debian package's name."""
+    if program in _EVERYWHERE:
+        return _EVERYWHERE[program]
     debian, fedora, brew = _PACKAGES[program]
     if system == "darwin":
         return f"brew install {brew}" if brew else _OTHERWISE.get(program, f"on Linux: apt install {debian}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from export import checkpoints, formats, quantization
@@ -13,8 +14,8 @@ from export.host.console import console
 from export.plan import Plan
 from export.quantization import schemes
 
-_LIBRARIES_BYTES = 380_000_000
-"""Measured: this process with torch, torchao and transformers imported."""
+_LIBRARIES_BYTES, _CUDA_BYTES = 380_000_000, 450_000_000
+"""Measured: this process with torch, torchao and transformers imported; what a torch with CUDA takes besides."""
 _DESCRIPTION_BYTES = 1_000_000
 _TOKEN_BYTES = 150
 """On disk: card and manifest; tokenizer files, for each token."""
@@ -45,12 +46,20 @@ def estimate(plan: Plan, source: Origin | None, architecture: Architecture, cach
     return Estimate(
         plan_id=plan.id,
         memory_bytes=_LIBRARIES_BYTES
+        + (_CUDA_BYTES if with_cuda() else 0)
         + checkpoints.memory_bytes(origin, architecture)
         + max(quantizing, counts.store_bytes if counts.integers else 0, needs.memory_bytes),
         out_bytes=needs.disk_bytes + _DESCRIPTION_BYTES + _TOKEN_BYTES * architecture.vocab_size,
         largest_file_bytes=int(schemes.largest(plan.quant, architecture).stored_bits(float_bits=16) / 8),
         cache_bytes=0 if stored else counts.store_bytes,
     )
+
+
+def with_cuda() -> bool:
+    """Whether the torch that is installed brings CUDA's libraries, used or not."""
+    package = find_spec("torch")
+    assert package
+    return any((Path(folder) / "lib/libtorch_cuda.so").is_file() for folder in package.submodule_search_locations or ())
 
 
 def require(needed: Estimate, out: Path, cache: Path) -> None:

@@ -21,8 +21,8 @@ from . import needs, request
 from .needs import Estimate
 
 
-def build(plans: Sequence[Plan], source: Origin | None, folder: Path, cache: Path) -> None:
-    """Build plans that differ in their target only into `folder`, the largest first.
+def build(plans: Sequence[Plan], source: Origin | None, folder: Path, cache: Path, options: Sequence[str] = ()) -> None:
+    """Build plans that differ in their target only into `folder`, the largest first, with these options of the command.
 
     A failure does not stop the others. Raises ExportError: too little disk for all of them, before any starts; or
     which targets failed, and why.
@@ -37,7 +37,7 @@ def build(plans: Sequence[Plan], source: Origin | None, folder: Path, cache: Pat
     )
     needs.require_disk(list(estimates.values()), folder, cache)
     waiting = sorted(plans, key=lambda plan: estimates[plan.target.name].memory_bytes, reverse=True)
-    failures = work(waiting, source, folder, Fit(estimates, room, workers))
+    failures = work(waiting, source, folder, Fit(estimates, room, workers), options)
     if failures:
         reasons = "; ".join(f"{name}: {failure}" for name, failure in failures.items())
         raise ExportError(f"{len(failures)} of {len(plans)} targets failed: {reasons}")
@@ -55,7 +55,9 @@ class Fit:
         return not running or (len(running) < self._workers and taken <= self._memory_bytes)
 
 
-def work(waiting: list[Plan], source: Origin | None, folder: Path, fit: Fit) -> dict[str, str]:
+def work(
+    waiting: list[Plan], source: Origin | None, folder: Path, fit: Fit, options: Sequence[str] = ()
+) -> dict[str, str]:
     """Run all to their ends; give target → why it failed. An interruption stops every child and waits for it."""
     width = max(len(plan.target.name) for plan in waiting)
     running: dict[str, BackgroundProcess] = {}
@@ -68,7 +70,7 @@ def work(waiting: list[Plan], source: Origin | None, folder: Path, fit: Fit) -> 
                 name = plan.target.name
                 with interrupt.held():
                     show = partial(console.print, f"{name:<{width}} |", soft_wrap=True)
-                    running[name] = BackgroundProcess(name, command(plan, source, folder), show, ended.put)
+                    running[name] = BackgroundProcess(name, [*command(plan, source, folder), *options], show, ended.put)
             child = ended.get()
             del running[child.name]
             if failure := child.failure:

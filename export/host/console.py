@@ -16,10 +16,18 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
-from . import interrupt
+from . import interrupt, timings
 from .text import visible
 
 Item = TypeVar("Item")
@@ -80,13 +88,29 @@ class _Step:
     done: int = 0
     total: int | None = None
     started: float = field(default_factory=time.perf_counter)
+    first: tuple[int, float] | None = None
+    """What was done, and when, as it was counted for the first time: what comes before says nothing of the rest."""
+    holds_others: bool = False
+
+    def count(self, done: int, total: int) -> None:
+        """So much is done now."""
+        if self.first is None or done < self.done:
+            self.first = done, time.perf_counter()
+        self.done, self.total = done, total
 
     def line(self) -> str:
-        """For people: `  quantize     60.0 s so far: 35 of 211`."""
+        """For people: `  quantize     60.0 s so far: 35 of 211, about 302 s more`."""
         counted = f"{self.done} of {self.total}" if self.total is not None else ""
-        words = ", ".join(filter(None, (self.detail, counted)))
+        words = ", ".join(filter(None, (self.detail, counted, self._rest())))
         seconds = time.perf_counter() - self.started
         return f"  {self.label:<10} {seconds:6.1f} s so far" + (f": {words}" if words else "")
+
+    def _rest(self) -> str:
+        """How long what is left takes at the pace so far; empty: that is not known."""
+        if self.total is None or self.first is None or not self.first[0] < self.done < self.total:
+            return ""
+        done, since = self.first
+        return f"about {(time.perf_counter() - since) / (self.done - done) * (self.total - self.done):.0f} s more"
 
 
 _steps: list[_Step] = []
@@ -134,6 +158,8 @@ def _progress() -> Progress:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("to go"),
+        TimeRemainingColumn(),
         console=console,
         transient=True,
         disable=not sys.stderr.isatty() or bool(_lane.get()),
@@ -181,15 +207,26 @@ def note(text: str) -> None:
 @contextmanager
 def stage(label: str, detail: str = "") -> Iterator[None]:
     """Run a stage with a spinner and end it with one line: label, detail, seconds."""
-    started = time.perf_counter()
-    with _going_on(_Step(label, detail)):
+    step = _Step(label, detail)
+    for outer in _steps:
+        outer.holds_others |= outer.lane in ("", step.lane)
+    with _going_on(step):
         if console.is_terminal and not _lane.get():
             with console.status(console.render_str(f"{label} {detail}")):
                 yield
         else:
             yield
     interrupt.check()
-    console.print(f"  {label:<10} {time.perf_counter() - started:6.1f} s  {detail}", soft_wrap=True)
+    seconds = time.perf_counter() - step.started
+    if not step.holds_others:
+        timings.add(label, step.lane, seconds)
+    console.print(f"  {label:<10} {seconds:6.1f} s  {detail}", soft_wrap=True)
+
+
+def show_timings() -> None:
+    """Say where the time of this process went."""
+    for line in timings.lines():
+        console.print(line, soft_wrap=True)
 
 
 @contextmanager
@@ -199,7 +236,7 @@ def counted(label: str) -> Iterator[Callable[[int, int], None]]:
         task = bar.add_task(visible(label), total=None)
 
         def show(done: int, total: int) -> None:
-            step.done, step.total = done, total
+            step.count(done, total)
             bar.update(task, completed=done, total=total)
 
         yield show

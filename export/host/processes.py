@@ -32,6 +32,8 @@ _PROGRESS_BYTES = 2**16
 _LONGEST_PAUSE_S = 0.05
 _STOP_S = 60.0
 """Time for a background process to clean up before it is killed."""
+_PARENT = "LLAMA_PARENT"
+"""Environment variable: the process that started this one."""
 _PARENT_CHECK_S = 0.5
 _LOOK_S = 0.1
 """Between two looks at the memory of a worker that computes."""
@@ -55,14 +57,17 @@ def last_line(text: str) -> str:
 
 
 def end_with_parent() -> None:
-    """From now on this process ends when its parent is gone, however that ended: nobody waits for its result."""
+    """From now on this process ends when its parent is gone, however that ended: nobody waits for its result.
+
+    The parent is the one that `run` names: it may have ended while this process was still loading.
+    """
 
     def check(parent: int) -> None:
         while os.getppid() == parent:
             time.sleep(_PARENT_CHECK_S)
         os._exit(1)
 
-    threading.Thread(target=check, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=check, args=(int(os.environ.pop(_PARENT, os.getppid())),), daemon=True).start()
 
 
 def wait_asleep() -> None:
@@ -122,6 +127,7 @@ def run(
             stdout=log or out,
             stderr=log or err,
             cwd=cwd,
+            env={**os.environ, _PARENT: str(os.getpid())},
             start_new_session=True,  # it leads a process group, so that what it starts can be ended with it
         )
         try:

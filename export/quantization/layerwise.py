@@ -253,7 +253,8 @@ class _Pair:
 
         def lose(chunk: tuple[Tensor, Tensor, Tensor]) -> Tensor:
             full, quantized, inner = chunk
-            return (full - quantized - self.quantized.last(inner)).to(inner.dtype)
+            lost: Tensor = full - quantized - self.quantized.last(inner)
+            return lost.to(inner.dtype)
 
         pieces = zip(*(chunks(x[used]) for x in (streams.full, streams.quantized, between)), strict=True)
         lost = _tokens(spread(lose, pieces, streams.full.device.type))

@@ -165,7 +165,11 @@ def typed(interrupts: Interrupts) -> Iterator[str]:
     """Lines of a terminal, with editing and history."""
     import readline
 
+    keeps_last = "libedit" in (
+        readline.__doc__ or ""
+    )  # Pythons of Macs and of uv: the last line, until a key is pressed
     while True:
+        stale = readline.get_line_buffer() if keeps_last else ""
         try:
             with interrupts.typing():
                 line = input("> ")
@@ -174,7 +178,7 @@ def typed(interrupts: Interrupts) -> Iterator[str]:
             return
         except KeyboardInterrupt:
             print()
-            if not readline.get_line_buffer():
+            if readline.get_line_buffer() in {"", stale}:
                 return
             continue
         yield line

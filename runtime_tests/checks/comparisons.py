@@ -156,9 +156,11 @@ def _compute_missing(subject: Subject, missing: Sequence[tuple[reference.Kind, _
 def compare_references(subject: Subject, windows: Windows, references: References) -> Finding:
     """Hugging Face fp32 → our fp32 → our quantized model, → itself with float noise if activations are quantized."""
     with stage("compare", "rewriting and quantization"):
-        rewriting = _compare(windows, references.huggingface, references.fp32)
-        quantization = _compare(windows, references.fp32, references.quantized)
-        noise = {"noise": _compare(windows, references.quantized, references.noise)} if references.noise else {}
+        rewriting = _compare(subject, windows, references.huggingface, references.fp32)
+        quantization = _compare(subject, windows, references.fp32, references.quantized)
+        noise = (
+            {"noise": _compare(subject, windows, references.quantized, references.noise)} if references.noise else {}
+        )
     return Finding(
         gates=(
             *gates.rewriting(rewriting, subject.setting.evaluation.max_rewriting_error),
@@ -187,8 +189,8 @@ def compare_artifact(subject: Subject, cut: Cut, references: References, noise: 
     finite = require(gates.count("logits finite: problems", [problem] if problem else [], Outcome.MISMATCH), problem)
     finite += _require_template(template.windows, np.load(template_out))
     with stage("compare", "lowering and total"):
-        lowering = _compare(windows.windows, references.quantized, out)
-        total = _compare(windows.windows, references.huggingface, out)
+        lowering = _compare(subject, windows.windows, references.quantized, out)
+        total = _compare(subject, windows.windows, references.huggingface, out)
     limits = subject.limits
     finding = finite + Finding(
         tuple(gates.lowering(lowering, limits, noise)),
@@ -222,8 +224,9 @@ def compare_cache(subject: Subject, cut: Cut, references: References) -> Finding
     with stage("far", f"{len(windows)} places, the last at {list(cut.far)[-1]}"):
         job = jobs.LogitsJob(folder=subject.folder_text, threads=subject.setting.place.threads, tasks=tasks)
         subject.run_on_device(job, "far")
-        measured = _compare_far(cut.far, references.far, outs)
-        noise = _compare_far(cut.far, references.far, references.far_noise) if references.far_noise else None
+        with subject.setting.turns.given_away():
+            measured = _compare_far(cut.far, references.far, outs)
+            noise = _compare_far(cut.far, references.far, references.far_noise) if references.far_noise else None
     return Finding(tuple(gates.cache(measured, noise, subject.limits)), comparisons={"cache": measured})
 
 
@@ -236,6 +239,12 @@ def _compare_far(windows: Mapping[str, _Tokens], references: Sequence[Path], can
     return compared.model_copy(update={"by_position": compared.by_domain, "by_domain": {}})
 
 
-def _compare(windows: Windows, reference_file: Path, candidate_file: Path) -> Comparison:
-    reference_logits, logits = np.load(reference_file, mmap_mode="r"), np.load(candidate_file, mmap_mode="r")
-    return accuracy.compare(reference_logits, logits, windows.targets, windows.labels)
+def _compare(subject: Subject, windows: Windows, reference_file: Path, candidate_file: Path) -> Comparison:
+    """Numbers only, so that others have their turn; what several artifacts share is compared once."""
+
+    def compare() -> Comparison:
+        reference_logits, logits = np.load(reference_file, mmap_mode="r"), np.load(candidate_file, mmap_mode="r")
+        return accuracy.compare(reference_logits, logits, windows.targets, windows.labels)
+
+    with subject.setting.turns.given_away():
+        return subject.setting.shared.once((windows.sha256, reference_file, candidate_file), compare)

@@ -8,6 +8,7 @@ from typing import Any
 
 from export import checkpoints
 from export.checkpoints import Source, chat_template, tokenizer
+from export.checkpoints.origin import is_of_tokenizer
 from export.errors import ExportError
 from export.formats import admission
 from export.host.console import stage
@@ -53,14 +54,23 @@ def check_text(subject: Subject) -> Finding:
 
 def check_tokenizer(subject: Subject) -> Finding:
     """Same ids, special tokens and chat template as the checkpoint's tokenizer. Raises StoppedError: no checkpoint."""
-    texts = [evaluation.read_text(spec.file) for spec in subject.setting.evaluation.texts]
+    described, setting = subject.manifest, subject.setting
+    # equal files of one checkpoint: of several artifacts the first is looked at
+    digests = sorted((name, info.sha256) for name, info in described.files.items() if is_of_tokenizer(name))
+    tokenizer_ids = described.tokenizer.model_copy(update={"notes": ()})
+    given = described.checkpoint, described.plan.model, tokenizer_ids, digests
+
+    def differences() -> list[str]:
+        texts = [evaluation.read_text(spec.file) for spec in setting.evaluation.texts]
+        with source_of(described, setting.source) as origin:
+            source = checkpoints.open_source(origin, described.plan.model.architecture)
+        return _tokenizer_differences(subject.folder, described, source, texts)
+
     with stage("tokenizer"):
         try:
-            with source_of(subject.manifest, subject.setting.source) as origin:
-                source = checkpoints.open_source(origin, subject.manifest.plan.model.architecture)
+            problems = setting.shared.once(("tokenizer", setting.source, repr(given)), differences)
         except SourceError as error:
             raise StoppedError(error.outcome, str(error)) from None
-        problems = _tokenizer_differences(subject.folder, subject.manifest, source, texts)
     return Finding((gates.count("tokenizer: differences", problems, Outcome.TOKENIZER_DIFFERS),))
 
 

@@ -1,11 +1,12 @@
 """One artifact in the setting of its run, and the findings of its checks."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from devices import Device
 from export import formats
@@ -16,10 +17,13 @@ from runtime_tests import jobs
 from runtime_tests.evaluation import Evaluation, Windows
 from runtime_tests.evidence.record import Comparison, DeviceState, Environment, Gate, Latency, Outcome
 from runtime_tests.jobs import isolation
+from runtime_tests.jobs.child import Child
 from runtime_tests.jobs.isolation import Ended
 from runtime_tests.places import ArtifactJob, Place
 
 from .limits import Limits
+
+_Result = TypeVar("_Result")
 
 
 class Turns:
@@ -28,8 +32,9 @@ class Turns:
     Neither transformers' imports nor our workers for templates are made for threads.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, jobs_at_once: int = 1) -> None:
         self._turn = threading.Condition()
+        self._jobs = threading.Semaphore(jobs_at_once)
         self._shared = False
 
     @contextmanager
@@ -48,6 +53,12 @@ class Turns:
             self._turn.acquire()
 
     @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Within a turn: until the end of the block others have theirs, and no more jobs than cores run."""
+        with self.given_away(), self._jobs:
+            yield
+
+    @contextmanager
     def for_all(self) -> Iterator[None]:
         """Within a turn: work whose results several artifacts need, so that the next finds them, children included."""
         self._turn.wait_for(lambda: not self._shared)
@@ -57,6 +68,26 @@ class Turns:
         finally:
             self._shared = False
             self._turn.notify_all()
+
+
+class Shared:
+    """What several artifacts of a run share, each computed once, by whichever asks first; the others wait for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: dict[Hashable, Future[Any]] = {}
+
+    def once(self, key: Hashable, compute: Callable[[], _Result]) -> _Result:
+        """The result of `compute`, or of the call before with an equal key; raises what that raised."""
+        with self._lock:
+            first = key not in self._known
+            future: Future[_Result] = self._known.setdefault(key, Future())
+        if first:
+            try:
+                future.set_result(compute())
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
 
 
 @dataclass(frozen=True)
@@ -79,6 +110,7 @@ class Setting:
     read_bandwidth_bytes_per_s: float | None
     """Of the device; None: not measured."""
     turns: Turns = field(default_factory=Turns)
+    shared: Shared = field(default_factory=Shared)
 
 
 @dataclass(frozen=True)
@@ -89,6 +121,8 @@ class Subject:
     manifest: Manifest
     setting: Setting
     judged_by: Limits
+    child: Child = field(default_factory=Child)
+    """Runs the jobs that are not timed."""
 
     @property
     def limits(self) -> TargetLimits:
@@ -119,8 +153,9 @@ class Subject:
         return self._run(self.setting.place.run, job, label)
 
     def _run(self, run: Callable[..., Ended], job: jobs.Job, label: str) -> dict[str, Any]:
-        with counted(label) as progress, self.setting.turns.given_away():
-            ended = run(job, limit_s=self.setting.device.time_limit_s, on_progress=progress)
+        child = None if isinstance(job, jobs.Timed) else self.child
+        with counted(label) as progress, self.setting.turns.at_work():
+            ended = run(job, limit_s=self.setting.device.time_limit_s, on_progress=progress, child=child)
         if ended.outcome is not Outcome.PASS:
             raise StoppedError(ended.outcome, f"{label}: {ended.detail}")
         return ended.result

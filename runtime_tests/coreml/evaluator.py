@@ -5,7 +5,7 @@ declares, as Core ML does on CPU and GPU. The Neural Engine's arithmetic is diff
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from torch import Tensor
 
 from export.host import mkl
 
-from .operations import OPS, Inputs, slice_assign
+from .operations import OPS, Inputs, linear_each, settled, slice_assign
 from .package import Literal, Operation, PackageError, Program, load
 
 _STATE_OPS = ("read_state", "write_state")
+_Part = str | Literal
+"""A variable's name, or a constant written in place."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,10 @@ class _Step:
     """A slice_update that may write into the state it was read from."""
     finished: tuple[str, ...]
     """Variables that no later step reads."""
+    fixed: Inputs
+    """Parameters whose values are the same in every call."""
+    variable: tuple[tuple[str, _Part | tuple[_Part, ...]], ...]
+    """The others, with the names of their variables; only the parameter `values` is a list."""
 
 
 class Evaluator:
@@ -49,51 +55,74 @@ class Evaluator:
         """Zero the states, as `make_state` does."""
         self.states = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in self.program.states.items()}
 
-    @torch.inference_mode()
     def predict(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run once; states carry over to the next call. Raises PackageError: other inputs than the package declares."""
-        if {name: value.dtype for name, value in inputs.items()} != dict(self.program.inputs):
-            raise PackageError(f"inputs must be {dict(self.program.inputs)}")
-        values: dict[str, Any] = dict(inputs)
-        for step in self.steps:
-            self._run(step, values)
-            for name in step.finished:
-                values.pop(name, None)
-        return {name: values[name] for name in self.program.outputs}
+        (outputs,) = self.predict_each([inputs], [self.states])
+        return outputs
 
-    def _run(self, step: _Step, values: dict[str, Any]) -> None:
-        """Run one operation; its results, rounded as declared, go into `values` or a state."""
+    @torch.inference_mode()
+    def predict_each(
+        self, inputs: Sequence[Mapping[str, Tensor]], states: Sequence[dict[str, Tensor]]
+    ) -> list[dict[str, Tensor]]:
+        """Several runs, each with its states, every operation for all of them before the next. Errors as of `predict`.
+
+        Each computes what it would alone, to the bit; but a weight is brought from memory once, not for every run.
+        """
+        if any({name: value.dtype for name, value in given.items()} != dict(self.program.inputs) for given in inputs):
+            raise PackageError(f"inputs must be {dict(self.program.inputs)}")
+        runs: list[dict[str, Any]] = [dict(given) for given in inputs]
+        for step in self.steps:
+            self._run(step, runs, states)
+            for values in runs:
+                for name in step.finished:
+                    values.pop(name, None)
+        return [{name: values[name] for name in self.program.outputs} for values in runs]
+
+    def _run(self, step: _Step, runs: Sequence[dict[str, Any]], states: Sequence[dict[str, Tensor]]) -> None:
+        """Run one operation; its results, rounded as declared, go into the values or a state of each run."""
         op = step.operation
-        arguments = self._arguments(op, values)
-        if op.kind == "write_state":
-            self.states[_state_of(op)] = arguments["data"]
-            return
         if op.kind == "read_state":
-            values[op.outputs[0][0]] = self.states[_state_of(op)]
+            for values, state in zip(runs, states, strict=True):
+                values[op.outputs[0][0]] = state[_state_of(op)]
             return
-        compute = slice_assign if step.in_place else OPS[op.kind]
+        arguments = [self._arguments(step, values) for values in runs]
+        if op.kind == "write_state":
+            for given, state in zip(arguments, states, strict=True):
+                state[_state_of(op)] = given["data"]
+            return
         try:
-            results = compute(arguments)
+            results = _compute(step, arguments)
         except (IndexError, RuntimeError, ValueError) as error:
             raise PackageError(f"operation {op.name} ({op.kind}): {error}") from error
-        for (name, dtype), result in zip(
-            op.outputs, results if isinstance(results, tuple) else (results,), strict=True
-        ):
-            values[name] = result.to(dtype)
+        for values, result in zip(runs, results, strict=True):
+            parts = result if isinstance(result, tuple) else (result,)
+            for (name, dtype), part in zip(op.outputs, parts, strict=True):
+                values[name] = part.to(dtype)
 
-    def _arguments(self, op: Operation, values: Mapping[str, Any]) -> Inputs:
-        return {
-            parameter: [self._value(part, values) for part in parts]
-            if parameter == "values"  # the only parameter that is a list
-            else self._value(parts[0], values)
-            for parameter, parts in op.inputs.items()
-        }
+    def _arguments(self, step: _Step, values: Mapping[str, Any]) -> Inputs:
+        arguments = dict(step.fixed)
+        for parameter, part in step.variable:
+            arguments[parameter] = (
+                [_value(one, values, self.constants) for one in part]
+                if isinstance(part, tuple)
+                else _value(part, values, self.constants)
+            )
+        return arguments
 
-    def _value(self, part: str | Literal, values: Mapping[str, Any]) -> Any:
-        """A variable, a folded constant, or a constant written in place; None for a state."""
-        if isinstance(part, Literal):
-            return part.value
-        return values[part] if part in values else self.constants.get(part)
+
+def _compute(step: _Step, arguments: Sequence[Inputs]) -> Sequence[Tensor | tuple[Tensor, ...]]:
+    """The results of one operation in each run."""
+    if step.operation.kind == "linear":
+        return linear_each(arguments)
+    compute = slice_assign if step.in_place else OPS[step.operation.kind]
+    return [compute(given) for given in arguments]
+
+
+def _value(part: _Part, values: Mapping[str, Any], constants: Mapping[str, Any]) -> Any:
+    """A variable, a folded constant, or a constant written in place; None for a state."""
+    if isinstance(part, Literal):
+        return part.value
+    return values[part] if part in values else constants.get(part)
 
 
 def _state_of(op: Operation) -> str:
@@ -150,11 +179,22 @@ def _schedule(program: Program, constants: Mapping[str, Any]) -> Iterator[_Step]
     operations = [_with_kernel(op, constants) for op in program.operations if not _is_constant(op)]
     last = _last_uses(operations)
     in_place = set(_in_place_updates(operations, last))
+    computed = {*program.inputs, *(name for op in operations for name, _ in op.outputs)}
     for i, op in enumerate(operations):
         _refuse_unknown(op)
         names = {*_variables(op), *(name for name, _ in op.outputs)}
         done = tuple(name for name in names if last.get(name, i) <= i and name not in program.outputs)
-        yield _Step(op, i in in_place, done)
+        variable: dict[str, _Part | tuple[_Part, ...]] = {
+            parameter: parts if parameter == "values" else parts[0]
+            for parameter, parts in op.inputs.items()
+            if not computed.isdisjoint(parts)
+        }
+        fixed = {
+            parameter: settled(parameter, [_value(part, {}, constants) for part in parts])
+            for parameter, parts in op.inputs.items()
+            if parameter not in variable
+        }
+        yield _Step(op, i in in_place, done, fixed, tuple(variable.items()))
 
 
 def _is_constant(op: Operation) -> bool:

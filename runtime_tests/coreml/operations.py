@@ -6,7 +6,7 @@ attention, in a different place on each device.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,9 +29,33 @@ _CAST_TYPES = {
 }
 
 
+_INTEGERS = frozenset({
+    "axes", "axis", "batch_dims", "begin", "begin_mask", "end", "end_mask", "exclusive", "interleave", "keep_dims",
+    "num_splits", "perm", "reps", "reverse", "shape", "size", "split_sizes", "squeeze_mask", "stride", "transpose_x",
+    "transpose_y",
+})  # fmt: skip
+"""Parameters that are read as integers, never as tensors."""
+_BLOCK_BYTES = 2**22
+"""Of a weight: so much of it stays in a core's caches."""
+
+
+def settled(parameter: str, values: list[Any]) -> Any:
+    """The constant value of a parameter, in the form in which operations read it."""
+    if parameter == "values":
+        return values
+    (value,) = values
+    return _listed(value) if parameter in _INTEGERS and isinstance(value, Tensor) else value
+
+
+def _listed(value: Tensor) -> list[int]:
+    return [int(number) for number in value.flatten().tolist()]
+
+
 def _integers(inputs: Inputs, name: str, default: list[int]) -> list[int]:
     value = inputs.get(name)
-    return default if value is None else [int(number) for number in value.flatten().tolist()]
+    if value is None:
+        return default
+    return _listed(value) if isinstance(value, Tensor) else value
 
 
 def _integer(inputs: Inputs, name: str, default: int) -> int:
@@ -64,6 +88,24 @@ def _linear(inputs: Inputs) -> Tensor:
     """x · weightᵀ + bias; the weight's dtype decides the kernel, and either accumulates in fp32 (see evaluator)."""
     x, weight, bias = inputs["x"], inputs["weight"], inputs.get("bias")
     return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+
+
+def linear_each(runs: Sequence[Inputs]) -> list[Tensor]:
+    """The linear of several runs: where each has one row, which memory holds up, block by block of their weight.
+
+    A row's products are summed as for itself alone; those of several rows at once would be summed in another order.
+    """
+    weight, bias = runs[0]["weight"], runs[0].get("bias")
+    rows = max(1, _BLOCK_BYTES // (weight.element_size() * weight.shape[-1]))
+    if len(runs) == 1 or len(weight) <= rows or any(run["x"].shape[:-1].numel() > 1 for run in runs):
+        return [_linear(run) for run in runs]
+    weights = weight.split(rows)
+    biases = [None] * len(weights) if bias is None else bias.split(rows)
+    parts = [
+        [_linear({"x": run["x"], "weight": part, "bias": its_bias}) for run in runs]
+        for part, its_bias in zip(weights, biases, strict=True)
+    ]
+    return [torch.cat(columns, dim=-1) for columns in zip(*parts, strict=True)]
 
 
 def _matmul(inputs: Inputs) -> Tensor:

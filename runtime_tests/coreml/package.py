@@ -1,17 +1,13 @@
 """A saved Core ML package, read from its bytes: operations, types, constants.
 
-Written from Apple's formats (MIL.proto, the layout of weight.bin) and without code of `export/formats`, so that it
-finds errors in packages written there.
+Written from Apple's formats (MIL.proto, the layout of weight.bin) and without code of `export/formats` that writes or
+reads packages, so that it finds errors in packages written there.
 """
 
-import importlib
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,22 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_MESSAGES = f"{__name__}.proto"
-
-
-def _message(name: str) -> Any:
-    """A module of `coremltools.proto`, found without importing coremltools: seven seconds, in every process."""
-    if _MESSAGES not in sys.modules:
-        spec = find_spec("coremltools")
-        if spec is None or not spec.submodule_search_locations:
-            raise ModuleNotFoundError("no module named 'coremltools'; its protobuf messages are read with it")
-        package = ModuleType(_MESSAGES)
-        package.__path__ = [f"{folder}/proto" for folder in spec.submodule_search_locations]
-        sys.modules[_MESSAGES] = package
-    return importlib.import_module(f"{_MESSAGES}.{name}")
-
-
-MIL_pb2, Model_pb2 = _message("MIL_pb2"), _message("Model_pb2")
+from export.formats.mlpackage.messages import MIL_pb2, Model_pb2
 
 
 class PackageError(Exception):

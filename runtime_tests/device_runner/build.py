@@ -1,10 +1,9 @@
 """Builds the C++ runner as a folder that can be copied to a device.
 
-python -m runtime_tests.device_runner.build [x86-64|aarch64]
+python -m runtime_tests.device_runner.build [x86-64|aarch64]     LLAMA_COMPILER=zig|g++ chooses the compiler
 """
 
 import hashlib
-import platform
 import shutil
 import subprocess
 import sys
@@ -15,21 +14,19 @@ from typing import ClassVar
 
 import typer
 
-from devices.transports import packages
-from devices.transports.transfer import family
 from export.build.command import run
 from export.errors import ExportError
 from export.host import processor
 from export.host.console import say
 from export.manifest import ROOT
 
-from . import sdk
-from .sdk import ABIS, MACHINES, Abi, UnavailableError
+from . import compilers, sdk
+from .compilers import Compiler
+from .sdk import ABIS, Abi
 
 SOURCES = Path(__file__).parent / "cpp"
 BUILD = ROOT / "build" / "runner"
 _LIBRARIES = ("", "_threadpool", "_kernels_optimized", "_kernels_quantized", "_backend_xnnpack")
-_CROSS_COMPILER = "aarch64-linux-gnu-g++"
 _DYNAMIC_LOADER = "ld-linux-aarch64.so.1"
 # all system libraries that the runner and the SDK's libraries need
 _SYSTEM = (
@@ -59,35 +56,26 @@ class _Bundle:
         return command if (self.path / loader).is_file() else None
 
 
-@dataclass(frozen=True)
-class _Compiler:
-    """The compiler for an ABI on this machine."""
-
-    command: str
-    options: tuple[str, ...]
-    """For cmake."""
-
-
-def build(abi: Abi, *, folder: Path = BUILD) -> _Bundle:
+def build(abi: Abi, *, compiler: str | None = None, folder: Path = BUILD) -> _Bundle:
     """The bundle for an ABI; compiled only if sources, SDK or compiler have changed since."""
-    compiler = compiler_for(abi)
+    chosen = compilers.find(abi, compiler)
     kit = sdk.find(abi, folder / "sdk")
-    place = folder / f"{abi}-{digest(kit, compiler)}"
+    place = folder / f"{abi}-{digest(kit, chosen)}"
     if not place.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as scratch:
-            sdk.settle(_assemble(abi, kit, compiler, Path(scratch)), place)
+            sdk.settle(_assemble(abi, kit, chosen, Path(scratch), folder / "sdk"), place)
     return _Bundle(place, abi)
 
 
-def kernels_library(into: Path) -> Path:
+def kernels_library(into: Path, compiler: str | None = None) -> Path:
     """The attention and cache kernels as a shared library for this machine, for tests."""
-    abi = host_abi()
-    _compile("kernels", sdk.find(abi, BUILD / "sdk"), compiler_for(abi), into)
+    abi = compilers.host_abi()
+    _compile("kernels", sdk.find(abi, BUILD / "sdk"), compilers.find(abi, compiler), into)
     return into / "libkernels.so"
 
 
-def _assemble(abi: Abi, kit: sdk.Sdk, compiler: _Compiler, scratch: Path) -> Path:
+def _assemble(abi: Abi, kit: sdk.Sdk, compiler: Compiler, scratch: Path, downloads: Path) -> Path:
     """Compile, then put program and libraries together."""
     _compile("runner", kit, compiler, scratch / "objects")
     bundle = scratch / "bundle"
@@ -99,15 +87,24 @@ def _assemble(abi: Abi, kit: sdk.Sdk, compiler: _Compiler, scratch: Path) -> Pat
     if abi == "aarch64":
         # not in lib/, where the program itself searches: a device's own loader would crash with our C library
         (bundle / "loader").mkdir()
-        for path in _system_libraries(compiler):
+        for path in compiler.system_libraries(_SYSTEM, downloads):
             shutil.copy(path, bundle / "loader")
     return bundle
 
 
-def _compile(target: str, kit: sdk.Sdk, compiler: _Compiler, into: Path) -> None:
+def _compile(target: str, kit: sdk.Sdk, compiler: Compiler, into: Path) -> None:
     """Configure and build with cmake; the first error line is the reason when it fails."""
     for command in (
-        ("cmake", "-S", str(SOURCES), "-B", str(into), f"-DCMAKE_PREFIX_PATH={kit.root}", *compiler.options),
+        (
+            "cmake",
+            "-S",
+            str(SOURCES),
+            "-B",
+            str(into),
+            f"-DCMAKE_PREFIX_PATH={kit.root}",
+            "-GUnix Makefiles",
+            *compiler.options,
+        ),
         ("cmake", "--build", str(into), "--target", target, "--parallel", str(processor.usable())),
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -116,45 +113,12 @@ def _compile(target: str, kit: sdk.Sdk, compiler: _Compiler, into: Path) -> None
             raise ExportError(f"{target}: cmake failed: {(lines or ['see its output'])[0].strip()}")
 
 
-def compiler_for(abi: Abi) -> _Compiler:
-    """The compiler for an ABI; UnavailableError names the package that is missing."""
-    native = platform.system() == "Linux" and host_abi() == abi
-    if not native and abi != "aarch64":
-        raise UnavailableError(f"{abi}: the runner is compiled for it only on such a machine")
-    name = "g++" if native else _CROSS_COMPILER
-    for tool in ("cmake", "make", name):
-        if shutil.which(tool) is None:
-            raise UnavailableError(f"{tool}: not found, needed to build the runner for {abi}; {packages.hint(tool)}")
-    toolchain = () if native else (f"-DCMAKE_TOOLCHAIN_FILE={SOURCES / 'aarch64.cmake'}",)
-    return _Compiler(name, (f"-DCMAKE_CXX_COMPILER={name}", "-GUnix Makefiles", *toolchain))
-
-
-def host_abi() -> Abi:
-    """The ABI of this machine."""
-    if (found := MACHINES.get(family(platform.machine()))) is None:
-        raise UnavailableError(f"{platform.machine()}: there is no runner for this processor")
-    return found
-
-
-def _system_libraries(compiler: _Compiler) -> list[Path]:
-    """The compiler's own C and C++ libraries, with the loader that belongs to them."""
-    paths = [Path(_answer(compiler, f"-print-file-name={name}")) for name in _SYSTEM]
-    for path in paths:
-        if not path.is_absolute():  # it prints the bare name of what it does not have
-            raise UnavailableError(f"{path}: not found beside {compiler.command}; install libc6-dev-arm64-cross")
-    return paths
-
-
-def digest(kit: sdk.Sdk, compiler: _Compiler) -> str:
+def digest(kit: sdk.Sdk, compiler: Compiler) -> str:
     """A hash of everything that decides the bundle: sources, SDK and compiler."""
-    total = hashlib.sha256(f"{kit.version} {kit.origin} {_answer(compiler, '--version')}".encode())
+    total = hashlib.sha256(f"{kit.version} {kit.origin} {compiler.identity}".encode())
     for path in sorted(path for path in SOURCES.rglob("*") if path.is_file()):
         total.update(path.relative_to(SOURCES).as_posix().encode() + b"\0" + path.read_bytes())
     return total.hexdigest()[:12]
-
-
-def _answer(compiler: _Compiler, option: str) -> str:
-    return subprocess.run([compiler.command, option], capture_output=True, text=True, check=True).stdout.strip()
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -163,7 +127,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(abi: str = typer.Argument(None, help=" | ".join(ABIS))) -> None:
     """Build the runner for ABI (default: this machine's own) and print its folder."""
-    chosen = next((known for known in ABIS if known == (abi or host_abi())), None)
+    chosen = next((known for known in ABIS if known == (abi or compilers.host_abi())), None)
     if chosen is None:
         raise ExportError(f"unknown ABI {abi!r}; known: {', '.join(ABIS)}")
     say(str(build(chosen).path))

@@ -5,7 +5,7 @@ import logging
 from devices import Device, Transport
 from devices.transports.transfer import family
 
-from . import build, own_runner, start_failure, started
+from . import build, compilers, own_runner, start_failure, started
 from .sdk import MACHINES, Abi, UnavailableError
 
 _LOG = logging.getLogger(__name__)
@@ -15,7 +15,7 @@ _BIONIC = "arm64-v8a"
 
 def require(device: Device, reported: str, _transport: Transport | None, /) -> None:
     """Raise before any work what `install` would: no runner for the ABI, or nothing here to compile it with."""
-    build.compiler_for(_abi(device, reported))
+    compilers.find(_abi(device, reported))
 
 
 def _abi(device: Device, reported: str) -> Abi:

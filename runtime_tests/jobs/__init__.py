@@ -236,6 +236,10 @@ Job = (
 )
 
 
+Timed = SpeedJob | BandwidthJob | BenchJob | OverheadJob | CoreMLJob
+"""They have a process of their own and nothing beside it, and their threads wait as they do for users."""
+
+
 class AnyJob(RootModel[Annotated[Job, Field(discriminator="action")]]):
     """Parses a job of any kind."""
 

@@ -11,6 +11,7 @@ from export.host.processes import last_line
 from runtime_tests.evidence.record import Outcome
 
 from . import Job
+from .child import Child
 
 WORKER: tuple[str, ...] = processes.python("runtime_tests.jobs.worker")
 DISK_FULL = "disk-full"
@@ -37,11 +38,12 @@ def run(
     on_progress: Progress | None = None,
     renewed: bool = False,
     settings: tuple[str, ...] = (),
+    child: Child | None = None,
 ) -> Ended:
     """Run a job; end its whole process group after `limit_s` seconds. Raises disk.FullError.
 
     `renewed`: every report of progress restarts the limit, for work of hours that must not hang either.
-    `settings`: environment variables of the child beside ours, `NAME=value`.
+    `settings`: environment variables of the child beside ours, `NAME=value`. `child`: one that runs other jobs too.
     """
     last_seen = None
     command = ("env", *settings, *WORKER)
@@ -57,10 +59,24 @@ def run(
 
     try:
         given = job.model_dump_json().encode()
-        child = processes.run(command, cwd=Path.cwd(), given=given, limit_s=limit_s, watch=watch)
+        if child:
+            status, out, err = child.run(WORKER, given, limit_s=limit_s, answers=_answers, watch=watch)
+            return interpret(_status_of(out) if status is None else status, out, err)
+        exited = processes.run(command, cwd=Path.cwd(), given=given, limit_s=limit_s, watch=watch)
     except TimeoutError:
         return Ended(Outcome.TIMEOUT, f"no {'progress' if renewed else 'answer'} within {limit_s:g} s")
-    return interpret(child.returncode, child.out, child.err)
+    return interpret(exited.returncode, exited.out, exited.err)
+
+
+def _answers(line: str) -> bool:
+    """Whether it is the end of a job."""
+    answer = _parse(line)
+    return answer is not None and not answer.keys().isdisjoint(("result", "failed"))
+
+
+def _status_of(out: str) -> int:
+    """What the child would have exited with after this answer."""
+    return 0 if "result" in (_parse(last_line(out)) or {}) else 1
 
 
 def interpret(returncode: int, out: str, err: str) -> Ended:

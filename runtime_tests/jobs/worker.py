@@ -1,4 +1,4 @@
-"""The child process of `isolation`: reads one job as JSON from stdin, prints one JSON object as its last line.
+"""The child process of `isolation`: reads jobs as lines of JSON from stdin, prints one line of JSON after each.
 
     echo '{"action": "bandwidth", "threads": 2}' | python -m runtime_tests.jobs.worker
 
@@ -16,16 +16,13 @@ import numpy as np
 from export import manifest
 from export.build.command import quiet_libraries
 from export.errors import ExportError
-from export.host import disk, processes, processor
+from export.host import disk, memory, processes, processor
 from runtime_tests import jobs
 from runtime_tests.evidence.record import Outcome
 from runtime_tests.sessions import Session, greedy, open_session
 
 from . import logits_file
 from .isolation import DISK_FULL
-
-_TIMED = jobs.SpeedJob | jobs.BandwidthJob | jobs.BenchJob | jobs.OverheadJob | jobs.CoreMLJob
-"""In these, threads wait as they do for users; in the rest asleep, for another artifact's job may run beside them."""
 
 
 class LoadError(Exception):
@@ -106,19 +103,24 @@ def opened(folder: str, threads: int) -> Session:
 
 
 def _write_logits(job: jobs.LogitsJob) -> dict[str, Any]:
-    """Prefill each window, then feed its other tokens one by one; every row of logits is written at once."""
+    """Prefill each window, then feed its other tokens one by one, as many windows at once as the session takes."""
     vocab = manifest.read(Path(job.folder)).architecture.vocab_size
     session = opened(job.folder, job.threads)
-    for task in job.tasks:
-        tokens = np.load(task.tokens)
-        steps = tokens.shape[1] - task.prefill
-        with logits_file.writing(task.out, (len(tokens), steps, vocab)) as write:
-            for i, window in enumerate(tokens.tolist()):
-                session.reset()
-                write(session.feed(window[: task.prefill]))
-                for step in range(1, steps):
-                    write(session.feed([window[task.prefill + step - 1]]))
-                jobs.report_progress(i + 1, len(tokens))
+    loaded = [np.load(task.tokens) for task in job.tasks]
+    done, total = (
+        0,
+        sum(len(tokens) * (tokens.shape[1] - task.prefill) for task, tokens in zip(job.tasks, loaded, strict=True)),
+    )
+    for task, tokens in zip(job.tasks, loaded, strict=True):
+        shape = len(tokens), tokens.shape[1] - task.prefill, vocab
+        with logits_file.writing(task.out, shape) as write:
+            for first in range(0, len(tokens), session.abreast):
+                windows, rows = tokens[first : first + session.abreast].tolist(), []
+                for logits in session.feed_windows(windows, task.prefill):
+                    rows.append(logits)
+                    done += len(windows)
+                    jobs.report_progress(done, total)
+                write(np.stack(rows, axis=1))
     measures_speed = session.measures_speed
     session.close()
     return {"tasks": len(job.tasks), "measures_speed": measures_speed}
@@ -145,18 +147,24 @@ def answer(job: jobs.Job) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Read the job, run it, print the answer."""
+    """Read jobs, run them, print the answers; the exit status is that of the last."""
     processes.end_with_parent()
-    job = jobs.AnyJob.model_validate_json(sys.stdin.buffer.read()).root
+    reply: dict[str, Any] = {}
+    for line in sys.stdin.buffer:
+        reply = _reply(jobs.AnyJob.model_validate_json(line).root)
+        print("\n" + json.dumps(reply), flush=True)
+        memory.give_back()
+    return 0 if "result" in reply else 1
+
+
+def _reply(job: jobs.Job) -> dict[str, Any]:
     if not isinstance(job, jobs.TaskDataJob | jobs.TasksJob):  # these may read data sets of the hub
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if not isinstance(job, _TIMED):
+    if not isinstance(job, jobs.Timed):  # another artifact's job may run beside it: threads wait asleep
         processes.wait_asleep()
     processor.limit_threads()
     quiet_libraries()
-    reply = answer(job)
-    print("\n" + json.dumps(reply), flush=True)
-    return 0 if "result" in reply else 1
+    return answer(job)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from export.manifest import Manifest
 from runtime_tests import coreml
 from runtime_tests.evidence.record import DeviceState, Environment, Outcome
 from runtime_tests.jobs import ConformanceJob, GenerateJob, LogitsJob, SpeedJob, isolation
+from runtime_tests.jobs.child import Child
 from runtime_tests.jobs.isolation import Ended, Progress
 
 from . import environment
@@ -35,12 +36,16 @@ class Place(Protocol):
     """As the device reports it."""
     attached: bool
     """Whether it is a different machine from this one."""
+    settings: tuple[str, ...]
+    """Environment variables of child processes here, `NAME=value`."""
 
     def prepare(self, manifests: Sequence[Manifest]) -> None:
         """Prepare the place for these artifacts. Raises DeviceError, ExportError."""
 
-    def run(self, job: ArtifactJob, *, limit_s: float, on_progress: Progress | None = None) -> Ended:
-        """Run a job; every failure comes back as an outcome."""
+    def run(
+        self, job: ArtifactJob, *, limit_s: float, on_progress: Progress | None = None, child: Child | None = None
+    ) -> Ended:
+        """Run a job, on this machine in that child process; every failure comes back as an outcome."""
 
     def environment(self) -> Environment:
         """The machine and software of the measurements, even when the device cannot be reached any more."""
@@ -50,20 +55,22 @@ class Place(Protocol):
 
 
 class ThisMachine:
-    """Every job in a child process of its own."""
+    """Every job in a child process: in the one that is given, or of its own."""
 
     attached = False
     abi = platform.machine()
 
     def __init__(self, threads: int, compute_units: ComputeUnits = "cpu_gpu") -> None:
         self.threads, self.compute_units = threads, compute_units
+        self.settings: tuple[str, ...] = (f"{coreml.UNITS}={compute_units}",)
 
     def prepare(self, manifests: Sequence[Manifest]) -> None:
         pass
 
-    def run(self, job: ArtifactJob, *, limit_s: float, on_progress: Progress | None = None) -> Ended:
-        settings = (f"{coreml.UNITS}={self.compute_units}",)
-        return isolation.run(job, limit_s=limit_s, on_progress=on_progress, settings=settings)
+    def run(
+        self, job: ArtifactJob, *, limit_s: float, on_progress: Progress | None = None, child: Child | None = None
+    ) -> Ended:
+        return isolation.run(job, limit_s=limit_s, on_progress=on_progress, settings=self.settings, child=child)
 
     def environment(self) -> Environment:
         return environment.current(self.compute_units)

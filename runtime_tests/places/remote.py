@@ -33,6 +33,7 @@ from runtime_tests.device_runner import (
 )
 from runtime_tests.evidence.record import DeviceState, Environment, Outcome
 from runtime_tests.jobs import ConformanceJob, GenerateJob, LogitsJob, SpeedJob, Task, logits_file, scripts
+from runtime_tests.jobs.child import Child
 from runtime_tests.jobs.isolation import Ended, Progress
 from runtime_tests.jobs.scripts import RunnerStoppedError
 
@@ -67,6 +68,7 @@ class AttachedDevice:
     """One device, locked during a run."""
 
     attached = True
+    settings: tuple[str, ...] = ()
 
     def __init__(self, device: Device, transport: Transport, scratch: Path) -> None:
         self.device = device
@@ -102,7 +104,10 @@ class AttachedDevice:
         except DeviceError as error:  # no reason to lose the run's results
             LOG.warning("%s; what this run wrote stays there until the next one", error)
 
-    def run(self, job: ArtifactJob, *, limit_s: float, on_progress: Progress | None = None) -> Ended:
+    def run(
+        self, job: ArtifactJob, *, limit_s: float, on_progress: Progress | None = None, child: Child | None = None
+    ) -> Ended:
+        del child  # of this machine
         try:
             return Ended(Outcome.PASS, "", self._run(job, limit_s, on_progress))
         except RunnerStoppedError as stop:

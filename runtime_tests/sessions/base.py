@@ -29,6 +29,8 @@ class Session(ABC):
 
     measures_speed = True
     """False where the session is a reference for correctness only (Core ML off a Mac)."""
+    abreast = 1
+    """Windows that `feed_windows` takes at once."""
 
     def __init__(self, context_length: int, largest_call: int, logits: Literal["last", "all"], vocab_size: int) -> None:
         """Slots of the cache, most tokens of a `step`, positions that it gives logits of, V: from the I/O contract."""
@@ -75,7 +77,26 @@ class Session(ABC):
             return np.stack([self.feed([token]) for token in tokens])
         return np.concatenate([logits.astype(np.float32) for logits in self._steps(tokens)])
 
+    def feed_windows(self, windows: Sequence[Sequence[int]], prefill: int) -> Iterator[NDArray[np.float32]]:
+        """Logits [W, V] after the prefill of up to `abreast` windows of equal length, and after each token behind it.
+
+        The last token of a window is not fed. Errors as in `feed`.
+        """
+        (window,) = windows
+        self.reset()
+        yield self.feed(window[:prefill])[None]
+        for token in window[prefill:-1]:
+            yield self.feed([token])[None]
+
     def _steps(self, tokens: Sequence[int]) -> Iterator[NDArray[np.floating[Any]]]:
+        self._require_room(tokens)
+        for start in range(0, len(tokens), self.largest_call):
+            piece = tokens[start : start + self.largest_call]
+            logits = self.step(piece, self.position)
+            self.position += len(piece)
+            yield logits
+
+    def _require_room(self, tokens: Sequence[int]) -> None:
         if not tokens:
             raise ValueError("there are no tokens to feed")
         for token in (min(tokens), max(tokens)):
@@ -85,8 +106,3 @@ class Session(ABC):
             raise ContextError(
                 f"{len(tokens)} tokens at position {self.position}: the context holds {self.context_length}"
             )
-        for start in range(0, len(tokens), self.largest_call):
-            piece = tokens[start : start + self.largest_call]
-            logits = self.step(piece, self.position)
-            self.position += len(piece)
-            yield logits

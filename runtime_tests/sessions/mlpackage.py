@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,8 @@ def in_core_ml() -> bool:
 
 
 RUNTIME = "Core ML" if in_core_ml() else "our evaluator of the saved package"
+ABREAST = 8
+"""Windows side by side in the evaluator: each has a KV cache, and the head's logits of a prompt."""
 PIECE = 512
 """Most tokens per call: the package returns logits of every position, 512 × 128,256 × 2 bytes = 131 MB."""
 
@@ -58,6 +60,7 @@ class PackageSession(Session):
         self.ids, self.mask = (spec.name for spec in contract.inputs)
         self.output = contract.outputs[0].name
         self.model = model
+        self.abreast = ABREAST if isinstance(model, Evaluated) else 1
         self.reset()
 
     def reset(self) -> None:
@@ -65,9 +68,29 @@ class PackageSession(Session):
         self.state = self.model.make_state()
 
     def step(self, tokens: Sequence[int], position: int) -> NDArray[np.floating[Any]]:
-        inputs = {self.ids: np.array([tokens], np.int32), self.mask: causal_mask(position, len(tokens))}
-        logits: NDArray[np.floating[Any]] = np.asarray(self.model.predict(inputs, state=self.state)[self.output])[0]
+        outputs = self.model.predict(self._inputs(tokens, position), state=self.state)
+        logits: NDArray[np.floating[Any]] = np.asarray(outputs[self.output])[0]
         return logits
+
+    def feed_windows(self, windows: Sequence[Sequence[int]], prefill: int) -> Iterator[NDArray[np.float32]]:
+        """In the evaluator windows side by side, each with a state of its own."""
+        if self.abreast == 1:
+            yield from super().feed_windows(windows, prefill)
+            return
+        self.reset()
+        for window in windows:
+            self._require_room(window[:-1])
+        states = [self.model.make_state() for _ in windows]
+        ends = [*range(self.largest_call, prefill, self.largest_call), *range(prefill, len(windows[0]))]
+        first = 0
+        for end in ends:
+            outputs = self.model.predict_each([self._inputs(window[first:end], first) for window in windows], states)
+            if end >= prefill:
+                yield np.stack([one[self.output][0, -1] for one in outputs]).astype(np.float32)
+            first = end
+
+    def _inputs(self, tokens: Sequence[int], position: int) -> dict[str, NDArray[Any]]:
+        return {self.ids: np.array([tokens], np.int32), self.mask: causal_mask(position, len(tokens))}
 
 
 def causal_mask(past: int, new: int) -> NDArray[np.float32]:
@@ -96,13 +119,20 @@ class Evaluated:
         return self.evaluator.states
 
     def predict(self, inputs: dict[str, NDArray[Any]], state: dict[str, Any]) -> dict[str, NDArray[Any]]:
-        self.evaluator.states = state
-        ids, _mask = inputs.values()
+        (outputs,) = self.predict_each([inputs], [state])
+        return outputs
+
+    def predict_each(
+        self, inputs: Sequence[dict[str, NDArray[Any]]], states: Sequence[dict[str, Any]]
+    ) -> list[dict[str, NDArray[Any]]]:
+        """Several calls with equally many tokens, each with its state, side by side."""
+        ids, _mask = inputs[0].values()
         # one row is bound by memory: on a busy machine the barriers of two threads cost ten times the work itself
         self.torch.set_num_threads(1 if ids.size == 1 else self.threads)
         dtypes = self.evaluator.program.inputs  # Core ML converts what it is given, too
-        outputs = self.evaluator.predict({n: self.torch.from_numpy(array).to(dtypes[n]) for n, array in inputs.items()})
-        return {name: values.numpy() for name, values in outputs.items()}
+        given = [{n: self.torch.from_numpy(array).to(dtypes[n]) for n, array in one.items()} for one in inputs]
+        outputs = self.evaluator.predict_each(given, states)
+        return [{name: values.numpy() for name, values in one.items()} for one in outputs]
 
 
 def loaded(package: Path, compute_units: str, cache: Path) -> Any:

@@ -99,6 +99,13 @@ NAMES = (
 )
 
 
+def test_timings_are_asked_of_build_and_validation(make):
+    assert all("--timings" in call for call in make("build", "validate", "TIMINGS=yes"))
+    assert not any("--timings" in call for call in make("build", "validate"))
+    with pytest.raises(AssertionError):
+        make("build", "TIMINGS=no")
+
+
 @pytest.mark.hostile("text", "variables of make with commands in them", "never run")
 @pytest.mark.parametrize("name", NAMES)
 def test_no_variable_is_run(make, name):
@@ -258,6 +265,15 @@ def test_a_build_calibrates_where_it_is_asked_to(make):
     assert make("build", "MODEL=llama", "CALIBRATE_ON=cuda") == [[*PLAN, "--device=cuda"]]
     assert make.asked == []
     assert [*PLAN, "--device=cuda"] in make("ci-artifacts", "MODEL=llama", "CALIBRATE_ON=cuda")
+
+
+@pytest.mark.parametrize("text", ["", "zig", "$(shell touch PWNED)`touch PWNED`"])
+def test_the_runners_compiler_reaches_python_as_it_is_given(make, tmp_path, text):
+    python = tmp_path / ".venv/bin/python"
+    python.write_text(python.read_text() + 'printf %s "$LLAMA_COMPILER" > build/compiler\n')
+    make("validate", "MODEL=llama", f"COMPILER={text}")
+    assert (tmp_path / "build/compiler").read_text() == text
+    assert not (tmp_path / "PWNED").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """What a build needs is said before it starts, is about what it takes, and is refused when it is not there."""
 
 import os
+import re
 import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,6 +25,12 @@ GB = 1e9
 def wanted(model, target, quant="int4-g32", cache=Path("/nowhere"), source="seed:1"):
     plan = load_plan(model, quant, target)
     return needs.estimate(plan, source and parse_origin(source), plan.model.architecture, cache)
+
+
+@pytest.fixture(autouse=True)
+def without_cuda(monkeypatch):
+    """Figures are those of torch without CUDA, whichever is installed."""
+    monkeypatch.setattr(needs, "with_cuda", lambda: False)
 
 
 def line(stderr):
@@ -78,9 +86,21 @@ def test_a_damaged_store_is_not_counted_as_there(tmp_path):
     assert wanted("tiny", "onnx-cpu", cache=tmp_path, source=None).cache_bytes > 0
 
 
+def test_a_torch_with_cuda_needs_more_whatever_it_computes_on(monkeypatch, tmp_path):
+    without = wanted("tiny", "onnx-cpu").memory_bytes
+    monkeypatch.undo()
+    (tmp_path / "torch/lib").mkdir(parents=True)
+    found = SimpleNamespace(submodule_search_locations=[str(tmp_path / "torch")])
+    monkeypatch.setattr(needs, "find_spec", lambda _: found)
+    assert wanted("tiny", "onnx-cpu").memory_bytes == without
+    (tmp_path / "torch/lib/libtorch_cuda.so").touch()
+    assert wanted("tiny", "onnx-cpu").memory_bytes == without + 450_000_000
+
+
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_real_run_takes_about_what_was_said(target, tmp_path):
-    """Peak of the whole process, and of the disk where its files lie at the end."""
+def test_a_real_run_takes_about_what_was_said(target, tmp_path, monkeypatch):
+    """Peak of the whole process, with the torch that is installed, and of the disk where its files lie at the end."""
+    monkeypatch.undo()
     script = (
         "import sys; from pathlib import Path; from export import pipeline; "
         "from export.plan import load_plan; pipeline.CACHE = Path(sys.argv[2]) / 'cache'; "
@@ -155,9 +175,10 @@ def test_a_limit_on_address_space_is_named_by_the_real_command(tmp_path):
     )  # fmt: skip
     said, error = done.stderr.strip().splitlines()[-2:]
     assert done.returncode == 1
-    assert said.strip().startswith("needs 4.4 GB memory (3.")
-    assert error.startswith("error: llama32-3b-instruct_int4-g32_coreml: needs 4.4 GB of memory, 3.")
-    assert "are available (ulimit -v), " in error
+    told = re.match(r"needs (4\.[48] GB) memory \(([1-3]\.\d GB) available\), ", said.strip())  # of both kinds of torch
+    assert error.startswith(
+        f"error: llama32-3b-instruct_int4-g32_coreml: needs {told[1]} of memory, {told[2]} are available (ulimit -v), "
+    )
     assert list(tmp_path.iterdir()) == []
 
 

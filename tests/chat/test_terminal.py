@@ -7,9 +7,11 @@ import select
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from runtime_tests.chat import terminal
 from tests.support.artifacts import set_fault
 from tests.support.processes import FAKES
 
@@ -83,50 +85,70 @@ def screen(artifact):
 
 
 def test_ctrl_c_stops_the_answer_keeps_what_it_said_and_at_an_empty_prompt_ends(screen):
-    terminal = screen()
-    assert "/help lists the commands" in terminal.text
-    terminal.type("hello\n")
-    terminal.wait("&&&&")
-    terminal.type(CTRL_C)
-    terminal.wait(PROMPT)
-    first = figures(terminal.text)
+    chat = screen()
+    assert "/help lists the commands" in chat.text
+    chat.type("hello\n")
+    chat.wait("&&&&")
+    chat.type(CTRL_C)
+    chat.wait(PROMPT)
+    first = figures(chat.text)
     assert first["prefill"] == len("hello") + 3
     assert first["context"] < 200
-    assert terminal.text.split("prefill")[0].strip("^C&\r\n") == ""
+    assert chat.text.split("prefill")[0].strip("^C&\r\n") == ""
 
-    terminal.type("why\n")  # the session goes on, with the partial answer in its past
-    terminal.wait("&&&&")
-    terminal.type(CTRL_C)
-    terminal.wait(PROMPT)
-    second = figures(terminal.text)
+    chat.type("why\n")  # the session goes on, with the partial answer in its past
+    chat.wait("&&&&")
+    chat.type(CTRL_C)
+    chat.wait(PROMPT)
+    second = figures(chat.text)
     assert second["prefill"] == len("why") + 5
     assert second["context"] > first["context"] + second["prefill"]
 
-    terminal.type("half a line")
-    terminal.wait("half a line")
-    terminal.type(CTRL_C)  # leaves the line
-    terminal.wait(PROMPT, again=CTRL_C)
-    terminal.type("/reset\n")
-    terminal.wait(r"the conversation begins anew\s+> $")
-    terminal.type(CTRL_C)
-    assert terminal.end(again=CTRL_C) == 0
-    assert "Traceback" not in terminal.text
-    assert "interrupted" not in terminal.text
+    chat.type("half a line")
+    chat.wait("half a line")
+    chat.type(CTRL_C)  # leaves the line
+    chat.wait(PROMPT, again=CTRL_C)
+    chat.type("/reset\n")
+    chat.wait(r"the conversation begins anew\s+> $")
+    chat.type(CTRL_C)
+    assert chat.end(again=CTRL_C) == 0
+    assert "Traceback" not in chat.text
+    assert "interrupted" not in chat.text
 
 
 def test_without_the_handler_ctrl_c_would_end_the_chat(screen):
     """The twin."""
-    terminal = screen("--without-handler")
-    terminal.type("hello\n")
-    terminal.wait("&&&&")
-    terminal.type(CTRL_C)
-    assert terminal.end() == 130
+    chat = screen("--without-handler")
+    chat.type("hello\n")
+    chat.wait("&&&&")
+    chat.type(CTRL_C)
+    assert chat.end() == 130
 
 
 def test_ctrl_d_ends(screen):
-    terminal = screen()
-    terminal.type(CTRL_D)
-    assert terminal.end() == 0
+    chat = screen()
+    chat.type(CTRL_D)
+    assert chat.end() == 0
+
+
+@pytest.mark.parametrize("library", ["GNU readline", "libedit readline"])
+def test_ctrl_c_at_an_empty_prompt_ends_with_either_library(monkeypatch, library):
+    """What `get_line_buffer` gives was seen with both: libedit's, of Macs, still has the line before."""
+    buffer, keys = [""], iter(["half^C", "whole", "^C", "never asked for"])
+
+    def ask(prompt):
+        line, interrupted, _ = (typed := next(keys)).partition("^C")
+        if typed != "^C" or library == "GNU readline":
+            buffer[0] = line
+        if interrupted:
+            raise KeyboardInterrupt
+        return line
+
+    described = f"Importing this module enables command line editing using {library}."
+    monkeypatch.setitem(sys.modules, "readline", SimpleNamespace(__doc__=described, get_line_buffer=lambda: buffer[0]))
+    monkeypatch.setattr("builtins.input", ask)
+    assert list(terminal.typed(terminal.Interrupts())) == ["whole"]
+    assert next(keys) == "never asked for"
 
 
 def figures(text):

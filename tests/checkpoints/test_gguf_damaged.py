@@ -334,3 +334,13 @@ def test_the_command_refuses_a_damaged_file_of_the_default_model(tmp_path):
     assert "cut.gguf: damaged GGUF" in errors[0]
     assert "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.gguf"]
+
+
+def test_every_key_is_read_as_by_the_library(tmp_path):
+    write_gguf(tmp_path / GGUF)
+    metadata = open_source(parse_origin(str(tmp_path / GGUF)), None).metadata
+    fields = gguf.GGUFReader(tmp_path / GGUF).fields
+    for name, value in ((name, field.contents()) for name, field in fields.items() if not name.startswith("GGUF.")):
+        read = metadata.array(name, type(value[0])) if isinstance(value, list) else metadata.get(name, type(value))
+        assert read == value
+    assert sum(isinstance(field.contents(), list) for field in fields.values()) >= 3

@@ -11,6 +11,8 @@ import pytest
 from export import manifest
 from export.host import interrupt
 from runtime_tests import jobs, validate
+from runtime_tests.checks import files
+from runtime_tests.checks.subject import Shared, Turns
 from runtime_tests.evidence.record import Outcome, folder_text
 from runtime_tests.jobs import isolation
 from tests.support.artifacts import set_fault
@@ -54,7 +56,9 @@ def watched(monkeypatch, in_process):
     return seen
 
 
-def test_two_at_once_are_found_as_each_alone_is(pair, setting, watched, tmp_path):
+def test_two_at_once_are_found_as_each_alone_is(pair, setting, watched, tmp_path, monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(files, "_tokenizer_differences", lambda *of: looked_at.append(of) or [])
     here = replace(setting, threads=2, cache=tmp_path / "cache")
     shutil.copytree(setting.cache, here.cache, ignore=shutil.ignore_patterns("reference*"))
     together = each(pair, here)
@@ -62,6 +66,7 @@ def test_two_at_once_are_found_as_each_alone_is(pair, setting, watched, tmp_path
     assert [action for action, _ in watched].count("reference") == 1
     assert [(action, beside) for action, beside in watched if action == "speed"] == [("speed", 1)] * 2
     assert {action for action, _ in watched[-2:]} == {"speed"}
+    assert len(looked_at) == 1
     (alone,) = each(pair[:1], replace(here, threads=1))
     assert [found(record) for record in together] == [found(alone)] * 2
 
@@ -73,7 +78,13 @@ def test_one_that_crashes_leaves_the_other_its_findings(pair, setting, watched):
 
 @pytest.mark.parametrize(
     ("attached", "cores", "room", "expected"),
-    [(False, 2, 8 * 2**30, 2), (False, 8, 64 * 2**30, 3), (False, 8, 2**30, 1), (True, 8, 64 * 2**30, 1)],
+    [
+        (False, 2, 64 * 2**30, 3),
+        (False, 2, 3 * 2**30, 2),
+        (False, 8, 2**30, 1),
+        (False, 1, 64 * 2**30, 1),
+        (True, 8, 64 * 2**30, 1),
+    ],
 )
 def test_as_many_at_once_as_cores_and_memory_allow(pair, setting, attached, cores, room, expected):
     here = replace(setting, threads=cores, place=SimpleNamespace(attached=attached))
@@ -85,3 +96,37 @@ def test_ctrl_c_ends_the_child_of_a_thread_that_no_signal_reaches(monkeypatch):
     monkeypatch.setattr(interrupt, "_noted", [2])
     with pytest.raises(KeyboardInterrupt):
         isolation.run(jobs.BandwidthJob(threads=1), limit_s=60)
+
+
+def test_no_more_jobs_than_cores_run_at_once():
+    turns, running, most = Turns(2), [], []
+    full = threading.Barrier(2, timeout=60)
+
+    def job(number):
+        with turns.mine(), turns.at_work():
+            running.append(number)
+            full.wait()
+            most.append(len(running))
+            full.wait()
+            running.remove(number)
+
+    threads = [threading.Thread(target=job, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [2] * 4
+
+
+def test_what_is_shared_is_computed_once_even_where_it_fails():
+    shared, computed = Shared(), []
+
+    def fail():
+        computed.append(1)
+        raise ValueError("damaged")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="damaged"):
+            shared.once("key", fail)
+    assert shared.once("other", lambda: 3) == shared.once("other", lambda: 4) == 3
+    assert computed == [1]

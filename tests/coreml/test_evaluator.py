@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from export import manifest
 from tests.support.metrics import sqnr_db
 
 ct = pytest.importorskip("coremltools")
@@ -52,6 +53,37 @@ def test_writing_states_in_place_changes_no_logits(package):
     assert torch.equal(run(package), run(package, copying=True))
 
 
+def test_windows_side_by_side_compute_what_each_would_alone(tiny, monkeypatch):
+    """To the bit, in blocks of each weight too."""
+    from runtime_tests.coreml import operations
+    from runtime_tests.sessions import mlpackage
+
+    folder = tiny("coreml")
+    session = mlpackage.open_session(folder, manifest.read(folder), threads=1)
+    session.largest_call = 8
+    windows = np.random.default_rng(0).integers(session.vocab_size, size=(3, 16)).tolist()
+    alone = []
+    for window in windows:
+        session.reset()
+        alone.append([session.feed(part) for part in (window[:12], *([token] for token in window[12:-1]))])
+    monkeypatch.setattr(operations, "_BLOCK_BYTES", 2**14)
+    assert session.abreast >= len(windows)
+    np.testing.assert_array_equal(np.stack(list(session.feed_windows(windows, 12)), axis=1), alone)
+
+
+def test_windows_side_by_side_are_refused_as_each_would_be(tiny):
+    from runtime_tests.sessions import mlpackage
+    from runtime_tests.sessions.base import ContextError, TokenError
+
+    folder = tiny("coreml")
+    session = mlpackage.open_session(folder, manifest.read(folder), threads=1)
+    good, rest = [1] * 4, [1] * session.context_length
+    with pytest.raises(TokenError, match="the vocabulary has"):
+        next(session.feed_windows([good, [1, session.vocab_size, 1, 1]], 2))
+    with pytest.raises(ContextError):
+        next(session.feed_windows([[*good, *rest], [*good, *rest]], 2))
+
+
 def test_both_matrix_product_dtypes_agree(package, monkeypatch):
     from runtime_tests.coreml import evaluator
 
@@ -63,9 +95,9 @@ def test_both_matrix_product_dtypes_agree(package, monkeypatch):
 
 
 def manifest_with(package: Path, path: str) -> None:
-    manifest = json.loads((package / "Manifest.json").read_text())
-    manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"] = path
-    (package / "Manifest.json").write_text(json.dumps(manifest))
+    listed = json.loads((package / "Manifest.json").read_text())
+    listed["itemInfoEntries"][listed["rootModelIdentifier"]]["path"] = path
+    (package / "Manifest.json").write_text(json.dumps(listed))
 
 
 def test_evaluator_refuses_items_outside_the_package(damaged):

@@ -1,23 +1,28 @@
-"""The C++ runner built for this machine, and the tiny model that it runs."""
+"""The C++ runner built for this machine by each compiler that is here, and the tiny model that it runs."""
 
 import subprocess
 
 import pytest
 
-from runtime_tests.device_runner import Answer, build, parse_answer, read_logits, sdk, write_script
+from runtime_tests.device_runner import Answer, build, compilers, parse_answer, read_logits, sdk, write_script
 
 
-def built(abi):
+def built(abi, compiler):
     """A bundle, or a skip that names the missing tool."""
     try:
-        return build.build(abi)
+        return build.build(abi, compiler=compiler)
     except sdk.UnavailableError as missing:
         pytest.skip(str(missing))
 
 
+@pytest.fixture(scope="session", params=compilers.NAMES)
+def compiler(request):
+    return request.param
+
+
 @pytest.fixture(scope="session")
-def bundle():
-    return built(build.host_abi())
+def bundle(compiler):
+    return built(compilers.host_abi(), compiler)
 
 
 @pytest.fixture(scope="session")

@@ -6,18 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from devices.lab import roots
 from runtime_tests.device_runner import Answer, Feed, Generate, Logits
 from tests.device_runner.conftest import built
 from tests.support.scripts import PROMPT, random_tokens, steps
 
-QEMU = "qemu-aarch64-static"
+QEMU = shutil.which("qemu-aarch64-static") or next(map(str, roots.CACHE.glob("qemu-*/qemu-aarch64")), "")
+"""The system's, else the lab's."""
 
 
 @pytest.fixture(scope="session")
-def arm():
-    if shutil.which(QEMU) is None:
-        pytest.skip(f"{QEMU}: not found; install qemu-user-static")
-    return built("aarch64")
+def arm(compiler):
+    if not QEMU:
+        pytest.skip("qemu-aarch64-static: not found; install qemu-user-static, or make lab")
+    return built("aarch64", compiler)
 
 
 @pytest.mark.parametrize("model", ["fp32", "int8 cache"])
@@ -29,7 +31,7 @@ def test_aarch64_gives_the_same_answers(run, arm, processor, model):
     """
     ids = random_tokens(60)
     commands = [Feed(ids[:40]), Logits(), *steps(ids[40:]), Generate(10)]
-    emulated = {"prefix": (shutil.which(QEMU), "-cpu", processor), "start": arm.start_alone, "folder": arm.path}
+    emulated = {"prefix": (QEMU, "-cpu", processor), "start": arm.start_alone, "folder": arm.path}
     here, rows = run(commands, model)
     there, emulated_rows = run(commands, model, **emulated)
     assert there.generated[0].tokens == here.generated[0].tokens
@@ -43,12 +45,12 @@ def test_aarch64_uses_a_devices_own_c_library_where_there_is_one(run, arm):
     root = Path("/usr/aarch64-linux-gnu")
     if not (root / "lib" / "libstdc++.so.6").exists():
         pytest.skip(f"{root}: no libstdc++.so.6; install libstdc++6-arm64-cross")
-    answer, _ = run([Feed(PROMPT)], prefix=(shutil.which(QEMU), "-L", root), start=arm.start, folder=arm.path)
+    answer, _ = run([Feed(PROMPT)], prefix=(QEMU, "-L", root), start=arm.start, folder=arm.path)
     assert isinstance(answer, Answer)
 
 
 def test_aarch64_errors_are_the_same(run, arm, tmp_path):
-    emulated = {"prefix": (shutil.which(QEMU),), "start": arm.start_alone, "folder": arm.path}
+    emulated = {"prefix": (QEMU,), "start": arm.start_alone, "folder": arm.path}
     assert run("quit\n", **emulated)[0].stage == "usage"
     assert run([Feed(PROMPT)], tmp_path / "missing.pte", **emulated)[0].stage == "load"
     assert run([Feed((512,))], **emulated)[0].stage == "run"

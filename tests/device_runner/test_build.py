@@ -11,41 +11,69 @@ import pytest
 import devices
 from export.errors import ExportError
 from export.host import digests
-from runtime_tests.device_runner import build, mlpackage, sdk
+from runtime_tests.device_runner import build, compilers, mlpackage, sdk
 
 
-def test_a_bundle_is_built_once(bundle, monkeypatch):
+def test_a_bundle_is_built_once(bundle, compiler, monkeypatch):
     monkeypatch.setattr(build, "_compile", None)
-    assert build.build(bundle.abi) == bundle
+    assert build.build(bundle.abi, compiler=compiler) == bundle
 
 
-def test_a_change_of_sources_is_another_bundle(bundle, monkeypatch, tmp_path):
+def test_a_change_of_sources_is_another_bundle(bundle, compiler, monkeypatch, tmp_path):
     shutil.copytree(build.SOURCES, tmp_path / "sources")
-    kit, compiler = sdk.find(bundle.abi, build.BUILD / "sdk"), build.compiler_for(bundle.abi)
+    kit, found = sdk.find(bundle.abi, build.BUILD / "sdk"), compilers.find(bundle.abi, compiler)
     monkeypatch.setattr(build, "SOURCES", tmp_path / "sources")
-    assert bundle.path.name == f"{bundle.abi}-{build.digest(kit, compiler)}"
+    assert bundle.path.name == f"{bundle.abi}-{build.digest(kit, found)}"
     with (tmp_path / "sources/kernels/attention.h").open("a") as file:
         file.write("\n")
-    assert bundle.path.name != f"{bundle.abi}-{build.digest(kit, compiler)}"
+    assert bundle.path.name != f"{bundle.abi}-{build.digest(kit, found)}"
 
 
-def test_a_failed_build_leaves_nothing(bundle, monkeypatch, tmp_path):
+def test_a_failed_build_leaves_nothing(bundle, compiler, monkeypatch, tmp_path):
     shutil.copytree(build.SOURCES, tmp_path / "sources")
     (tmp_path / "sources/base/memory.cpp").write_text("syntax error\n")
     monkeypatch.setattr(build, "SOURCES", tmp_path / "sources")
     with pytest.raises(ExportError, match=r"runner: cmake failed: .*memory\.cpp:1:1: error"):
-        build.build(bundle.abi, folder=tmp_path / "out")
+        build.build(bundle.abi, compiler=compiler, folder=tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_missing_tool_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(sdk.UnavailableError, match=r"cmake: not found, .* install cmake"):
-        build.build(build.host_abi(), folder=tmp_path)
+        build.build(compilers.host_abi(), folder=tmp_path)
     (tmp_path / "cmake").symlink_to("/bin/true")
     (tmp_path / "make").symlink_to("/bin/true")
     with pytest.raises(sdk.UnavailableError, match=r"aarch64-linux-gnu-g\+\+: .* install g\+\+-aarch64-linux-gnu"):
         build.build("aarch64", folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("command", "lacking", "line"),
+    [
+        ("g++", "ld-linux-aarch64.so.1", None),  # Fedora's, which has the loader where it does not look
+        ("g++", "libstdc++.so.6", r"^libstdc\+\+\.so\.6: not found beside g\+\+; .*install "),
+        (
+            "aarch64-linux-gnu-g++",
+            "ld-linux-aarch64.so.1",  # the machine's own is of another C library, or another processor
+            r"^ld-linux-aarch64\.so\.1: not found beside aarch64-linux-gnu-g\+\+; install libc6-dev-arm64-cross$",
+        ),
+    ],
+)
+def test_the_loader_is_found_where_programs_name_it(monkeypatch, tmp_path, command, lacking, line):
+    compiler = tmp_path / command
+    compiler.write_text(f'#!/bin/sh\nname=${{1#*=}}; [ "$name" = {lacking} ] || printf /usr/lib64/; echo "$name"\n')
+    compiler.chmod(0o755)
+    (tmp_path / "ld-linux-aarch64.so.1").touch()
+    monkeypatch.setattr(compilers, "_LOADER_PLACES", (tmp_path / "none", tmp_path))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    libraries = partial(compilers.Compiler((command,), ()).system_libraries, build._SYSTEM, tmp_path)
+    if line:
+        with pytest.raises(sdk.UnavailableError, match=line):
+            libraries()
+    else:
+        assert [path.name for path in libraries()] == list(build._SYSTEM)
+        assert libraries()[0] == tmp_path / "ld-linux-aarch64.so.1"
 
 
 def test_a_wheel_that_cannot_be_had_is_one_line(monkeypatch, tmp_path):

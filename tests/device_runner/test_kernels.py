@@ -36,9 +36,9 @@ SHAPES = [
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory):
+def kernels(compiler, tmp_path_factory):
     try:
-        return attention.library(build.kernels_library(tmp_path_factory.mktemp("kernels")))
+        return attention.library(build.kernels_library(tmp_path_factory.mktemp("kernels"), compiler))
     except UnavailableError as missing:
         pytest.skip(str(missing))
 

@@ -63,6 +63,7 @@ def test_a_reader_that_has_gone_is_told_nothing():
             marks=pytest.mark.linux,
         ),
         pytest.param("devices targets nokia", "2>/dev/full", 1, "", marks=pytest.mark.linux),
+        pytest.param("devices.lab run nokia -- true", ">/dev/full 2>/dev/full", 1, "", marks=pytest.mark.linux),
         ("devices nonsense", ">&-", 2, "The known devices."),
         ("devices.lab nonsense", "", 2, "The emulated devices"),
     ],

@@ -78,7 +78,7 @@ def test_what_is_missing_is_named(monkeypatch, tmp_path):
     [
         ({"geteuid": lambda: 1000}, "the lab needs root"),
         (
-            {"uname": lambda: os.uname_result(("Linux", "desk", "6.1.0-17-amd64", "", "x86_64"))},
+            {"geteuid": lambda: 0, "uname": lambda: os.uname_result(("Linux", "desk", "6.1.0-17-amd64", "", "x86_64"))},
             "Linux 6.7, .* this is 6.1.0",
         ),
         (

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from export.host import console, disk
+from export.host import console, disk, timings
 
 
 class Err:
@@ -37,13 +37,38 @@ def test_a_long_step_says_what_is_done_and_how_far(err):
     with console.stage("lower", "ONNX"):
         err.wait(r"^  lower +\d+\.\d s so far: ONNX$")
         for done in console.track(range(1, 3), "weights", 2):
-            err.wait(rf"^  weights +\d+\.\d s so far: {done - 1} of 2$")
+            err.wait(rf"^  weights +\d+\.\d s so far: {done - 1} of 2(, about 0 s more)?$")
         with console.counted("artifact") as show:
             err.wait(r"^  artifact +\d+\.\d s so far$")
             show(3, 8)
             err.wait(r"^  artifact +\d+\.\d s so far: 3 of 8$")
     err.wait(r"^  lower +\d+\.\d s  ONNX$")
     assert console._steps == []
+
+
+def test_what_is_counted_says_how_long_the_rest_takes(err, monkeypatch):
+    clock = iter((0.0, 50.0, 60.0, 60.0))  # begun, first counted, printed and its pace
+    step = console._Step("artifact", started=next(clock))
+    monkeypatch.setattr(console.time, "perf_counter", lambda: next(clock))
+    step.count(20, 60)
+    assert step.first == (20, 50.0)
+    step.count(25, 60)
+    assert step.line() == "  artifact     60.0 s so far: 25 of 60, about 70 s more"
+
+
+def test_the_timings_are_of_stages_that_hold_no_other(capsys):
+    with console.stage("examining"):
+        for name in ("coreml  ", "onnx-cpu"):
+            with console.lane(name), console.stage("weighing"), console.counted("weights"):
+                timings.add("weighing", name, 2.0)
+        with console.stage("nothing"):
+            pass
+    console.show_timings()
+    said = capsys.readouterr().err
+    assert re.search(r"^where the time went: \d+\.\d s, \d+\.\d s of processors$", said, re.MULTILINE)
+    assert re.search(r"^  weighing +4\.\d s  (coreml|onnx-cpu) 2\.0, (coreml|onnx-cpu) 2\.0$", said, re.MULTILINE)
+    assert re.search(r"^  others ", said, re.MULTILINE)
+    assert len(re.findall("examining", said)) == 1  # its own end
 
 
 def test_threads_side_by_side_say_whose_work_each_line_is_of(err):

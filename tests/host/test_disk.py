@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import subprocess
 import sys
 
@@ -41,6 +42,22 @@ def test_without_locks_a_folder_is_refused_by_its_file_and_the_cache_goes_on(no_
     with record.open("ab") as file:
         disk.wait_for_lock(file)
     assert disk.is_locked(record)  # what cannot be known is not removed
+
+
+@pytest.mark.parametrize(
+    ("platform", "end"),
+    [
+        ("linux", ""),
+        ("darwin", " (what Finder shows as free may be held by local snapshots: `tmutil deletelocalsnapshots /`)"),
+    ],
+)
+def test_a_mac_is_told_why_finder_shows_more_room(monkeypatch, tmp_path, platform, end):
+    """statvfs leaves out of what is free there what the system would give up: snapshots, files that iCloud has."""
+    monkeypatch.setattr(disk.sys, "platform", platform)
+    monkeypatch.setattr(disk, "free_bytes", lambda _: 3 * 10**9)
+    line = f"{tmp_path}: needs 5,000.0 MB on the disk, has 3,000.0 MB; free 2,000.0 MB{end}"
+    with pytest.raises(ExportError, match=f"^{re.escape(line)}$"):
+        disk.require_room(tmp_path, 5 * 10**9)
 
 
 def test_a_share_without_locks_is_one_on_macos_too(tmp_path):

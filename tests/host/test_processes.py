@@ -99,6 +99,24 @@ def test_a_child_ends_with_its_parent(tied):
     assert left_running(marker, 30) == []
 
 
+def test_a_child_whose_parent_ended_before_it_looked_ends_too(tmp_path):
+    marker, begun = f"marker{os.getpid()}", tmp_path / "begun"
+    child = (
+        f"import os, time # {marker}\nparent = os.getppid(); open({str(begun)!r}, 'w').close()\n"
+        "while os.getppid() == parent: time.sleep(0.05)\n"
+        "from export.host import processes; processes.end_with_parent(); time.sleep(600)"
+    )
+    parent = (
+        f"import sys; from export.host import processes as p; p.run([sys.executable, '-c', {child!r}], cwd=p.Path())"
+    )
+    with subprocess.Popen([sys.executable, "-c", parent], cwd=manifest.ROOT) as started:
+        while not begun.exists():
+            assert started.poll() is None
+            time.sleep(0.05)
+        started.kill()
+    assert left_running(marker, 30) == []
+
+
 @pytest.mark.parametrize(
     ("program", "words"),
     [

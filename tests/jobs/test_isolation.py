@@ -10,6 +10,7 @@ from export.manifest import ROOT
 from runtime_tests import jobs
 from runtime_tests.evidence.record import Outcome
 from runtime_tests.jobs import isolation
+from runtime_tests.jobs.child import Child
 
 JOB = jobs.BandwidthJob(threads=1)
 
@@ -117,3 +118,56 @@ def test_what_times_an_artifact_imports_no_torch():
     code = "import sys, runtime_tests.jobs.worker, runtime_tests.checks.latency; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+FIRST_THEN = """
+import json, os, sys, time
+for number, _ in enumerate(sys.stdin):
+    if number:
+        {second}
+    print("words of the first", file=sys.stderr)
+    print(json.dumps({{"result": {{"pid": os.getpid()}}}}), flush=True)
+"""
+
+
+@pytest.fixture
+def standing(monkeypatch):
+    """The ends of three jobs in one child, whose second job does this."""
+    child = Child()
+
+    def run(second, limit_s=30.0):
+        monkeypatch.setattr(isolation, "WORKER", (sys.executable, "-c", FIRST_THEN.format(second=second)))
+        return [isolation.run(JOB, limit_s=limit_s, child=child) for _ in range(3)]
+
+    yield run
+    child.close()
+
+
+def test_jobs_follow_each_other_in_one_child(standing):
+    ended = standing("pass")
+    assert {one.outcome for one in ended} == {Outcome.PASS}
+    assert len({one.result["pid"] for one in ended}) == 1
+
+
+@pytest.mark.reliability("a runtime that crashes, is killed or hangs", "an outcome in the record")
+@pytest.mark.parametrize(
+    ("second", "outcome", "detail"),
+    [
+        ("os.abort()", Outcome.CRASH, "died by SIGABRT"),
+        ("sys.exit(3)", Outcome.RUN_FAIL, "exit 3: no message"),
+        ("time.sleep(600)", Outcome.TIMEOUT, "no answer within 2 s"),
+    ],
+)
+def test_a_job_that_ends_its_child_leaves_the_next_another(standing, second, outcome, detail):
+    first, ended, third = standing(second, limit_s=2.0)
+    assert (ended.outcome, ended.detail) == (outcome, detail)
+    assert (first.outcome, third.outcome) == (Outcome.PASS, Outcome.PASS)
+    assert first.result["pid"] != third.result["pid"]
+
+
+def test_a_failed_job_leaves_its_child_to_the_next(tmp_path):
+    child, job = Child(), jobs.ConformanceJob(folder=str(tmp_path), threads=1, fill=True)
+    details = [isolation.run(job, limit_s=120, child=child).detail for _ in range(2)]
+    child.close()
+    assert "manifest.json: missing" in details[0]
+    assert details[0] == details[1]

@@ -1,6 +1,7 @@
 """Validation over a transport, with this machine as the device: a good artifact passes, every accident has its name."""
 
 import os
+import shlex
 import sys
 from contextlib import closing
 from dataclasses import replace
@@ -13,7 +14,7 @@ from devices import DeviceLostError, NoSpaceError
 from export import manifest
 from runtime_tests import __main__ as cli
 from runtime_tests import validate
-from runtime_tests.device_runner import build, sdk
+from runtime_tests.device_runner import build, compilers, sdk
 from runtime_tests.evidence.record import Outcome, newest_run
 from runtime_tests.places.remote import AttachedDevice
 from tests.support.fakes import boards
@@ -27,7 +28,7 @@ WRAPPER = FAKES / "runner.py"
 def real_runner():
     """Ours for this machine, built once."""
     try:
-        return build.build(build.host_abi()).path / "bin/runner"
+        return build.build(compilers.host_abi()).path / "bin/runner"
     except sdk.UnavailableError as missing:
         pytest.skip(str(missing))
 
@@ -67,10 +68,10 @@ def wrapped(tmp_path, real_runner):
     """A runner of the user's: ours with a fault."""
 
     def write(fault):
-        path, text = tmp_path / f"runner-{fault}", WRAPPER.read_text()
-        for word, value in {"PYTHON": sys.executable, "RUNNER": str(real_runner), "KIND": fault}.items():
-            text = text.replace(word, value, 1)
-        path.write_text(text)
+        path = tmp_path / f"runner-{fault}"
+        program = path.with_suffix(".py")
+        program.write_text(WRAPPER.read_text().replace("RUNNER", str(real_runner), 1).replace("KIND", fault, 1))
+        path.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, str(program)])} "$@"\n')  # of paths with spaces
         path.chmod(0o755)
         return path
 

@@ -11,6 +11,7 @@ integers come from the `gguf` library's dequantization with every scale set to o
 """
 
 import math
+import struct
 from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 from pydantic import ValidationError
@@ -34,6 +35,8 @@ from .header import Metadata
 
 Q4_0, Q8_0, Q6_K = (GGMLQuantizationType[name] for name in ("Q4_0", "Q8_0", "Q6_K"))
 _BITS = {Q4_0: 4, Q8_0: 8, Q6_K: 6}
+_ARRAY_HEAD, _STRING_HEAD = struct.Struct("<IQ"), struct.Struct("<Q")
+"""Type and number of items; number of bytes."""
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _HALF = 2
 """Bytes of a float16."""
@@ -72,13 +75,36 @@ _TOLERANCE = 1e-5
 
 
 class _Reader(GGUFReader):  # type: ignore[misc]  # of a package without types
-    """The library's, which looks at a vocabulary's 700,000 parts through `memmap`: three times the work of an array."""
+    """The library's, for headers that `header.check` has passed; a vocabulary's 200,000 items in a tenth of the time.
+
+    The library looks at each through `memmap` and keeps an array for every number.
+    """
 
     data: Any
 
-    def _get(self, *where: Any, **order: Any) -> Any:
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
         self.data = np.asarray(self.data)  # of the same memory
-        return super()._get(*where, **order)
+        if raw_type != GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        start = orig_offs + _ARRAY_HEAD.size
+        number, count = _ARRAY_HEAD.unpack_from(self.data, orig_offs)
+        kind = GGUFValueType(number)
+        if kind == GGUFValueType.STRING:
+            items, end = self._strings(start, count)
+        else:
+            items = [self._get(start, self.gguf_scalar_to_np[kind], count)]
+            end = start + items[0].nbytes
+        return end - orig_offs, items, range(len(items)), [GGUFValueType.ARRAY, *([kind] if count else [])]
+
+    def _strings(self, at: int, count: int) -> tuple[list[NDArray[np.uint8]], int]:
+        """The bytes of so many strings, and where they end."""
+        items = []
+        for _ in range(count):
+            (size,) = _STRING_HEAD.unpack_from(self.data, at)
+            at += _STRING_HEAD.size
+            items.append(self.data[at : at + size])
+            at += size
+        return items, at
 
 
 class GgufSource:

@@ -7,6 +7,7 @@ import io
 import json
 import platform
 import warnings
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
@@ -192,3 +193,9 @@ def _contract(a: Architecture, plan: Plan) -> IOContract:
         max_prefill=kv.context_length,
         logits="all",
     )
+
+
+def mil_name(names: Sequence[str]) -> str:
+    """A MIL identifier of one weight, or of several stacked: without dots, later names by their last part only."""
+    first, *others = (name.removesuffix(".weight") for name in names)
+    return "_".join([first.replace(".", "_"), *(name.rpartition(".")[2] for name in others)])

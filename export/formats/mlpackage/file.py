@@ -1,6 +1,8 @@
 """A Core ML package on disk: made reproducible, and its weights read back by the names that `graph.py` gives."""
 
 import hashlib
+import math
+import struct
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -8,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from coremltools.libmilstoragepython import _BlobStorageReader as BlobReader
-from coremltools.proto import MIL_pb2, Model_pb2
 from numpy.typing import NDArray
 
 from export.architecture import EMBEDDING, GATE_UP, HEAD, QKV, Architecture
@@ -17,12 +17,14 @@ from export.errors import ExportError
 from export.formats import StoredWeight, split_weights
 from export.host.digests import sha256
 
-from . import MODEL, WEIGHTS, listing
-from .graph import mil_name
+from . import MODEL, WEIGHTS, listing, mil_name
+from .messages import MIL_pb2, Model_pb2
 
 _TABLE = mil_name((EMBEDDING,))
 _FUSED = {QKV[0]: QKV, GATE_UP[0]: GATE_UP}
 """First weight of a fused group → all of the group, in row order."""
+_RECORD, _MARKER = struct.Struct("<IIQQ"), 0xDEADBEEF
+_Bytes = NDArray[np.uint8]
 
 
 def seal(package: Path, metadata: dict[str, str], license_name: str) -> dict[str, int | float | str]:
@@ -57,7 +59,7 @@ def _count(spec: Any, weights: Path) -> dict[str, int | float | str]:
     ops = Counter(op.type for op in operations)
     integers = [op for op in operations if op.type == "constexpr_blockwise_shift_scale"]
     stored = Counter(data_type(op.inputs["data"].arguments[0].value) for op in integers)
-    reader = BlobReader(str(weights))
+    stored_bytes = np.memmap(weights, np.uint8, mode="r")
     tables = {weight_of(op) for op in operations if op.outputs and op.outputs[0].name in ("logits", _TABLE)}
     return {
         "ops": sum(count for kind, count in ops.items() if kind != "const"),
@@ -69,7 +71,7 @@ def _count(spec: Any, weights: Path) -> dict[str, int | float | str]:
         "weight_bin_bytes": weights.stat().st_size,
         "embedding_and_head": "one table" if len(tables) == 1 else "two tables",
         # a GPU may flush these to zero
-        "subnormal_scales": sum(_subnormal(_scales_of(op, reader)) for op in integers),
+        "subnormal_scales": sum(_subnormal(_scales_of(op, stored_bytes)) for op in integers),
     }
 
 
@@ -105,12 +107,12 @@ def read_weights(package: Path, architecture: Architecture) -> Iterator[StoredWe
     """Every quantized weight under the checkpoint's name, fused projections split."""
     operations = {op.outputs[0].name: op for op in _block(_read_spec(package)).operations if op.outputs}
     shapes = architecture.tensor_shapes()
-    reader = BlobReader(str(package / "Data" / WEIGHTS / "weight.bin"))
+    stored_bytes = np.memmap(package / "Data" / WEIGHTS / "weight.bin", np.uint8, mode="r")
     for names, output in expected(architecture, set(operations)):
         producer = operations[weight_of(operations[output])]
         if producer.type == "constexpr_blockwise_shift_scale":
             rows = {name: shapes[name][0] for name in names}
-            yield from split_weights(_integers_of(producer, reader), _scales_of(producer, reader), rows)
+            yield from split_weights(_integers_of(producer, stored_bytes), _scales_of(producer, stored_bytes), rows)
 
 
 def expected(architecture: Architecture, present: set[str]) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -140,25 +142,34 @@ def _split_name(name: str) -> tuple[str, str]:
     return ".".join(parts[:3]) + ".", ".".join(parts[3:])
 
 
-def _integers_of(constexpr: Any, reader: Any) -> NDArray[np.int8]:
+def _integers_of(constexpr: Any, stored_bytes: _Bytes) -> NDArray[np.int8]:
     """The integers [N, K] of a quantized weight, int4 as int8."""
     value = constexpr.inputs["data"].arguments[0].value
-    read = {MIL_pb2.INT4: reader.read_int4_data, MIL_pb2.INT8: reader.read_int8_data}.get(data_type(value))
-    if read is None:
+    if data_type(value) not in (MIL_pb2.INT4, MIL_pb2.INT8):
         raise ExportError(f"model.mlpackage: {constexpr.outputs[0].name} is neither int4 nor int8; build it again")
-    integers: NDArray[np.int8] = np.asarray(read(value.blobFileValue.offset), np.int8).reshape(shape_of(value))
-    return integers
+    packed = _blob(stored_bytes, value.blobFileValue.offset).view(np.int8)
+    if data_type(value) == MIL_pb2.INT4:  # the first of two in the low half
+        packed = np.stack([packed << 4 >> 4, packed >> 4], axis=1).ravel()
+    return packed[: math.prod(shape_of(value))].reshape(shape_of(value))
 
 
-def _scales_of(constexpr: Any, reader: Any) -> NDArray[np.float32]:
+def _scales_of(constexpr: Any, stored_bytes: _Bytes) -> NDArray[np.float32]:
     """The scales [N, K / group] of a quantized weight, fp16 as float32."""
     value = constexpr.inputs["scale"].arguments[0].value
     if value.WhichOneof("value") == "immediateValue":  # fewer than ten numbers
         raw = np.frombuffer(value.immediateValue.tensor.bytes.values, np.float16)
     else:
-        raw = np.asarray(reader.read_fp16_data(value.blobFileValue.offset)).view(np.float16)
+        raw = _blob(stored_bytes, value.blobFileValue.offset).view(np.float16)
     scales: NDArray[np.float32] = raw.reshape(shape_of(value)).astype(np.float32)
     return scales
+
+
+def _blob(stored_bytes: _Bytes, offset: int) -> _Bytes:
+    """A constant of weight.bin: at `offset` a record of 64 bytes has a marker, its type, size and position."""
+    marker, _, size, position = _RECORD.unpack_from(stored_bytes.data, offset)
+    if marker != _MARKER or position + size > len(stored_bytes):
+        raise ExportError(f"weight.bin: no whole constant at offset {offset}; build the artifact again")
+    return np.asarray(stored_bytes[position : position + size])
 
 
 def shape_of(value: Any) -> tuple[int, ...]:

@@ -29,6 +29,8 @@ from export.model import rope_tables
 from export.plan import Attention
 from export.quantization.store import QuantizedModel
 
+from . import mil_name
+
 _FP16_LOWEST = np.float16(-65504)
 _FP16_SMALLEST = np.finfo(np.float16).smallest_normal
 
@@ -308,9 +310,3 @@ def half(values: torch.Tensor, names: Sequence[str], *, exact: bool) -> NDArray[
         raise ExportError(f"{names[0]}: a scale is not exact in fp16; scales must be bf16 values of at least 2^-17")
     array: NDArray[np.float16] = rounded.numpy()
     return array
-
-
-def mil_name(names: Sequence[str]) -> str:
-    """A MIL identifier of one weight, or of several stacked: without dots, later names by their last part only."""
-    first, *others = (name.removesuffix(".weight") for name in names)
-    return "_".join([first.replace(".", "_"), *(name.rpartition(".")[2] for name in others)])

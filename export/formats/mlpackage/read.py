@@ -5,15 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from coremltools.proto import FeatureTypes_pb2, MIL_pb2, Model_pb2
-
 from export.architecture import Architecture
 from export.errors import ExportError
 from export.formats import Contents, Entry, StoredTensor, counted, head, outside, size, split_rows
 from export.manifest import TensorSpec
 
+from . import mil_name
 from .file import data_type, expected, read_weights, shape_of, weight_of
-from .graph import mil_name
+from .messages import FeatureTypes_pb2, MIL_pb2, Model_pb2
 
 __all__ = ["FORMAT", "contents", "product_bytes", "read_weights", "recognizes", "structure"]
 

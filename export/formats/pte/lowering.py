@@ -16,15 +16,18 @@ from executorch.backends.xnnpack import _passes as xnnpack_passes
 from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
 from executorch.exir import lowered_backend_module
 from executorch.exir.backend import backend_api
+from executorch.exir.backend.canonical_partitioners.config_partitioner import ConfigerationBasedPartitioner
 from executorch.exir.dialects.edge._ops import EdgeOpOverload
 from executorch.exir.pass_base import _ExportPassBase
 from torch import fx
 from torch._export.pass_base import _ExportPassBaseDeprecatedDoNotUse
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature
 from torch.fx.traceback import NodeSource
 
 from export.errors import ExportError
 
+_TABLES = ("inputs_to_parameters", "inputs_to_buffers", "inputs_to_lifted_tensor_constants", "buffers_to_mutate")
 WRITTEN_FOR = {"executorch": "1.5.1", "torch": "2.13.0"}
 
 
@@ -35,7 +38,15 @@ def fast_lowering() -> Iterator[None]:
         if (installed := version(package).split("+")[0]) != known:
             raise ExportError(f"{package} {installed} is installed, lowering needs {known}: run `make setup`")
     with ExitStack() as stack:
-        for patch in (_reuse_values, _share_sources, _lazy_code, _needed_passes, _sort_once, _share_tensors):
+        for patch in (
+            _reuse_values,
+            _share_sources,
+            _lazy_code,
+            _needed_passes,
+            _sort_once,
+            _share_tensors,
+            _tables_once,
+        ):
             stack.enter_context(patch())
         yield
 
@@ -225,6 +236,28 @@ def _sort_once() -> Iterator[None]:
 
     with replaced(backend_api, "_create_partitions_in_graph_module", partitions):
         yield
+
+
+@contextmanager
+def _tables_once() -> Iterator[None]:
+    """Partitioning asks of each node which weight it is, and a table of all is made each time; it changes none."""
+    real = ConfigerationBasedPartitioner.partition
+
+    def partition(self: Any, program: ExportedProgram) -> Any:
+        with ExitStack() as stack:
+            for name in _TABLES:
+                stack.enter_context(replaced(ExportGraphSignature, name, _made_once(name, program.graph_signature)))
+            return real(self, program)
+
+    with replaced(ConfigerationBasedPartitioner, "partition", partition):
+        yield
+
+
+def _made_once(name: str, signature: ExportGraphSignature) -> property:
+    """The property of that name, which answers for this signature what it does now."""
+    table: Any = vars(ExportGraphSignature)[name]
+    now = table.fget(signature)
+    return property(lambda asked: now if asked is signature else table.fget(asked))
 
 
 @contextmanager

@@ -23,7 +23,8 @@ from runtime_tests.device_runner import (
     read_logits,
     write_script,
 )
-from runtime_tests.device_runner.build import build, host_abi
+from runtime_tests.device_runner.build import build
+from runtime_tests.device_runner.compilers import host_abi
 from runtime_tests.jobs import Opening
 
 from . import Pass, Runner

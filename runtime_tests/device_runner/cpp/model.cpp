@@ -1,6 +1,6 @@
 #include "model.h"
 
-#include <executorch/extension/tensor/tensor.h>
+#include <executorch/runtime/platform/runtime.h>
 
 #include <algorithm>
 
@@ -9,8 +9,10 @@
 namespace runner {
 
 using executorch::aten::ScalarType;
-using executorch::extension::Module;
+using executorch::aten::Tensor;
+using executorch::aten::TensorImpl;
 using executorch::runtime::Error;
+using executorch::runtime::MethodMeta;
 using executorch::runtime::Program;
 
 namespace {
@@ -24,7 +26,7 @@ void check(Error error, Stage stage, const std::string& what) {
 
 }  // namespace
 
-PlannedMemory::PlannedMemory(const executorch::runtime::MethodMeta& meta) {
+Memory::Memory(const MethodMeta& meta) {
   for (size_t i = 0; i < meta.num_memory_planned_buffers(); ++i) {
     const auto size = meta.memory_planned_buffer_size(i);
     check(size.error(), Stage::load, "planned memory");
@@ -33,32 +35,33 @@ PlannedMemory::PlannedMemory(const executorch::runtime::MethodMeta& meta) {
     buffers_.emplace_back(static_cast<uint8_t*>(memory), std::free);
     spans_.emplace_back(buffers_.back().get(), *size);
   }
-  allocator_.emplace(executorch::runtime::Span<executorch::runtime::Span<uint8_t>>(spans_.data(), spans_.size()));
+  planned_.emplace(executorch::runtime::Span<executorch::runtime::Span<uint8_t>>(spans_.data(), spans_.size()));
+  manager_.emplace(&method_, &*planned_, &temporary_);
 }
 
-Model::Model(const std::string& path) : Model(path, std::make_unique<Loader>(path)) {}
-
-Model::Model(const std::string& path, std::unique_ptr<Loader> loader)
-    : loader_(loader.get()), module_(std::move(loader)) {
+Model::Model(const std::string& path) : loader_(path) {
+  executorch::runtime::runtime_init();
   // the default verification trusts every offset in the file
-  check(module_.load(Program::Verification::InternalConsistency), Stage::load, "cannot load " + path);
-  const auto meta = module_.method_meta(kForward);
+  auto program = Program::load(&loader_, Program::Verification::InternalConsistency);
+  check(program.error(), Stage::load, "cannot load " + path);
+  program_.emplace(std::move(*program));
+  const auto meta = program_->method_meta(kForward);
   check(meta.error(), Stage::load, "cannot find method forward of " + path);
   memory_.emplace(*meta);
-  check(module_.load_method(kForward, memory_->allocator()), Stage::load, "cannot load method forward of " + path);
-  loader_->keep();
+  auto method = program_->load_method(kForward, memory_->manager());
+  check(method.error(), Stage::load, "cannot load method forward of " + path);
+  method_.emplace(std::move(*method));
+  loader_.keep();
   context_length_ = constant("get_max_context_len");
   vocab_size_ = constant("get_vocab_size");
-  check_inputs();
+  check_inputs(*meta);
 }
 
-void Model::check_inputs() {
-  const auto meta = module_.method_meta(kForward);
-  check(meta.error(), Stage::load, "method forward");
-  const bool shape = meta->num_inputs() == 2 && meta->num_outputs() == 1;
+void Model::check_inputs(const MethodMeta& meta) {
+  const bool shape = meta.num_inputs() == 2 && meta.num_outputs() == 1;
   if (!shape) throw Failure(Stage::load, "forward is not (tokens, input_pos) -> logits");
-  const auto tokens = meta->input_tensor_meta(0), position = meta->input_tensor_meta(1);
-  const auto logits = meta->output_tensor_meta(0);
+  const auto tokens = meta.input_tensor_meta(0), position = meta.input_tensor_meta(1);
+  const auto logits = meta.output_tensor_meta(0);
   const bool tensors = tokens.ok() && position.ok() && logits.ok();
   if (!tensors || tokens->scalar_type() != ScalarType::Long || tokens->sizes().size() != 2 ||
       tokens->sizes()[0] != 1 || tokens->sizes()[1] < 1 || position->scalar_type() != ScalarType::Long ||
@@ -71,11 +74,17 @@ void Model::check_inputs() {
   if (longest_piece_ < 1) throw Failure(Stage::load, "the context length is " + std::to_string(context_length_));
 }
 
-int64_t Model::constant(const std::string& method) {
-  const auto result = module_.execute(method);
-  check(result.error(), Stage::load, "method " + method);
-  if (result->size() != 1 || !result->at(0).isInt()) throw Failure(Stage::load, method + " does not give a number");
-  return result->at(0).toInt();
+int64_t Model::constant(const char* name) const {
+  const std::string what = std::string("method ") + name;
+  const auto meta = program_->method_meta(name);
+  check(meta.error(), Stage::load, what);
+  Memory memory(*meta);
+  auto method = program_->load_method(name, memory.manager());
+  check(method.error(), Stage::load, what);
+  check(method->execute(), Stage::load, what);
+  if (method->outputs_size() != 1 || !method->get_output(0).isInt())
+    throw Failure(Stage::load, std::string(name) + " does not give a number");
+  return method->get_output(0).toInt();
 }
 
 void Model::feed(const std::vector<int64_t>& tokens) {
@@ -93,14 +102,16 @@ void Model::feed(const std::vector<int64_t>& tokens) {
 }
 
 void Model::execute(const int64_t* tokens, int64_t count) {
-  using executorch::extension::from_blob;
   int64_t position = position_;
-  const auto ids = from_blob(
-      const_cast<int64_t*>(tokens), {1, static_cast<int32_t>(count)}, ScalarType::Long);  // inputs are only read
-  const auto start = from_blob(&position, {1}, ScalarType::Long);
-  const auto outputs = module_.execute(kForward, {ids, start});
-  check(outputs.error(), Stage::run, "forward at position " + std::to_string(position_));
-  const auto& logits = outputs->at(0).toTensor();
+  int32_t sizes[] = {1, static_cast<int32_t>(count)}, strides[] = {sizes[1], 1};
+  uint8_t order[] = {0, 1};
+  TensorImpl ids(ScalarType::Long, 2, sizes, const_cast<int64_t*>(tokens), order, strides);  // inputs are only read
+  TensorImpl start(ScalarType::Long, 1, sizes, &position, order, &strides[1]);               // [1]: the first of sizes
+  const std::string what = "forward at position " + std::to_string(position_);
+  check(method_->set_input(Tensor(&ids), 0), Stage::run, what);
+  check(method_->set_input(Tensor(&start), 1), Stage::run, what);
+  check(method_->execute(), Stage::run, what);
+  const auto& logits = method_->get_output(0).toTensor();
   logits_ = logits.const_data_ptr<float>() + (logits.numel() - vocab_size_);  // of the last position
   position_ += count;
 }

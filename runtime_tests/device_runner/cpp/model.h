@@ -1,7 +1,11 @@
 // One loaded .pte: tokens in, logits of the last one out. The cache lives in the program.
+//
+// Of ExecuTorch only the core is used, whose functions take and give no strings, vectors or other types of a C++ library:
+// its libraries are built with GNU's, which our compiler's need not be.
 #pragma once
 
-#include <executorch/extension/module/module.h>
+#include <executorch/extension/memory_allocator/malloc_memory_allocator.h>
+#include <executorch/runtime/executor/program.h>
 
 #include <cstdint>
 #include <cstdlib>
@@ -14,17 +18,18 @@
 
 namespace runner {
 
-/// The memory that a program asks for, most of it its cache. Only used pages are resident, whereas Module's own buffers
-/// would be filled with zeros at once.
-class PlannedMemory {
+/// The memory of one method. That which the program plans, most of it its cache, is resident only where it is used.
+class Memory {
  public:
-  explicit PlannedMemory(const executorch::runtime::MethodMeta& meta);
-  executorch::runtime::HierarchicalAllocator* allocator() { return &*allocator_; }
+  explicit Memory(const executorch::runtime::MethodMeta& meta);
+  executorch::runtime::MemoryManager* manager() { return &*manager_; }
 
  private:
   std::vector<std::unique_ptr<uint8_t, decltype(&std::free)>> buffers_;
   std::vector<executorch::runtime::Span<uint8_t>> spans_;
-  std::optional<executorch::runtime::HierarchicalAllocator> allocator_;
+  std::optional<executorch::runtime::HierarchicalAllocator> planned_;
+  executorch::extension::MallocMemoryAllocator method_, temporary_;
+  std::optional<executorch::runtime::MemoryManager> manager_;
 };
 
 /// Every position that attention reads was written since the last reset, so reset only rewinds.
@@ -45,14 +50,15 @@ class Model {
   int64_t context_length() const { return context_length_; }
 
  private:
-  Model(const std::string& path, std::unique_ptr<Loader> loader);
-  void check_inputs();
-  int64_t constant(const std::string& method);
+  void check_inputs(const executorch::runtime::MethodMeta& meta);
+  int64_t constant(const char* name) const;
   void execute(const int64_t* tokens, int64_t count);
 
-  std::optional<PlannedMemory> memory_;  // outlives the module, whose method lies in it
-  Loader* loader_;                      // the module's
-  executorch::extension::Module module_;
+  // each outlives those after it
+  Loader loader_;
+  std::optional<executorch::runtime::Program> program_;
+  std::optional<Memory> memory_;
+  std::optional<executorch::runtime::Method> method_;
   int64_t vocab_size_ = 0, context_length_ = 0, longest_piece_ = 0, position_ = 0;
   const float* logits_ = nullptr;
 };

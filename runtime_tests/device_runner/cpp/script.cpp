@@ -1,7 +1,8 @@
 #include "script.h"
 
 #include <charconv>
-#include <fstream>
+#include <cstdio>
+#include <memory>
 #include <sstream>
 
 #include "base/error.h"
@@ -58,6 +59,16 @@ Command parse(size_t line, const std::string& text) {
   return command;
 }
 
+/// The bytes of a file. Through C's streams: whether C++'s notice that a folder cannot be read differs among libraries.
+std::string read_file(const std::string& path) {
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "rb"), std::fclose);
+  std::string text;
+  char part[1 << 14];
+  for (size_t got; file && (got = std::fread(part, 1, sizeof part, file.get())) > 0;) text.append(part, got);
+  if (!file || std::ferror(file.get())) throw Failure(Stage::usage, "cannot read the script " + path);
+  return text;
+}
+
 }  // namespace
 
 bool parse_number(const std::string& word, int64_t least, int64_t* value) {
@@ -67,7 +78,7 @@ bool parse_number(const std::string& word, int64_t least, int64_t* value) {
 }
 
 std::vector<Command> read_script(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
+  std::istringstream file(read_file(path));
   std::vector<Command> commands;
   std::string text;
   bool answer = false;  // whether there are logits at this point
@@ -78,7 +89,6 @@ std::vector<Command> read_script(const std::string& path) {
     answer = feeds || (answer && !resets);
     commands.push_back(std::move(command));
   }
-  if (!file.is_open() || file.bad()) throw Failure(Stage::usage, "cannot read the script " + path);
   if (commands.empty()) throw Failure(Stage::usage, "the script " + path + " is empty");
   return commands;
 }

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from export.architecture import EMBEDDING, ROTATE_IN
 from export.errors import ExportError
-from export.formats.mlpackage.graph import mil_name
+from export.formats.mlpackage import mil_name
 from export.manifest import Manifest
 from runtime_tests.coreml.package import Operation, load
 from runtime_tests.sessions.mlpackage import Evaluated, PackageSession

@@ -3,6 +3,7 @@
 Takes a JSON list of builds and validations, makes them one after the other and prints a JSON list of how each ended.
 """
 
+import gc
 import importlib
 import io
 import json
@@ -42,6 +43,7 @@ def command(given):
         except BaseException:
             code = -1
             traceback.print_exc(file=said)
+    gc.collect()  # files that a failed command had mapped take space until then, and would give it back in the next one
     if "disk" in given:
         (Path(given["disk"]) / "ballast").unlink(missing_ok=True)
     left = {folder: sorted(path.name for path in Path(folder).iterdir()) for folder in given["look"]}

@@ -1,5 +1,4 @@
-#!PYTHON
-"""Our runner with a fault. A test fills in what is in capitals above and below the imports."""
+"""Our runner with a fault. A test fills in what is in capitals below the imports."""
 
 import json
 import os
