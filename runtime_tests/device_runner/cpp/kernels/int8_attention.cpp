@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kGrid = 512;              // keys of a softmax of its own, at every row's same positions
 constexpr int64_t kRowsOfTile = 48;         // rows that share a block of keys while it is unpacked
 constexpr int64_t kTasks = 16;              // enough for the threads of a phone to end together
-constexpr int64_t kSerialWork = 32 * 1024;  // multiply-adds below which a second thread costs more than it saves
+constexpr int64_t kSerialWork = 256 * 1024;  // multiply-adds, some 16 µs: a second thread costs more than it saves
 constexpr int64_t kLine = 16;               // floats
 
 Int8Tile tile_function(Isa isa, int64_t head_dim) {
