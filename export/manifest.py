@@ -36,6 +36,8 @@ class KVLayout(Strict):
     head_dim: Positive
     context_length: Positive
     """Slots: positions 0…context_length-1 can be fed."""
+    scale_bytes: Annotated[int, Field(ge=0, exclude_if=lambda count: count == 0)] = 0
+    """In the cache, beside each head's keys of a position, and beside its values: their own scale and zero."""
 
 
 class TokenizerIds(Strict):
@@ -186,6 +188,14 @@ class QuantizationInfo(Strict):
         return from_checkpoint(self.layers)
 
 
+class CacheScales(Strict):
+    """The texts that the constant scales of an int8 KV cache were measured on."""
+
+    texts: dict[FileName, Sha256]
+    """File → sha256."""
+    tokens: int
+
+
 class SourceInfo(Strict):
     """Our own code that made the artifact."""
 
@@ -214,6 +224,8 @@ class Manifest(Strict):
     lowering: dict[str, int | float | str]
     tools: dict[str, str]
     source: SourceInfo
+    cache_scales: Annotated[CacheScales | None, Field(exclude_if=lambda scales: scales is None)] = None
+    """null: the KV cache has no constant scales."""
     files: dict[FileName, FileInfo]
     """Every file except the manifest, the card, which validation rewrites, and what `sign` writes last."""
 
@@ -222,6 +234,12 @@ class Manifest(Strict):
         if self.id != self.plan.id:
             raise ValueError(f"id is {self.id[:300]!r}, its plan is {self.plan.id!r}")
         return self
+
+    @property
+    def texts(self) -> dict[FileName, Sha256]:
+        """All texts that decided a number of the artifact: file → sha256."""
+        read = (self.quantization.calibration, self.cache_scales)
+        return {name: digest for part in read if part for name, digest in part.texts.items()}
 
     @property
     def artifact_bytes(self) -> int:

@@ -49,6 +49,7 @@ def export(plan: Plan, source: Origin | None, out: Path) -> Manifest:
                 note(line)
             card.write(folder, described, [])
         console.print(f"  weights: {storage.line(described)}", soft_wrap=True)
+        console.print(f"  KV cache: {storage.cache(described.contract.kv)}", soft_wrap=True)
     return described
 
 
@@ -72,6 +73,7 @@ def _tokenizer(weights: checkpoints.Checkpoint, backend: formats.Format, folder:
 
 def check(plan: Plan, architecture: Architecture, backend: formats.Format) -> None:
     """Refuse a recipe or target that does not fit these shapes, before a weight is read or hashed."""
+    formats.check_cache(plan)
     schemes.check(plan.quant, architecture)
     backend.check(plan, architecture)
 
@@ -103,5 +105,6 @@ def describe(model: QuantizedModel, build: Build, lowered: formats.Lowered) -> M
         lowering=lowered.facts,
         tools=formats.tool_versions(),
         source=manifest.source_info(),
+        cache_scales=lowered.cache_scales,
         files=manifest.hash_files(build.folder),
     )

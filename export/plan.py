@@ -5,6 +5,7 @@ Every key is written in every file and unknown keys are refused, so no default h
 
 import re
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,8 @@ Levels = Literal["even", "nf4", "fp4"]
 """What codes stand for: evenly spaced integers, or the sixteen levels of bitsandbytes' types."""
 Attention = Literal["fused", "plain"]
 """One operation of the runtime, or its parts: matmul, softmax, matmul."""
+Cache = Literal["float32", "float16", "bfloat16", "int8"]
+"""Numbers of a KV cache."""
 CONFIGS = CHECKOUT / "configs"
 SHORTEST_CONTEXT = 64
 """Tokens; a KV cache of fewer is no model that anybody runs."""
@@ -324,6 +327,20 @@ class TargetLimits(Strict):
     runtime's kernels for another processor round differently by design."""
 
 
+class CacheLimits(Strict):
+    """What a kind of cache may cost beyond the lowering, near each of several places up to the end of the context.
+
+    Compared are our quantized model, whose cache is float32, and the artifact.
+    """
+
+    max_mean_kl: float
+    """Mean KL divergence that may come on top of the lowering's, nats."""
+    min_top1: float
+    """Share that must be left of the positions where the lowering keeps the likeliest token."""
+    min_probe_sqnr_db: float | None
+    """Instead of the target's; null: no single tokens are compared."""
+
+
 class Target(Strict):
     """A format and the runtime that runs it."""
 
@@ -342,6 +359,10 @@ class Target(Strict):
     """Positions of a prompt for which the artifact returns logits."""
     attention: Annotated[Attention, Field(exclude_if=lambda attention: attention == "fused")] = "fused"
     """Of Core ML: `plain` is matmul, softmax and matmul, for systems where the fused operation is wrong or slow."""
+    cache: Annotated[Cache | None, Field(exclude_if=lambda cache: cache is None)] = None
+    """Numbers of the KV cache where `--cache` asks for no others; null: the first kind of the format."""
+    cache_limits: Annotated[Mapping[Cache, CacheLimits], Field(exclude_if=lambda limits: not limits)] = {}
+    """For kinds of cache that lose more than the format's first one."""
     limits: TargetLimits
     """What validation judges the lowering by."""
     limits_on: dict[str, TargetLimits]
@@ -358,6 +379,10 @@ class Plan(Strict):
     target: Target
     device: Device = "cpu"
     """cpu: the same everywhere that processors are alike, and where nothing is calibrated."""
+    context: Annotated[Positive | None, Field(exclude_if=lambda context: context is None)] = None
+    """Tokens that were asked for instead of the model's; `model.context_length` holds them too."""
+    cache: Annotated[Cache | None, Field(exclude_if=lambda cache: cache is None)] = None
+    """The kind that was asked for instead of the target's."""
 
     @model_validator(mode="before")
     @classmethod
@@ -379,8 +404,9 @@ class Plan(Strict):
 
     @property
     def id(self) -> str:
-        """`NAME_RECIPE_TARGET`, the name of the default output folder."""
-        return f"{self.name}_{self.quant.name}_{self.target.name}"
+        """`NAME_RECIPE_TARGET[_CONTEXT][_CACHE]`, the default output folder: the last two where a YAML has others."""
+        asked = (str(asked) for asked in (self.context, self.cache) if asked is not None)
+        return "_".join((self.name, self.quant.name, self.target.name, *asked))
 
     def named(self, name: str) -> "Plan":
         """The plan of an artifact of that name. Raises ExportError: it is no name, or too long."""
@@ -409,12 +435,23 @@ def load_named(cls: type[Record], kind: str, name: str) -> Record:
     return load_record(cls, file_of(kind, name))
 
 
-def load_plan(model: str, quant: str, target: str, context_length: int | None = None, device: Device = "cpu") -> Plan:
-    """The plan of three names, for the model's own checkpoint; `context_length` replaces the model's own."""
-    spec = load_named(ModelSpec, "models", model)
-    if context_length is not None:
+def load_plan(
+    model: str,
+    quant: str,
+    target: str,
+    context_length: int | None = None,
+    device: Device = "cpu",
+    cache: Cache | None = None,
+) -> Plan:
+    """The plan of three names, for the model's own checkpoint.
+
+    `context_length` and `cache` replace the model's and the target's own.
+    """
+    spec, runtime = load_named(ModelSpec, "models", model), load_named(Target, "targets", target)
+    context = None if context_length == spec.context_length else context_length
+    if context is not None:
         try:
-            spec = ModelSpec.model_validate(spec.model_dump() | {"context_length": context_length})
+            spec = ModelSpec.model_validate(spec.model_dump() | {"context_length": context})
         except ValidationError as error:
             raise ExportError(f"model {model!r}: {explain(error)}") from None
     recipe = load_named(QuantRecipe, "quant", quant)
@@ -424,8 +461,10 @@ def load_plan(model: str, quant: str, target: str, context_length: int | None = 
         name=spec.name,
         model=spec,
         quant=recipe,
-        target=load_named(Target, "targets", target),
+        target=runtime,
         device=device,
+        context=context,
+        cache=None if cache == runtime.cache else cache,
     )
 
 

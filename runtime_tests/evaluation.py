@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,12 @@ from export.plan import CONFIGS, load_named
 from .checks.accuracy import Labels
 
 TEXT = CONFIGS / "evals" / "text"
+_PLACES = (128, 1024, 2048, 4096)
+"""Tokens in the cache at which a kind of cache is compared, besides the end of the context."""
+_STEPS = 64
+"""Single tokens up to each."""
+_FARTHEST = 8192
+"""Attention of the reference model takes the square of it."""
 
 
 class TextSpec(Strict):
@@ -112,6 +119,23 @@ def cut_windows(evaluation: Evaluation, tokenizer: Any, manifest: Manifest) -> W
         rows += cut(read_text(spec.file), f"evaluation text {spec.file}", spec.windows, length, tokenizer)
         domains += [spec.domain] * spec.windows
     return Windows(_within(rows, manifest), tuple(domains), evaluation.prefill)
+
+
+def far_windows(evaluation: Evaluation, tokenizer: Any, manifest: Manifest) -> dict[str, Windows]:
+    """By its place, the window that fills the cache up to it: 128 tokens, 1,024 and so on, and the whole context.
+
+    All begin with the same text, the evaluation's, again from its start where the context is longer. Not beyond
+    `max_filled_context` of the evaluation or 8,192 tokens.
+    """
+    from export.checkpoints.tokenizer import adds_bos
+
+    end = min(manifest.contract.kv.context_length, evaluation.max_filled_context, _FARTHEST)
+    start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    text = "\n".join(read_text(text.file) for text in evaluation.texts)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    tokens = _within([[*start, *islice(cycle(ids), end + 1 - len(start))]], manifest)
+    places = [*(place for place in _PLACES if place < end), end]
+    return {f"{place:,} tokens": Windows(tokens[:, : place + 1], ("",), max(2, place - _STEPS)) for place in places}
 
 
 def template_window(tokenizer: Any, manifest: Manifest) -> Windows:

@@ -6,6 +6,7 @@ They are computed in a child process, a few windows at a time, and cached under 
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -27,8 +28,9 @@ from export.quantization.store import QuantizedModel
 from .checks.weights import rebuild
 from .jobs import ReferenceJob, ReferenceTask, logits_file, report_progress
 
-_Forward = Callable[[torch.Tensor], torch.Tensor]
+_Forward = Callable[..., torch.Tensor]
 Kind = Literal["huggingface", "fp32", "quantized", "noise"]
+_PIECE = 512
 _PASS_BYTES = 2**28
 """Limit of one pass's logits. As many windows as fit share a pass, since each pass dequantizes every weight again."""
 
@@ -54,13 +56,12 @@ def _write_logits(forward: _Forward, task: ReferenceTask, vocab_size: int) -> It
     batch = max(1, _PASS_BYTES // (4 * (tokens.shape[1] - 1) * vocab_size))
     with torch.inference_mode(), logits_file.writing(task.out, shape) as write:
         for first in range(0, len(tokens), batch):
-            logits = forward(tokens[first : first + batch, :-1])  # [windows, prefill + decode, V]
-            write(logits[:, task.prefill - 1 :].numpy())
+            write(forward(tokens[first : first + batch, :-1], task.prefill - 1).numpy())
             yield min(first + batch, len(tokens))
 
 
 def _forward_of(kind: Kind, model: QuantizedModel, described: Manifest) -> _Forward:
-    """The reference model as tokens [B, S] → logits [B, S, V]."""
+    """The reference model as tokens [B, S], first → logits [B, S - first, V] from position `first` on."""
     if kind == "huggingface":
         return hugging_face(model.checkpoint)
     if kind == "fp32":
@@ -69,7 +70,17 @@ def _forward_of(kind: Kind, model: QuantizedModel, described: Manifest) -> _Forw
         llama = eager(model.read, model.architecture, described.plan.target.activations)
     if kind == "noise":
         _add_noise(llama)
-    return lambda tokens: llama(tokens)[0]
+    return partial(_from, llama)
+
+
+def _from(llama: Llama, tokens: torch.Tensor, first: int) -> torch.Tensor:
+    """Logits from a position on; a long text before it is fed in pieces, whose logits memory need not hold."""
+    cache = None
+    begin = max(0, first - _PIECE)
+    for piece in torch.split(tokens[:, :begin], _PIECE, 1) if begin else ():
+        _, cache = llama(piece, cache)
+    logits: torch.Tensor = llama(tokens[:, begin:], cache)[0]
+    return logits[:, first - begin :]
 
 
 def _add_noise(llama: Llama) -> None:
@@ -97,7 +108,7 @@ def hugging_face(checkpoint: Checkpoint) -> _Forward:
     model.load_state_dict(weights, strict=True, assign=True)
     model.model.rotary_emb = LlamaRotaryEmbedding(config)  # its table is not a weight, so it is still on meta
     model.eval()
-    return lambda tokens: model(tokens, use_cache=False).logits
+    return lambda tokens, first=0: model(tokens, use_cache=False).logits[:, first:]
 
 
 def locate(kind: Kind, described: Manifest, tokens: NDArray[np.int64], cache: Path) -> Path:

@@ -188,16 +188,18 @@ def _examine(subject: Subject, environment: Environment) -> Iterator[Finding]:
     yield files.check_tokenizer(subject)
     yield weights.check(subject)
     _remember_place(subject)
-    windows, probes, template = comparisons.cut_tokens(subject)
-    yield Finding(windows=windows.windows)
-    references = comparisons.compute_references(subject, windows, probes)
-    yield (eager := comparisons.compare_references(subject, windows.windows, references))
+    cut = comparisons.cut_tokens(subject)
+    windows = cut.windows.windows
+    yield Finding(windows=windows)
+    references = comparisons.compute_references(subject, cut)
+    yield (eager := comparisons.compare_references(subject, windows, references))
     noise = eager.comparisons.get("noise")
-    yield (shipped := comparisons.compare_artifact(subject, (windows, probes, template), references, noise))
+    yield (shipped := comparisons.compare_artifact(subject, cut, references, noise))
+    yield comparisons.compare_cache(subject, cut, references)
     yield _check_baseline(subject, shipped.comparisons["total"], _find_baseline(subject, environment))
     yield conformance.check_cache(subject)
     yield tokens.check_golden(subject)
-    yield tokens.check_device(subject, windows.windows, references)
+    yield tokens.check_device(subject, windows, references)
 
 
 def _time(subject: Subject, windows: Windows) -> Iterator[Finding]:
@@ -277,6 +279,7 @@ def _accuracy_of(subject: Subject, finding: Finding) -> Accuracy:
         quantization=finding.comparisons.get("quantization"),
         noise=finding.comparisons.get("noise"),
         lowering=finding.comparisons.get("lowering"),
+        cache=finding.comparisons.get("cache"),
         probe_sqnr_db=finding.probe_sqnr_db,
     )
 

@@ -7,12 +7,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from export import formats
 from export.checkpoints import whereabouts
 from export.checkpoints.origin import Adapter, Origin, chosen_origin, halves, last_part, name_for, parse_origin, telling
 from export.errors import told
 from export.host.text import visible
 from export.manifest import Manifest
-from export.plan import Device, ModelSpec, Plan, load_named, load_plan, names
+from export.plan import Cache, Device, ModelSpec, Plan, Target, load_named, load_plan, names
 
 from . import skip
 
@@ -28,13 +29,16 @@ def asked(  # noqa: PLR0913 – the options of the command
     adapter: str | Path | None = None,
     name: str | None = None,
     context: int | None = None,
+    cache: Cache | None = None,
     device: Device = "cpu",
 ) -> tuple[list[Plan], Origin | None]:
     """One plan for each target, and where the weights come from; None: from where the model's YAML says.
 
     Without a name the artifact has the checkpoint's or the adapter's own, or the model's. Raises ExportError.
     """
-    plans = [load_plan(model, recipe, target, context, device) for target in targets]
+    plans = [load_plan(model, recipe, target, context, device, cache) for target in targets]
+    for plan in plans:
+        formats.check_cache(plan)
     origin = chosen_origin(source, adapter)
     return [named(plan, origin, name) for plan in plans], origin
 
@@ -59,6 +63,8 @@ def words(plan: Plan, source: str | None, adapter: str | None = None) -> list[st
         command += ["--name", plan.name]
     if plan.model.context_length != _usual_context(plan.model):
         command += ["--context", str(plan.model.context_length)]
+    if (cache := formats.cache_of(plan)) != _usual_cache(plan.target):
+        command += ["--cache", cache]
     if plan.device != "cpu":
         command += ["--device", plan.device]
     return command
@@ -67,6 +73,11 @@ def words(plan: Plan, source: str | None, adapter: str | None = None) -> list[st
 def _usual_context(model: ModelSpec) -> int | None:
     known = model.name in names("models")
     return load_named(ModelSpec, "models", model.name).context_length if known else None
+
+
+def _usual_cache(target: Target) -> Cache:
+    known = load_named(Target, "targets", target.name) if target.name in names("targets") else target
+    return known.cache or formats.load(known.backend).CACHES[0]
 
 
 def options(origin: Origin | None) -> tuple[str | None, str | None]:

@@ -74,8 +74,7 @@ def _changed_inputs(built: Manifest, plan: Plan, source: Origin | None) -> Itera
         yield f"checkpoint: {published(origin)}, was {built.checkpoint.origin}"
     else:
         yield from (change.text for change in changed_files(built.checkpoint.sha256, origin))
-    if built.quantization.calibration is not None:
-        yield from _changed_texts(built.quantization.calibration.texts)
+    yield from _changed_texts(built.texts)
     for tool, version in formats.tool_versions().items():
         if (was := built.tools.get(tool)) != version:
             yield f"{tool}: {version}, was {was}"

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from export.architecture import Architecture, Strict
 from export.errors import ExportError, absence, suggestion
-from export.manifest import IOContract, KVLayout, Manifest, TensorSpec, TokenizerIds
-from export.plan import Plan, leads_out
+from export.manifest import CacheScales, IOContract, KVLayout, Manifest, TensorSpec, TokenizerIds
+from export.plan import Cache, Plan, leads_out
 
 if TYPE_CHECKING:
     from export.quantization.store import QuantizedModel
@@ -51,6 +51,8 @@ class Lowered:
     contract: IOContract
     facts: dict[str, int | float | str]
     """Counts that show what the runtime will run natively: delegates, nodes, bytes of shared weights."""
+    cache_scales: CacheScales | None = None
+    """Where the cache has constant scales: what they were measured on."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,10 @@ class Format(Protocol):
     """All that `lower` writes, in every artifact; the model, or a part of it, comes first."""
     TOOLS: tuple[str, ...]
     """Packages whose versions decide the bytes of this format's artifacts."""
+    CACHES: tuple[Cache, ...]
+    """Kinds of KV cache that its runtime computes with; first what artifacts have where nothing else is asked for."""
+    NO_CACHES: Mapping[Cache, str]
+    """Why others are refused, as far as there is more to say than that the runtime has none."""
     LOGGERS: tuple[str, ...]
     """Loggers of its libraries that warn about optional parts; the commands print only their errors."""
 
@@ -257,16 +263,42 @@ def refuse_plain_attention(plan: Plan) -> None:
         )
 
 
-def kv_layout(a: Architecture, kind: Literal["io", "state"], dtype: str, context_length: int) -> KVLayout:
+def cache_of(plan: Plan) -> Cache:
+    """The kind of KV cache that a plan asks for: by itself, by its target's YAML, or else the format's first."""
+    return plan.cache or plan.target.cache or load(plan.target.backend).CACHES[0]
+
+
+def check_cache(plan: Plan) -> None:
+    """Raise ExportError where the runtime has no such cache, or nothing would judge what it costs."""
+    backend, kind, target = load(plan.target.backend), cache_of(plan), plan.target.name
+    if kind not in backend.CACHES:
+        reason = backend.NO_CACHES.get(kind, "its runtime has none")
+        raise ExportError(
+            f"target {target!r} with a cache of {kind}: {reason}; it takes --cache {' or '.join(backend.CACHES)}"
+        )
+    if kind != backend.CACHES[0] and kind not in plan.target.cache_limits:
+        raise ExportError(
+            f"target {target!r} with a cache of {kind}: no limit would judge what it loses; "
+            f"give cache_limits.{kind} in configs/targets/{target}.yaml"
+        )
+
+
+def kv_layout(plan: Plan, a: Architecture, kind: Literal["io", "state"], *, scale_bytes: int = 0) -> KVLayout:
     """The contract's description of a KV cache with one slot for each position of the context."""
     return KVLayout(
         kind=kind,
-        dtype=dtype,
+        dtype=cache_of(plan),
         layers=a.num_hidden_layers,
         kv_heads=a.num_key_value_heads,
         head_dim=a.head_dim,
-        context_length=context_length,
+        context_length=plan.model.context_length,
+        scale_bytes=scale_bytes,
     )
+
+
+def cache_bytes(kv: KVLayout) -> int:
+    """Keys and values of all slots, which are there from the start, with the scales that lie beside them."""
+    return 2 * kv.layers * kv.context_length * kv.kv_heads * (size(kv.dtype, (kv.head_dim,)) + kv.scale_bytes)
 
 
 def in_a_line(error: BaseException) -> str:

@@ -81,6 +81,7 @@ def _contradictions(described: Manifest, own: tuple[str, ...]) -> Iterator[str]:
         ("contract.kv.kv_heads", kv.kv_heads, a.num_key_value_heads),
         ("contract.kv.head_dim", kv.head_dim, a.head_dim),
         ("contract.kv.context_length", kv.context_length, plan.model.context_length),
+        ("contract.kv.dtype", kv.dtype, formats.cache_of(plan)),
         ("contract.logits", described.contract.logits, plan.target.logits),
     )
     yield from (f"{manifest.FILE}: {name} is {a!r}, expected {b!r}" for name, a, b in pairs if a != b)

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from export.architecture import EMBEDDING, GATE_UP, HEAD, QKV, ROTATE_IN, ROTATE_OUT
-from export.manifest import UNKNOWN, LayerInfo, Manifest
+from export.formats import cache_bytes
+from export.manifest import UNKNOWN, KVLayout, LayerInfo, Manifest
 
 _KINDS = (*QKV, "self_attn.o_proj", *GATE_UP, "mlp.down_proj")
 _OTHERS = {EMBEDDING: "embedding", HEAD: "head", ROTATE_IN: "rotations", ROTATE_OUT: "rotations"}
@@ -90,6 +91,11 @@ def line(described: Manifest) -> str:
     ordered = sorted(alike.items(), key=lambda item: -_linears_of(item[1]))
     schemes = [f"{words} ({_members(together, linears)})" for words, together in ordered]
     return ", ".join([*schemes, *_chosen(described)])
+
+
+def cache(kv: KVLayout) -> str:
+    """Of a KV cache: `io, int8, 23.6 MB`."""
+    return f"{kv.kind}, {kv.dtype}, {cache_bytes(kv) / 1e6:.1f} MB"
 
 
 def _chosen(described: Manifest) -> Iterator[str]:

@@ -123,7 +123,7 @@ def _about(described: Manifest) -> list[Row]:
         ("bits per weight", f"{quantization.bits_per_weight:.2f}"),
         ("calibrated with", f"{calibration.tokens:,} tokens" if calibration else "no text"),
         ("quantization", quantization.key[:16]),
-        ("cache", f"{kv.kind}, {kv.layers} layers × {kv.kv_heads} heads × {kv.head_dim}, {kv.dtype}"),
+        ("cache", f"{storage.cache(kv)}: {kv.layers} layers × {kv.kv_heads} heads × {kv.head_dim}"),
         ("context", f"{kv.context_length} tokens, at most {described.contract.max_prefill} a call"),
         ("logits", f"of {'the last position' if described.contract.logits == 'last' else 'every position'}"),
         ("lowering", ", ".join(f"{key} {value}" for key, value in described.lowering.items())),

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from export import formats, manifest
 from export.build.command import quiet_libraries
 from export.errors import ExportError
-from export.formats import Contents, Reader, StoredWeight, admission, in_a_line
+from export.formats import Contents, Reader, StoredWeight, admission, in_a_line, size
 from export.host import processes
 from export.manifest import LayerInfo, Manifest, TensorSpec
 
@@ -62,11 +62,17 @@ def _wrong_interface(contents: Contents, described: Manifest) -> Iterator[str]:
                 if difference := _difference(spec, expected):
                     yield f"{side} {expected.name}: {difference} in the file"
     kv = contract.kv
-    slots, numbers = 2 * kv.layers * kv.kv_heads * kv.context_length * kv.head_dim, _elements(contents.cache)
-    if numbers is not None and numbers != slots:
-        yield f"cache: {numbers} numbers in the file, the contract has {slots}"
-    if any(spec.dtype != kv.dtype for spec in contents.cache):
-        yield f"cache: {contents.cache[0].dtype} in the file, the contract has {kv.dtype}"
+    beside = tuple(spec for spec in contents.cache if kv.scale_bytes and spec.shape[-1] == 1)  # scales and zeros
+    values = tuple(spec for spec in contents.cache if spec not in beside)
+    heads = 2 * kv.layers * kv.kv_heads * kv.context_length
+    for name, count, slots in (
+        ("numbers", _elements(values), heads * kv.head_dim),
+        ("bytes of scales", sum(size(spec.dtype, map(int, spec.shape)) for spec in beside), heads * kv.scale_bytes),
+    ):
+        if count is not None and count != slots:
+            yield f"cache: {count} {name} in the file, the contract has {slots}"
+    if wrong := [spec.dtype for spec in values if spec.dtype != kv.dtype]:
+        yield f"cache: {wrong[0]} in the file, the contract has {kv.dtype}"
 
 
 def _difference(file: TensorSpec, promised: TensorSpec) -> str | None:

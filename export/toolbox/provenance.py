@@ -47,6 +47,7 @@ def statement(folder: Path, described: Manifest) -> dict[str, Any]:
                     "recipe": plan.quant.name,
                     "target": plan.target.name,
                     "context": plan.model.context_length,
+                    **({"cache": plan.cache} if plan.cache else {}),
                 },
                 "internalParameters": {"code": code.sha256, "localChanges": code.dirty},
                 "resolvedDependencies": list(_dependencies(described)),
@@ -58,12 +59,11 @@ def statement(folder: Path, described: Manifest) -> dict[str, Any]:
 
 def _dependencies(described: Manifest) -> Iterator[dict[str, Any]]:
     """The checkpoint's files, an adapter's among them; calibration texts; our code; packages."""
-    checkpoint, calibration, commit = described.checkpoint, described.quantization.calibration, described.source.commit
+    checkpoint, commit = described.checkpoint, described.source.commit
     if is_public(checkpoint.origin):
         yield {"uri": quote(checkpoint.origin, safe=":/@")}
     yield from (_named(f"checkpoint/{name}", sha256=digest) for name, digest in checkpoint.sha256.items())
-    texts = calibration.texts.items() if calibration else ()
-    yield from (_named(f"configs/calibration/{name}", sha256=digest) for name, digest in texts)
+    yield from (_named(f"configs/calibration/{name}", sha256=digest) for name, digest in described.texts.items())
     if commit != manifest.UNKNOWN:
         yield _named(_PROJECT, gitCommit=commit)
     for name, version in described.tools.items():

@@ -5,8 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from export import formats, manifest
 from export.architecture import Architecture
 from export.errors import ExportError
@@ -190,7 +188,7 @@ def weight_bytes(model: Path, described: Manifest, *, ours: bool) -> int:
 
 def kv_bytes_per_position(a: Architecture, dtype: str) -> int:
     """Bytes of the keys and values of one position in all layers."""
-    return 2 * a.num_hidden_layers * a.num_key_value_heads * a.head_dim * np.dtype(dtype).itemsize
+    return formats.size(dtype, (2, a.num_hidden_layers, a.num_key_value_heads, a.head_dim))
 
 
 def _home(role: _Role, request: Request, ours: dict[str, Path]) -> Path:

@@ -4,7 +4,7 @@ Hugging Face fp32 → our fp32 → our quantized model → the artifact. The tot
 artifact loses as shipped; no gate judges it. References are computed by eager PyTorch in a child process.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from runtime_tests.evidence.record import Comparison, Outcome
 from runtime_tests.jobs import logits_file
 
 from . import accuracy, gates
+from .accuracy import Labels
 from .subject import Finding, StoppedError, Subject, require
 
 _PROBES = 64
+_FAR = ("far noise ", "far ")
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,28 @@ class References:
     """Our quantized model with float noise, where the runtime quantizes activations."""
     probes: Path | None = None
     """Of the quantized model for single tokens, where the target has a limit for them."""
+    far: tuple[Path, ...] = ()
+    """Of the quantized model, whose cache is float32, for each of `Cut.far`."""
+    far_noise: tuple[Path, ...] = ()
+    """The same as `noise`."""
 
 
-def cut_tokens(subject: Subject) -> tuple[_Tokens, _Tokens, _Tokens]:
-    """The evaluation's windows, prompts of one token each, and what the chat template writes.
+@dataclass(frozen=True)
+class Cut:
+    """All that is fed."""
+
+    windows: _Tokens
+    """The evaluation's."""
+    probes: _Tokens
+    """Prompts of one token each."""
+    template: _Tokens
+    """What the chat template writes."""
+    far: Mapping[str, _Tokens]
+    """Up to places of the context, where the artifact has a cache of a kind that has limits of its own."""
+
+
+def cut_tokens(subject: Subject) -> Cut:
+    """All that is fed to references and artifact.
 
     Raises StoppedError: the tokenizer is unreadable.
     """
@@ -67,9 +87,13 @@ def cut_tokens(subject: Subject) -> tuple[_Tokens, _Tokens, _Tokens]:
     probes = Windows(np.stack([singles, singles], axis=1), ("probe",) * len(singles), prefill=1)
     scratch = subject.setting.scratch
     template = evaluation.template_window(loaded, subject.manifest)
-    cut = (windows, "windows.npy"), (probes, "probes.npy"), (template, "template.npy")
-    first, second, third = (_save(tokens, scratch / name) for tokens, name in cut)
-    return first, second, third
+    far = evaluation.far_windows(subject.setting.evaluation, loaded, subject.manifest) if subject.cache_limits else {}
+    return Cut(
+        windows=_save(windows, scratch / "windows.npy"),
+        probes=_save(probes, scratch / "probes.npy"),
+        template=_save(template, scratch / "template.npy"),
+        far={place: _save(window, scratch / f"far-{number}.npy") for number, (place, window) in enumerate(far.items())},
+    )
 
 
 def _save(windows: Windows, file: Path) -> _Tokens:
@@ -77,18 +101,21 @@ def _save(windows: Windows, file: Path) -> _Tokens:
     return _Tokens(windows, file)
 
 
-def compute_references(subject: Subject, windows: _Tokens, probes: _Tokens) -> References:
+def compute_references(subject: Subject, cut: Cut) -> References:
     """Every reference of this artifact; those that are not cached are computed in one child process."""
-    plan, cached = subject.manifest.plan, subject.setting.cache
+    plan, cached, windows = subject.manifest.plan, subject.setting.cache, cut.windows
     kinds: dict[str, tuple[reference.Kind, _Tokens]] = {
         "huggingface": ("huggingface", windows),
         "fp32": ("fp32", windows),
         "quantized": ("quantized", windows),
     }
-    if plan.target.activations != "none" and plan.quant.method != "none":
+    rounds = plan.target.activations != "none" and plan.quant.method != "none"
+    if rounds:
         kinds["noise"] = ("noise", windows)
     if subject.limits.min_probe_sqnr_db is not None:
-        kinds["probes"] = ("quantized", probes)
+        kinds["probes"] = ("quantized", cut.probes)
+    kinds |= {f"far {place}": ("quantized", tokens) for place, tokens in cut.far.items()}
+    kinds |= {f"far noise {place}": ("noise", tokens) for place, tokens in cut.far.items() if rounds}
     files = {
         name: reference.locate(kind, subject.manifest, tokens.windows.tokens, cached)
         for name, (kind, tokens) in kinds.items()
@@ -102,7 +129,8 @@ def compute_references(subject: Subject, windows: _Tokens, probes: _Tokens) -> R
         if missing:
             with stage("references", ", ".join(missing)):
                 _compute_missing(subject, [(*kinds[name], files[name]) for name in missing])
-    return References(**files)
+    far_noise, far = (tuple(files.pop(name) for name in list(files) if name.startswith(kind)) for kind in _FAR)
+    return References(**files, far=far, far_noise=far_noise)
 
 
 def _compute_missing(subject: Subject, missing: Sequence[tuple[reference.Kind, _Tokens, Path]]) -> None:
@@ -142,23 +170,18 @@ def compare_references(subject: Subject, windows: Windows, references: Reference
     )
 
 
-def compare_artifact(
-    subject: Subject,
-    cut: tuple[_Tokens, _Tokens, _Tokens],
-    references: References,
-    noise: Comparison | None,
-) -> Finding:
+def compare_artifact(subject: Subject, cut: Cut, references: References, noise: Comparison | None) -> Finding:
     """The artifact in its runtime, with a filled cache, against our quantized model and against Hugging Face's.
 
     Single tokens are compared too, where the target has a limit for them. The template's tokens, which the evaluation's
     text does not hold, must give numbers. Raises StoppedError: NaN or infinity.
     """
-    windows, probes, template = cut
+    windows, template = cut.windows, cut.template
     out, probes_out, template_out = (
         subject.setting.scratch / f"artifact{name}.npy" for name in ("", "-probes", "-template")
     )
     tasks = [jobs.Task(**windows.task(out)), jobs.Task(**template.task(template_out))]
-    tasks += [jobs.Task(**probes.task(probes_out))] if references.probes else []
+    tasks += [jobs.Task(**cut.probes.task(probes_out))] if references.probes else []
     with stage("artifact", f"{len(windows.windows.tokens)} windows"):
         job = jobs.LogitsJob(folder=subject.folder_text, threads=subject.setting.place.threads, tasks=tuple(tasks))
         measures_speed = subject.run_on_device(job, "artifact")["measures_speed"]
@@ -190,6 +213,30 @@ def _require_template(template: Windows, logits: NDArray[np.float32]) -> Finding
     ]
     gate = gates.count("template tokens finite: problems", problems, Outcome.MISMATCH)
     return require(gate, "".join(problems))
+
+
+def compare_cache(subject: Subject, cut: Cut, references: References) -> Finding:
+    """The artifact against our quantized model near some places of its context and at its end."""
+    if not cut.far:
+        return Finding()
+    windows, outs = list(cut.far.values()), [subject.setting.scratch / f"artifact-{i}.npy" for i in range(len(cut.far))]
+    tasks = tuple(jobs.Task(**tokens.task(out)) for tokens, out in zip(windows, outs, strict=True))
+    with stage("far", f"{len(windows)} places, the last at {list(cut.far)[-1]}"):
+        job = jobs.LogitsJob(folder=subject.folder_text, threads=subject.setting.place.threads, tasks=tasks)
+        subject.run_on_device(job, "far")
+        with subject.setting.turns.given_away():
+            measured = _compare_far(cut.far, references.far, outs)
+            noise = _compare_far(cut.far, references.far, references.far_noise) if references.far_noise else None
+    return Finding(tuple(gates.cache(measured, noise, subject.limits)), comparisons={"cache": measured})
+
+
+def _compare_far(windows: Mapping[str, _Tokens], references: Sequence[Path], candidates: Sequence[Path]) -> Comparison:
+    """One comparison of all places, which are its positions."""
+    reference, candidate = (np.concatenate([np.load(file) for file in files]) for files in (references, candidates))
+    targets = np.concatenate([tokens.windows.targets for tokens in windows.values()])
+    labels = Labels(tuple(windows), ("",) * targets.shape[1])
+    compared = accuracy.compare(reference, candidate, targets, labels)
+    return compared.model_copy(update={"by_position": compared.by_domain, "by_domain": {}})
 
 
 def _compare(subject: Subject, windows: Windows, reference_file: Path, candidate_file: Path) -> Comparison:

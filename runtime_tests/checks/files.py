@@ -45,7 +45,9 @@ def check_files(subject: Subject) -> Finding:
 def check_text(subject: Subject) -> Finding:
     """The recipe did not calibrate on text of the evaluation. Raises StoppedError."""
     with stage("text", "evaluation against calibration"):
-        problems = contamination(subject.setting.evaluation, subject.manifest.plan.quant)
+        scales = subject.manifest.cache_scales
+        read = tuple(scales.texts) if scales else ()
+        problems = contamination(subject.setting.evaluation, subject.manifest.plan.quant, read)
     gate = gates.count("evaluation text read in calibration", problems, Outcome.CONTAMINATED)
     return require(gate, "; ".join(problems))
 
@@ -108,13 +110,16 @@ def _render_chat(loaded: Any) -> str:
     return chat_template.render(loaded, _CHAT, "the artifact's tokenizer", chat_template.FIXED_DAY)
 
 
-def contamination(judged: Evaluation, recipe: QuantRecipe) -> list[str]:
+def contamination(judged: Evaluation, recipe: QuantRecipe, for_cache: Sequence[str] = ()) -> list[str]:
     """Descriptions of evaluation texts that share passages with calibration texts, and of missing calibration texts.
+
+    `for_cache`: files that the scales of the KV cache were measured on.
 
     Whole files are compared, not windows: which windows are cut depends on the tokenizer. Raises ExportError where a
     text of the evaluation is missing.
     """
-    calibrated = dict.fromkeys(text.file for text in recipe.calibration.texts) if recipe.calibration else {}
+    files = [text.file for text in recipe.calibration.texts] if recipe.calibration else []
+    calibrated = dict.fromkeys((*files, *for_cache))
     if not calibrated:
         return []
     evaluated = {spec.file: ngrams(evaluation.read_text(spec.file)) for spec in judged.texts}

@@ -66,6 +66,22 @@ def beyond(noise: Comparison, measured: Comparison, limits: TargetLimits) -> Tar
     )
 
 
+def cache(measured: Comparison, noise: Comparison | None, limits: TargetLimits) -> list[Gate]:
+    """Our quantized model, with a float32 cache, against the artifact, where its cache loses most.
+
+    Beyond float noise, where that is measured. Scales that are too small break far from the start only.
+    """
+    places = measured.by_position
+    kl = {place: part.mean_kl - (noise.by_position[place].mean_kl if noise else 0) for place, part in places.items()}
+    top1 = {place: part.top1 / (noise.by_position[place].top1 if noise else 1) for place, part in places.items()}
+    worst_kl, worst_top1 = max(kl, key=lambda place: kl[place]), min(top1, key=lambda place: top1[place])
+    detail = "KL " + ", ".join(f"{value:.4f} at {place}" for place, value in kl.items())
+    return [
+        judge("cache: mean KL", kl[worst_kl], "at most", limits.max_mean_kl, Outcome.MISMATCH, detail),
+        judge("cache: top-1", top1[worst_top1], "at least", limits.min_top1, Outcome.MISMATCH, f"at {worst_top1}"),
+    ]
+
+
 def probes(sqnr_db: Sequence[float], limit: float) -> Gate:
     """The best SQNR of single-token prompts: a wrong lowering spoils every one of them, rounding noise does not."""
     detail = f"{sum(x >= limit for x in sqnr_db)} of {len(sqnr_db)} single-token prompts reach it"

@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import TypeVar
 
 from devices.transports.transfer import family
+from export import formats
 from export.architecture import Strict
 from export.errors import ExportError, is_own, load_fields, validated
 from export.manifest import Manifest, flat
-from export.plan import QuantLimits, QuantRecipe, Target, TargetLimits, file_of, load_named, names
+from export.plan import Cache, CacheLimits, QuantLimits, QuantRecipe, Target, TargetLimits, file_of, load_named, names
 
-_WORDS = {"description", "limits", "limits_on"}
+_WORDS = {"description", "limits", "limits_on", "cache_limits"}
 """Fields of a recipe or target that change nothing about an artifact."""
+_AS_MUCH_NOISE_DB = 3.0
+"""Less of SQNR: the cache may add as much noise as the lowering may have."""
 _Record = TypeVar("_Record", QuantRecipe, Target)
 
 
@@ -22,10 +25,22 @@ class Limits(Strict):
     target: TargetLimits
     target_on: Mapping[str, TargetLimits] = {}
     """For processors whose kernels round differently, by family (`devices.transports.transfer.family`)."""
+    cache: Mapping[Cache, CacheLimits] = {}
+    """What each kind of cache may lose on top."""
 
-    def on(self, abi: str) -> TargetLimits:
-        """What the lowering may lose on a processor."""
-        return self.target_on.get(family(abi), self.target)
+    def on(self, abi: str, cache: CacheLimits | None = None) -> TargetLimits:
+        """What the lowering may lose on a processor, with what a kind of cache may lose on top."""
+        lowering = self.target_on.get(family(abi), self.target)
+        if cache is None:
+            return lowering
+        return lowering.model_copy(
+            update={
+                "max_mean_kl": lowering.max_mean_kl + cache.max_mean_kl,
+                "min_top1": lowering.min_top1 * cache.min_top1,
+                "min_sqnr_db": lowering.min_sqnr_db - _AS_MUCH_NOISE_DB,
+                "min_probe_sqnr_db": lowering.min_probe_sqnr_db and cache.min_probe_sqnr_db,
+            }
+        )
 
 
 def load(file: Path) -> Limits:
@@ -38,7 +53,10 @@ def of(described: Manifest, given: Limits | None) -> Limits:
 
     Raises ExportError: this checkout has no such recipe or target, or another target of that name.
     """
+    kind, backend = formats.cache_of(described.plan), formats.load(described.plan.target.backend)
     if given is not None:
+        if kind not in (backend.CACHES[0], *given.cache):
+            raise ExportError(f"{described.id}: --limits has none for its cache of {kind}; add `cache: {{{kind}: …}}`")
         return given
     recipe = _known(QuantRecipe, "quant", described.plan.quant.name, described.id)
     target = _known(Target, "targets", described.plan.target.name, described.id)
@@ -47,20 +65,33 @@ def of(described: Manifest, given: Limits | None) -> Limits:
             f"{described.id}: its target is not {_file('targets', target.name)} ({other} differs): "
             "build it again, or give the limits that judge it with --limits FILE"
         )
-    return Limits(quant=recipe.limits, target=target.limits, target_on=target.limits_on)
+    if kind not in (backend.CACHES[0], *target.cache_limits):
+        raise ExportError(
+            f"{described.id}: {_file('targets', target.name)} has no cache_limits.{kind}: add them, or give the "
+            "limits that judge it with --limits FILE"
+        )
+    return Limits(quant=recipe.limits, target=target.limits, target_on=target.limits_on, cache=target.cache_limits)
 
 
 def notes(described: Manifest, limits: Limits, abi: str) -> tuple[str, ...]:
     """Where an artifact claims something else than what judges it, one line each; empty: nowhere."""
     plan, found = described.plan, []
-    claimed = Limits(quant=plan.quant.limits, target=plan.target.limits_on.get(family(abi), plan.target.limits))
-    was, now = (flat(part.model_dump()) for part in (claimed, Limits(quant=limits.quant, target=limits.on(abi))))
+    own = _of_kind(plan.target.cache_limits, described)
+    claimed = Limits(
+        quant=plan.quant.limits, target=plan.target.limits_on.get(family(abi), plan.target.limits), cache=own
+    )
+    judging = Limits(quant=limits.quant, target=limits.on(abi), cache=_of_kind(limits.cache, described))
+    was, now = (flat(part.model_dump()) for part in (claimed, judging))
     if pairs := [f"{name} {now[name]} (its own: {was[name]})" for name in now if now[name] != was[name]]:
         found.append(f"not judged by the limits that it brings: {', '.join(pairs)}")
     if plan.quant.name in names("quant"):
         other = _differing(plan.quant, load_named(QuantRecipe, "quant", plan.quant.name))
         found += [f"its recipe is not {_file('quant', plan.quant.name)}: {other} differs"] * bool(other)
     return tuple(found)
+
+
+def _of_kind(limits: Mapping[Cache, CacheLimits], described: Manifest) -> Mapping[Cache, CacheLimits]:
+    return {kind: limit for kind, limit in limits.items() if kind == formats.cache_of(described.plan)}
 
 
 def _file(kind: str, name: str) -> str:
@@ -80,4 +111,4 @@ def _known(cls: type[_Record], kind: str, name: str, artifact: str) -> _Record:
 def _differing(of_artifact: QuantRecipe | Target, ours: QuantRecipe | Target) -> str:
     """Names of the top fields that differ and decide something."""
     was, now = (record.model_dump(exclude=_WORDS) for record in (of_artifact, ours))
-    return ", ".join(name for name in now if was[name] != now[name])
+    return ", ".join(name for name in now if name in was and was[name] != now[name])

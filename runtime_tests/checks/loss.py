@@ -9,6 +9,7 @@ COMPARISONS = {
     "total": "As shipped: Transformers fp32 → file",
     "quantization": "Quantization: fp32 → quantized model",
     "lowering": "Lowering: quantized model → file",
+    "cache": "Cache: quantized model, float32 cache → file, in the 64 tokens before each place",
     "noise": "Float noise: quantized model → itself, one ulp off",
     "rewriting": "Rewriting: Transformers fp32 → our fp32",
 }

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from devices import Device
+from export import formats
 from export.host.console import counted
 from export.manifest import Manifest
-from export.plan import TargetLimits
+from export.plan import CacheLimits, TargetLimits
 from runtime_tests import jobs
 from runtime_tests.evaluation import Evaluation, Windows
 from runtime_tests.evidence.record import Comparison, DeviceState, Environment, Gate, Latency, Outcome
@@ -125,8 +126,13 @@ class Subject:
 
     @property
     def limits(self) -> TargetLimits:
-        """What the lowering may lose on the device's processor."""
-        return self.judged_by.on(self.setting.place.abi)
+        """What the lowering, cache included, may lose on the device's processor."""
+        return self.judged_by.on(self.setting.place.abi, self.cache_limits)
+
+    @property
+    def cache_limits(self) -> CacheLimits | None:
+        """What its kind of cache may lose; None: it is compared with nothing, being the format's usual one."""
+        return self.judged_by.cache.get(formats.cache_of(self.manifest.plan))
 
     @property
     def folder_text(self) -> str:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from devices import Device
-from export import manifest
+from export import formats, manifest
 from export.formats import admission
 from export.host import digests
 from export.host.console import console
 from export.manifest import ROOT, Manifest, flat
+from export.plan import Plan
 from runtime_tests.checks import limits
 from runtime_tests.checks.limits import Limits
 from runtime_tests.evaluation import Evaluation, read_text, text_file
@@ -21,7 +22,7 @@ from . import baseline, record
 from .record import Environment, Made, PlanKey
 
 CODE = (ROOT / "runtime_tests", ROOT / "devices")
-_WORDS = {"description", "limits", "limits_on"}
+_WORDS = {"description", "limits", "limits_on", "cache_limits"}
 """Fields of a YAML that change neither an artifact nor a number."""
 
 
@@ -75,10 +76,16 @@ def plan_key(described: Manifest, evaluation: Evaluation) -> PlanKey:
     return PlanKey(
         model=_short_hash([model, described.checkpoint.sha256]),
         recipe=_short_hash(plan.quant.model_dump(mode="json", exclude=_WORDS)),
-        target=_short_hash(plan.target.model_dump(mode="json", exclude=_WORDS)),
+        target=_short_hash(_target(plan)),
         context=str(described.contract.kv.context_length),
         evaluation=_short_hash([evaluation.model_dump(mode="json", exclude=_WORDS), texts]),
     )
+
+
+def _target(plan: Plan) -> dict[str, Any]:
+    """What a target's YAML decides, with the kind of cache where it is not the format's first."""
+    fields, kind = plan.target.model_dump(mode="json", exclude=_WORDS | {"cache"}), formats.cache_of(plan)
+    return fields if kind == formats.load(plan.target.backend).CACHES[0] else fields | {"cache": kind}
 
 
 def made(described: Manifest) -> Made:

@@ -114,6 +114,9 @@ class Accuracy(Strict, evidence.Losses):
     noise: Comparison | None
     """Our quantized model → itself with float noise of one ulp, where it quantizes activations: no lowering can lose
     less."""
+    cache: Comparison | None = None
+    """Our quantized model, whose cache is float32 → the artifact, near places of its context (`by_position`), where its
+    kind of cache has limits of its own."""
     probe_sqnr_db: tuple[float, ...]
     """Of the lowering, for each single-token prompt; empty where the target has no limit for them."""
 

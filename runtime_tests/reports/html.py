@@ -33,6 +33,7 @@ def render(
     names = names_of(records)
     return templates.render(
         _TEMPLATE,
+        cache=storage.cache,
         records=records,
         names=names,
         manifests=manifests,

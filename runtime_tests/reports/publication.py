@@ -85,6 +85,8 @@ def measured_rows(record: Record) -> list[Measured]:
         rows += _quantization_rows(record.accuracy.quantization)
     if record.accuracy.lowering:
         rows += _lowering_rows(record.accuracy.lowering, record)
+    if record.accuracy.cache:
+        rows += _cache_rows(record.accuracy.cache)
     rows += _speed_rows(record.timings) if record.timings else []
     machine = record.environment
     rows.append(Measured("measured on", machine.cpu, f"{record.device}, {machine.os}, {machine.cores} cores"))
@@ -134,6 +136,14 @@ def _lowering_rows(measured: Comparison, record: Record) -> list[Measured]:
         Measured("KL of lowering, mean (p99)", f"{measured.mean_kl:.2e} ({measured.p99_kl:.2e}) nats", note),
         Measured("top-1 of lowering", f"{measured.top1:.1%}", note),
         Measured("logit SQNR of lowering", f"{measured.sqnr_db:.1f} dB", note),
+    ]
+
+
+def _cache_rows(measured: Comparison) -> list[Measured]:
+    note = "quantized PyTorch model with a float32 cache → this file, the last {:,} positions up to there"
+    return [
+        Measured(f"KL at {place}", f"{nats(part.mean_kl)} nats, top-1 {part.top1:.1%}", note.format(part.positions))
+        for place, part in measured.by_position.items()
     ]
 
 

@@ -68,6 +68,12 @@ def test_a_source_is_one_argument_whatever_its_characters(make, path):
     assert validated == ["runtime_tests", *checkpoint, *(f"build/named_{target}" for target in PLAN[3:])]
 
 
+def test_context_and_cache_reach_the_build_and_its_folders(make):
+    built, _ = make("build", "validate", "MODEL=llama", "CONTEXT=8192", "CACHE=int8")
+    assert built == [*PLAN, "--context=8192", "--cache=int8"]
+    assert make.asked == [["export", "folders", *PLAN[1:], "--context=8192", "--cache=int8"]]
+
+
 NAMES = (
     "MODEL",
     "QUANT",
@@ -87,6 +93,8 @@ NAMES = (
     "CALIBRATE_ON",
     "ADAPTER",
     "NAME",
+    "CONTEXT",
+    "CACHE",
     "WORKERS",
 )
 

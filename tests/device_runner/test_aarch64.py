@@ -22,8 +22,9 @@ def arm(compiler):
     return built("aarch64", compiler)
 
 
+@pytest.mark.parametrize("model", ["fp32", "int8 cache"])
 @pytest.mark.parametrize("processor", ["cortex-a72", "cortex-a76"])
-def test_aarch64_gives_the_same_answers(run, arm, processor):
+def test_aarch64_gives_the_same_answers(run, arm, processor, model):
     """Started with its own C library, as on a device without GNU's. a72 has no dot-product instructions, a76 has.
 
     Measured in float32: 1.9e-5, of logits up to 13.
@@ -31,8 +32,8 @@ def test_aarch64_gives_the_same_answers(run, arm, processor):
     ids = random_tokens(60)
     commands = [Feed(ids[:40]), Logits(), *steps(ids[40:]), Generate(10)]
     emulated = {"prefix": (QEMU, "-cpu", processor), "start": arm.start_alone, "folder": arm.path}
-    here, rows = run(commands)
-    there, emulated_rows = run(commands, **emulated)
+    here, rows = run(commands, model)
+    there, emulated_rows = run(commands, model, **emulated)
     assert there.generated[0].tokens == here.generated[0].tokens
     assert np.abs(emulated_rows - rows).max() < 1e-4
     assert run([Feed(PROMPT), Generate(10)], "int4-g32", **emulated)[0].generated[0].tokens == (

@@ -30,11 +30,12 @@ def test_greedy_tokens_are_the_python_sessions(run, artifacts, model):
     assert list(other.generated[0].tokens) != expected
 
 
-def test_logits_are_the_python_sessions(run, artifacts):
+@pytest.mark.parametrize("model", ["fp32", "int8 cache"])
+def test_logits_are_the_python_sessions(run, artifacts, model):
     """Both call the same XNNPACK; attention differs in the order of its sums: measured 1.6e-5, of logits up to 13."""
     ids = random_tokens(120)
-    _, rows = run([Feed(ids[:70]), Logits(), *steps(ids[70:])])
-    reference = stepped(artifacts["fp32"], ids[:70], ids[70:])
+    _, rows = run([Feed(ids[:70]), Logits(), *steps(ids[70:])], model)
+    reference = stepped(artifacts[model], ids[:70], ids[70:])
     assert np.abs(rows - reference).max() < 1e-4
     assert np.abs(rows[1:] - reference[:-1]).max() > 0.1  # another position
 
@@ -70,7 +71,7 @@ def test_a_feed_in_pieces_is_the_feed_at_once(run):
     assert np.abs(other[0] - rows[0]).max() > 0.1
 
 
-@pytest.mark.parametrize("model", ["int4-g32", "fp32"])
+@pytest.mark.parametrize("model", ["int4-g32", "fp32", "int8 cache"])
 def test_threads_change_nothing_but_time(run, model):
     commands = [Feed(random_tokens(90)), Logits(), Generate(20), Logits()]
     answers = [run(commands, model, threads=threads) for threads in (1, 2, 3)]
@@ -78,6 +79,13 @@ def test_threads_change_nothing_but_time(run, model):
     assert len({answer.generated[0].tokens for answer, _ in answers}) == 1
     assert len({answer.logits_crc32 for answer, _ in answers}) == 1
     assert run([Feed(random_tokens(91)), Logits()], model)[0].logits_crc32 != answers[0][0].logits_crc32
+
+
+def test_with_an_int8_cache_a_feed_in_pieces_gives_the_same_bits(run):
+    """XNNPACK's parts do for any number of rows, and so does this attention."""
+    ids = random_tokens(130)
+    _, rows = run([Feed(ids), Logits(), Reset(), *(Feed((token,)) for token in ids), Logits()], "int8 cache")
+    np.testing.assert_array_equal(rows[0], rows[1])
 
 
 def test_top_is_the_order_of_the_logits(run):

@@ -1,15 +1,17 @@
 """The runner's own kernels against torch, on every instruction set this processor has."""
 
 import ctypes
+import platform
 
 import numpy as np
 import pytest
 import torch
 
-from runtime_tests.device_runner import build
+from runtime_tests.device_runner import attention, build
+from runtime_tests.device_runner.attention import Attention, Int8Attention, Int8Heads
 from runtime_tests.device_runner.sdk import UnavailableError
 
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = {"x86_64": ("baseline", "avx2", "avx512", "avx512_vnni"), "aarch64": ("baseline", "dotprod")}
 # S, H, G, D, start; caches have some positions more
 SHAPES = [
     (1, 9, 3, 64, 0),
@@ -28,22 +30,15 @@ SHAPES = [
     (128, 9, 3, 64, 128),
     (300, 9, 3, 64, 77),
     (17, 6, 3, 20, 130),  # a head_dim that only the narrowest vectors divide
+    (4, 8, 2, 24, 600),  # one for vectors of eight
     (9, 200, 2, 16, 40),  # more heads in a group than rows in a tile
 ]
-
-
-class Attention(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "out")),
-        *((name, ctypes.c_int64) for name in ("new_tokens", "heads", "groups", "head_dim", "start")),
-        ("scale", ctypes.c_float),
-    )
 
 
 @pytest.fixture(scope="session")
 def kernels(compiler, tmp_path_factory):
     try:
-        return ctypes.CDLL(str(build.kernels_library(tmp_path_factory.mktemp("kernels"), compiler)))
+        return attention.library(build.kernels_library(tmp_path_factory.mktemp("kernels"), compiler))
     except UnavailableError as missing:
         pytest.skip(str(missing))
 
@@ -62,8 +57,32 @@ def attend(kernels, query, key, value, start, *, isa=0, threads=1):
     out = np.full_like(query, np.nan)
     arrays = [array.ctypes.data for array in (query, key, value, out)]
     new, heads, dim = query.shape
-    call = Attention(*arrays, new, heads, key.shape[1], dim, start, dim**-0.5)
-    kernels.attend(ctypes.byref(call), isa, threads)
+    call = Attention(new, heads, key.shape[1], dim, start, dim**-0.5, *arrays)
+    kernels.attend(ctypes.byref(call), isa, threads, 1)
+    return out
+
+
+def quantized(x):
+    """int8 [N, H, D], zeros int8 and scales float32 [N, H]; of positions that must not be read, the scale is NaN."""
+    low, high = (edge(x, -1).clip(*limits) for edge, limits in ((np.min, (None, 0)), (np.max, (0, None))))
+    scale = ((high - low) / 255).astype(np.float32)
+    known = np.where(np.isnan(scale), 1, scale)[..., None]
+    zero = np.rint(-128 - np.nan_to_num(low)[..., None] / known)
+    values = (np.rint(np.nan_to_num(x) / known) + zero).clip(-128, 127)
+    return values.astype(np.int8), zero[..., 0].astype(np.int8), scale
+
+
+def dequantized(values, zero, scale):
+    return (values.astype(np.float64) - zero[..., None]) * scale[..., None]
+
+
+def attend_int8(kernels, query, key, value, start, *, isa=0, threads=1):
+    """Of operands as `quantized` gives them."""
+    new, heads, dim = query[0].shape
+    out = np.full(query[0].shape, np.nan, np.float32)
+    operands = [Int8Heads(*(part.ctypes.data for part in operand)) for operand in (query, key, value)]
+    call = Int8Attention(new, heads, key[0].shape[1], dim, start, dim**-0.5, *operands, out.ctypes.data)
+    kernels.attend_int8(ctypes.byref(call), isa, threads, 1)
     return out
 
 
@@ -74,6 +93,10 @@ def expected(query, key, value, start):
     mask = torch.ones(new, end, dtype=torch.bool).tril(start)
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     return out.transpose(0, 1).numpy()
+
+
+def isa_name(number) -> str:
+    return ISAS[platform.machine()][number]
 
 
 def difference(a, b) -> float:
@@ -88,7 +111,58 @@ def test_attention_is_torchs(kernels, shape):
     for isa in range(kernels.best_isa() + 1):
         for threads in (1, 2, 3):
             got = attend(kernels, query, key, value, shape[-1], isa=isa, threads=threads)
-            assert difference(got, reference) < 1e-5, (ISAS[isa], threads)
+            assert difference(got, reference) < 1e-5, (isa_name(isa), threads)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_int8_attention_is_torchs_of_what_the_integers_stand_for(kernels, shape):
+    """The scales of what follows the last position are NaN."""
+    operands = [quantized(x) for x in inputs(shape)]
+    reference = expected(*(dequantized(*operand) for operand in operands), shape[-1])
+    for isa in range(kernels.best_isa() + 1):
+        for threads in (1, 2, 3):
+            got = attend_int8(kernels, *operands, shape[-1], isa=isa, threads=threads)
+            assert difference(got, reference) < 1e-5, (isa_name(isa), threads)
+
+
+@pytest.mark.parametrize("offset", [-3.0, 3.0])
+def test_int8_operands_at_the_ends_of_their_range(kernels, offset):
+    """One sign only: zeros lie at an end, and sums of products are as large as they become."""
+    query, key, value = (np.abs(x) * 0.1 + abs(offset) for x in inputs((5, 8, 2, 128, 600), room=0))
+    operands = [quantized(np.float32(np.sign(offset) * x)) for x in (query, key, value)]
+    assert {int(zero) for _, zeros, _ in operands for zero in zeros.flat} == {-128 if offset > 0 else 127}
+    reference = expected(*(dequantized(*operand) for operand in operands), 600)
+    for isa in range(kernels.best_isa() + 1):
+        assert difference(attend_int8(kernels, *operands, 600, isa=isa), reference) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 3, 64, 700), (37, 9, 3, 64, 5)], ids=str)
+@pytest.mark.parametrize("part", ["value", "zero", "scale"])
+def test_the_comparison_sees_a_wrong_part_of_an_int8_operand(kernels, shape, part):
+    """Of one position that counts; another start is a wrong position."""
+    query, key, value = (quantized(x) for x in inputs(shape))
+    before = attend_int8(kernels, query, key, value, shape[-1])
+    assert difference(attend_int8(kernels, query, key, value, shape[-1] - 1), before) > 1e-3
+    for operand in (query, key, value):
+        changed = operand[("value", "zero", "scale").index(part)][0 if operand is query else shape[-1]]
+        kept = changed.copy()
+        changed[...] = kept * 2 if part == "scale" else np.int8(5) - kept.clip(-100, 100)
+        assert difference(attend_int8(kernels, query, key, value, shape[-1]), before) > 1e-5
+        changed[...] = kept
+
+
+@pytest.mark.parametrize(("heads", "groups", "dim"), [(9, 3, 64), (32, 8, 64), (8, 1, 128), (6, 3, 20)])
+def test_an_int8_row_depends_on_its_own_position_only(kernels, heads, groups, dim):
+    """Any number of rows, from any position on and in any number of threads, gives the same bits."""
+    end = 1060  # past two ranges of keys
+    query, key, value = (quantized(x) for x in inputs((end, heads, groups, dim, 0), room=0))
+    for isa in range(kernels.best_isa() + 1):
+        every = attend_int8(kernels, query, key, value, 0, isa=isa, threads=2)
+        for start, rows in ((0, 1), (63, 2), (500, 30), (511, 2), (1023, 1), (1020, 8), (1055, 5)):
+            some = tuple(np.ascontiguousarray(part[start : start + rows]) for part in query)
+            for threads in (1, 3):
+                got = attend_int8(kernels, some, key, value, start, isa=isa, threads=threads)
+                np.testing.assert_array_equal(got, every[start : start + rows])
 
 
 @pytest.mark.parametrize("shape", [(1, 9, 3, 64, 700), (37, 9, 3, 64, 5)], ids=str)

@@ -18,7 +18,7 @@ from export.errors import ExportError
 from export.formats import Build, Lowered, Needs, kv_layout, refuse_any_scales
 from export.host.console import note
 from export.manifest import IOContract, TensorSpec
-from export.plan import Attention, Plan
+from export.plan import Attention, Cache, Plan
 
 if TYPE_CHECKING:
     from export.quantization.store import QuantizedModel
@@ -30,6 +30,8 @@ AUTHOR = "com.apple.CoreML"
 MODEL, WEIGHTS = f"{AUTHOR}/model.mlmodel", f"{AUTHOR}/weights"
 """Items of a package."""
 TOOLS = ("coremltools",)
+CACHES: tuple[Cache, ...] = ("float16",)
+NO_CACHES: dict[Cache, str] = dict.fromkeys(("float32", "bfloat16", "int8"), "Core ML's states are of float16 only")
 LOGGERS = ("coremltools",)
 _NATIVE = "libmilstoragepython*"
 """What writes weights; builds from source have none."""
@@ -120,7 +122,7 @@ def lower(model: "QuantizedModel", build: Build) -> Lowered:
     facts["float_values"] = (
         "fp16, RMSNorm in fp32" if model.recipe.linear else "fp16, rounded from float32; RMSNorm in fp32"
     )
-    return Lowered(_contract(model.architecture, context_length), facts)
+    return Lowered(_contract(model.architecture, build.plan), facts)
 
 
 def convert(model: "QuantizedModel", context_length: int, package: Path, attention: Attention) -> None:
@@ -176,18 +178,19 @@ def listing(model: str, weights: str) -> str:
     return json.dumps(listed, indent=4) + "\n"
 
 
-def _contract(a: Architecture, context_length: int) -> IOContract:
+def _contract(a: Architecture, plan: Plan) -> IOContract:
     """Apple's stateful convention."""
-    cache = (a.num_hidden_layers, 1, a.num_key_value_heads, context_length, a.head_dim)
+    kv = kv_layout(plan, a, "state")
+    cache = (a.num_hidden_layers, 1, a.num_key_value_heads, kv.context_length, a.head_dim)
     return IOContract(
         inputs=(
             TensorSpec(name="inputIds", dtype="int32", shape=(1, "sequence")),
             TensorSpec(name="causalMask", dtype="float16", shape=(1, 1, "sequence", "total")),
         ),
         outputs=(TensorSpec(name="logits", dtype="float16", shape=(1, "sequence", a.vocab_size)),),
-        states=tuple(TensorSpec(name=name, dtype="float16", shape=cache) for name in ("keyCache", "valueCache")),
-        kv=kv_layout(a, "state", "float16", context_length),
-        max_prefill=context_length,
+        states=tuple(TensorSpec(name=name, dtype=kv.dtype, shape=cache) for name in ("keyCache", "valueCache")),
+        kv=kv,
+        max_prefill=kv.context_length,
         logits="all",
     )
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import TensorProto, external_data_helper, helper
 
 from export.architecture import EMBEDDING, FINAL_NORM, HEAD, ROTATE_IN, ROTATE_OUT, Architecture
@@ -17,7 +18,7 @@ from export.model import rope_tables
 from export.plan import WeightScheme
 from export.quantization.store import QuantizedModel
 
-from .vocabulary import OPERATORS
+from .vocabulary import INT8_CACHE, OPERATORS
 from .weights import BNB4_TYPES, Codes, DataFile
 
 MATMULS = {"FusedMatMul", "MatMulBnb4", "MatMulNBits"}
@@ -28,7 +29,7 @@ _OPSETS = (("", 21), ("com.microsoft", 1))
 _IR_VERSION = 10
 _FLOAT_ACTIVATIONS, _INT8_ACTIVATIONS = 1, 4
 """MatMulNBits accuracy_level: its fast kernels of 4-bit weights."""
-_ELEMENT_TYPES = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT}
+_ELEMENT_TYPES = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT, "int8": TensorProto.INT8}
 
 
 class Graph:
@@ -47,6 +48,8 @@ class Graph:
         """Initializer [-1]."""
         self.attention: tuple[str, ...] = ()
         """Inputs that all GroupQueryAttention nodes share: sequence lengths and RoPE tables."""
+        self.cache_scales: Sequence[NDArray[np.float32]] = ()
+        """Of an int8 cache, key and value scales of each layer in turn; empty: the cache is float32."""
 
     def node(
         self, op: str, inputs: Sequence[str], outputs: str | Sequence[str], attributes: Mapping[str, Any] | None = None
@@ -76,9 +79,12 @@ class Graph:
         return self.data.add_codes(stored, weights, scheme, common_scales=self.model.recipe.common_scales)
 
 
-def build(model: QuantizedModel, data: DataFile, contract: IOContract) -> Any:
-    """The ModelProto; weights are appended to `data` in execution order."""
+def build(
+    model: QuantizedModel, data: DataFile, contract: IOContract, cache_scales: Sequence[NDArray[np.float32]] = ()
+) -> Any:
+    """The ModelProto; weights are appended to `data` in execution order. `cache_scales`: of an int8 cache."""
     graph = Graph(model, data)
+    graph.cache_scales = cache_scales
     graph.last_index = graph.constant("last_index", [-1])
     graph.attention = (*_sequence_lengths(graph), *_rope(graph, contract.kv.context_length))
     x = _rotate(graph, _embed(graph), ROTATE_IN)
@@ -171,10 +177,16 @@ def _add_norm(graph: Graph, x: str, change: str, name: str) -> tuple[str, str]:
 def _attend(graph: Graph, x: str, i: int) -> str:
     """Grouped-query attention with RoPE and cache update in one node; past and present may share one buffer."""
     a, layer = graph.architecture, f"model.layers.{i}.self_attn"
-    attributes = {"num_heads": a.num_attention_heads, "kv_num_heads": a.num_key_value_heads, "do_rotary": 1}
+    heads = {"num_heads": a.num_attention_heads, "kv_num_heads": a.num_key_value_heads}
+    attributes: dict[str, int | str] = {**heads, "do_rotary": 1}
     past = (f"past_key_values.{i}.key", f"past_key_values.{i}.value")
     outputs = [f"{layer}.out", f"present.{i}.key", f"present.{i}.value"]
     inputs = [*_project_qkv(graph, x, layer), *past, *graph.attention]
+    if graph.cache_scales:
+        names = [f"{layer}.{kind}_scale" for kind in ("key", "value")]
+        scales = map(graph.data.add, names, graph.cache_scales[2 * i : 2 * i + 2])
+        inputs += ["", "", "", *scales]  # no position ids, attention bias or head sink
+        attributes |= INT8_CACHE
     return graph.node("GroupQueryAttention", inputs, outputs, attributes)
 
 

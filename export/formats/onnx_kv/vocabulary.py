@@ -23,12 +23,18 @@ OPERATORS = {
     **dict.fromkeys(("GroupQueryAttention", "QuickGelu", "SkipSimplifiedLayerNormalization"), _CONTRIB),
 }
 """Operator → its domain."""
+INT8_CACHE: dict[str, int | str] = {
+    "k_quant_type": "PER_CHANNEL",
+    "v_quant_type": "PER_CHANNEL",
+    "kv_cache_bit_width": 8,
+}
+"""Attributes of GroupQueryAttention."""
 DATA = f"{FILE}.data"
 _FIELDS = {
     "model": {"ir_version", "producer_name", "opset_import", "graph"},
     "graph": {"node", "name", "initializer", "input", "output"},
     "node": {"input", "output", "name", "op_type", "domain", "attribute"},
-    "attribute": {"name", "type", "f", "i"},
+    "attribute": {"name", "type", "f", "i", "s"},
     "initializer": {"name", "dims", "data_type", "data_location", "external_data", "int64_data"},
 }
 """Fields that are ever set."""
@@ -83,6 +89,8 @@ def _parts(model: Any) -> Iterator[str]:
         yield from _unknown("node", node, node.name)
         for attribute in node.attribute:
             yield from _unknown("attribute", attribute, f"{node.name}.{attribute.name}")
+            if attribute.s and attribute.s.decode() != INT8_CACHE.get(attribute.name):
+                yield f"attribute {f'{node.name}.{attribute.name}'!r} is {attribute.s[:100]!r}"
     for tensor in model.graph.initializer:
         yield from _unknown("initializer", tensor, tensor.name)
         places = [entry.value for entry in tensor.external_data if entry.key == "location"]

@@ -9,17 +9,33 @@ from typing import TYPE_CHECKING
 
 from export.architecture import EMBEDDING, Architecture
 from export.errors import ExportError
-from export.formats import Build, Lowered, Needs, clients, kv_layout, refuse_any_scales, refuse_plain_attention
-from export.manifest import IOContract, TensorSpec, TokenizerIds
-from export.plan import Plan
+from export.formats import (
+    Build,
+    Lowered,
+    Needs,
+    cache_bytes,
+    cache_of,
+    clients,
+    kv_layout,
+    refuse_any_scales,
+    refuse_plain_attention,
+)
+from export.manifest import IOContract, KVLayout, TensorSpec, TokenizerIds
+from export.plan import Cache, Plan
 
 if TYPE_CHECKING:
     from export.quantization.store import QuantizedModel
 
 FILES = ("model.pte",)
 TOOLS = ("executorch",)
+CACHES: tuple[Cache, ...] = ("float32", "bfloat16", "int8")
+NO_CACHES: dict[Cache, str] = {
+    "float16": "ExecuTorch's attention has no kernels for it: six times the time of float32",
+}
 LOGGERS = ("executorch",)
 _MAX_PREFILL = 512
+_SCALE_BYTES = {"int8": 5}
+"""Of a head in one slot: a float32 scale and an int8 zero."""
 _LIBRARIES_BYTES = 100_000_000
 _LAYER_BYTES = 10_000_000
 """Measured memory of executorch and its libraries, and of a layer's graph with every node's values and history."""
@@ -63,7 +79,7 @@ def needs(plan: Plan, architecture: Architecture) -> Needs:
     counts, a = schemes.of_recipe(plan.quant, architecture).counts(), architecture
     packed = int(schemes.largest(plan.quant, a).stored_bits(float_bits=32) / 8)
     table = _table_bytes(plan, a) if a.tie_word_embeddings else 0
-    caches = 2 * 4 * a.num_hidden_layers * plan.model.context_length * a.num_key_value_heads * a.head_dim
+    caches = cache_bytes(_kv(plan, a))
     weights = counts.store_bytes + counts.scales + 4 * counts.floats  # as many zero points as scales, a byte each
     memory = _LIBRARIES_BYTES + _LAYER_BYTES * a.num_hidden_layers + weights + packed + table + caches
     return Needs(memory, packed + table)
@@ -84,8 +100,7 @@ def lower(model: "QuantizedModel", build: Build) -> Lowered:
     """Trace, partition, delegate and write `model.pte`."""
     from . import program
 
-    context = build.plan.model.context_length
-    contract = _io_contract(model.architecture, context, min(_MAX_PREFILL, context))
+    contract = _io_contract(model.architecture, build.plan)
     facts = program.write(model, build, contract)
     return Lowered(contract, facts)
 
@@ -105,7 +120,7 @@ def methods(a: Architecture, contract: IOContract, tokenizer: TokenizerIds) -> d
     }
 
 
-def _io_contract(a: Architecture, context_length: int, max_prefill: int) -> IOContract:
+def _io_contract(a: Architecture, plan: Plan) -> IOContract:
     """Inputs are tokens and position, the output is the last logits; the cache belongs to the program."""
     return IOContract(
         inputs=(
@@ -114,7 +129,11 @@ def _io_contract(a: Architecture, context_length: int, max_prefill: int) -> IOCo
         ),
         outputs=(TensorSpec(name="logits", dtype="float32", shape=(1, 1, a.vocab_size)),),
         states=(),
-        kv=kv_layout(a, "state", "float32", context_length),
-        max_prefill=max_prefill,
+        kv=_kv(plan, a),
+        max_prefill=min(_MAX_PREFILL, plan.model.context_length),
         logits="last",
     )
+
+
+def _kv(plan: Plan, a: Architecture) -> KVLayout:
+    return kv_layout(plan, a, "state", scale_bytes=_SCALE_BYTES.get(cache_of(plan), 0))

@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 from export.architecture import EMBEDDING, FINAL_NORM, HEAD, ROTATE_IN, ROTATE_OUT, Architecture
 from export.checkpoints.integers import Integers
+from export.manifest import KVLayout
 from export.model import rope_tables
+
+from . import cache
 
 _ReadWeight = Callable[[str], Any]
 """Name → float32 tensor, or the integers of a quantized weight."""
@@ -122,18 +125,18 @@ class Constants(nn.Module):
 
 
 class Layer(nn.Module):
-    """One block with its keys and values, buffers [1, C, G, D]."""
+    """One block with its keys and values."""
 
-    def __init__(self, read: _ReadWeight, index: int, a: Architecture, context_length: int) -> None:
+    def __init__(self, read: _ReadWeight, index: int, a: Architecture, kv: KVLayout) -> None:
         super().__init__()
         prefix = f"model.layers.{index}."
         self.q, self.k, self.v, self.o = (_linear(read(f"{prefix}self_attn.{p}_proj.weight")) for p in "qkvo")
         self.gate, self.up, self.down = (_linear(read(f"{prefix}mlp.{p}_proj.weight")) for p in ("gate", "up", "down"))
         self.norm_1 = nn.Buffer(read(f"{prefix}input_layernorm.weight"))
         self.norm_2 = nn.Buffer(read(f"{prefix}post_attention_layernorm.weight"))
-        shape = (1, context_length, a.num_key_value_heads, a.head_dim)
-        self.key_cache = nn.Buffer(torch.zeros(shape), persistent=False)
-        self.value_cache = nn.Buffer(torch.zeros(shape), persistent=False)
+        self.attend, self.slots = cache.attention(kv.dtype), tuple(buffers := cache.empty(kv))
+        for name, buffer in buffers.items():
+            setattr(self, name, nn.Buffer(buffer, persistent=False))
         self.heads, self.kv_heads, self.head_dim = a.num_attention_heads, a.num_key_value_heads, a.head_dim
         self.last = index == a.num_hidden_layers - 1
 
@@ -145,11 +148,7 @@ class Layer(nn.Module):
         q = q.view(1, -1, self.heads, self.head_dim)
         k, v = (x.view(1, -1, self.kv_heads, self.head_dim) for x in (k, v))
         q, k = c.rotate(q, cos, sin), c.rotate(k, cos, sin)
-        # The new tokens take slots start…start+S-1. Attention without a mask (None), without dropout, and causal from
-        # `start` on: row r sees slots 0…start+r, thus never a slot that was not written.
-        torch.ops.llama.update_cache(k, self.key_cache, start)
-        torch.ops.llama.update_cache(v, self.value_cache, start)
-        attended = torch.ops.llama.custom_sdpa(q, self.key_cache, self.value_cache, start, None, 0.0, True)
+        attended = self.attend({name: getattr(self, name) for name in self.slots}, q, k, v, start)
         attended = attended.view(1, -1, self.heads * self.head_dim)
         if self.last:  # nothing after the last cache needs the other positions
             x, attended = x[:, -1:], attended[:, -1:]
@@ -166,17 +165,17 @@ class Layer(nn.Module):
 class PteLlama(nn.Module):
     """tokens int64 [1, S], input_pos int64 [1] → logits float32 [1, 1, V] after the last token."""
 
-    def __init__(self, read: _ReadWeight, a: Architecture, context_length: int) -> None:
+    def __init__(self, read: _ReadWeight, a: Architecture, kv: KVLayout) -> None:
         super().__init__()
         self.embedding = Embedding(read(EMBEDDING))
-        self.layers = nn.ModuleList(Layer(read, i, a, context_length) for i in range(a.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(read, i, a, kv) for i in range(a.num_hidden_layers))
         self.norm = nn.Buffer(read(FINAL_NORM))
         self.rotate_in, self.rotate_out = (
             Rotation(read(name)) if a.rotated else nn.Identity() for name in (ROTATE_IN, ROTATE_OUT)
         )
         self.head = _linear(read(HEAD))
-        self.constants = Constants(a, context_length)
-        self.context_length = context_length
+        self.constants = Constants(a, kv.context_length)
+        self.context_length = kv.context_length
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         start: Any = input_pos[0].item()  # a symbol while tracing

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import executorch.exir.passes._quant_patterns_and_replacements
-import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  (registers llama::update_cache and custom_sdpa)
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeCompileConfig, EdgeProgramManager, ExecutorchBackendConfig, to_edge_transform_and_lower
@@ -40,7 +38,7 @@ _aten = torch.ops.aten
 def write(model: QuantizedModel, build: Build, contract: IOContract) -> _Facts:
     """Write the artifact. Returns counts of delegates and of the ops left outside them."""
     with model.reader() as read:  # one mapping; one for each weight would be 150 GB of address space for 1B
-        module = PteLlama(read, model.architecture, contract.kv.context_length).eval()
+        module = PteLlama(read, model.architecture, contract.kv).eval()
     with _quiet():
         program = functionalize(trace(module, contract.max_prefill))
     with _quiet(), _ordered_groups(), fast_lowering(), no_decompositions():
@@ -80,7 +78,7 @@ def _count(edge: EdgeProgramManager) -> _Facts:
     )
     delegates = names.pop("executorch_call_delegate", 0)
     names.pop("getitem", 0)
-    ours = sum(n for name, n in names.items() if "custom_sdpa" in name or "auto_functionalized" in name)
+    ours = sum(n for name, n in names.items() if "_sdpa" in name or "auto_functionalized" in name)
     return {"delegates": delegates, "attention_and_cache_ops": ours, "other_ops": names.total() - ours}
 
 

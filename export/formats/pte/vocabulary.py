@@ -20,9 +20,11 @@ from export.manifest import Manifest
 from . import FILES, methods
 
 OPERATORS = frozenset({
-    "aten::_local_scalar_dense", "aten::embedding.out", "aten::select_copy.int_out", "aten::slice_copy.Tensor_out",
-    "aten::sym_size.int", "aten::unsqueeze_copy.out", "executorch_prim::add.Scalar", "llama::custom_sdpa.out",
-    "llama::update_cache.out", "quantized_decomposed::embedding_byte.dtype_out",
+    "aten::_local_scalar_dense", "aten::_to_copy.out", "aten::embedding.out", "aten::select_copy.int_out",
+    "aten::slice_copy.Tensor_out", "aten::sym_size.int", "aten::unsqueeze_copy.out", "executorch_prim::add.Scalar",
+    "llama::custom_quantized_sdpa.out", "llama::custom_sdpa.out", "llama::update_cache.out",
+    "quantized_decomposed::choose_qparams_per_token_asymmetric.out",
+    "quantized_decomposed::embedding_byte.dtype_out", "quantized_decomposed::quantize_per_token.out",
 })  # fmt: skip
 _DELEGATE = "XnnpackBackend"
 _NODES = {1: "Add", 2: "FullyConnected", 4: "Sigmoid", 15: "Multiply", 18: "Convert", 20: "StaticReshape"}

@@ -28,7 +28,9 @@ from .points import Points, Probe
 
 NOTE = "as ExecuTorch's developer tools log it; o_proj and MLP are one delegate, in the last layer with the head"
 LIMITS = dict.fromkeys(points.KINDS, 40.0)
-_ATTENTION = "custom_sdpa"
+_ATTENTION = "_sdpa"
+_BYTES = {6: 4, 15: 2}
+"""Of a number, by ExecuTorch's scalar types: float32, bfloat16."""
 _COPIES = 24
 """Values of the size of the residual stream that a layer logs, at most."""
 
@@ -87,12 +89,11 @@ def _points(events: Sequence[Any], data: Any, a: Architecture, tokens: int, path
 
 
 def _floats(events: Sequence[Any], data: Any) -> Iterator[tuple[int, Any]]:
-    """Logged float32 tensors in order, each with the number of its instruction; the last one are the logits."""
+    """Logged float32 and bfloat16 tensors in order, each with its instruction's number; the last are the logits."""
     for event in events:
         logged = event.debug_event and event.debug_event.debug_entry.tensor
-        if logged and logged.scalar_type == 6:
-            size = 4 * int(np.prod(logged.sizes))
-            yield (
-                event.debug_event.instruction_id,
-                data[logged.offset : logged.offset + size].view(np.float32).reshape(logged.sizes),
-            )
+        if logged and logged.scalar_type in _BYTES:
+            width = _BYTES[logged.scalar_type]
+            stored = data[logged.offset : logged.offset + width * int(np.prod(logged.sizes))]
+            bits = stored.view(f"u{width}").astype(np.uint32) << (8 * (4 - width))
+            yield event.debug_event.instruction_id, bits.view(np.float32).reshape(logged.sizes)

@@ -15,6 +15,7 @@ from export.formats.pte.graph import PteLlama
 from export.pipeline import export
 from export.plan import Plan, load_plan
 from export.quantization.eager import eager
+from export.toolbox import model_checks
 from runtime_tests.sessions import open_session
 from tests.support.metrics import eager_logits, forced_logits, random_tokens
 
@@ -61,6 +62,12 @@ def test_a_flipped_scale_is_seen(folder, model, tmp_path):
     assert weights_differ(tmp_path / "model.pte", model) == ["model.layers.1.mlp.up_proj.weight"]
 
 
+def slots(a, dtype="float32"):
+    """The cache's part of a contract."""
+    wanted = load_plan("tiny", "int4-g32", "executorch-xnnpack", cache=dtype)
+    return formats.kv_layout(wanted, a, "state")
+
+
 def decoded(form: PteLlama, ids: list[int], prefill: int) -> torch.Tensor:
     """Logits after the prefill and after each further token."""
     with torch.no_grad():
@@ -74,8 +81,56 @@ def test_model_form_has_the_logits_of_the_model():
     weights = checkpoints.load(plan().model, None)
     ids = random_tokens(100)
     expected = eager_logits(weights, ids)
-    logits = decoded(PteLlama(eager_reader(weights), weights.architecture, 256).eval(), ids, 60)
+    logits = decoded(PteLlama(eager_reader(weights), weights.architecture, slots(weights.architecture)).eval(), ids, 60)
     assert (logits - expected[59:]).abs().max() < 1e-4
+
+
+def to_int8(x):
+    """To 256 steps from the smallest to the largest of a head, and 0 is one of them."""
+    low, high = x.amin(-1, keepdim=True).clamp(max=0).double(), x.amax(-1, keepdim=True).clamp(min=0).double()
+    scale = (high - low) / 255
+    zero = torch.round(-128 - low / scale)
+    return (((x / scale).round() + zero).clamp(-128, 127) - zero).mul(scale).float()
+
+
+@pytest.mark.parametrize(
+    ("kind", "rounding"), [("bfloat16", lambda x: x.bfloat16().float()), ("int8", to_int8)], ids=["bfloat16", "int8"]
+)
+def test_a_smaller_cache_rounds_queries_keys_and_values_and_nothing_else(monkeypatch, kind, rounding):
+    """Against the reference model, whose attention is made to read the same rounded numbers."""
+    weights, ids = checkpoints.load(plan().model, None), random_tokens(100)
+    exact = eager_logits(weights, ids)[59:]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        "torch.nn.functional.scaled_dot_product_attention",
+        lambda q, k, v, **options: attend(*map(rounding, (q, k, v)), **options),
+    )
+    rounded = eager_logits(weights, ids)[59:]
+    monkeypatch.undo()
+    form = PteLlama(eager_reader(weights), weights.architecture, slots(weights.architecture, kind)).eval()
+    logits = decoded(form, ids, 60)
+    assert {layer.key_cache.dtype for layer in form.layers} == {getattr(torch, kind)}
+    error = (logits - exact).norm()
+    assert error < 2e-2 * exact.norm()
+    assert (logits - rounded).norm() < (
+        0.05 if kind == "int8" else 1
+    ) * error  # attention in bfloat16 rounds its sums too
+
+
+def test_an_int8_cache_and_its_scales_are_what_the_contract_says(tiny, tmp_path):
+    folder = tiny("executorch-xnnpack", "fp32", "int8")
+    described = manifest.read(folder)
+    kv = described.contract.kv
+    numbers = 2 * kv.layers * kv.kv_heads * kv.context_length
+    assert formats.cache_bytes(kv) == numbers * (kv.head_dim + 5)
+    cache = formats.reader("pte").contents(folder / "model.pte", described.architecture).cache
+    assert sum(formats.size(spec.dtype, spec.shape) for spec in cache) == formats.cache_bytes(kv)
+    assert model_checks.check(folder) == []
+    wrong = shutil.copytree(folder, tmp_path / "wrong") / manifest.FILE
+    wrong.write_text(wrong.read_text().replace('"scale_bytes": 5', '"scale_bytes": 4'))
+    assert model_checks.check(wrong.parent) == [
+        f"cache: {numbers * 5} bytes of scales in the file, the contract has {numbers * 4}"
+    ]
 
 
 def eager_reader(weights):
@@ -84,7 +139,7 @@ def eager_reader(weights):
 
 def test_quantized_model_form_rounds_as_torchao_does(model):
     """int8 rounding turns float noise into steps, so only tokens without a value near an edge, most, are equal."""
-    form = PteLlama(model.read, model.architecture, 256).eval()
+    form = PteLlama(model.read, model.architecture, slots(model.architecture)).eval()
     reference = eager(model.read, model.architecture, "int8-per-token")
     with torch.no_grad():
         pairs = [(decoded(form, [t], 1)[0], reference(torch.tensor([[t]]))[0][0, 0]) for t in range(64)]

@@ -17,7 +17,7 @@ constexpr int64_t kSerialWork = 32 * 1024;  // multiply-adds below which a secon
 
 AttendTile tile_function(Isa isa, int64_t head_dim) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512 && head_dim % 16 == 0) return attend_tile_avx512;
+  if (isa >= Isa::avx512 && head_dim % 16 == 0) return attend_tile_avx512;
   if (isa != Isa::baseline && head_dim % 8 == 0) return attend_tile_avx2;
 #endif
   (void)isa, (void)head_dim;
@@ -99,15 +99,6 @@ void finish(const Attention& call, const Cut& c, const Tile& tile, const float* 
 }
 
 }  // namespace
-
-Isa best_isa() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f")) return Isa::avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
-#endif
-  return Isa::baseline;
-}
 
 void attend(const Attention& call, Isa isa, const Parallel& parallel) {
   const Cut c = cut(call);

@@ -1,4 +1,4 @@
-// Causal grouped-query attention over a cache, in float32, independent of ExecuTorch.
+// Causal grouped-query attention over a cache, in float32 or of int8 operands, independent of ExecuTorch.
 //
 // Shapes: S new tokens, T positions of the cache, H query heads, G key/value heads, D head_dim.
 #pragma once
@@ -10,19 +10,42 @@
 
 namespace runner {
 
-/// One call; every tensor is contiguous. Positions of the cache past start + S - 1 are never read.
-struct Attention {
+/// Of one call. Positions of the cache past start + S - 1 are never read.
+struct Shape {
+  int64_t new_tokens, heads, groups, head_dim;
+  int64_t start;  // position of the first new token; start + S <= T
+};
+
+/// A call in float32; every tensor is contiguous.
+struct Attention : Shape {
+  float scale;
   const float* query;  // [S, H, D]
   const float* key;    // [T, G, D]
   const float* value;  // [T, G, D]
   float* out;          // [S, H, D]
-  int64_t new_tokens, heads, groups, head_dim;
-  int64_t start;  // position of the first new token; start + S <= T
-  float scale;
 };
 
-/// Instruction sets that `attention_tile.cpp` is compiled for.
-enum class Isa { baseline, avx2, avx512 };
+/// An int8 tensor of N positions: (value - zero) · scale, with one zero and scale for each position and head.
+struct Int8Heads {
+  const int8_t* values;  // [N, heads, D]
+  const int8_t* zeros;   // [N, heads]
+  const float* scales;   // [N, heads]
+};
+
+/// A call with int8 operands; every tensor is contiguous.
+struct Int8Attention : Shape {
+  float scale;
+  Int8Heads query, key, value;
+  float* out;  // [S, H, D]
+};
+
+/// Instruction sets that the tiles are compiled for, each with all that stand before it: avx512_vnni and dotprod have dot
+/// products of int8.
+#if defined(__aarch64__)
+enum class Isa { baseline, dotprod };
+#else
+enum class Isa { baseline, avx2, avx512, avx512_vnni };
+#endif
 
 /// The best one that this processor has.
 Isa best_isa();
@@ -32,5 +55,9 @@ constexpr int64_t kHeadDimMultiple = 4;
 
 /// Softmax(q · kᵀ · scale) · v, each query over the positions up to its own.
 void attend(const Attention& call, Isa isa, const Parallel& parallel);
+
+/// The same of int8 operands, as exact as float32 allows. A row's bits depend on its own position only, not on how many
+/// rows there are.
+void attend_int8(const Int8Attention& call, Isa isa, const Parallel& parallel);
 
 }  // namespace runner

@@ -26,12 +26,12 @@ struct Partial {
 using AttendTile = void (*)(const Attention& call, const Tile& tile, const Partial& partial, float* scratch);
 
 /// Rows of one group in a tile.
-inline int64_t group_rows(const Attention& call, const Tile& tile) {
+inline int64_t group_rows(const Shape& call, const Tile& tile) {
   return (tile.query_end - tile.query_begin) * (call.heads / call.groups);
 }
 
 /// Rows of a tile.
-inline int64_t tile_rows(const Attention& call, const Tile& tile) {
+inline int64_t tile_rows(const Shape& call, const Tile& tile) {
   return (tile.group_end - tile.group_begin) * group_rows(call, tile);
 }
 
@@ -39,7 +39,7 @@ inline int64_t tile_rows(const Attention& call, const Tile& tile) {
 constexpr int64_t kMostRows = 4;
 
 /// Floats of scratch: scaled queries [M, D] and the scores of the rows in process, [kMostRows, kKeyBlock].
-inline int64_t tile_scratch(const Attention& call, int64_t rows) { return rows * call.head_dim + kMostRows * kKeyBlock; }
+inline int64_t tile_scratch(const Shape& call, int64_t rows) { return rows * call.head_dim + kMostRows * kKeyBlock; }
 
 void attend_tile_baseline(const Attention&, const Tile&, const Partial&, float* scratch);
 void attend_tile_avx2(const Attention&, const Tile&, const Partial&, float* scratch);

@@ -7,6 +7,8 @@ from export.manifest import IOContract, KVLayout, TensorSpec
 
 FILES = ("model.safetensors", "model.fault")
 TOOLS = ("safetensors",)
+CACHES = ("float32",)
+NO_CACHES = {}
 LOGGERS = ("fake.runtime",)
 FAULT = "model.fault"
 
