@@ -198,7 +198,8 @@ def test_one_scale_that_fp16_cannot_hold_costs_one_weight(tmp_path):
 
 def test_a_method_that_calibrates_chooses_its_own(tmp_path):
     gptq = load_plan("tiny", "int4-g32-gptq", "onnx-cpu").quant
-    text = gptq.calibration.model_copy(update={"length": 16, "texts": gptq.calibration.texts[:1], "generated": None})
+    few = {"length": 16, "texts": gptq.calibration.texts[:1], "held_out_every": 2, "generated": None}
+    text = gptq.calibration.model_copy(update=few)
     folder = write_gptq(tmp_path / "gptq", symmetric())
     model = quantized(folder, tmp_path, method="scales", calibration=text)
     assert line_of(model) == (
