@@ -1,5 +1,7 @@
 """Kinds of KV cache: asked for by name, refused by name, in the plan, its id and its command, and in the file."""
 
+import shutil
+
 import pytest
 import yaml
 
@@ -86,7 +88,7 @@ def test_every_target_has_a_kind_of_its_own_and_limits_for_the_others():
 
 
 def test_an_artifact_of_before_there_was_a_choice_is_as_its_format_wrote_it(tiny, tmp_path):
-    folder = tiny("coreml")
+    folder = shutil.copytree(tiny("coreml"), tmp_path / "artifact")
     described = manifest.read(folder)
     old = described.plan.target.model_copy(update={"cache": None})
     reseal(folder, plan=described.plan.model_copy(update={"target": old}))
@@ -94,8 +96,8 @@ def test_an_artifact_of_before_there_was_a_choice_is_as_its_format_wrote_it(tiny
     assert admission.admit(folder).contract.kv.dtype == "float16"
 
 
-def test_a_cache_that_the_plan_does_not_have_is_refused(tiny):
-    folder = tiny("onnx-cpu")
+def test_a_cache_that_the_plan_does_not_have_is_refused(tiny, tmp_path):
+    folder = shutil.copytree(tiny("onnx-cpu"), tmp_path / "artifact")
     described = manifest.read(folder)
     asked = described.plan.model_copy(update={"cache": "int8"})
     reseal(folder, plan=asked, id=asked.id)
