@@ -53,9 +53,9 @@ def of(described: Manifest, given: Limits | None) -> Limits:
 
     Raises ExportError: this checkout has no such recipe or target, or another target of that name.
     """
-    kind, backend = formats.cache_of(described.plan), formats.load(described.plan.target.backend)
+    kind = _unusual_cache(described)
     if given is not None:
-        if kind not in (backend.CACHES[0], *given.cache):
+        if kind not in (None, *given.cache):
             raise ExportError(f"{described.id}: --limits has none for its cache of {kind}; add `cache: {{{kind}: …}}`")
         return given
     recipe = _known(QuantRecipe, "quant", described.plan.quant.name, described.id)
@@ -65,12 +65,20 @@ def of(described: Manifest, given: Limits | None) -> Limits:
             f"{described.id}: its target is not {_file('targets', target.name)} ({other} differs): "
             "build it again, or give the limits that judge it with --limits FILE"
         )
-    if kind not in (backend.CACHES[0], *target.cache_limits):
+    if kind not in (None, *target.cache_limits):
         raise ExportError(
             f"{described.id}: {_file('targets', target.name)} has no cache_limits.{kind}: add them, or give the "
             "limits that judge it with --limits FILE"
         )
     return Limits(quant=recipe.limits, target=target.limits, target_on=target.limits_on, cache=target.cache_limits)
+
+
+def _unusual_cache(described: Manifest) -> Cache | None:
+    """The kind of cache, where limits of its own judge it; None too for a format that admission will refuse."""
+    if described.plan.target.backend not in formats.names():
+        return None
+    kind = formats.cache_of(described.plan)
+    return None if kind == formats.load(described.plan.target.backend).CACHES[0] else kind
 
 
 def notes(described: Manifest, limits: Limits, abi: str) -> tuple[str, ...]:
