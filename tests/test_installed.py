@@ -84,7 +84,7 @@ def test_scripts_and_door_work_in_the_users_folder(run, app):
     assert plan["quant"]["linear"]["group_size"] == 64
 
     script = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
-    script = script.replace("build/rooms_int4-g32_onnx-cpu", "build/tiny_int4-g32_onnx-cpu")
+    script = script.replace("build/rooms_int4-g32_onnx-cpu_512", "build/tiny_int4-g32_onnx-cpu")
     code, out, err = run("python", "-c", script)
     assert code == 0, err
     assert re.match(r"next: \d+\n", out)

@@ -84,7 +84,10 @@ def plan_key(described: Manifest, evaluation: Evaluation) -> PlanKey:
 
 def _target(plan: Plan) -> dict[str, Any]:
     """What a target's YAML decides, with the kind of cache where it is not the format's first."""
-    fields, kind = plan.target.model_dump(mode="json", exclude=_WORDS | {"cache"}), formats.cache_of(plan)
+    fields = plan.target.model_dump(mode="json", exclude=_WORDS | {"cache"})
+    if plan.target.backend not in formats.names():  # refused where artifacts are admitted
+        return fields
+    kind = formats.cache_of(plan)
     return fields if kind == formats.load(plan.target.backend).CACHES[0] else fields | {"cache": kind}
 
 
