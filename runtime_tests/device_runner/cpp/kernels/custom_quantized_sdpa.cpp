@@ -1,13 +1,12 @@
 // llama::custom_quantized_sdpa.out: causal attention of an int8 query [B, S, H, D] over int8 caches [B, T, G, D] that are
 // filled up to start_pos + S. Each has zeros, int8, and scales, float32, of each position and head: [B, S or T, H or G, 1].
 #include <executorch/extension/kernel_util/make_boxed_from_unboxed_functor.h>
-#include <executorch/runtime/core/exec_aten/util/tensor_util.h>
 
-#include <cmath>
 #include <optional>
 
 #include "../base/threads.h"
 #include "attention.h"
+#include "operands.h"
 
 namespace runner {
 namespace {
@@ -16,12 +15,7 @@ using executorch::aten::ScalarType;
 using executorch::aten::Tensor;
 using executorch::runtime::Error;
 using executorch::runtime::KernelRuntimeContext;
-using executorch::runtime::tensor_is_default_dim_order;
 using Optional = std::optional<Tensor>;
-
-bool plain(const Tensor& tensor, ScalarType type) {
-  return tensor.dim() == 4 && tensor.scalar_type() == type && tensor_is_default_dim_order(tensor);
-}
 
 /// Whether `part` has one element of the type for each position and head of `values`.
 bool one_for_each_head(const Optional& part, const Tensor& values, ScalarType type) {
@@ -34,14 +28,6 @@ bool one_for_each_head(const Optional& part, const Tensor& values, ScalarType ty
 bool quantized(const Tensor& values, const Optional& zeros, const Optional& scales) {
   return plain(values, ScalarType::Char) && one_for_each_head(zeros, values, ScalarType::Char) &&
          one_for_each_head(scales, values, ScalarType::Float);
-}
-
-bool shapes_fit(const Tensor& query, const Tensor& key, const Tensor& value, int64_t start) {
-  for (int i = 0; i < 4; ++i)
-    if (key.size(i) != value.size(i)) return false;
-  return query.size(0) == key.size(0) && query.size(3) == key.size(3) && key.size(2) > 0 &&
-         query.size(2) % key.size(2) == 0 && query.size(3) % kHeadDimMultiple == 0 && query.size(1) > 0 && start >= 0 &&
-         start <= key.size(1) && query.size(1) <= key.size(1) - start;
 }
 
 Int8Heads heads_of(const Tensor& values, const Optional& zeros, const Optional& scales, int64_t batch) {
@@ -74,7 +60,7 @@ Tensor& custom_quantized_sdpa(
     Int8Attention call = {};
     call.new_tokens = query.size(1), call.heads = query.size(2), call.groups = key.size(2);
     call.head_dim = query.size(3), call.start = start;
-    call.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(query.size(3)))));
+    call.scale = scale_or_usual(scale, query.size(3));
     call.query = heads_of(query, query_zeros, query_scales, b);
     call.key = heads_of(key, key_zeros, key_scales, b);
     call.value = heads_of(value, value_zeros, value_scales, b);

@@ -1,12 +1,10 @@
 // llama::custom_sdpa.out: causal attention of query [B, S, H, D] over caches [B, T, G, D] filled up to start_pos + S.
 #include <executorch/extension/kernel_util/make_boxed_from_unboxed_functor.h>
-#include <executorch/runtime/core/exec_aten/util/tensor_util.h>
 
-#include <cmath>
 #include <optional>
 
 #include "../base/threads.h"
-#include "attention.h"
+#include "operands.h"
 
 namespace runner {
 namespace {
@@ -15,35 +13,20 @@ using executorch::aten::ScalarType;
 using executorch::aten::Tensor;
 using executorch::runtime::Error;
 using executorch::runtime::KernelRuntimeContext;
-using executorch::runtime::tensor_is_default_dim_order;
-
-bool plain(const Tensor& tensor) {
-  return tensor.dim() == 4 && tensor.scalar_type() == ScalarType::Float && tensor_is_default_dim_order(tensor);
-}
-
-bool same_shape(const Tensor& a, const Tensor& b) {
-  for (int i = 0; i < 4; ++i)
-    if (a.size(i) != b.size(i)) return false;
-  return true;
-}
-
-bool shapes_fit(const Tensor& query, const Tensor& key, const Tensor& value, int64_t start) {
-  return plain(query) && plain(key) && plain(value) && same_shape(key, value) && query.size(0) == key.size(0) &&
-         query.size(3) == key.size(3) && query.size(3) % kHeadDimMultiple == 0 && key.size(2) > 0 &&
-         query.size(2) % key.size(2) == 0 && start >= 0 && start <= key.size(1) &&
-         query.size(1) <= key.size(1) - start;
-}
 
 Tensor& custom_sdpa(
     KernelRuntimeContext& context, const Tensor& query, const Tensor& key, const Tensor& value, int64_t start,
     const std::optional<Tensor> mask, double dropout, bool causal, const std::optional<double> scale, Tensor& out) {
   ET_KERNEL_CHECK_MSG(
-      context, shapes_fit(query, key, value, start), InvalidArgument, out, "shapes of query and caches do not fit");
+      context,
+      plain(query, ScalarType::Float) && plain(key, ScalarType::Float) && plain(value, ScalarType::Float) &&
+          shapes_fit(query, key, value, start),
+      InvalidArgument, out, "shapes of query and caches do not fit");
   ET_KERNEL_CHECK_MSG(
       context, causal && !mask.has_value() && dropout == 0, NotSupported, out, "only causal attention is computed");
   ET_KERNEL_CHECK_MSG(
-      context, executorch::runtime::resize_tensor(out, query.sizes()) == Error::Ok && plain(out), InvalidArgument, out,
-      "the output is not of the query's form");
+      context, executorch::runtime::resize_tensor(out, query.sizes()) == Error::Ok && plain(out, ScalarType::Float),
+      InvalidArgument, out, "the output is not of the query's form");
   static const Isa isa = best_isa();
   const Parallel& parallel = pool();
   const int64_t batches = query.size(0), in = query.numel() / batches, cached = key.numel() / batches;
@@ -56,7 +39,7 @@ Tensor& custom_sdpa(
     call.new_tokens = query.size(1), call.heads = query.size(2), call.head_dim = query.size(3);
     call.groups = key.size(2);
     call.start = start;
-    call.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(query.size(3)))));
+    call.scale = scale_or_usual(scale, query.size(3));
     attend(call, isa, parallel);
   }
   return out;
