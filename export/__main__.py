@@ -21,11 +21,11 @@ from export import build as build_artifact
 from export import manifest
 
 from .build import request, skip
-from .build.command import run, with_default
+from .build.command import Timings, run, with_default
 from .checkpoints.origin import origin_of
 from .errors import ExportError
 from .host import disk, processes, processor
-from .host.console import console, say, show_timings
+from .host.console import console, say
 from .plan import Cache, Device
 from .toolbox import commands
 
@@ -51,7 +51,6 @@ _Out = Annotated[
 
 @app.command("build")
 def main(  # noqa: PLR0913, PLR0917 – a command's options
-    command: typer.Context,
     model: _Model,
     quant: _Recipe,
     target: _Targets,
@@ -63,7 +62,7 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     out: _Out = None,
     device: Annotated[Device, typer.Option(help="where calibration computes; integers differ a little")] = "cpu",
     explain: Annotated[bool, typer.Option("--explain", help="say why each artifact is built again")] = False,
-    timings: Annotated[bool, typer.Option("--timings", help="say at the end where the time went")] = False,
+    timings: Timings = False,
 ) -> None:
     """Build build/NAME_RECIPE_TARGET, one artifact folder for each target: quantize once, lower, describe.
 
@@ -73,8 +72,6 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
 
     Example: python -m export smollm2-135m int4-g32-gptq onnx-cpu coreml
     """
-    if timings:
-        command.call_on_close(show_timings)
     if len(set(target)) < len(target):
         raise typer.BadParameter("the same target twice", param_hint="TARGET")
     plans, origin = request.asked(

@@ -27,11 +27,11 @@ import typer
 import devices
 from devices import Device, DeviceError
 from export import manifest
-from export.build.command import run, with_default
+from export.build.command import Timings, run, with_default
 from export.checkpoints.origin import absolute, chosen_origin
 from export.errors import ExportError
 from export.host import disk
-from export.host.console import console, say, show_timings, stage
+from export.host.console import console, say, stage
 
 from .chat.command import chat as chat_with
 from .evidence.record import Outcome, Record
@@ -66,12 +66,9 @@ _SkipProven = Annotated[
     bool, typer.Option("--skip-proven", help="skip artifacts that passed on this machine and have not changed since")
 ]
 
-_Timings = Annotated[bool, typer.Option("--timings", help="say at the end where the time went")]
-
 
 @app.command("validate")
 def main(  # noqa: PLR0913, PLR0917 – a command's options
-    command: typer.Context,
     folders: Annotated[list[Path] | None, typer.Argument(help="artifact folders; default: all of build/")] = None,
     device: Annotated[str, typer.Option(help="a name in devices/")] = "host",
     source: _Source = None,
@@ -86,11 +83,10 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     chat: Annotated[bool, typer.Option(help="with --tasks: apply the chat template of artifacts that have one")] = True,
     reference: Annotated[bool, typer.Option(help="with --tasks: evaluate the fp32 model too")] = True,
     skip_proven: _SkipProven = False,
-    timings: _Timings = False,
+    timings: Timings = False,
 ) -> None:
     """Prove what artifacts compute and how fast: exit 0 only if every gate holds."""
-    if timings:
-        command.call_on_close(show_timings)
+    del timings  # its own doing
     known = _load_device(device)
     source = _given_source(source, adapter)
     if tasks is None:
@@ -181,7 +177,7 @@ def ready(  # noqa: PLR0913, PLR0917 – a command's options
     eval_name: _Eval = None,
     limits: _LimitsFile = None,
     skip_proven: _SkipProven = False,
-    timings: _Timings = False,
+    timings: Timings = False,
 ) -> None:
     """Exit 0 if a validation with these options could begin: the device answers, and this machine can make its runner.
 

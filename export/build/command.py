@@ -9,7 +9,7 @@ import sys
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from export import formats
 from export.errors import ExportError, told
 from export.host import disk, interrupt
-from export.host.console import LogLines, console
+from export.host.console import LogLines, console, show_timings
 
 _INTERRUPTED = 130
 _NOISY = ("torchao", "torch.utils._pytree", "transformers", "datasets")
@@ -26,6 +26,16 @@ _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors that only writing has."""
 _LONGEST = 2000
 """Characters of an error."""
+
+
+def _telling(context: typer.Context, wanted: bool) -> bool:
+    if wanted:
+        context.call_on_close(show_timings)
+    return wanted
+
+
+Timings = Annotated[bool, typer.Option("--timings", callback=_telling, help="say at the end where the time went")]
+"""An option that does by itself what it says."""
 
 
 def with_default(name: str) -> type[TyperGroup]:

@@ -32,7 +32,7 @@ def test_the_door_writes_what_the_command_writes(here):
     base = write_lora(here / "base")
     built = build("llama", "int4-g32", "onnx-cpu", source=base, adapter=base / ADAPTER, out="door")
     options = {"source": str(base), "adapter": base / ADAPTER, "out": here / "command"}
-    command.main(None, "llama", "int4-g32", ["onnx-cpu"], **options)
+    command.main("llama", "int4-g32", ["onnx-cpu"], **options)
     assert bytes_of(here / "door") == bytes_of(here / "command")
     assert manifest.read(here / "door") == built
     assert (built.id, built.checkpoint.origin) == ("adapter_int4-g32_onnx-cpu", "adapter:local:adapter//local:base")

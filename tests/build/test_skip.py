@@ -196,7 +196,7 @@ def test_a_changed_calibration_text_is_seen(copy, source):
 
 def test_the_command_builds_once_and_explains(tmp_path, source, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    arguments = {"command": None, "model": "llama", "quant": "int4-g32", "target": ["onnx-cpu"], "source": str(source)}
+    arguments = {"model": "llama", "quant": "int4-g32", "target": ["onnx-cpu"], "source": str(source)}
     command.main(**arguments, explain=True)
     assert "model_int4-g32_onnx-cpu: not built yet" in capsys.readouterr().err
     built = tmp_path / "build/model_int4-g32_onnx-cpu"

@@ -79,6 +79,20 @@ def copy_with(folder: Path, to: Path, tensor: str, change) -> Path:
     return to
 
 
+def genai_greedy(folder, prompt: list[int], longest: int) -> list[int]:
+    """What onnxruntime-genai adds to a prompt, up to its end or `longest` tokens in all."""
+    import onnxruntime_genai as og
+
+    model = og.Model(str(folder))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=longest)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(np.array(prompt, np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return list(generator.get_sequence(0)[len(prompt) :].tolist())
+
+
 def greedy(session, prompt: list[int], count: int) -> list[int]:
     out, logits = [], session.feed(prompt)
     for _ in range(count):

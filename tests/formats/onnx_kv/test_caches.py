@@ -17,7 +17,7 @@ from export.pipeline import export
 from export.quantization.eager import eager
 from tests.support.artifacts import reseal
 from tests.support.metrics import eager_logits, forced_logits, mean_kl, random_tokens
-from tests.support.onnx import copy_with, greedy, quantized, session_of, tiny
+from tests.support.onnx import copy_with, genai_greedy, greedy, quantized, session_of, tiny
 
 CONTEXT = 256
 
@@ -140,17 +140,7 @@ def test_a_graph_with_another_kind_of_scales_is_refused(int8, tmp_path):
 
 
 def test_onnxruntime_genai_runs_it_with_its_unchanged_configuration(int8, untied):
-    import onnxruntime_genai as og
-
     config = json.loads((int8 / "genai_config.json").read_text())
     assert config == json.loads((untied / "genai_config.json").read_text())
     prompt = random_tokens(30, vocab=250)
-    ours = greedy(session_of(int8), prompt, 24)
-    model = og.Model(str(int8))
-    parameters = og.GeneratorParams(model)
-    parameters.set_search_options(max_length=54)
-    generator = og.Generator(model, parameters)
-    generator.append_tokens(np.array(prompt, np.int32))
-    while not generator.is_done():
-        generator.generate_next_token()
-    assert generator.get_sequence(0)[30:].tolist() == ours
+    assert genai_greedy(int8, prompt, 54) == greedy(session_of(int8), prompt, 24)

@@ -11,7 +11,7 @@ import torch
 from export import manifest
 from export.checkpoints.tokenizer import load as load_tokenizer
 from tests.support.metrics import random_tokens
-from tests.support.onnx import PREFILL, greedy, session_of
+from tests.support.onnx import PREFILL, genai_greedy, greedy, session_of
 from tests.support.reliability import NUMBERS
 
 
@@ -24,8 +24,6 @@ def lm_eval_model(all_logits):
 
 def test_onnxruntime_genai_generates_what_our_session_does(untied, tmp_path):
     """Greedy, up to the end-of-sequence id of genai_config.json, here one that our session generates."""
-    import onnxruntime_genai as og
-
     prompt = random_tokens(30, vocab=250)
     ours = greedy(session_of(untied), prompt, 32)
     assert len(set(ours)) > 8, "a model that repeats itself proves nothing"
@@ -34,14 +32,7 @@ def test_onnxruntime_genai_generates_what_our_session_does(untied, tmp_path):
     assert config["model"]["eos_token_id"] == list(manifest.read(untied).tokenizer.eos_ids)
     config["model"]["eos_token_id"] = [ours[20]]
     (folder / "genai_config.json").write_text(json.dumps(config), encoding="utf-8")
-    model = og.Model(str(folder))
-    parameters = og.GeneratorParams(model)
-    parameters.set_search_options(max_length=62)
-    generator = og.Generator(model, parameters)
-    generator.append_tokens(np.array(prompt, np.int32))
-    while not generator.is_done():
-        generator.generate_next_token()
-    assert generator.get_sequence(0)[30:].tolist() == ours[: ours.index(ours[20])]
+    assert genai_greedy(folder, prompt, 62) == ours[: ours.index(ours[20])]
 
 
 @NUMBERS
