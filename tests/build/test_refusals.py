@@ -86,7 +86,7 @@ def test_an_unknown_name_is_answered_by_the_nearest(names, known):
 @pytest.fixture
 def configs(tmp_path, monkeypatch):
     copied = shutil.copytree(plan.CONFIGS, tmp_path / "configs", ignore=shutil.ignore_patterns("evals"))
-    monkeypatch.setattr(plan, "CONFIGS", copied)
+    monkeypatch.setattr(plan.configs, "CONFIGS", copied)
     return copied
 
 

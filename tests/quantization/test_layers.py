@@ -140,7 +140,7 @@ def test_a_rule_without_effect_or_with_a_group_that_does_not_divide_is_refused(o
 )
 def test_a_recipe_that_contradicts_itself_is_one_line(tmp_path, monkeypatch, changes, words):
     configs = shutil.copytree(plan.CONFIGS, tmp_path / "configs", ignore=shutil.ignore_patterns("evals"))
-    monkeypatch.setattr(plan, "CONFIGS", configs)
+    monkeypatch.setattr(plan.configs, "CONFIGS", configs)
     path = configs / "quant/int4-g32.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changes, sort_keys=False))
     with pytest.raises(ExportError, match=words) as refused:

@@ -11,71 +11,53 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from .architecture import Architecture, Positive, Strict
-from .errors import ExportError, absence, explain, kind
-from .host import digests, transit
-from .plan import FileName, Levels, Plan
+from export.architecture import Architecture, Strict
+from export.errors import CHECKOUT, ExportError, absence, explain, kind
+from export.host import digests, transit
+from export.plan import FileName, Levels, Plan
 
+from .contract import IOContract, KVLayout, TensorSpec, TokenizerIds
 
-class TensorSpec(Strict):
-    """One input, output or state. A string in the shape is a dynamic dimension (`sequence`, `past`, `total`)."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-
-class KVLayout(Strict):
-    """The artifact's KV cache."""
-
-    kind: Literal["io", "state"]
-    """`io`: past/present tensors that the caller passes around; `state`: the runtime holds them."""
-    dtype: str
-    layers: Positive
-    kv_heads: Positive
-    head_dim: Positive
-    context_length: Positive
-    """Slots: positions 0…context_length-1 can be fed."""
-    scale_bytes: Annotated[int, Field(ge=0, exclude_if=lambda count: count == 0)] = 0
-    """In the cache, beside each head's keys of a position, and beside its values: their own scale and zero."""
-
-
-class TokenizerIds(Strict):
-    """Special token ids, as runners need them."""
-
-    bos_id: int | None
-    eos_ids: tuple[int, ...]
-    """Every id that ends an answer (Llama 3.2 Instruct has three), sorted."""
-    pad_id: int | None
-    adds_bos: bool
-    """Whether a text that is encoded begins with BOS; chat templates write their own."""
-    ends: tuple[str, ...]
-    """The tokens of `eos_ids` as text, where they have one: what a runner that decodes every token prints last."""
-    chat_example: str | None
-    """What the chat template writes for one question, up to the answer; null: there is none, a base model."""
-    notes: tuple[str, ...]
-    """What those who run the artifact must know of its tokenizer, a line each."""
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether it is a model to talk to."""
-        return self.chat_example is not None
-
-
-class IOContract(Strict):
-    """The artifact's interface. Sessions read names, shapes and limits here, on a device from manifest.json."""
-
-    inputs: tuple[TensorSpec, ...]
-    """Token ids, then the mask or the position, then the past of every layer where `kv` is `io`."""
-    outputs: tuple[TensorSpec, ...]
-    """Logits, then the presents in the order of the pasts."""
-    states: tuple[TensorSpec, ...]
-    kv: KVLayout
-    max_prefill: Positive
-    """Most tokens that one call takes; a session may feed fewer, so that the logits of a call stay small."""
-    logits: Literal["last", "all"]
-    """Positions that the logits cover: the last one fed, or all."""
-
+__all__ = [
+    "CARD",
+    "FILE",
+    "PROVENANCE",
+    "ROOT",
+    "SIGNATURE",
+    "TEMPLATES",
+    "UNKNOWN",
+    "CacheScales",
+    "CalibrationInfo",
+    "Candidate",
+    "CheckpointInfo",
+    "Commit",
+    "FileInfo",
+    "IOContract",
+    "KVLayout",
+    "LayerInfo",
+    "Manifest",
+    "QuantizationInfo",
+    "SourceInfo",
+    "TensorSpec",
+    "TokenizerIds",
+    "companions",
+    "differing_files",
+    "digest",
+    "file_info",
+    "files",
+    "flat",
+    "from_checkpoint",
+    "git_is_silent",
+    "hash_files",
+    "is_companion",
+    "read",
+    "read_checkpoint",
+    "read_id",
+    "source_info",
+    "strays",
+    "unlisted",
+    "write",
+]
 
 FILE = "manifest.json"
 UNKNOWN = "unknown"
@@ -88,7 +70,7 @@ _BESIDE = (FILE, CARD, SIGNATURE, PROVENANCE)
 """What is written last, or anew."""
 _MOST_BYTES_BESIDE = 2**26
 """No digest tells their size beforehand."""
-ROOT = Path(__file__).parent.parent
+ROOT = CHECKOUT
 _VISIBLE_COMPANIONS = (
     *("Thumbs.db", "ehthumbs.db", "desktop.ini", "__MACOSX", "Icon\r", "@eaDir", "#recycle", "lost+found"),
     *("$RECYCLE.BIN", "System Volume Information", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md"),
