@@ -46,6 +46,16 @@ def our_answer(folder) -> str:
     return tokenizer.decode(answer[: ends[0]] if ends else answer, skip_special_tokens=True)
 
 
+def behind_our_likeliest(folder, text) -> list[float]:
+    """How far each token of a text is, in our session after those before it, behind the likeliest one's logit."""
+    tokenizer, session = load(folder), open_session(folder, manifest.read(folder), threads=2)
+    logits, gaps = session.feed(tokenizer(chat_prompt(folder), add_special_tokens=False).input_ids), []
+    for token in tokenizer(text, add_special_tokens=False).input_ids:
+        gaps.append(float(logits.max() - logits[token]))
+        logits = session.feed([token])
+    return gaps
+
+
 def one_size_of_thread_pools():
     """The runner takes torch's pool as earlier tests left it, and another number of threads sums in another order."""
     from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
@@ -67,7 +77,9 @@ def test_executorchs_own_runner_gives_our_text(built):
     runner.generate(chat_prompt(folder), config, pieces.append)
     text = "".join(pieces).removesuffix("<|im_end|>").rstrip("\n")
     assert len(text.split()) > 5
-    assert text == our_answer(folder).rstrip("\n")
+    # where two tokens are as likely, the last bit of a sum decides, and the matrix library's depend on addresses
+    assert max(behind_our_likeliest(folder, text)) < 0.7
+    assert max(behind_our_likeliest(folder, " ".join(reversed(text.split())))) > 0.7
 
 
 def test_the_runner_reads_the_metadata_it_needs(built):
