@@ -5,7 +5,7 @@ They are computed in a child process, a few windows at a time, and cached under 
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -64,13 +64,30 @@ def _forward_of(kind: Kind, model: QuantizedModel, described: Manifest) -> _Forw
     """The reference model as tokens [B, S], first → logits [B, S - first, V] from position `first` on."""
     if kind == "huggingface":
         return hugging_face(model.checkpoint)
+    return partial(_from, _eager_of(kind, model, described))
+
+
+def _eager_of(kind: Kind, model: QuantizedModel, described: Manifest) -> Llama:
     if kind == "fp32":
         llama = eager(model.checkpoint.read, model.checkpoint.architecture, "none")
     else:
         llama = eager(model.read, model.architecture, described.plan.target.activations)
     if kind == "noise":
         _add_noise(llama)
-    return partial(_from, llama)
+    return llama
+
+
+def read(
+    kind: Kind, described: Manifest, source: str | None, cache: Path, tokens: Sequence[int], after: Sequence[int]
+) -> NDArray[np.float32]:
+    """Logits [R, V] of a reference in our PyTorch after some places of one text, 0 the first. Raises SourceError."""
+    llama, rows, kv = _eager_of(kind, rebuild(described, source, cache), described), [], None
+    with torch.inference_mode():
+        for start in range(0, len(tokens), _PIECE):
+            piece = range(start, min(start + _PIECE, len(tokens)))
+            logits, kv = llama(torch.tensor([tokens[piece.start : piece.stop]]), kv)
+            rows.append(logits[0, [place - start for place in after if place in piece]].numpy())
+    return np.concatenate(rows)
 
 
 def _from(llama: Llama, tokens: torch.Tensor, first: int) -> torch.Tensor:

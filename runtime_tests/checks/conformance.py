@@ -39,7 +39,7 @@ def check_cache(subject: Subject) -> Finding:
 
 def check(session: Session, context_length: int, *, fill: bool) -> list[str]:
     """Descriptions of the promises that a session breaks; the session is closed."""
-    failures = broken_promises(partial(_execute, session), partial(_refuses, session), context_length, fill=fill)
+    failures = broken_promises(partial(execute, session), partial(_refuses, session), context_length, fill=fill)
     failures += _rewind_failures(session)
     session.close()
     return failures
@@ -81,7 +81,8 @@ def _rewind_failures(session: Session) -> list[str]:
     return [f"after a rewind the logits differ by {difference:.1e} of their norm"]
 
 
-def _execute(session: Session, script: Sequence[Command]) -> NDArray[np.float32]:
+def execute(session: Session, script: Sequence[Command]) -> NDArray[np.float32]:
+    """A script in a session, as a runner would: the rows of logits that it asks for, [R, V]."""
     rows: list[NDArray[np.float32]] = []
     for command in script:
         match command:
@@ -96,7 +97,7 @@ def _execute(session: Session, script: Sequence[Command]) -> NDArray[np.float32]
 
 def _refuses(session: Session, script: Sequence[Command]) -> bool:
     try:
-        _execute(session, script)
+        execute(session, script)
     except ContextError:
         return True
     return False

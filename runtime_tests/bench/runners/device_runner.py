@@ -40,10 +40,10 @@ class _DeviceRunner(Runner):
         self.command = (str(bundle.path / bundle.start[0]), path)
         self.threads = threads
         self.peak = 0
-        self._run([Reset(), Feed((0,))])
+        self.run([Reset(), Feed((0,))])
 
-    def _run(self, script: Sequence[Command]) -> tuple[Answer, NDArray[np.float32]]:
-        """One process; its answer and its logits [R, V]."""
+    def run(self, script: Sequence[Command]) -> tuple[Answer, NDArray[np.float32]]:
+        """A script in a process of its own: the answer, and the logits it asks for [R, V]. Raises RuntimeError."""
         with tempfile.TemporaryDirectory() as scratch:
             text, logits = Path(scratch) / "script", Path(scratch) / "logits"
             write_script(script, text)
@@ -56,19 +56,19 @@ class _DeviceRunner(Runner):
             return answer, np.array(read_logits(logits, answer))
 
     def prompt(self, tokens: Sequence[int]) -> Pass:
-        answer, _ = self._run([Reset(), Feed(tuple(tokens))] * 2)
+        answer, _ = self.run([Reset(), Feed(tuple(tokens))] * 2)
         return Pass(len(tokens), answer.feeds[-1].ns)
 
     def generate(self, tokens: Sequence[int], count: int) -> Pass:
         start: list[Command] = [Reset(), Feed(tuple(tokens))]
-        answer, _ = self._run([*start, Generate(_WARM_UP), *start, Generate(count)])
+        answer, _ = self.run([*start, Generate(_WARM_UP), *start, Generate(count)])
         return Pass(count, sum(answer.generated[-1].ns))
 
     def logits(self, tokens: Sequence[int], prefill: int) -> NDArray[np.float32]:
         script: list[Command] = [Reset(), Feed(tuple(tokens[:prefill])), Logits()]
         for token in tokens[prefill:]:
             script += [Feed((token,)), Logits()]
-        return self._run(script)[1]
+        return self.run(script)[1]
 
     def peak_rss_bytes(self) -> int:
         return self.peak
