@@ -8,6 +8,7 @@ before a place, and the answers: one is found where each of its tokens was the l
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -83,7 +84,7 @@ class At(Strict):
     kl: float | None
     """Mean, from the eager quantized model with a float32 cache; None: a reference."""
     error: float
-    """95 % half interval of the difference of that mean to the first artifact's of the same activations."""
+    """95 % half interval of the difference of that mean to the first artifact's of the same target."""
 
 
 class Reader(Strict):
@@ -166,26 +167,25 @@ def main(
 
 
 def _readers(artifacts: list[tuple[Path, Manifest]], source: str | None, streams: list[Stream]) -> Iterator[Reader]:
-    """The checkpoint, then the artifacts, by their kind of activations; the first of a kind is what others lose to."""
+    """The checkpoint, then the artifacts; the first of a target is what the others of it lose to."""
     threads = environment.threads(devices.load("host"))
 
-    def refer(kind: reference.Kind, described: Manifest) -> list[NDArray[np.float32]]:
-        with stage("reference", f"{kind}, activations {described.plan.target.activations}"):
-            cache = ROOT / "build" / "cache"
-            return [reference.read(kind, described, source, cache, s.tokens, [i - 1 for i in s.read]) for s in streams]
+    @cache
+    def refer(kind: reference.Kind, activations: str) -> list[NDArray[np.float32]]:
+        described = next(one for _, one in artifacts if activations in ("", one.plan.target.activations))
+        with stage("reference", f"{kind} {activations}"):
+            at = ROOT / "build" / "cache"
+            return [reference.read(kind, described, source, at, s.tokens, [i - 1 for i in s.read]) for s in streams]
 
-    floats = refer("fp32", artifacts[0][1])
-    yield Reader(label="checkpoint, eager", cache="float32", cache_bytes=0, at=_judged(streams, floats))
-    for kind in sorted({described.plan.target.activations for _, described in artifacts}, reverse=True):
-        same = [(folder, described) for folder, described in artifacts if described.plan.target.activations == kind]
-        exact, first = refer("quantized", same[0][1]), None
-        for folder, described in same:
-            with stage("artifact", described.id):
-                logits = [_rows(folder, described, one.script(), threads) for one in streams]
-                first = first or logits
-                at = _judged(streams, logits, exact, first)
-            size, dtype = formats.cache_bytes(described.contract.kv), described.contract.kv.dtype
-            yield Reader(label=described.plan.target.name, cache=dtype, cache_bytes=size, at=at)
+    yield Reader(label="checkpoint, eager", cache="float32", cache_bytes=0, at=_judged(streams, refer("fp32", "")))
+    firsts: dict[str, list[NDArray[np.float32]]] = {}
+    for folder, described in artifacts:
+        target, kv = described.plan.target, described.contract.kv
+        exact = refer("quantized", target.activations)
+        with stage("artifact", described.id):
+            logits = [_rows(folder, described, one.script(), threads) for one in streams]
+            at = _judged(streams, logits, exact, firsts.setdefault(target.name, logits))
+        yield Reader(label=target.name, cache=kv.dtype, cache_bytes=formats.cache_bytes(kv), at=at)
 
 
 def _rows(folder: Path, described: Manifest, script: Sequence[Command], threads: int) -> NDArray[np.float32]:
