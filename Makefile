@@ -79,7 +79,7 @@ STUDIED := int4-g32-gptq-chat,int4-g64-gptq,int4-g32-gptq-prose,int4-g32-scales,
 LEFT_OUT = $(if $(filter Linux-aarch64 Linux-arm64,$(shell uname -s)-$(shell uname -m)),coreml)
 WHY      = "left out: $(LEFT_OUT), for which coremltools has no wheel here; build it on x86-64 Linux or a Mac"
 TARGETS := $(filter-out $(LEFT_OUT),$(sort $(basename $(notdir $(wildcard configs/targets/*.yaml)))))
-COMMANDS := all setup locked build validate test lint unit fuzz shape bench bench-quick bench-docs bench-pages choosing study detours tasks devices lab baseline tiny gate ci-artifacts ci-report ci-diff cards compute-plan mac-check configuration golden readme reliability audit lock clean help
+COMMANDS := all setup locked build validate test lint unit fuzz shape bench bench-quick bench-docs bench-pages choosing study detours long-context tasks devices lab baseline tiny gate ci-artifacts ci-report ci-diff cards compute-plan mac-check configuration golden readme reliability audit lock clean help
 # a YAML of another name is a device all the same, for --device: neither a space nor the name of a command harms others
 DEVICES := $(filter-out $(COMMANDS),$(shell ls devices 2>/dev/null | sed -n 's/^\([A-Za-z0-9][A-Za-z0-9_.-]*\)\.yaml$$/\1/p'))
 LOCKS   := $(sort $(wildcard locks/*.txt))
@@ -270,6 +270,9 @@ study: setup                        ## size against loss: our recipes and llama.
 detours: setup                      ## what it costs to quantize a 4-bit checkpoint again, form by form
 	@test -d build/dithered || $(PY) -m export.toolbox.synth dither smollm2-135m build/dithered
 	@$(PY) -m runtime_tests.bench.detours smollm2-135m --source build/dithered --write
+
+long-context: setup                 ## what each kind of cache costs and finds again up to 8,192 tokens: docs/long-context.md
+	@$(PY) -m runtime_tests.tasks.haystack smollm2-135m $(call quote,QUANT) --write
 
 golden: setup                       ## rewrite the exact answers of the tiny model
 	@for quant in fp32 int4-g32; do $(PY) -m runtime_tests.checks.golden tiny $$quant; done

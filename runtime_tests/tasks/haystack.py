@@ -25,10 +25,11 @@ from export.checkpoints import tokenizer
 from export.errors import ExportError
 from export.host.console import say, stage
 from export.manifest import ROOT, Manifest
+from export.plan import ModelSpec, Target, load_named, load_plan, names
 from export.toolbox import charts, significance
 from export.toolbox.tables import NONE, Row, plain
 from runtime_tests import evaluation, reference
-from runtime_tests.bench import contenders, publish
+from runtime_tests.bench import contenders, exports, publish
 from runtime_tests.bench.results import StudyRun
 from runtime_tests.bench.runners import device_runner
 from runtime_tests.checks import accuracy, conformance
@@ -51,7 +52,6 @@ _NAMES = (
     *("Vienna", "Prague", "Havana", "Moscow", "Sydney", "Boston", "Denver", "Dallas", "Austin", "London", "Milan"),
     "Geneva",
 )
-_DIGITS = 4
 
 
 class Stream(NamedTuple):
@@ -108,62 +108,71 @@ class LongContext(StudyRun):
 
 
 def stream(loaded: Any, text: str, places: Sequence[int], seed: int) -> Stream:
-    """A stream up to the last place. Raises ExportError: the text is too short, or numbers are not told in digits."""
+    """A stream up to the last place. Raises ExportError: the text is too short for it."""
     chance = random.Random(seed)  # noqa: S311 – the same facts each time
     names = iter(_NAMES)
-    facts = [(int(place * depth), place, next(names)) for place in places for depth in _DEPTHS]
-    told = {name: _encoded(loaded, name, chance.randrange(10 ** (_DIGITS - 1), 10**_DIGITS)) for *_, name in facts}
-    waiting = sorted(facts)
-    filler = iter(loaded.encode(text, add_special_tokens=False))
+    facts = [(int(place * depth), place, _fact(loaded, next(names), chance)) for place in places for depth in _DEPTHS]
+    waiting = sorted(facts, key=lambda fact: fact[0])
+    filler = loaded.encode(text, add_special_tokens=False)
+    if len(filler) < places[-1]:
+        raise ExportError(f"the text has {len(filler)} tokens; {places[-1]} are read")
     made = Stream([loaded.bos_token_id] if tokenizer.adds_bos(loaded) else [], {}, {})
     for place in places:
-        asked = [told[name] for _, at, name in facts if at == place]
-        plain: list[int] = []
-        while len(made.tokens) < place - sum(len(head) + len(answer) + len(tail) for head, answer, tail in asked):
+        asked = [fact for _, at, fact in facts if at == place]
+        of_text: list[int] = []
+        while len(made.tokens) < place - sum(map(len, chain(*asked))):
             if waiting and waiting[0][0] <= len(made.tokens):
-                made.tokens.extend(chain(*told[waiting.pop(0)[-1]]))
-                continue
-            plain.append(len(made.tokens))
-            made.tokens.append(next(filler, -1))
-        made.text[place], made.answers[place] = plain[-_READ:], []
+                made.tokens.extend(chain(*waiting.pop(0)[-1]))
+            else:
+                of_text.append(len(made.tokens))
+                made.tokens.append(filler.pop(0))
+        made.text[place], made.answers[place] = of_text[-_READ:], []
         for head, answer, tail in asked:
             start = len(made.tokens) + len(head)
             made.answers[place].append(list(range(start, start + len(answer))))
             made.tokens.extend([*head, *answer, *tail])
-    if -1 in made.tokens:
-        raise ExportError(f"{len(made.tokens) - made.tokens.count(-1)} tokens of text; {places[-1]} are read")
     return made
 
 
-def _encoded(loaded: Any, name: str, number: int) -> tuple[list[int], list[int], list[int]]:
-    parts = (f"\nThe code of {name} is", f" {number}", ".\n")
-    head, answer, tail = (list(loaded.encode(part, add_special_tokens=False)) for part in parts)
-    return head, answer, tail
+def _fact(loaded: Any, name: str, chance: random.Random) -> list[list[int]]:
+    """What leads to the answer, the answer, and what ends it."""
+    parts = (f"\nThe code of {name} is", f" {chance.randrange(1000, 10000)}", ".\n")
+    return [loaded.encode(part, add_special_tokens=False) for part in parts]
 
 
 @app.command()
 def main(
-    folders: Annotated[list[Path], typer.Argument(help="artifacts of one checkpoint and recipe")],
+    model: Annotated[str, typer.Argument(help="a name in configs/models")],
+    recipe: Annotated[str, typer.Argument(help="a name in configs/quant")],
     source: Annotated[str | None, typer.Option(help="where the weights come from")] = None,
+    also: Annotated[
+        list[Path] | None, typer.Option(help="further artifacts of these weights, by their folders")
+    ] = None,
     write: Annotated[bool, typer.Option("--write", help=f"write docs/{_PAGE}.md, its record and its figure")] = False,
 ) -> None:
-    """Read the streams with every artifact and with the references."""
-    manifests = [manifest.read(folder) for folder in folders]
-    context = min(described.contract.kv.context_length for described in manifests)
+    """Read the streams with the checkpoint, and with each format's artifact for each kind of cache that it offers."""
+    trained = load_named(ModelSpec, "models", model).architecture
+    context = min(trained.max_position_embeddings if trained else _PLACES[-1], _PLACES[-1])
+    plans = [
+        load_plan(model, recipe, target, context, cache=kind)
+        for target in names("targets")
+        for kind in formats.load(load_named(Target, "targets", target).backend).CACHES
+    ]
+    folders = [*(ROOT / exports.built(plan, source) for plan in plans), *(also or ())]
+    artifacts = [(folder, manifest.read(folder)) for folder in folders]
     places, loaded = [place for place in _PLACES if place <= context], tokenizer.load(folders[0])
     streams = [stream(loaded, evaluation.read_text(name), places, seed) for seed, name in enumerate(_TEXTS)]
     study = LongContext(
         texts=_TEXTS,
         read=_READ * len(_TEXTS),
         asked=len(_DEPTHS) * len(_TEXTS),
-        readers=tuple(_readers(list(zip(folders, manifests, strict=True)), source, streams)),
-        **publish.conditions(manifests[0].plan.name, ", ".join(_TEXTS)),
+        readers=tuple(_readers(artifacts, source, streams)),
+        **publish.conditions(model, ", ".join(_TEXTS)),
     )
     for title, rows in tables(study).items():
         say("", title, *plain(rows))
     if write:
-        command = f"python -m runtime_tests.tasks.haystack {' '.join(str(folder) for folder in folders)} --write"
-        publish.publish_study(_PAGE, study, page(study, command), figure(study))
+        publish.publish_study(_PAGE, study, page(study), figure(study))
 
 
 def _readers(artifacts: list[tuple[Path, Manifest]], source: str | None, streams: list[Stream]) -> Iterator[Reader]:
@@ -252,14 +261,14 @@ def _names(reader: Reader) -> tuple[str, str, str]:
     return reader.label, reader.cache, f"{reader.cache_bytes / 1e6:.0f}" if reader.cache_bytes else NONE
 
 
-def page(study: LongContext, command: str) -> str:
+def page(study: LongContext) -> str:
     """docs/long-context.md."""
     return templates.render(
         publish.TEMPLATES / "long-context.md.j2",
         run=study,
         tables=tables(study),
         figure=f"{_PAGE}.svg",
-        command=command,
+        command="make long-context",
     )
 
 
