@@ -42,12 +42,15 @@ def scale_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return (1 - blend) * frequencies / scaling.factor + blend * frequencies
 
 
-def rope_tables(architecture: Architecture, length: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """cos and sin for positions 0…length-1, float32 [length, D/2], on the device; None: in the memory of the CPU.
+def rope_tables(
+    architecture: Architecture, length: int, device: torch.device | None = None, first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """cos and sin for positions first…length-1, float32 [length - first, D/2], on the device; None: in the CPU's memory.
 
     By numpy, whose bits do not depend on threads: they are constants of every artifact (`host/mkl.py`).
     """
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), rope_frequencies(architecture)).double().numpy()
+    positions = torch.arange(first, length, dtype=torch.float32)
+    angles = torch.outer(positions, rope_frequencies(architecture)).double().numpy()
     cos, sin = (torch.from_numpy(function(angles)).float().to(device) for function in (np.cos, np.sin))
     return cos, sin
 
@@ -165,8 +168,7 @@ class Llama(nn.Module):
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         """tokens int64 [B, S] continue the cache (None: empty). Returns logits float32 [B, S, V] and the new cache."""
         start = cache[0][0].shape[2] if cache else 0
-        end = start + tokens.shape[1]
-        cos, sin = (table[start:end] for table in rope_tables(self.architecture, end, tokens.device))
+        cos, sin = rope_tables(self.architecture, start + tokens.shape[1], tokens.device, start)
         x = self.model.rotate_in(self.model.embed_tokens(tokens))
         present = []
         for i, layer in enumerate(self.model.layers):

@@ -92,6 +92,22 @@ def test_rope_tables_are_exact_to_the_last_bit():
         assert np.array_equal(table.numpy().ravel(), np.array(exact))
 
 
+def test_a_step_computes_tables_for_its_own_positions_only(monkeypatch):
+    """Bit for bit those of the whole context: 131,072 positions for each token of a reference would take most of it."""
+    made, whole = [], rope_tables(META, 131072)
+
+    def tables(*arguments):
+        made.append((arguments[1:], rope_tables(*arguments)))
+        return made[-1][1]
+
+    monkeypatch.setattr("export.model.rope_tables", tables)
+    cached(eager(SeededSource("1", META).read, META, "none"), torch.zeros(1, 9, dtype=torch.int64), 7)
+    assert [len(cos) for _, (cos, _) in made] == [7, 1, 1]
+    for first in (7, 8, 32_767, 65_504, 131_071):
+        for part, table in zip(rope_tables(META, first + 1, first=first), whole, strict=True):
+            assert torch.equal(part, table[first : first + 1])
+
+
 def test_wrong_rope_scaling_is_seen():
     weights = seeded("tiny")
     a = weights.architecture

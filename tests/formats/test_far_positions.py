@@ -10,6 +10,7 @@ from export.architecture import RopeScaling
 from export.checkpoints.folder import config_json
 from export.formats import mlpackage
 from export.formats.onnx_kv.weights import StoredTensors
+from export.formats.pte.cache import quantize
 from export.formats.pte.graph import Constants, PteLlama
 from export.model import rope_tables
 from export.pipeline import export
@@ -138,7 +139,7 @@ def test_onnx_attends_to_all_that_came_before(weights, onnx_folders, kind, start
 
 
 @pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 def test_executorchs_operators_attend_to_all_that_came_before(weights, kind, start):
     import export.formats.pte.program  # noqa: F401 – loads the operators
     from export.formats import kv_layout
@@ -146,10 +147,13 @@ def test_executorchs_operators_attend_to_all_that_came_before(weights, kind, sta
     p, cache = plan("executorch-xnnpack", kind), filled(weights.architecture, start)
     form = PteLlama(_untied(weights), weights.architecture, kv_layout(p, weights.architecture, "state")).eval()
     for layer, (keys, values) in zip(form.layers, cache, strict=True):
-        layer.key_cache[:, :start], layer.value_cache[:, :start] = keys.transpose(1, 2), values.transpose(1, 2)
+        for name, x in (("key", keys.transpose(1, 2)), ("value", values.transpose(1, 2))):
+            parts = zip(("cache", "zeros", "scales"), quantize(x) if kind == "int8" else [x], strict=False)
+            for part, stored in parts:
+                getattr(layer, f"{name}_{part}")[:, :start] = stored
     with torch.no_grad():
         logits = form(torch.tensor([TOKENS]), torch.tensor([start]))[0, -1].numpy()
-    assert differ(logits, logits_after(weights, cache)) < {"float32": 1e-4, "bfloat16": 2e-2}[kind]
+    assert differ(logits, logits_after(weights, cache)) < {"float32": 1e-4, "bfloat16": 2e-2, "int8": 2e-2}[kind]
 
 
 def _untied(weights):
