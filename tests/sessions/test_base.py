@@ -21,7 +21,8 @@ class Remembering(Session):
         self.calls.append((position, list(tokens)))
         self.slots[position : position + len(tokens)] = tokens
         for row in range(len(tokens)):
-            self.rows[row] = self.slots[: position + row + 1] @ np.arange(1, position + row + 2) / 100
+            value = self.slots[: position + row + 1] @ np.arange(1, position + row + 2) / 100
+            self.rows[row] = np.sin(value * np.arange(1, VOCAB + 1))
         return self.rows[len(tokens) - 1 : len(tokens)] if self.logits == "last" else self.rows[: len(tokens)]
 
 
@@ -90,9 +91,42 @@ def test_a_token_that_the_vocabulary_lacks_is_refused_before_anything_is_fed(tok
     assert (session.position, session.calls) == (0, [])
 
 
+class Forgetful(Remembering):
+    """Many tokens see only each other."""
+
+    def step(self, tokens, position):
+        if len(tokens) > 1:
+            self.slots[:position] = 0
+        return super().step(tokens, position)
+
+
+class Hasty(Remembering):
+    """Begins before it looks."""
+
+    def feed(self, tokens):
+        if len(tokens) > CONTEXT - self.position:
+            super().feed(tokens[:1])
+        return super().feed(tokens)
+
+
+class Patient(Remembering):
+    """Takes what is not there for a token."""
+
+    def feed(self, tokens):
+        return super().feed([1 if token >= VOCAB else token for token in tokens] or [1])
+
+
 def test_conformance_holds_for_the_base_and_finds_what_breaks_it():
     assert conformance.check(Remembering(logits="all"), CONTEXT, fill=True) == []
     (rewound,) = conformance.check(Shifted(), CONTEXT, fill=True)
     assert rewound.startswith("after a rewind the logits differ")
-    past = [f"a token past the context of {CONTEXT} was accepted"]
+    past = [f"{what} past the context of {CONTEXT} was accepted" for what in ("a token", "a prompt that goes")]
     assert conformance.check(Bottomless(), CONTEXT, fill=False) == past
+    cut, _ = conformance.check(Forgetful(largest_call=CONTEXT), CONTEXT, fill=True)
+    assert cut.startswith("a prompt in pieces means something else: KL ")
+    changed = "a prompt that is too long was refused and changed the cache"
+    assert conformance.check(Hasty(), CONTEXT, fill=True) == [changed]
+    assert conformance.check(Patient(), CONTEXT, fill=False) == [
+        "an empty prompt was accepted",
+        "a token beyond the vocabulary was accepted",
+    ]
