@@ -36,6 +36,11 @@ COMPILER ?=
 ifneq ($(value COMPILER),)
 export LLAMA_COMPILER := $(value COMPILER)
 endif
+# an ExecuTorch built with Android's NDK, for a runner without a C library of its own: docs/runner.md
+EXECUTORCH ?=
+ifneq ($(value EXECUTORCH),)
+export LLAMA_EXECUTORCH := $(value EXECUTORCH)
+endif
 
 # how long `make fuzz` goes on
 MINUTES ?= 60
@@ -61,7 +66,7 @@ TIMINGS ?=
 # what users give reaches the shell and Python as the text it is, whatever characters a path has
 quote   = '$(subst ','\'',$(value $(1)))'
 each    = $(foreach item,$(value $(1)),'$(subst ','\'',$(item))')
-GIVEN   := PYTHON TORCH MODEL QUANT CALIBRATE_ON COMPILER DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME CONTEXT CACHE TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS SPEED VALIDATION TIMINGS QUICK STUDIED TARGETS
+GIVEN   := PYTHON TORCH MODEL QUANT CALIBRATE_ON COMPILER EXECUTORCH DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME CONTEXT CACHE TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS SPEED VALIDATION TIMINGS QUICK STUDIED TARGETS
 unexport $(GIVEN)
 # what is misspelled would be left out in silence; sub-makes and tests give PINS
 UNKNOWN := $(foreach name,$(filter-out $(GIVEN) PINS,$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))

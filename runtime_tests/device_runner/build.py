@@ -1,6 +1,6 @@
 """Builds the C++ runner as a folder that can be copied to a device.
 
-python -m runtime_tests.device_runner.build [x86-64|aarch64]     LLAMA_COMPILER=zig|g++ chooses the compiler
+python -m runtime_tests.device_runner.build [x86-64|aarch64|arm64-v8a]     LLAMA_COMPILER=zig|g++ chooses the compiler
 """
 
 import hashlib
@@ -82,7 +82,7 @@ def _assemble(abi: Abi, kit: sdk.Sdk, compiler: Compiler, scratch: Path, downloa
     for name in ("bin", "lib"):
         (bundle / name).mkdir(parents=True)
     shutil.copy(scratch / "objects" / "runner", bundle / "bin")
-    for library in _LIBRARIES:
+    for library in _LIBRARIES if abi != "arm64-v8a" else ():  # there all of them are in the program
         shutil.copy(kit.root / "lib" / f"libexecutorch{library}.so", bundle / "lib")
     if abi == "aarch64":
         # not in lib/, where the program itself searches: a device's own loader would crash with our C library
@@ -102,6 +102,7 @@ def _compile(target: str, kit: sdk.Sdk, compiler: Compiler, into: Path) -> None:
             "-B",
             str(into),
             f"-DCMAKE_PREFIX_PATH={kit.root}",
+            f"-DEXECUTORCH_VERSION={kit.version.partition('+')[0]}",
             "-GUnix Makefiles",
             *compiler.options,
         ),

@@ -1,8 +1,9 @@
-"""The compilers that can build the C++ runner: GNU's, and zig's, which runs on any desk and links for any Linux."""
+"""The compilers that can build the C++ runner: GNU's, Android's, and zig's, which runs on any desk for any Linux."""
 
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -27,6 +28,11 @@ _CROSS_COMPILER = "aarch64-linux-gnu-g++"
 _LOADER_PLACES = (Path("/lib"), Path("/lib64"))
 """Programs name the loader by the first, whatever folders a compiler searches."""
 _TOOLCHAIN = Path(__file__).parent / "cpp/aarch64.cmake"
+_NDK, _NDK_NAMES = "ANDROID_NDK", ("ANDROID_NDK", "ANDROID_NDK_HOME", "ANDROID_NDK_ROOT")
+_NDK_PLACES = ("~/Library/Android/sdk/ndk", "~/Android/Sdk/ndk")
+"""Where Android Studio puts its versions."""
+_OLDEST_ANDROID = 26
+"""ExecuTorch's own builds begin there."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +82,13 @@ def find(abi: Abi, name: str | None = None) -> Compiler:
     Raises UnavailableError with the remedy of this system; ExportError: there is no compiler of that name.
     """
     native = platform.system() == "Linux" and host_abi() == abi
-    if not native and abi != "aarch64":
+    if not native and abi == "x86-64":
         raise UnavailableError(f"{abi}: the runner is compiled for it only on such a machine")
     for tool in ("cmake", "make"):
         if shutil.which(tool) is None:
             raise _missing(tool, abi)
+    if abi == "arm64-v8a":
+        return _ndk()
     gnu = "g++" if native else _CROSS_COMPILER
     cross = () if native else (f"-DCMAKE_TOOLCHAIN_FILE={_TOOLCHAIN}",)
     order = [_chosen(name)] if name or os.environ.get(CHOICE) else [GNU, ZIG] if native else [ZIG, GNU]
@@ -113,6 +121,20 @@ def _zig() -> str | None:
         return found
     package = importlib.util.find_spec("ziglang")
     return str(Path(package.origin).with_name("zig")) if package and package.origin else None
+
+
+def _ndk() -> Compiler:
+    """The clang of Android's NDK: of the folder that the environment names, else of Android Studio's newest."""
+    named = [Path(os.environ[name]) for name in _NDK_NAMES if os.environ.get(name)]
+    kept = [path for place in _NDK_PLACES for path in Path(place).expanduser().glob("*")]
+    kept.sort(key=lambda path: [int(part) for part in re.findall(r"\d+", path.name)], reverse=True)
+    for place in named or kept:
+        toolchain = place / "build/cmake/android.toolchain.cmake"
+        for clang in place.glob("toolchains/llvm/prebuilt/*/bin/clang++"):
+            options = (f"-DCMAKE_TOOLCHAIN_FILE={toolchain}", "-DANDROID_ABI=arm64-v8a", "-DANDROID_STL=c++_static")
+            return Compiler((str(clang),), (*options, f"-DANDROID_PLATFORM=android-{_OLDEST_ANDROID}"))
+    where = f"no clang++ in {named[0]}" if named else "not found"
+    raise UnavailableError(f"Android NDK: {where}, needed to build the runner for arm64-v8a; {_NDK} names its folder")
 
 
 def _missing(tool: str, abi: Abi) -> UnavailableError:

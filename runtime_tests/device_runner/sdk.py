@@ -1,5 +1,6 @@
-"""ExecuTorch's C++ SDK: headers and libraries of the installed wheel, or of the same wheel for another processor."""
+"""ExecuTorch's C++ SDK: of the installed wheel, of the same wheel for another processor, or one built for Android."""
 
+import os
 import platform
 import re
 import shutil
@@ -22,10 +23,14 @@ from export.errors import ExportError
 from export.host.digests import sha256
 from export.manifest import ROOT
 
-Abi = Literal["x86-64", "aarch64"]
-ABIS: tuple[Abi, ...] = ("x86-64", "aarch64")
+Abi = Literal["x86-64", "aarch64", "arm64-v8a"]
+"""The last is Android's, with its own C library; the others are those of Linux, with GNU's."""
+ABIS: tuple[Abi, ...] = ("x86-64", "aarch64", "arm64-v8a")
 MACHINES: dict[str, Abi] = {"x86_64": "x86-64", "aarch64": "aarch64"}
 """Family of processors (`devices.transports.transfer.family`) → ABI."""
+ANDROID = "LLAMA_EXECUTORCH"
+"""The environment's variable that names an ExecuTorch installed for Android: where its own build put it."""
+_VERSION = Path("include/executorch/runtime/core/version.h")
 LOCK = ROOT / "locks" / "release.txt"
 """Every package with the sha256 of its wheels, for all platforms and Pythons."""
 _PYTHON = "3.11"
@@ -44,7 +49,7 @@ class Sdk:
     """Headers and libraries."""
 
     root: Path
-    """The folder `executorch` of a wheel."""
+    """The folder `executorch` of a wheel, or the prefix of an installation."""
     version: str
     origin: str
     """Identifies its bytes."""
@@ -52,12 +57,27 @@ class Sdk:
 
 def find(abi: Abi, cache: Path) -> Sdk:
     """The SDK for an ABI; downloaded once into `cache` where the installed wheel is for another ABI."""
+    if abi == "arm64-v8a":
+        return _for_android()
     version, installed = _installed_wheel()
     if MACHINES.get(family(platform.machine())) == abi and platform.system() == "Linux":
         return Sdk(installed, version, "installed")
     cached = sorted(cache.glob(f"executorch-{version}-{abi}-*"))
     folder = cached[0] if cached else _fetch(abi, version, cache)
     return Sdk(folder / "executorch", version, folder.name)
+
+
+def _for_android() -> Sdk:
+    """The installation that the user built; ExecuTorch's wheels have none for Android."""
+    if not (given := os.environ.get(ANDROID)):
+        raise UnavailableError(f"arm64-v8a: {ANDROID} names no ExecuTorch built with Android's NDK: see docs/runner.md")
+    root = Path(given).expanduser().resolve()
+    header = root / _VERSION
+    text = header.read_text(encoding="utf-8") if header.is_file() else ""
+    if not (version := re.search(r'ET_VERSION "(.+)"', text)):
+        raise ExportError(f"{ANDROID}={given}: no {_VERSION} there; name the folder that ExecuTorch was installed into")
+    libraries = sorted(root.glob("lib/**/*.a"))
+    return Sdk(root, version[1], " ".join(map(sha256, libraries)))
 
 
 def _installed_wheel() -> tuple[str, Path]:

@@ -120,3 +120,8 @@ def test_a_target_without_a_wheel_for_this_linux_is_left_out_by_name(tmp_path, m
     assert ("left out: coreml, for which coremltools has no wheel here" in said) == left_out
     (line,) = (line for line in said.splitlines() if "-m export" in line)
     assert line.split() == f".venv/bin/python -m export 'smollm2-135m' 'int4-g32-gptq' {built}".split()
+
+
+def test_what_set_up_leaves_uncompiled_may_warn_when_a_test_imports_it_first():
+    """A warning ends a test, and of a backslash Python 3.12 and newer warn each time that they compile."""
+    compile(r"'\.'", "library.py", "exec")

@@ -267,12 +267,13 @@ def test_a_build_calibrates_where_it_is_asked_to(make):
     assert [*PLAN, "--device=cuda"] in make("ci-artifacts", "MODEL=llama", "CALIBRATE_ON=cuda")
 
 
+@pytest.mark.parametrize("name", ["COMPILER", "EXECUTORCH"])
 @pytest.mark.parametrize("text", ["", "zig", "$(shell touch PWNED)`touch PWNED`"])
-def test_the_runners_compiler_reaches_python_as_it_is_given(make, tmp_path, text):
+def test_what_the_runner_is_built_with_reaches_python_as_it_is_given(make, tmp_path, name, text):
     python = tmp_path / ".venv/bin/python"
-    python.write_text(python.read_text() + 'printf %s "$LLAMA_COMPILER" > build/compiler\n')
-    make("validate", "MODEL=llama", f"COMPILER={text}")
-    assert (tmp_path / "build/compiler").read_text() == text
+    python.write_text(python.read_text() + f'printf %s "$LLAMA_{name}" > build/given\n')
+    make("validate", "MODEL=llama", f"{name}={text}")
+    assert (tmp_path / "build/given").read_text() == text
     assert not (tmp_path / "PWNED").exists()
 
 

@@ -2,12 +2,15 @@
 
 import hashlib
 import io
+import shutil
+import subprocess
 import tarfile
+from pathlib import Path
 
 import pytest
 
 from export.errors import ExportError
-from runtime_tests.device_runner import c_library, compilers, sdk
+from runtime_tests.device_runner import build, c_library, compilers, sdk
 
 TOOLS = ("cmake", "make")
 CROSS = "aarch64-linux-gnu-g++"
@@ -82,6 +85,96 @@ def test_a_choice_that_is_none_is_told(desk):
     desk(*TOOLS, "g++", chosen="clang")
     with pytest.raises(ExportError, match=r"^LLAMA_COMPILER=clang: the runner's compilers are zig and g\+\+$"):
         compilers.find("x86-64")
+
+
+ARCHIVES = (
+    "executorch",
+    "extension_threadpool",
+    "optimized_native_cpu_ops_lib",
+    "quantized_ops_lib",
+    "xnnpack_backend",
+)
+
+
+@pytest.fixture
+def android(monkeypatch, tmp_path):
+    """An ExecuTorch as its own build installs it, with archives, and the file that an NDK's clang would be."""
+    prefix = tmp_path / "my executorch"
+    header = prefix / sdk._VERSION
+    header.parent.mkdir(parents=True)
+    header.write_text('#define ET_VERSION "1.5.0"\n')
+    config = prefix / "lib/cmake/ExecuTorch/executorch-config.cmake"
+    config.parent.mkdir(parents=True)
+    for name in ARCHIVES:
+        with config.open("a") as file:
+            file.write(f"add_library({name} STATIC IMPORTED)\n")
+            file.write(f'set_target_properties({name} PROPERTIES IMPORTED_LOCATION "{prefix}/lib/lib{name}.a")\n')
+        (prefix / f"lib/lib{name}.a").touch()
+    monkeypatch.setenv(sdk.ANDROID, str(prefix))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in compilers._NDK_NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+    def ndk(at):
+        """A folder of an NDK, whose toolchain is this machine's own."""
+        clang = Path(at, "toolchains/llvm/prebuilt/linux-x86_64/bin/clang++")
+        clang.parent.mkdir(parents=True)
+        clang.touch()
+        toolchain = Path(at, "build/cmake/android.toolchain.cmake")
+        toolchain.parent.mkdir(parents=True)
+        toolchain.write_text("set(CMAKE_SYSTEM_NAME Linux)\nset(CMAKE_FIND_ROOT_PATH_MODE_PACKAGE ONLY)\n")
+        return clang
+
+    ndk.prefix = prefix
+    return ndk
+
+
+def test_the_newest_ndk_of_android_studio_is_taken_but_one_that_is_named_first(desk, android, tmp_path, monkeypatch):
+    desk(*TOOLS, "zig", CROSS, chosen="zig")
+    android(tmp_path / "Library/Android/sdk/ndk/9.1.0")
+    newest = android(tmp_path / "Library/Android/sdk/ndk/27.0.12077973")
+    found = compilers.find("arm64-v8a")
+    assert found.command == (str(newest),)
+    assert f"-DCMAKE_TOOLCHAIN_FILE={newest.parents[5]}/build/cmake/android.toolchain.cmake" in found.options
+    monkeypatch.setenv("ANDROID_NDK_HOME", str(tmp_path / "ndk"))
+    line = (
+        f"Android NDK: no clang[+][+] in {tmp_path}/ndk, needed to build .* for arm64-v8a; ANDROID_NDK names its folder"
+    )
+    with pytest.raises(sdk.UnavailableError, match=f"^{line}$"):
+        compilers.find("arm64-v8a")
+    clang = android(tmp_path / "ndk")
+    assert compilers.find("arm64-v8a").command == (str(clang),)
+
+
+def test_without_an_ndk_or_an_executorch_for_android_a_line_says_which_is_missing(desk, android, monkeypatch):
+    desk(*TOOLS)
+    with pytest.raises(sdk.UnavailableError, match=r"^Android NDK: not found, .*; ANDROID_NDK names its folder$"):
+        compilers.find("arm64-v8a")
+    (android.prefix / sdk._VERSION).unlink()
+    with pytest.raises(
+        ExportError, match=r"^LLAMA_EXECUTORCH=.*/my executorch: no include/.*/version.h there; name the"
+    ):
+        sdk.find("arm64-v8a", android.prefix)
+    monkeypatch.delenv(sdk.ANDROID)
+    with pytest.raises(sdk.UnavailableError, match=r"^arm64-v8a: LLAMA_EXECUTORCH names no ExecuTorch .*runner.md$"):
+        sdk.find("arm64-v8a", android.prefix)
+
+
+@pytest.mark.skipif(not shutil.which("cmake") or not shutil.which("g++"), reason="cmake or g++: not found")
+def test_an_executorch_built_from_source_is_linked_into_the_runner(android, tmp_path, monkeypatch):
+    """Configured, not compiled: the NDK is a stand-in that finds packages in its own root alone."""
+    android(tmp_path / "ndk")
+    monkeypatch.setenv("ANDROID_NDK", str(tmp_path / "ndk"))
+    kit = sdk.find("arm64-v8a", tmp_path)
+    assert (kit.version, kit.root) == ("1.5.0", android.prefix)
+    assert kit.origin != sdk.Sdk(kit.root, kit.version, "").origin
+    into = tmp_path / "objects"
+    words = ["cmake", "-S", build.SOURCES, "-B", into, f"-DCMAKE_PREFIX_PATH={kit.root}"]
+    words += ["-GUnix Makefiles", *compilers.find("arm64-v8a").options]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    linked = (into / "CMakeFiles/runner.dir/link.txt").read_text()
+    assert all(f"{kit.root}/lib/lib{name}.a" in linked for name in ARCHIVES)
 
 
 def package(files, links):

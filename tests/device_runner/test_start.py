@@ -7,7 +7,7 @@ import pytest
 
 import devices
 from export.errors import ExportError
-from runtime_tests.device_runner import build, onnx_kv, parse_answer, pte
+from runtime_tests.device_runner import build, onnx_kv, parse_answer, pte, sdk
 from tests.support.fakes import boards
 from tests.support.reliability import FOREIGN_WORDS
 
@@ -117,8 +117,7 @@ def bundle(tmp_path, monkeypatch):
     def make(program, loader):
         put(tmp_path / "bundle/bin/runner", program)
         put(tmp_path / "bundle/loader/ld-linux-aarch64.so.1", loader)
-        made = build._Bundle(tmp_path / "bundle", "aarch64")
-        monkeypatch.setattr(pte.build, "build", lambda abi: made)
+        monkeypatch.setattr(pte.build, "build", lambda abi: build._Bundle(tmp_path / "bundle", abi))
         device, _ = boards.ssh(tmp_path, monkeypatch)
         return device, devices.open_transport(device)
 
@@ -134,6 +133,16 @@ def test_where_the_systems_c_library_does_not_start_the_runner_it_brings_its_own
     assert start[0] == "runners/bundle/loader/ld-linux-aarch64.so.1"
     note = "127: sh: bin/runner: not found: the runner is started with the C library that it brings"
     assert note in warnings[0]
+
+
+@pytest.mark.parametrize(("prefix", "first"), [("", "loader/ld-linux-aarch64.so.1"), ("/android", "bin/runner")])
+def test_on_android_the_runner_brings_its_c_library_or_was_built_for_androids(bundle, monkeypatch, prefix, first):
+    monkeypatch.setenv(sdk.ANDROID, prefix)
+    device, transport = bundle(USAGE, USAGE)
+    monkeypatch.setattr(transport, "abi", lambda: "arm64-v8a")
+    with closing(transport):
+        start = pte.install(transport, device, timeout_s=QUICK_S)
+    assert start[0] == f"runners/bundle/{first}"
 
 
 def test_a_runner_that_starts_in_no_way_is_one_line(bundle):
