@@ -71,10 +71,11 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over the cache and the new tokens."""
+    """Grouped-query attention over the cache and the new tokens; with a window each sees the last that many."""
 
-    def __init__(self, a: Architecture) -> None:
+    def __init__(self, a: Architecture, window: int | None = None) -> None:
         super().__init__()
+        self.window = window
         self.head_dim = a.head_dim
         self.q_proj = nn.Linear(a.hidden_size, a.num_attention_heads * a.head_dim, bias=False)
         self.k_proj = nn.Linear(a.hidden_size, a.num_key_value_heads * a.head_dim, bias=False)
@@ -95,6 +96,8 @@ class Attention(nn.Module):
         total = k.shape[2]
         # the last of the new tokens sees all `total` tokens, each one before it one fewer
         visible = torch.ones(new, total, dtype=torch.bool, device=x.device).tril(total - new)
+        if self.window is not None:
+            visible = visible.triu(total - new - self.window + 1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).reshape(batch, new, -1)), (k, v)
 
@@ -116,9 +119,9 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, a: Architecture) -> None:
+    def __init__(self, a: Architecture, window: int | None = None) -> None:
         super().__init__()
-        self.self_attn = Attention(a)
+        self.self_attn = Attention(a, window)
         self.mlp = MLP(a)
         self.input_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
@@ -134,11 +137,11 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers, final norm: `model.` of the checkpoint; a rotated model rotates the stream and back."""
 
-    def __init__(self, a: Architecture) -> None:
+    def __init__(self, a: Architecture, window: int | None) -> None:
         super().__init__()
         # an empty table: drawing one at random would import a compiler, a second in every process, even on meta
         self.embed_tokens = nn.Embedding(a.vocab_size, a.hidden_size, _weight=torch.empty(a.vocab_size, a.hidden_size))
-        self.layers = nn.ModuleList(Layer(a) for _ in range(a.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(a, window) for _ in range(a.num_hidden_layers))
         self.norm = RMSNorm(a.hidden_size, a.rms_norm_eps)
         self.rotate_in, self.rotate_out = (
             nn.Linear(a.hidden_size, a.hidden_size, bias=False) if a.rotated else nn.Identity() for _ in range(2)
@@ -146,12 +149,15 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """Tokens and cache in, logits and cache out. Built empty (meta device); `load` fills it."""
+    """Tokens and cache in, logits and cache out. Built empty (meta device); `load` fills it.
 
-    def __init__(self, architecture: Architecture) -> None:
+    `window`: tokens that each one attends to, at their positions; None: all before it. The cache holds all of them.
+    """
+
+    def __init__(self, architecture: Architecture, window: int | None = None) -> None:
         super().__init__()
         with torch.device("meta"):
-            self.model = Decoder(architecture)
+            self.model = Decoder(architecture, window)
             self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
         self.architecture = architecture
 

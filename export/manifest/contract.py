@@ -25,7 +25,11 @@ class KVLayout(Strict):
     kv_heads: Positive
     head_dim: Positive
     context_length: Positive
-    """Slots: positions 0…context_length-1 can be fed."""
+    """Positions 0…context_length-1 can be fed."""
+    window: Annotated[Positive | None, Field(exclude_if=lambda window: window is None)] = None
+    """Tokens that each one attends to, the last ones, itself among them; null: all before it."""
+    slots: Annotated[Positive | None, Field(exclude_if=lambda slots: slots is None)] = None
+    """With a window: positions that the cache has room for, and reuses; null: for the whole context."""
     scale_bytes: Annotated[int, Field(ge=0, exclude_if=lambda count: count == 0)] = 0
     """In the cache, beside each head's keys of a position, and beside its values: their own scale and zero."""
 

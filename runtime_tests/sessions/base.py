@@ -54,8 +54,15 @@ class Session(ABC):
         """Empty the cache."""
         self.position = 0
 
+    @property
+    def earliest(self) -> int:
+        """The shortest length, but for 0, that `rewind` can go back to: where a window moves, tokens have left."""
+        return 0
+
     def rewind(self, length: int) -> None:
-        """Forget all but the first `length` tokens that were fed."""
+        """Forget all but the first `length` tokens that were fed. Raises ContextError: they are not there any more."""
+        if length < self.earliest:
+            raise ContextError(f"back to {length} tokens: the window has moved; from {self.earliest} on it is possible")
         self.position = length
 
     def feed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
