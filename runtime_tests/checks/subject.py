@@ -137,8 +137,9 @@ class Subject:
     @property
     def far_limits(self) -> TargetLimits | None:
         """What it may lose at several places of its context; None: it is compared there with nothing."""
-        few = FEW_POSITIONS if self.manifest.plan.policy else None
-        return self.limits if self.cache_limits else few and self.judged_by.on(self.setting.place.abi, few)
+        if self.cache_limits or not self.manifest.plan.policy:
+            return self.limits if self.cache_limits else None
+        return self.judged_by.on(self.setting.place.abi, FEW_POSITIONS)
 
     @property
     def folder_text(self) -> str:

@@ -42,7 +42,7 @@ class OnnxSession(Session):
         self.binding = self.runtime.io_binding()
         self.ids, self.mask, *pasts = (spec.name for spec in contract.inputs)
         self.output, *presents = (spec.name for spec in contract.outputs)
-        self.window = getattr(kv, "window", None)
+        self.window = getattr(kv, "window", None) or kv.context_length
         self.slots = getattr(kv, "slots", None) or kv.context_length
         self.oldest = 0
         """Position of the first token that is in the cache."""
