@@ -14,7 +14,7 @@ import numpy as np
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # its mere import would write an id of this device and call Microsoft
 import onnxruntime as ort
 
-from .base import Session
+from .base import CacheError, Session
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,10 +46,10 @@ class OnnxSession(Session):
         self.slots = getattr(kv, "slots", None) or kv.context_length
         self.oldest = 0
         """Position of the first token that is in the cache."""
-        self.caches = []
+        self.caches: dict[str, NDArray[Any]] = {}
         for past, present in zip(pasts, presents):  # noqa: B905 – Python 3.9
-            self.caches.append(np.zeros((1, kv.kv_heads, self.slots, kv.head_dim), kv.dtype))
-            buffer = ort.OrtValue.ortvalue_from_numpy(self.caches[-1])  # the same memory
+            self.caches[past] = np.zeros((1, kv.kv_heads, self.slots, kv.head_dim), kv.dtype)
+            buffer = ort.OrtValue.ortvalue_from_numpy(self.caches[past])  # the same memory
             self.binding.bind_ortvalue_input(past, buffer)
             self.binding.bind_ortvalue_output(present, buffer)
         self.row = np.empty((1, 1, vocab_size), np.float32)
@@ -87,8 +87,13 @@ class OnnxSession(Session):
         before = self.position
         super().rewind(length)
         if moved := self._first(before) - self._first(length):
-            for cache in self.caches:
+            for cache in self.caches.values():
                 cache[:, :, moved:] = cache[:, :, :-moved].copy()
+
+    def buffers(self) -> dict[str, NDArray[Any]]:
+        if self.slots < self.context_length:
+            raise CacheError("tokens move in the KV cache of a window, and none has a slot of its own")
+        return {name: np.moveaxis(slots, 2, 0) for name, slots in self.caches.items()}
 
 
 def options_of(model: Path, threads: int) -> ort.SessionOptions:
