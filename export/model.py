@@ -58,6 +58,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+def without(cache: Cache, architecture: Architecture, first: int, count: int) -> Cache:
+    """The cache as if `count` tokens from slot `first` on had never been fed to it.
+
+    What stands behind them moves up, and its keys are turned from their positions to the new ones.
+    """
+    total = cache[0][0].shape[2]
+    cos, sin = rope_tables(architecture, total, cache[0][0].device)
+    before, after = slice(first + count, total), slice(first, total - count)
+
+    def turned(keys: Tensor) -> Tensor:
+        return rotate(rotate(keys[:, :, before], cos[before], -sin[before]), cos[after], sin[after])
+
+    return tuple(
+        (torch.cat([keys[:, :, :first], turned(keys)], 2), torch.cat([values[:, :, :first], values[:, :, before]], 2))
+        for keys, values in cache
+    )
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) · weight, in float32."""
 

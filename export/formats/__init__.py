@@ -286,7 +286,7 @@ def check_cache(plan: Plan) -> None:
 
 
 def check_policy(plan: Plan) -> None:
-    """Raise ExportError where the runtime cannot do it, or it would change nothing."""
+    """Raise ExportError where the runtime cannot do it exactly, or it would change nothing."""
     backend, target, context = load(plan.target.backend), plan.target.name, plan.model.context_length
     if plan.policy and (reason := backend.NO_POLICIES.get(plan.policy.partition("-")[0])):
         raise ExportError(f"target {target!r} with --policy {plan.policy}: {reason}")
@@ -294,6 +294,13 @@ def check_policy(plan: Plan) -> None:
         raise ExportError(
             f"--policy {plan.policy}: the context has {context} tokens, which are all in such a window; leave the "
             "option out, or give a larger --context"
+        )
+    if plan.sink and plan.sink > context // 2:
+        raise ExportError(f"--policy {plan.policy}: at most half of the context, {context // 2} tokens, never leaves")
+    if plan.sink and (kind := cache_of(plan)) != "float32":
+        raise ExportError(
+            f"target {target!r} with --policy {plan.policy}: keys that move are turned to their new positions, "
+            f"and a cache of {kind} would round them again each time; it takes --cache float32"
         )
 
 
@@ -304,7 +311,11 @@ def kv_layout(
 
     Where a window leaves `slack` more slots than it needs fewer than that, for those.
     """
-    slots = plan.window and plan.window + slack
+    slots, frequencies = plan.window and plan.window + slack, ()
+    if plan.sink:
+        from export.model import rope_frequencies  # loads torch, as nothing else here does
+
+        frequencies = tuple(rope_frequencies(a).tolist())
     return KVLayout(
         kind=kind,
         dtype=cache_of(plan),
@@ -314,6 +325,8 @@ def kv_layout(
         context_length=plan.model.context_length,
         window=plan.window,
         slots=slots if slots and slots < plan.model.context_length else None,
+        sink=plan.sink,
+        frequencies=frequencies,
         scale_bytes=scale_bytes,
     )
 

@@ -11,6 +11,8 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from export.manifest import KVLayout
+
 
 class ContextError(ValueError):
     """More tokens than the cache has room for. None of them was fed."""
@@ -22,6 +24,25 @@ class TokenError(ValueError):
 
 class CacheError(ValueError):
     """The runtime does not give its cache, or what is to be written is none of it. Nothing was changed."""
+
+
+def leaving(context_length: int, sink: int) -> int:
+    """Tokens behind the sink that leave a full context together: the older half of them."""
+    return (context_length - sink) // 2
+
+
+def turned(keys: NDArray[np.float32], frequencies: Sequence[float], first: int, to: int) -> NDArray[np.float32]:
+    """Keys [S, …, D] of the positions from `first` on, as RoPE gives them from position `to` on.
+
+    By differences of the angles in its tables, which are float32: far from the start their rounding is not the same.
+    """
+    places = np.arange(len(keys), dtype=np.float32)[:, None]
+    by = np.asarray(frequencies, np.float32)
+    angles = ((places + np.float32(to)) * by).astype(np.float64) - ((places + np.float32(first)) * by)
+    shape = (len(keys), *[1] * (keys.ndim - 2), len(by))
+    cos, sin = (function(angles).astype(np.float32).reshape(shape) for function in (np.cos, np.sin))
+    one, other = np.split(keys, 2, axis=-1)
+    return np.concatenate([one * cos - other * sin, other * cos + one * sin], axis=-1)
 
 
 class Session(ABC):
@@ -42,6 +63,15 @@ class Session(ABC):
         self.vocab_size = vocab_size
         self.tokens: list[int] = []
         """In the cache, first to last."""
+        self.sink: int | None = None
+        """First tokens that never leave, where `keep` was told; None: none ever leaves."""
+        self.frequencies: Sequence[float] = ()
+        self.left: list[int] = []
+        """Tokens behind the sink that have left, first to last."""
+
+    def keep(self, kv: KVLayout) -> None:
+        """Follow the policy of a contract's cache: where it has a sink, no feed is too long."""
+        self.sink, self.frequencies = getattr(kv, "sink", None), getattr(kv, "frequencies", ())
 
     @property
     def position(self) -> int:
@@ -85,12 +115,31 @@ class Session(ABC):
 
     def reset(self) -> None:
         """Empty the cache."""
-        self.tokens = []
+        self.tokens, self.left = [], []
 
     @property
     def earliest(self) -> int:
         """The shortest length that `rewind` can go back to: more than 0 where tokens have left."""
-        return 0
+        return self.sink or 0 if self.left else 0
+
+    def make_room(self) -> None:
+        """In a full context the older half of the tokens behind the sink leaves, and the rest moves up.
+
+        Those attend, and are attended to, as if they had always stood at their new positions.
+        """
+        assert self.sink is not None
+        first, count = self.sink, leaving(self.context_length, self.sink)
+        behind, parts = slice(first + count, self.position), {}
+        for name, slots in self.buffers().items():
+            moved = slots[behind]
+            parts[name] = (
+                turned(moved, self.frequencies, behind.start, first)
+                if "key" in name.rpartition(".")[2]
+                else moved.copy()
+            )
+        self.write(first, parts)
+        self.left += self.tokens[first : behind.start]
+        del self.tokens[first : behind.start]
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens in the cache.
@@ -136,10 +185,14 @@ class Session(ABC):
 
     def _steps(self, tokens: Sequence[int]) -> Iterator[NDArray[np.floating[Any]]]:
         self._require_room(tokens)
-        for start in range(0, len(tokens), self.largest_call):
-            piece = tokens[start : start + self.largest_call]
+        start = 0
+        while start < len(tokens):
+            if self.position == self.context_length:
+                self.make_room()
+            piece = tokens[start : start + min(self.largest_call, self.context_length - self.position)]
             logits = self.step(piece, self.position)
             self.tokens.extend(piece)
+            start += len(piece)
             yield logits
 
     def _require_room(self, tokens: Sequence[int]) -> None:
@@ -148,7 +201,7 @@ class Session(ABC):
         for token in (min(tokens), max(tokens)):
             if not 0 <= token < self.vocab_size:
                 raise TokenError(f"token {token}: the vocabulary has {self.vocab_size}")
-        if self.position + len(tokens) > self.context_length:
+        if self.sink is None and self.position + len(tokens) > self.context_length:
             raise ContextError(
                 f"{len(tokens)} tokens at position {self.position}: the context holds {self.context_length}"
             )

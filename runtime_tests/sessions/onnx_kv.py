@@ -38,6 +38,7 @@ class OnnxSession(Session):
         kv = contract.kv
         vocab_size = int(contract.outputs[0].shape[-1])
         super().__init__(kv.context_length, min(contract.max_prefill, PIECE), contract.logits, vocab_size)
+        self.keep(kv)
         self.runtime = ort.InferenceSession(str(model), options_of(model, threads), providers=["CPUExecutionProvider"])
         self.binding = self.runtime.io_binding()
         self.ids, self.mask, *pasts = (spec.name for spec in contract.inputs)
@@ -76,7 +77,7 @@ class OnnxSession(Session):
 
     @property
     def earliest(self) -> int:
-        return self.oldest + self.window - 1 if self.oldest else 0
+        return self.oldest + self.window - 1 if self.oldest else super().earliest
 
     def reset(self) -> None:
         super().reset()

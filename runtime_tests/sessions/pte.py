@@ -67,4 +67,6 @@ def open_session(folder: Path, manifest: Manifest, *, threads: int) -> PteSessio
     program = load_program(folder / manifest.plan.target.artifact, threads)
     contract = manifest.contract
     names = [state.name for state in contract.states]
-    return PteSession(program, contract.kv.context_length, contract.max_prefill, names)
+    session = PteSession(program, contract.kv.context_length, contract.max_prefill, names)
+    session.keep(contract.kv)
+    return session

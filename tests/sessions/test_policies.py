@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from export import checkpoints, manifest
+from export.model import rope_tables, rotate, without
 from export.quantization.eager import eager
 from runtime_tests.chat.conversation import PrefixCache
-from runtime_tests.sessions.base import ContextError
+from runtime_tests.sessions.base import ContextError, leaving
 from tests.support.artifacts import opened
 from tests.support.metrics import random_tokens
 
@@ -70,6 +71,62 @@ def test_onnxruntime_genai_computes_with_the_same_window(tiny, expected):
         generator.append_tokens(np.array(TOKENS[start:end], np.int32))
         logits = generator.get_logits()[0, -1]
         assert np.abs(logits - expected[end - 1]).max() <= 2e-5 * np.abs(expected).max()
+
+
+SINK, SHORT = 5, 64
+"""Tokens that never leave, and the context of endless text: it is full seven times."""
+ENDLESS = TOKENS[:280]
+
+
+@pytest.fixture(scope="module")
+def attended(tiny):
+    """Logits after each token of endless text, by a cache of keys before RoPE, each turned where it is used."""
+    weights = checkpoints.load(manifest.read(tiny("onnx-cpu", "fp32")).plan.model, None)
+    model = eager(weights.read, weights.architecture, "none")
+    cos, sin = rope_tables(weights.architecture, SHORT)
+    heads, kept, rows = weights.architecture.head_dim, [[] for _ in model.model.layers], []
+    with torch.no_grad():
+        for token in ENDLESS:
+            if len(kept[0]) == SHORT:
+                for layer in kept:
+                    del layer[SINK : SINK + (SHORT - SINK) // 2]
+            x = model.model.embed_tokens(torch.tensor([[token]]))
+            for layer, cache in zip(model.model.layers, kept, strict=True):
+                h, own = layer.input_layernorm(x), layer.self_attn
+                q, k, v = (p(h).view(1, 1, -1, heads).transpose(1, 2) for p in (own.q_proj, own.k_proj, own.v_proj))
+                cache.append((k, v))
+                keys, values = (torch.cat(part, 2) for part in zip(*cache, strict=True))
+                end = len(cache)
+                q, keys = rotate(q, cos[end - 1 : end], sin[end - 1 : end]), rotate(keys, cos[:end], sin[:end])
+                out = torch.nn.functional.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
+                x = x + own.o_proj(out.transpose(1, 2).reshape(1, 1, -1))
+                x = x + layer.mlp(layer.post_attention_layernorm(x))
+            rows.append(model.lm_head(model.model.norm(x))[0, 0].numpy())
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("target", ["onnx-cpu", "executorch-xnnpack"])
+@pytest.mark.parametrize("pieces", [[1] * 280, [70, *[1] * 100, 110], [280], [7] * 40])
+def test_endless_text_is_exact_whatever_the_pieces_are(tiny, attended, target, pieces):
+    session = opened(tiny(target, "fp32", None, f"sink-{SINK}", context_length=SHORT))
+    fed = 0
+    for piece in pieces:
+        logits = session.feed(ENDLESS[fed : fed + piece])
+        fed += piece
+        assert np.abs(logits - attended[fed - 1]).max() <= 2e-5 * np.abs(attended).max()
+    assert session.tokens == [*ENDLESS[:SINK], *ENDLESS[SINK + len(session.left) :]]
+    assert session.left == ENDLESS[SINK : SINK + len(session.left)]
+
+
+def test_the_eager_models_cache_loses_tokens_exactly(tiny, attended):
+    weights = checkpoints.load(manifest.read(tiny("onnx-cpu", "fp32")).plan.model, None)
+    model, cache = eager(weights.read, weights.architecture, "none"), None
+    with torch.no_grad():
+        for token, row in zip(ENDLESS, attended, strict=True):
+            if cache and cache[0][0].shape[2] == SHORT:
+                cache = without(cache, weights.architecture, SINK, leaving(SHORT, SINK))
+            logits, cache = model(torch.tensor([[token]]), cache)
+            assert np.abs(logits[0, 0].numpy() - row).max() <= 1e-5 * np.abs(attended).max()
 
 
 def test_a_prompt_that_parts_before_the_window_is_fed_again(tiny, expected):

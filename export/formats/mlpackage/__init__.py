@@ -34,6 +34,7 @@ CACHES: tuple[Cache, ...] = ("float16",)
 NO_CACHES: dict[Cache, str] = dict.fromkeys(("float32", "bfloat16", "int8"), "Core ML's states are of float16 only")
 NO_POLICIES: dict[str, str] = {
     "window": "its mask is an input, which stock clients fill with all that came before",
+    "sink": "its states are of float16, and keys that move would be rounded again each time",
 }
 LOGGERS = ("coremltools",)
 _NATIVE = "libmilstoragepython*"

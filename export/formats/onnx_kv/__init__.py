@@ -27,7 +27,7 @@ NO_CACHES: dict[Cache, str] = {
     "tokens)",
     "bfloat16": "GroupQueryAttention has no kernel for it on CPUs",
 }
-NO_POLICIES: dict[str, str] = {"sink": "not yet"}
+NO_POLICIES: dict[str, str] = {}
 LOGGERS = ()
 FILE = "model.onnx"
 GENAI_CONFIG = "genai_config.json"

@@ -32,7 +32,7 @@ CACHES: tuple[Cache, ...] = ("float32", "bfloat16", "int8")
 NO_CACHES: dict[Cache, str] = {
     "float16": "ExecuTorch's attention has no kernels for it: six times the time of float32",
 }
-NO_POLICIES: dict[str, str] = {"window": "not yet", "sink": "not yet"}
+NO_POLICIES: dict[str, str] = {"window": "not yet"}
 LOGGERS = ("executorch",)
 _MAX_PREFILL = 512
 _SCALE_BYTES = {"int8": 5}
