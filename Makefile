@@ -27,6 +27,8 @@ NAME   ?=
 # tokens and numbers of the KV cache; empty: what the model's and the target's YAML have
 CONTEXT ?=
 CACHE   ?=
+# which tokens stay in it, window-N; empty: all
+POLICY  ?=
 
 # where recipes that calibrate compute: cpu or cuda; empty: cpu
 CALIBRATE_ON ?=
@@ -66,7 +68,7 @@ TIMINGS ?=
 # what users give reaches the shell and Python as the text it is, whatever characters a path has
 quote   = '$(subst ','\'',$(value $(1)))'
 each    = $(foreach item,$(value $(1)),'$(subst ','\'',$(item))')
-GIVEN   := PYTHON TORCH MODEL QUANT CALIBRATE_ON COMPILER EXECUTORCH DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME CONTEXT CACHE TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS SPEED VALIDATION TIMINGS QUICK STUDIED TARGETS
+GIVEN   := PYTHON TORCH MODEL QUANT CALIBRATE_ON COMPILER EXECUTORCH DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME CONTEXT CACHE POLICY TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS SPEED VALIDATION TIMINGS QUICK STUDIED TARGETS
 unexport $(GIVEN)
 # what is misspelled would be left out in silence; sub-makes and tests give PINS
 UNKNOWN := $(foreach name,$(filter-out $(GIVEN) PINS,$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
@@ -94,7 +96,7 @@ NO_SECRETS := --exclude-files '^(locks|configs/(calibration|evals/text|tasks/dat
 PLAN     = $(call quote,MODEL) $(call quote,QUANT)
 CHECKPOINT = $(if $(value SOURCE),--source=$(call quote,SOURCE)) $(if $(value ADAPTER),--adapter=$(call quote,ADAPTER))
 MERGED   = $(if $(value ADAPTER),--source=adapter:$(call quote,ADAPTER)//$(call quote,SOURCE),$(CHECKPOINT))
-ASKED    = $(if $(value CONTEXT),--context=$(call quote,CONTEXT)) $(if $(value CACHE),--cache=$(call quote,CACHE))
+ASKED    = $(if $(value CONTEXT),--context=$(call quote,CONTEXT)) $(if $(value CACHE),--cache=$(call quote,CACHE)) $(if $(value POLICY),--policy=$(call quote,POLICY))
 WEIGHTS  = $(CHECKPOINT) $(if $(value NAME),--name=$(call quote,NAME)) $(ASKED)
 BUILT    = $(WEIGHTS) $(if $(value CALIBRATE_ON),--device=$(call quote,CALIBRATE_ON)) $(SPENT)
 # the package with the weights of MODEL, where they are asked for and come out of one

@@ -10,7 +10,7 @@ from . import build as _room  # noqa: F401 – loaded later, the room would take
 
 if TYPE_CHECKING:
     from .manifest import Manifest
-    from .plan import Cache, Device
+    from .plan import Cache, Device, Policy
 
 
 def build(  # noqa: PLR0913 – the options of the command
@@ -23,6 +23,7 @@ def build(  # noqa: PLR0913 – the options of the command
     name: str | None = None,
     context: int | None = None,
     cache: "Cache | None" = None,
+    policy: "Policy | None" = None,
     device: "Device" = "cpu",
     out: str | Path | None = None,
 ) -> "Manifest":
@@ -32,7 +33,8 @@ def build(  # noqa: PLR0913 – the options of the command
     a .gguf file or a hub id, `adapter` the folder of a LoRA adapter that is merged into it, or into the base that the
     adapter names. `name` is the artifact's, by default the adapter's or source's own, or the model's. `context`
     replaces the model's context_length (tokens), `cache` the target's kind of KV cache (`float32`, `float16`,
-    `bfloat16` or `int8`), `out` the folder build/NAME_RECIPE_TARGET[_CONTEXT][_CACHE] below the working folder.
+    `bfloat16` or `int8`), `out` the folder build/NAME_RECIPE_TARGET[_CONTEXT][_CACHE][_POLICY] below the working
+    folder. `policy` says which tokens stay in the cache: `window-N` the last N.
     `device` is where calibration computes: `cpu` or `cuda`, whose integers differ a little.
     Raises ExportError: a mistake in any of these, or a machine that cannot build it.
     """
@@ -42,7 +44,16 @@ def build(  # noqa: PLR0913 – the options of the command
     from .host.console import console
 
     (plan,), origin = request.asked(
-        model, recipe, [target], source=source, adapter=adapter, name=name, context=context, cache=cache, device=device
+        model,
+        recipe,
+        [target],
+        source=source,
+        adapter=adapter,
+        name=name,
+        context=context,
+        cache=cache,
+        policy=policy,
+        device=device,
     )
     folder = request.place(plan, None if out is None else disk.expanded(out), several=False)
     if not skip.is_stale(plan, origin, folder):

@@ -26,7 +26,7 @@ from .checkpoints.origin import origin_of
 from .errors import ExportError
 from .host import disk, processes, processor
 from .host.console import console, say
-from .plan import Cache, Device
+from .plan import Cache, Device, Policy
 from .toolbox import commands
 
 app = typer.Typer(cls=with_default("build"), help=__doc__, add_completion=False, pretty_exceptions_enable=False)
@@ -44,6 +44,9 @@ _Adapter = Annotated[
 _Name = Annotated[str | None, typer.Option(help="of the artifact; default: the adapter's or source's own, else MODEL")]
 _Context = Annotated[int | None, typer.Option(help="tokens of the KV cache; default: the model's context_length")]
 _Cache = Annotated[Cache | None, typer.Option(help="numbers of the KV cache; default: the target's own kind")]
+_Policy = Annotated[
+    Policy | None, typer.Option(help="tokens that stay in the KV cache: window-N the last N; default: all")
+]
 _Out = Annotated[
     Path | None, typer.Option(help="the finished folder of one target; the folder that gets one for each of several")
 ]
@@ -59,6 +62,7 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     name: _Name = None,
     context: _Context = None,
     cache: _Cache = None,
+    policy: _Policy = None,
     out: _Out = None,
     device: Annotated[Device, typer.Option(help="where calibration computes; integers differ a little")] = "cpu",
     explain: Annotated[bool, typer.Option("--explain", help="say why each artifact is built again")] = False,
@@ -66,7 +70,8 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
 ) -> None:
     """Build build/NAME_RECIPE_TARGET, one artifact folder for each target: quantize once, lower, describe.
 
-    A context or a kind of cache other than those of model and target ends the folder's name: _8192_int8.
+    A context or a kind of cache other than those of model and target, and a policy, end the folder's name:
+    _8192_int8_window-1024.
 
     A folder that holds what would be written again is left as it is.
 
@@ -75,7 +80,16 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
     if len(set(target)) < len(target):
         raise typer.BadParameter("the same target twice", param_hint="TARGET")
     plans, origin = request.asked(
-        model, quant, target, source=source, adapter=adapter, name=name, context=context, cache=cache, device=device
+        model,
+        quant,
+        target,
+        source=source,
+        adapter=adapter,
+        name=name,
+        context=context,
+        cache=cache,
+        policy=policy,
+        device=device,
     )
     root, several = out and disk.expanded(out), len(plans) > 1
     if several and root and (root / manifest.FILE).is_file():
@@ -95,6 +109,7 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
             name=name,
             context=context,
             cache=cache,
+            policy=policy,
             device=device,
             out=folder,
         )
@@ -125,6 +140,7 @@ def folders(  # noqa: PLR0913, PLR0917 – the options of a build
     name: _Name = None,
     context: _Context = None,
     cache: _Cache = None,
+    policy: _Policy = None,
     out: _Out = None,
     stale: Annotated[bool, typer.Option("--stale", help="only those that a build would write anew")] = False,
 ) -> None:
@@ -133,7 +149,7 @@ def folders(  # noqa: PLR0913, PLR0917 – the options of a build
     Example: python -m export folders smollm2-135m int4-g32-gptq onnx-cpu coreml
     """
     plans, origin = request.asked(
-        model, quant, target, source=source, adapter=adapter, name=name, context=context, cache=cache
+        model, quant, target, source=source, adapter=adapter, name=name, context=context, cache=cache, policy=policy
     )
     root = out and disk.expanded(out)
     places = [(plan, request.place(plan, root, len(plans) > 1)) for plan in plans]

@@ -61,6 +61,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+def without(cache: Cache, architecture: Architecture, first: int, count: int) -> Cache:
+    """The cache as if `count` tokens from slot `first` on had never been fed to it.
+
+    What stands behind them moves up, and its keys are turned from their positions to the new ones.
+    """
+    total = cache[0][0].shape[2]
+    cos, sin = rope_tables(architecture, total, cache[0][0].device)
+    before, after = slice(first + count, total), slice(first, total - count)
+
+    def turned(keys: Tensor) -> Tensor:
+        return rotate(rotate(keys[:, :, before], cos[before], -sin[before]), cos[after], sin[after])
+
+    return tuple(
+        (torch.cat([keys[:, :, :first], turned(keys)], 2), torch.cat([values[:, :, :first], values[:, :, before]], 2))
+        for keys, values in cache
+    )
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) · weight, in float32."""
 
@@ -74,10 +92,11 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over the cache and the new tokens."""
+    """Grouped-query attention over the cache and the new tokens; with a window each sees the last that many."""
 
-    def __init__(self, a: Architecture) -> None:
+    def __init__(self, a: Architecture, window: int | None = None) -> None:
         super().__init__()
+        self.window = window
         self.head_dim = a.head_dim
         self.q_proj = nn.Linear(a.hidden_size, a.num_attention_heads * a.head_dim, bias=False)
         self.k_proj = nn.Linear(a.hidden_size, a.num_key_value_heads * a.head_dim, bias=False)
@@ -98,6 +117,8 @@ class Attention(nn.Module):
         total = k.shape[2]
         # the last of the new tokens sees all `total` tokens, each one before it one fewer
         visible = torch.ones(new, total, dtype=torch.bool, device=x.device).tril(total - new)
+        if self.window is not None:
+            visible = visible.triu(total - new - self.window + 1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).reshape(batch, new, -1)), (k, v)
 
@@ -119,9 +140,9 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, a: Architecture) -> None:
+    def __init__(self, a: Architecture, window: int | None = None) -> None:
         super().__init__()
-        self.self_attn = Attention(a)
+        self.self_attn = Attention(a, window)
         self.mlp = MLP(a)
         self.input_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
@@ -137,11 +158,11 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers, final norm: `model.` of the checkpoint; a rotated model rotates the stream and back."""
 
-    def __init__(self, a: Architecture) -> None:
+    def __init__(self, a: Architecture, window: int | None) -> None:
         super().__init__()
         # an empty table: drawing one at random would import a compiler, a second in every process, even on meta
         self.embed_tokens = nn.Embedding(a.vocab_size, a.hidden_size, _weight=torch.empty(a.vocab_size, a.hidden_size))
-        self.layers = nn.ModuleList(Layer(a) for _ in range(a.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(a, window) for _ in range(a.num_hidden_layers))
         self.norm = RMSNorm(a.hidden_size, a.rms_norm_eps)
         self.rotate_in, self.rotate_out = (
             nn.Linear(a.hidden_size, a.hidden_size, bias=False) if a.rotated else nn.Identity() for _ in range(2)
@@ -149,12 +170,15 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """Tokens and cache in, logits and cache out. Built empty (meta device); `load` fills it."""
+    """Tokens and cache in, logits and cache out. Built empty (meta device); `load` fills it.
 
-    def __init__(self, architecture: Architecture) -> None:
+    `window`: tokens that each one attends to, at their positions; None: all before it. The cache holds all of them.
+    """
+
+    def __init__(self, architecture: Architecture, window: int | None = None) -> None:
         super().__init__()
         with torch.device("meta"):
-            self.model = Decoder(architecture)
+            self.model = Decoder(architecture, window)
             self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
         self.architecture = architecture
 

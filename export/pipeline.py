@@ -74,6 +74,7 @@ def _tokenizer(weights: checkpoints.Checkpoint, backend: formats.Format, folder:
 def check(plan: Plan, architecture: Architecture, backend: formats.Format) -> None:
     """Refuse a recipe or target that does not fit these shapes, before a weight is read or hashed."""
     formats.check_cache(plan)
+    formats.check_policy(plan)
     schemes.check(plan.quant, architecture)
     backend.check(plan, architecture)
 

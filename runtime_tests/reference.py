@@ -63,15 +63,16 @@ def _write_logits(forward: _Forward, task: ReferenceTask, vocab_size: int) -> It
 def _forward_of(kind: Kind, model: QuantizedModel, described: Manifest) -> _Forward:
     """The reference model as tokens [B, S], first → logits [B, S - first, V] from position `first` on."""
     if kind == "huggingface":
-        return hugging_face(model.checkpoint)
+        return hugging_face(model.checkpoint, described.plan.window)
     return partial(_from, _eager_of(kind, model, described))
 
 
 def _eager_of(kind: Kind, model: QuantizedModel, described: Manifest) -> Llama:
+    window = described.plan.window
     if kind == "fp32":
-        llama = eager(model.checkpoint.read, model.checkpoint.architecture, "none")
+        llama = eager(model.checkpoint.read, model.checkpoint.architecture, "none", window)
     else:
-        llama = eager(model.read, model.architecture, described.plan.target.activations)
+        llama = eager(model.read, model.architecture, described.plan.target.activations, window)
     if kind == "noise":
         _add_noise(llama)
     return llama
@@ -112,7 +113,7 @@ def _add_noise(llama: Llama) -> None:
             module.register_forward_hook(disturb)
 
 
-def hugging_face(checkpoint: Checkpoint) -> _Forward:
+def hugging_face(checkpoint: Checkpoint, window: int | None = None) -> _Forward:
     """transformers' own Llama with the checkpoint's weights, built without a config.json."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -125,7 +126,14 @@ def hugging_face(checkpoint: Checkpoint) -> _Forward:
     model.load_state_dict(weights, strict=True, assign=True)
     model.model.rotary_emb = LlamaRotaryEmbedding(config)  # its table is not a weight, so it is still on meta
     model.eval()
-    return lambda tokens, first=0: model(tokens, use_cache=False).logits[:, first:]
+
+    def forward(tokens: torch.Tensor, first: int = 0) -> torch.Tensor:
+        visible = None if window is None else torch.ones(2 * tokens.shape[1:], dtype=torch.bool).tril().triu(1 - window)
+        mask = None if visible is None else visible.expand(len(tokens), 1, -1, -1)
+        logits: torch.Tensor = model(tokens, attention_mask=mask, use_cache=False).logits[:, first:]
+        return logits
+
+    return forward
 
 
 def locate(kind: Kind, described: Manifest, tokens: NDArray[np.int64], cache: Path) -> Path:
@@ -138,7 +146,7 @@ def locate(kind: Kind, described: Manifest, tokens: NDArray[np.int64], cache: Pa
         "shape": tokens.shape,
         "code": [digests.room_digest("checkpoints", "quantization", "model.py"), digests.code_digest(Path(__file__))],
         "torch": version("torch"),
-    }
+    } | ({"policy": policy} if (policy := described.plan.policy) else {})
     if kind in ("quantized", "noise"):
         inputs |= {"key": described.quantization.key, "activations": described.plan.target.activations}
         inputs["torchao"] = version("torchao")

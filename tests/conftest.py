@@ -83,8 +83,8 @@ def tiny(tmp_path_factory, shared, store):
     """Builds the tiny model for a target, once for all processes of this run; tests must not change it."""
 
     @cache
-    def build(target, quant="int4-g32", kind=None, **model):
-        plan = load_plan("tiny", quant, target, cache=kind)
+    def build(target, quant="int4-g32", kind=None, policy=None, **model):
+        plan = load_plan("tiny", quant, target, cache=kind, policy=policy)
         plan = plan.model_copy(update={"model": plan.model.model_copy(update=model)})
         made = shared / f"tiny-{hashlib.sha256(plan.model_dump_json().encode()).hexdigest()[:16]}"
         with disk.turn(made.with_suffix(".turn")):

@@ -60,14 +60,15 @@ def test_logits_equal_transformers(name):
     assert expected.std() > 0.1  # not equal because both are flat
 
 
-def test_cached_decode_at_depth_equals_transformers():
+@pytest.mark.parametrize("window", [None, 24])
+def test_cached_decode_at_depth_equals_transformers(window):
     weights = seeded("tiny")
     a = weights.architecture
     # past original_max_position_embeddings (64), so that scaled RoPE is seen at work
     tokens = torch.randint(0, a.vocab_size, (2, 200), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        expected = hugging_face(weights)(tokens)
-    assert (cached(eager(weights.read, a, "none"), tokens, 120) - expected).abs().max() <= 1e-4
+        expected = hugging_face(weights, window)(tokens)
+    assert (cached(eager(weights.read, a, "none", window), tokens, 120) - expected).abs().max() <= 1e-4
 
 
 def test_a_stale_cache_slot_is_seen():

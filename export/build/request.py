@@ -13,7 +13,7 @@ from export.checkpoints.origin import Adapter, Origin, chosen_origin, halves, la
 from export.errors import told
 from export.host.text import visible
 from export.manifest import Manifest
-from export.plan import Cache, Device, ModelSpec, Plan, Target, load_named, load_plan, names
+from export.plan import Cache, Device, ModelSpec, Plan, Policy, Target, load_named, load_plan, names
 
 from . import skip
 
@@ -30,15 +30,17 @@ def asked(  # noqa: PLR0913 – the options of the command
     name: str | None = None,
     context: int | None = None,
     cache: Cache | None = None,
+    policy: Policy | None = None,
     device: Device = "cpu",
 ) -> tuple[list[Plan], Origin | None]:
     """One plan for each target, and where the weights come from; None: from where the model's YAML says.
 
     Without a name the artifact has the checkpoint's or the adapter's own, or the model's. Raises ExportError.
     """
-    plans = [load_plan(model, recipe, target, context, device, cache) for target in targets]
+    plans = [load_plan(model, recipe, target, context, device, cache=cache, policy=policy) for target in targets]
     for plan in plans:
         formats.check_cache(plan)
+        formats.check_policy(plan)
     origin = chosen_origin(source, adapter)
     return [named(plan, origin, name) for plan in plans], origin
 
@@ -65,6 +67,8 @@ def words(plan: Plan, source: str | None, adapter: str | None = None) -> list[st
         command += ["--context", str(plan.model.context_length)]
     if (cache := formats.cache_of(plan)) != _usual_cache(plan.target):
         command += ["--cache", cache]
+    if plan.policy:
+        command += ["--policy", plan.policy]
     if plan.device != "cpu":
         command += ["--device", plan.device]
     return command

@@ -129,6 +129,8 @@ class Format(Protocol):
     """Kinds of KV cache that its runtime computes with; first what artifacts have where nothing else is asked for."""
     NO_CACHES: Mapping[Cache, str]
     """Why others are refused, as far as there is more to say than that the runtime has none."""
+    NO_POLICIES: Mapping[str, str]
+    """Why a kind of policy is refused; those that are not here it has."""
     LOGGERS: tuple[str, ...]
     """Loggers of its libraries that warn about optional parts; the commands print only their errors."""
 
@@ -283,8 +285,37 @@ def check_cache(plan: Plan) -> None:
         )
 
 
-def kv_layout(plan: Plan, a: Architecture, kind: Literal["io", "state"], *, scale_bytes: int = 0) -> KVLayout:
-    """The contract's description of a KV cache with one slot for each position of the context."""
+def check_policy(plan: Plan) -> None:
+    """Raise ExportError where the runtime cannot do it exactly, or it would change nothing."""
+    backend, target, context = load(plan.target.backend), plan.target.name, plan.model.context_length
+    if plan.policy and (reason := backend.NO_POLICIES.get(plan.policy.partition("-")[0])):
+        raise ExportError(f"target {target!r} with --policy {plan.policy}: {reason}")
+    if plan.window and plan.window >= context:
+        raise ExportError(
+            f"--policy {plan.policy}: the context has {context} tokens, which are all in such a window; leave the "
+            "option out, or give a larger --context"
+        )
+    if plan.sink and plan.sink > context // 2:
+        raise ExportError(f"--policy {plan.policy}: at most half of the context, {context // 2} tokens, never leaves")
+    if plan.sink and (kind := cache_of(plan)) != "float32":
+        raise ExportError(
+            f"target {target!r} with --policy {plan.policy}: keys that move are turned to their new positions, "
+            f"and a cache of {kind} would round them again each time; it takes --cache float32"
+        )
+
+
+def kv_layout(
+    plan: Plan, a: Architecture, kind: Literal["io", "state"], *, scale_bytes: int = 0, slack: int = 0
+) -> KVLayout:
+    """The contract's description of a KV cache, with a slot for each position of the context.
+
+    Where a window leaves `slack` more slots than it needs fewer than that, for those.
+    """
+    slots, frequencies = plan.window and plan.window + slack, ()
+    if plan.sink:
+        from export.model import rope_frequencies  # loads torch, as nothing else here does
+
+        frequencies = tuple(rope_frequencies(a).tolist())
     return KVLayout(
         kind=kind,
         dtype=cache_of(plan),
@@ -292,13 +323,23 @@ def kv_layout(plan: Plan, a: Architecture, kind: Literal["io", "state"], *, scal
         kv_heads=a.num_key_value_heads,
         head_dim=a.head_dim,
         context_length=plan.model.context_length,
+        window=plan.window,
+        slots=slots if slots and slots < plan.model.context_length else None,
+        sink=plan.sink,
+        frequencies=frequencies,
         scale_bytes=scale_bytes,
     )
 
 
 def cache_bytes(kv: KVLayout) -> int:
     """Keys and values of all slots, which are there from the start, with the scales that lie beside them."""
-    return 2 * kv.layers * kv.context_length * kv.kv_heads * (size(kv.dtype, (kv.head_dim,)) + kv.scale_bytes)
+    return (
+        2
+        * kv.layers
+        * (kv.slots or kv.context_length)
+        * kv.kv_heads
+        * (size(kv.dtype, (kv.head_dim,)) + kv.scale_bytes)
+    )
 
 
 def in_a_line(error: BaseException) -> str:

@@ -82,6 +82,9 @@ def _contradictions(described: Manifest, own: tuple[str, ...]) -> Iterator[str]:
         ("contract.kv.head_dim", kv.head_dim, a.head_dim),
         ("contract.kv.context_length", kv.context_length, plan.model.context_length),
         ("contract.kv.dtype", kv.dtype, formats.cache_of(plan)),
+        ("contract.kv.window", kv.window, plan.window),
+        ("contract.kv.sink", kv.sink, plan.sink),
+        ("contract.kv.frequencies", len(kv.frequencies), kv.head_dim // 2 if plan.sink else 0),
         ("contract.logits", described.contract.logits, plan.target.logits),
     )
     yield from (f"{manifest.FILE}: {name} is {a!r}, expected {b!r}" for name, a, b in pairs if a != b)

@@ -94,8 +94,9 @@ def line(described: Manifest) -> str:
 
 
 def cache(kv: KVLayout) -> str:
-    """Of a KV cache: `io, int8, 23.6 MB`."""
-    return f"{kv.kind}, {kv.dtype}, {cache_bytes(kv) / 1e6:.1f} MB"
+    """Of a KV cache: `io, int8, 23.6 MB`, `io, float32, window of 1,024 tokens, 14.7 MB`."""
+    policy = f", window of {kv.window:,} tokens" if kv.window else f", the first {kv.sink} stay" if kv.sink else ""
+    return f"{kv.kind}, {kv.dtype}{policy}, {cache_bytes(kv) / 1e6:.1f} MB"
 
 
 def _chosen(described: Manifest) -> Iterator[str]:

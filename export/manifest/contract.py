@@ -25,7 +25,16 @@ class KVLayout(Strict):
     kv_heads: Positive
     head_dim: Positive
     context_length: Positive
-    """Slots: positions 0…context_length-1 can be fed."""
+    """Positions 0…context_length-1 can be fed."""
+    window: Annotated[Positive | None, Field(exclude_if=lambda window: window is None)] = None
+    """Tokens that each one attends to, the last ones, itself among them; null: all before it."""
+    slots: Annotated[Positive | None, Field(exclude_if=lambda slots: slots is None)] = None
+    """With a window: positions that the cache has room for, and reuses; null: for the whole context."""
+    sink: Annotated[Positive | None, Field(exclude_if=lambda sink: sink is None)] = None
+    """First tokens that never leave. In a full context the older half of the others leaves, the rest moves up to their
+    positions, its keys turned to them; null: a full context takes no more tokens."""
+    frequencies: Annotated[tuple[float, ...], Field(exclude_if=lambda frequencies: not frequencies)] = ()
+    """With a sink: how far RoPE turns each pair of channels, i and i + D/2, of a key per position, radians, float32."""
     scale_bytes: Annotated[int, Field(ge=0, exclude_if=lambda count: count == 0)] = 0
     """In the cache, beside each head's keys of a position, and beside its values: their own scale and zero."""
 

@@ -25,7 +25,7 @@ from .recipe import (
     Rotation,
     WeightScheme,
 )
-from .target import Attention, Cache, CacheLimits, Target, TargetLimits
+from .target import Attention, Cache, CacheLimits, Policy, Target, TargetLimits
 
 __all__ = [
     "CONFIGS",
@@ -44,6 +44,7 @@ __all__ = [
     "ModelSpec",
     "Name",
     "Plan",
+    "Policy",
     "Promotion",
     "QuantLimits",
     "QuantRecipe",
@@ -112,6 +113,8 @@ class Plan(Strict):
     """Tokens that were asked for instead of the model's; `model.context_length` holds them too."""
     cache: Annotated[Cache | None, Field(exclude_if=lambda cache: cache is None)] = None
     """The kind that was asked for instead of the target's."""
+    policy: Annotated[Policy | None, Field(exclude_if=lambda policy: policy is None)] = None
+    """null: all tokens stay in the cache, until the context is full."""
 
     @model_validator(mode="before")
     @classmethod
@@ -133,9 +136,23 @@ class Plan(Strict):
 
     @property
     def id(self) -> str:
-        """`NAME_RECIPE_TARGET[_CONTEXT][_CACHE]`, the default output folder: the last two where a YAML has others."""
-        asked = (str(asked) for asked in (self.context, self.cache) if asked is not None)
+        """`NAME_RECIPE_TARGET[_CONTEXT][_CACHE][_POLICY]`, the default output folder: the last three if asked for."""
+        asked = (str(asked) for asked in (self.context, self.cache, self.policy) if asked is not None)
         return "_".join((self.name, self.quant.name, self.target.name, *asked))
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that each one attends to; None: all before it."""
+        return self._tokens_of("window")
+
+    @property
+    def sink(self) -> int | None:
+        """First tokens that never leave; None: no token does."""
+        return self._tokens_of("sink")
+
+    def _tokens_of(self, kind: str) -> int | None:
+        name, _, count = (self.policy or "").partition("-")
+        return int(count) if name == kind else None
 
     def named(self, name: str) -> "Plan":
         """The plan of an artifact of that name. Raises ExportError: it is no name, or too long."""
@@ -147,13 +164,15 @@ class Plan(Strict):
             raise ExportError(f"--name {error}") from None
 
 
-def load_plan(
+def load_plan(  # noqa: PLR0913 – what a command asks for
     model: str,
     quant: str,
     target: str,
     context_length: int | None = None,
     device: Device = "cpu",
+    *,
     cache: Cache | None = None,
+    policy: Policy | None = None,
 ) -> Plan:
     """The plan of three names, for the model's own checkpoint.
 
@@ -169,15 +188,19 @@ def load_plan(
     recipe = load_named(QuantRecipe, "quant", quant)
     if device != "cpu" and recipe.calibration is None:
         raise ExportError(f"--device {device}: recipe {quant!r} calibrates nothing; leave the option out")
-    return Plan(
-        name=spec.name,
-        model=spec,
-        quant=recipe,
-        target=runtime,
-        device=device,
-        context=context,
-        cache=None if cache == runtime.cache else cache,
-    )
+    try:
+        return Plan(
+            name=spec.name,
+            model=spec,
+            quant=recipe,
+            target=runtime,
+            device=device,
+            context=context,
+            cache=None if cache == runtime.cache else cache,
+            policy=policy,
+        )
+    except ValidationError as error:
+        raise ExportError(f"{model} × {quant} × {target}: {explain(error)}") from None
 
 
 def shortened(plan: Plan, positions: int) -> Plan:

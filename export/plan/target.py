@@ -13,6 +13,9 @@ Attention = Literal["fused", "plain"]
 """One operation of the runtime, or its parts: matmul, softmax, matmul."""
 Cache = Literal["float32", "float16", "bfloat16", "int8"]
 """Numbers of a KV cache."""
+Policy = Annotated[str, Field(pattern=r"^(window|sink)-[1-9][0-9]{0,6}$")]
+"""Which tokens stay in the KV cache. `window-N`: a token attends to the last N, itself among them, at their positions.
+`sink-N`: all, and when the context is full, the older half of those behind the first N leaves; the rest moves up."""
 
 
 class TargetLimits(Strict):

@@ -14,9 +14,9 @@ _ReadWeight = Callable[[str], torch.Tensor | Integers]
 _INT8_ACTIVATIONS = "int8_asym_per_token"
 
 
-def eager(weight_of: _ReadWeight, architecture: Architecture, activations: str) -> Llama:
+def eager(weight_of: _ReadWeight, architecture: Architecture, activations: str, window: int | None = None) -> Llama:
     """The model of these weights; `activations` as in the target YAML (int8 per token: linears only)."""
-    return Llama(architecture).load(dict(eager_weights(weight_of, architecture, activations)))
+    return Llama(architecture, window).load(dict(eager_weights(weight_of, architecture, activations)))
 
 
 def eager_weights(

@@ -48,6 +48,7 @@ def statement(folder: Path, described: Manifest) -> dict[str, Any]:
                     "target": plan.target.name,
                     "context": plan.model.context_length,
                     **({"cache": plan.cache} if plan.cache else {}),
+                    **({"policy": plan.policy} if plan.policy else {}),
                 },
                 "internalParameters": {"code": code.sha256, "localChanges": code.dirty},
                 "resolvedDependencies": list(_dependencies(described)),

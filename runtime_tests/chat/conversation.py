@@ -40,6 +40,8 @@ class PrefixCache:
         The prompt's last token is never counted: it must be fed to get the logits after it.
         """
         shared = min(common_prefix(self.tokens, prompt), len(prompt) - 1)
+        if shared < self.session.earliest:
+            shared = 0
         if shared == 0:
             self.session.reset()
         elif shared < len(self.tokens):

@@ -69,7 +69,7 @@ class Cut:
     template: _Tokens
     """What the chat template writes."""
     far: Mapping[str, _Tokens]
-    """Up to places of the context, where the artifact has a cache of a kind that has limits of its own."""
+    """Up to places of the context, where the artifact's cache has a kind with limits of its own, or a policy."""
 
 
 def cut_tokens(subject: Subject) -> Cut:
@@ -87,7 +87,7 @@ def cut_tokens(subject: Subject) -> Cut:
     probes = Windows(np.stack([singles, singles], axis=1), ("probe",) * len(singles), prefill=1)
     scratch = subject.setting.scratch
     template = evaluation.template_window(loaded, subject.manifest)
-    far = evaluation.far_windows(subject.setting.evaluation, loaded, subject.manifest) if subject.cache_limits else {}
+    far = evaluation.far_windows(subject.setting.evaluation, loaded, subject.manifest) if subject.far_limits else {}
     return Cut(
         windows=_save(windows, scratch / "windows.npy"),
         probes=_save(probes, scratch / "probes.npy"),
@@ -217,7 +217,7 @@ def _require_template(template: Windows, logits: NDArray[np.float32]) -> Finding
 
 def compare_cache(subject: Subject, cut: Cut, references: References) -> Finding:
     """The artifact against our quantized model near some places of its context and at its end."""
-    if not cut.far:
+    if (limits := subject.far_limits) is None:
         return Finding()
     windows, outs = list(cut.far.values()), [subject.setting.scratch / f"artifact-{i}.npy" for i in range(len(cut.far))]
     tasks = tuple(jobs.Task(**tokens.task(out)) for tokens, out in zip(windows, outs, strict=True))
@@ -227,7 +227,7 @@ def compare_cache(subject: Subject, cut: Cut, references: References) -> Finding
         with subject.setting.turns.given_away():
             measured = _compare_far(cut.far, references.far, outs)
             noise = _compare_far(cut.far, references.far, references.far_noise) if references.far_noise else None
-    return Finding(tuple(gates.cache(measured, noise, subject.limits)), comparisons={"cache": measured})
+    return Finding(tuple(gates.cache(measured, noise, limits)), comparisons={"cache": measured})
 
 
 def _compare_far(windows: Mapping[str, _Tokens], references: Sequence[Path], candidates: Sequence[Path]) -> Comparison:

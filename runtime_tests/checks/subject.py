@@ -21,7 +21,7 @@ from runtime_tests.jobs.child import Child
 from runtime_tests.jobs.isolation import Ended
 from runtime_tests.places import ArtifactJob, Place
 
-from .limits import Limits
+from .limits import FEW_POSITIONS, Limits
 
 _Result = TypeVar("_Result")
 
@@ -133,6 +133,13 @@ class Subject:
     def cache_limits(self) -> CacheLimits | None:
         """What its kind of cache may lose; None: it is compared with nothing, being the format's usual one."""
         return self.judged_by.cache.get(formats.cache_of(self.manifest.plan))
+
+    @property
+    def far_limits(self) -> TargetLimits | None:
+        """What it may lose at several places of its context; None: it is compared there with nothing."""
+        if self.cache_limits or not self.manifest.plan.policy:
+            return self.limits if self.cache_limits else None
+        return self.judged_by.on(self.setting.place.abi, FEW_POSITIONS)
 
     @property
     def folder_text(self) -> str:

@@ -41,10 +41,13 @@ class Golden(Strict):
 
 
 def golden_of(described: Manifest) -> Golden | None:
-    """The golden answer, if there is one, of an artifact built from its model's weights in configs/models."""
+    """The golden answer, if there is one, of an artifact built from its model's weights in configs/models.
+
+    None too for one with a policy, which attends to other tokens.
+    """
     name, recipe = described.plan.model.name, described.plan.quant.name
     path = GOLDEN / f"{name}_{recipe}.json"
-    if not path.is_file() or name not in names("models"):
+    if not path.is_file() or name not in names("models") or described.plan.policy:
         return None
     if is_own(file_of("models", name)) or is_own(file_of("quant", recipe)):  # another model or recipe of that name
         return None

@@ -83,8 +83,9 @@ def plan_key(described: Manifest, evaluation: Evaluation) -> PlanKey:
 
 
 def _target(plan: Plan) -> dict[str, Any]:
-    """What a target's YAML decides, with the kind of cache where it is not the format's first."""
+    """What a target's YAML decides, with the kind of cache where it is not the format's first, and a policy."""
     fields = plan.target.model_dump(mode="json", exclude=_WORDS | {"cache"})
+    fields |= {"policy": plan.policy} if plan.policy else {}
     if plan.target.backend not in formats.names():  # refused where artifacts are admitted
         return fields
     kind = formats.cache_of(plan)

@@ -23,9 +23,10 @@ _MEANINGS = {
     "is left is a wrong conversion.",
     "logits finite: problems": "No logit is NaN or infinite. Suspect: an overflow in the runtime.",
     "template tokens finite: problems": "The same after the special tokens of the chat template.",
-    "cache: mean KL": "How far the file with its kind of cache is from the quantized model with a float32 one, nats, "
-    "where it is farthest: near the start, further on, or at the end of the context. Suspect: the cache's scales.",
-    "cache: top-1": "Positions there where the likeliest token is still the same. Suspect: the cache's scales.",
+    "cache: mean KL": "How far the file with its kind of cache is from the quantized model with a float32 one, of the "
+    "same policy, nats, where it is farthest: near the start, further on, or at the end of the context. Suspects: the "
+    "cache's scales, its policy.",
+    "cache: top-1": "Positions there where the likeliest token is still the same. Suspects as before.",
     "cache: broken promises": "The KV cache at its last position, past it, after a reset and a rewind.",
     "golden tokens": "Greedy answers equal to the stored ones of this model, token by token.",
     "tokens as on this machine: gap in logits": "The device's greedy answer is this machine's, up to a choice so close "

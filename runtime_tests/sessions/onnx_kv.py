@@ -14,7 +14,7 @@ import numpy as np
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # its mere import would write an id of this device and call Microsoft
 import onnxruntime as ort
 
-from .base import Session
+from .base import CacheError, Session
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,19 +28,29 @@ RUNTIME = "our session, onnxruntime with IO binding"
 
 
 class OnnxSession(Session):
-    """One model. Every cache buffer is bound both as past and as present, so a step writes only its own slots."""
+    """One model. Every cache buffer is bound both as past and as present, so a step writes only its own slots.
+
+    With a window of W tokens in C slots, the first of them hold the newest tokens in order. Where a token finds no
+    slot, GroupQueryAttention removes C - W + 1 at once.
+    """
 
     def __init__(self, model: Path, contract: IOContract, threads: int) -> None:
         kv = contract.kv
         vocab_size = int(contract.outputs[0].shape[-1])
         super().__init__(kv.context_length, min(contract.max_prefill, PIECE), contract.logits, vocab_size)
+        self.keep(kv)
         self.runtime = ort.InferenceSession(str(model), options_of(model, threads), providers=["CPUExecutionProvider"])
         self.binding = self.runtime.io_binding()
         self.ids, self.mask, *pasts = (spec.name for spec in contract.inputs)
         self.output, *presents = (spec.name for spec in contract.outputs)
+        self.window = getattr(kv, "window", None) or kv.context_length
+        self.slots = getattr(kv, "slots", None) or kv.context_length
+        self.oldest = 0
+        """Position of the first token that is in the cache."""
+        self.caches: dict[str, NDArray[Any]] = {}
         for past, present in zip(pasts, presents):  # noqa: B905 – Python 3.9
-            slots = np.zeros((1, kv.kv_heads, kv.context_length, kv.head_dim), kv.dtype)
-            buffer = ort.OrtValue.ortvalue_from_numpy(slots)
+            self.caches[past] = np.zeros((1, kv.kv_heads, self.slots, kv.head_dim), kv.dtype)
+            buffer = ort.OrtValue.ortvalue_from_numpy(self.caches[past])  # the same memory
             self.binding.bind_ortvalue_input(past, buffer)
             self.binding.bind_ortvalue_output(present, buffer)
         self.row = np.empty((1, 1, vocab_size), np.float32)
@@ -54,8 +64,37 @@ class OnnxSession(Session):
         self.binding.bind_cpu_input(self.mask, self.visible[:, : position + new])
         self.binding.bind_output(self.output, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         self.runtime.run_with_iobinding(self.binding)
+        self.oldest = max(self.oldest, self._first(position + new))
         rows: NDArray[np.float32] = logits[0]
         return rows
+
+    def _first(self, total: int) -> int:
+        """Position of the token in slot 0 after so many tokens."""
+        if total <= self.slots:
+            return 0
+        leave = self.slots - self.window + 1
+        return -(-(total - self.slots) // leave) * leave
+
+    @property
+    def earliest(self) -> int:
+        return self.oldest + self.window - 1 if self.oldest else super().earliest
+
+    def reset(self) -> None:
+        super().reset()
+        self.oldest = 0
+
+    def rewind(self, length: int) -> None:
+        """Move what is left to the slots in which GroupQueryAttention expects it; those before it are out of sight."""
+        before = self.position
+        super().rewind(length)
+        if moved := self._first(before) - self._first(length):
+            for cache in self.caches.values():
+                cache[:, :, moved:] = cache[:, :, :-moved].copy()
+
+    def buffers(self) -> dict[str, NDArray[Any]]:
+        if self.slots < self.context_length:
+            raise CacheError("tokens move in the KV cache of a window, and none has a slot of its own")
+        return {name: np.moveaxis(slots, 2, 0) for name, slots in self.caches.items()}
 
 
 def options_of(model: Path, threads: int) -> ort.SessionOptions:

@@ -177,7 +177,11 @@ def _scores(
         if not continuation:
             yield _CERTAIN
             continue
-        session.rewind(len(context))
+        if len(context) >= session.earliest:
+            session.rewind(len(context))
+        else:  # the window has moved past it
+            session.reset()
+            session.feed(context)
         total, greedy = _step(after_context[None], continuation[:1])
         for first in range(0, len(continuation) - 1, _ROWS):
             fed = continuation[first : min(first + _ROWS, len(continuation) - 1)]

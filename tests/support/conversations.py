@@ -19,6 +19,10 @@ class Counting:
         self.session, self.fed, self.rewinds = session, [], []
         self.context_length = session.context_length
 
+    @property
+    def earliest(self):
+        return self.session.earliest
+
     def reset(self):
         self.session.reset()
         self.rewinds.append(0)

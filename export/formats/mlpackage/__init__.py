@@ -32,6 +32,10 @@ MODEL, WEIGHTS = f"{AUTHOR}/model.mlmodel", f"{AUTHOR}/weights"
 TOOLS = ("coremltools",)
 CACHES: tuple[Cache, ...] = ("float16",)
 NO_CACHES: dict[Cache, str] = dict.fromkeys(("float32", "bfloat16", "int8"), "Core ML's states are of float16 only")
+NO_POLICIES: dict[str, str] = {
+    "window": "its mask is an input, which stock clients fill with all that came before",
+    "sink": "its states are of float16, and keys that move would be rounded again each time",
+}
 LOGGERS = ("coremltools",)
 _NATIVE = "libmilstoragepython*"
 """What writes weights; builds from source have none."""

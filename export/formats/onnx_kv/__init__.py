@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from export.architecture import Architecture
 from export.errors import ExportError
 from export.formats import Build, Lowered, Needs, cache_of, clients, kv_layout, refuse_plain_attention
-from export.manifest import IOContract, TensorSpec, TokenizerIds
+from export.manifest import IOContract, KVLayout, TensorSpec, TokenizerIds
 from export.plan import Cache, Plan, WeightScheme
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ NO_CACHES: dict[Cache, str] = {
     "tokens)",
     "bfloat16": "GroupQueryAttention has no kernel for it on CPUs",
 }
+NO_POLICIES: dict[str, str] = {}
 LOGGERS = ()
 FILE = "model.onnx"
 GENAI_CONFIG = "genai_config.json"
@@ -38,6 +39,8 @@ limit make it 55 % longer."""
 _CHUNK = 128
 """Tokens of a prompt that onnxruntime-genai feeds at a time. It holds logits of all of them: a prompt of 1,900 tokens
 takes 8.7 s of CPU time and 326 MB in pieces, 12.0 s and 423 MB at once (SmolLM2-135M)."""
+_SLACK = 256
+"""Slots beyond a window. When all are taken, as many tokens leave at once; until then the cache can be rewound."""
 _BLOCK_SIZES = (256, 128, 64, 32, 16)
 """Block sizes of MatMulNBits and GatherBlockQuantized."""
 _BLOCKS_PER_CHANNEL = 16
@@ -133,7 +136,7 @@ def lower(model: "QuantizedModel", build: Build) -> Lowered:
 
 def _contract_of(architecture: Architecture, plan: Plan) -> IOContract:
     """Inputs and outputs named as by onnxruntime-genai's own builder."""
-    a, kv = architecture, kv_layout(plan, architecture, "io")
+    a, kv = architecture, kv_layout(plan, architecture, "io", slack=_SLACK)
     past, present = (
         tuple(
             TensorSpec(
@@ -176,7 +179,7 @@ def _genai_config(architecture: Architecture, contract: IOContract, tokenizer: T
             "pad_token_id": tokenizer.eos_ids[0] if tokenizer.pad_id is None else tokenizer.pad_id,
             "vocab_size": architecture.vocab_size,
             "context_length": context,
-            "decoder": _decoder(architecture, filename),
+            "decoder": _decoder(architecture, filename) | _sliding_window(contract.kv),
         },
         "search": {
             "do_sample": False,
@@ -217,6 +220,15 @@ def _decoder(architecture: Architecture, filename: str) -> Any:
             "present_value_names": "present.%d.value",
         },
     }
+
+
+def _sliding_window(kv: KVLayout) -> Any:
+    """How the client sizes its buffers, where the graph reuses slots."""
+    if kv.window is None or kv.slots is None:
+        return {}
+    sizes = {"window_size": kv.window, "cache_slack": kv.slots - kv.window}
+    unslid = {"slide_key_value_cache": False, "slide_inputs": False}  # GroupQueryAttention moves what is in the cache
+    return {"sliding_window": sizes | unslid | {"layers": list(range(kv.layers))}}
 
 
 def _session_options() -> Any:

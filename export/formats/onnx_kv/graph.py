@@ -18,7 +18,7 @@ from export.model import rope_tables
 from export.plan import WeightScheme
 from export.quantization.store import QuantizedModel
 
-from .vocabulary import INT8_CACHE, OPERATORS
+from .vocabulary import INT8_CACHE, OPERATORS, window
 from .weights import BNB4_TYPES, Codes, DataFile
 
 MATMULS = {"FusedMatMul", "MatMulBnb4", "MatMulNBits"}
@@ -50,6 +50,8 @@ class Graph:
         """Inputs that all GroupQueryAttention nodes share: sequence lengths and RoPE tables."""
         self.cache_scales: Sequence[NDArray[np.float32]] = ()
         """Of an int8 cache, key and value scales of each layer in turn; empty: the cache is float32."""
+        self.window: Mapping[str, int] = {}
+        """Attributes of every attention node, where tokens do not attend to all before them."""
 
     def node(
         self, op: str, inputs: Sequence[str], outputs: str | Sequence[str], attributes: Mapping[str, Any] | None = None
@@ -85,6 +87,7 @@ def build(
     """The ModelProto; weights are appended to `data` in execution order. `cache_scales`: of an int8 cache."""
     graph = Graph(model, data)
     graph.cache_scales = cache_scales
+    graph.window = window(contract.kv)
     graph.last_index = graph.constant("last_index", [-1])
     graph.attention = (*_sequence_lengths(graph), *_rope(graph, contract.kv.context_length))
     x = _rotate(graph, _embed(graph), ROTATE_IN)
@@ -178,7 +181,7 @@ def _attend(graph: Graph, x: str, i: int) -> str:
     """Grouped-query attention with RoPE and cache update in one node; past and present may share one buffer."""
     a, layer = graph.architecture, f"model.layers.{i}.self_attn"
     heads = {"num_heads": a.num_attention_heads, "kv_num_heads": a.num_key_value_heads}
-    attributes: dict[str, int | str] = {**heads, "do_rotary": 1}
+    attributes: dict[str, int | str] = {**heads, "do_rotary": 1, **graph.window}
     past = (f"past_key_values.{i}.key", f"past_key_values.{i}.value")
     outputs = [f"{layer}.out", f"present.{i}.key", f"present.{i}.value"]
     inputs = [*_project_qkv(graph, x, layer), *past, *graph.attention]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from export.formats import schema
-from export.manifest import Manifest, flat
+from export.manifest import KVLayout, Manifest, flat
 
 from . import FILE, GENAI_CONFIG, genai_config
 
@@ -29,6 +29,7 @@ INT8_CACHE: dict[str, int | str] = {
     "kv_cache_bit_width": 8,
 }
 """Attributes of GroupQueryAttention."""
+_WINDOW = ("local_window_size", "sliding_window_cache")
 DATA = f"{FILE}.data"
 _FIELDS = {
     "model": {"ir_version", "producer_name", "opset_import", "graph"},
@@ -47,7 +48,14 @@ def foreign(folder: Path, described: Manifest) -> Iterator[str]:
     yield from _options(folder, described)
     onnx: Any = schema.module("onnx", "", "onnx_ml_pb2")
     model = schema.parsed(onnx.ModelProto(), folder / FILE)
-    yield from (f"{folder / FILE}: {line}; refused" for line in _parts(model))
+    yield from (f"{folder / FILE}: {line}; refused" for line in _parts(model, window(described.contract.kv)))
+
+
+def window(kv: KVLayout) -> dict[str, int]:
+    """Attributes of GroupQueryAttention for the tokens that each one attends to."""
+    if kv.window is None:
+        return {}
+    return {"local_window_size": kv.window} | ({"sliding_window_cache": 1} if kv.slots else {})
 
 
 def _options(folder: Path, described: Manifest) -> Iterator[str]:
@@ -78,7 +86,7 @@ def _flat(data: bytes) -> dict[str, Any]:
         return {}
 
 
-def _parts(model: Any) -> Iterator[str]:
+def _parts(model: Any, windows: dict[str, int]) -> Iterator[str]:
     """Of the file: fields, operators, domains and data files that are none of ours."""
     yield from _unknown("model", model, "")
     yield from _unknown("graph", model.graph, "")
@@ -87,6 +95,10 @@ def _parts(model: Any) -> Iterator[str]:
         if OPERATORS.get(node.op_type) != node.domain:
             yield f"node {node.name!r}: operator {node.op_type!r} of {node.domain or 'ai.onnx'!r}"
         yield from _unknown("node", node, node.name)
+        if node.op_type == "GroupQueryAttention":
+            found = {one.name: one.i for one in node.attribute if one.name in _WINDOW}
+            if found != windows:
+                yield f"node {node.name!r}: {found or 'no window'}, the manifest has {windows or 'none'}"
         for attribute in node.attribute:
             yield from _unknown("attribute", attribute, f"{node.name}.{attribute.name}")
             if attribute.s and attribute.s.decode() != INT8_CACHE.get(attribute.name):

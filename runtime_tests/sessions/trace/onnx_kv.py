@@ -36,11 +36,11 @@ def open_probe(folder: Path, described: Manifest, threads: int) -> Probe:
     ids, mask, *pasts = (spec.name for spec in described.contract.inputs)
     logits, *presents = (spec.name for spec in described.contract.outputs)
     kv = described.contract.kv
-    cache = dict.fromkeys(pasts, np.zeros((1, kv.kv_heads, 0, kv.head_dim), kv.dtype))
+    cache = dict.fromkeys(pasts, np.zeros((1, kv.kv_heads, kv.slots or 0, kv.head_dim), kv.dtype))
 
     def step(tokens: Sequence[int], position: int) -> Points:
         fed = {ids: np.array([tokens], np.int64), mask: np.ones((1, position + len(tokens)), np.int64)}
-        fed |= {name: slots[:, :, :position] for name, slots in cache.items()}
+        fed |= {name: slots if kv.slots else slots[:, :, :position] for name, slots in cache.items()}
         given = session.run([logits, *presents, *places.values()], fed)
         cache.update(zip(pasts, given[1:], strict=False))
         rows = [value[0] for value in (*given[1 + len(presents) :], given[0])]

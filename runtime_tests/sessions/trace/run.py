@@ -109,7 +109,7 @@ def compute(job: TraceJob) -> dict[str, Any]:
     mkl.settle()
     torch.set_num_threads(job.threads)
     model = rebuild(described, job.source, Path(job.cache))
-    llama = eager(model.read, model.architecture, described.plan.target.activations)
+    llama = eager(model.read, model.architecture, described.plan.target.activations, described.plan.window)
     return Trace(
         artifact=described.id,
         note=module.NOTE,

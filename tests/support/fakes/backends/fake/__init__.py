@@ -9,6 +9,7 @@ FILES = ("model.safetensors", "model.fault")
 TOOLS = ("safetensors",)
 CACHES = ("float32",)
 NO_CACHES = {}
+NO_POLICIES = {}
 LOGGERS = ("fake.runtime",)
 FAULT = "model.fault"
 

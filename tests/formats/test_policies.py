@@ -1,0 +1,57 @@
+"""Policies of the KV cache: asked for, refused by name, in the plan, its id and its command, and in the file."""
+
+import shutil
+
+import pytest
+
+from export import manifest
+from export.build import request
+from export.errors import ExportError
+from export.formats import admission, cache_bytes, storage
+from export.plan import load_plan
+from tests.support.artifacts import reseal
+
+PLAN = ("tiny", "int4-g32", "onnx-cpu")
+
+
+@pytest.mark.parametrize("policy", ["window", "window-0", "window-12x", "ring-12", "window--1", ""])
+def test_what_is_no_policy_is_refused(policy):
+    with pytest.raises(ExportError, match=r"^tiny × int4-g32 × onnx-cpu: policy: "):
+        request.asked(*PLAN[:2], [PLAN[2]], policy=policy)
+
+
+def test_a_window_of_the_whole_context_would_change_nothing():
+    with pytest.raises(ExportError, match=r"^--policy window-256: the context has 256 tokens, .* a larger --context$"):
+        request.asked(*PLAN[:2], [PLAN[2]], policy="window-256")
+    (plan,), _ = request.asked(*PLAN[:2], [PLAN[2]], policy="window-255")
+    assert plan.window == 255
+
+
+def test_a_policy_ends_the_id_and_is_in_the_command():
+    asked = load_plan(*PLAN, 512, cache="int8", policy="window-100")
+    assert asked.id == "tiny_int4-g32_onnx-cpu_512_int8_window-100"
+    options = ["--context", "512", "--cache", "int8", "--policy", "window-100"]
+    assert request.words(asked, None) == ["-m", "export", *PLAN, *options]
+    assert "policy" not in load_plan(*PLAN).model_dump(mode="json")
+
+
+def test_the_contract_tells_the_slots_that_are_reused(tiny):
+    described = manifest.read(tiny("onnx-cpu", "fp32", None, "window-24", context_length=1024))
+    kv = described.contract.kv
+    assert (kv.window, kv.slots, kv.context_length) == (24, 24 + 256, 1024)
+    assert cache_bytes(kv) == 2 * kv.layers * kv.kv_heads * kv.head_dim * 4 * 280
+    assert storage.cache(kv) == f"io, float32, window of 24 tokens, {cache_bytes(kv) / 1e6:.1f} MB"
+
+
+@pytest.mark.parametrize("window", [None, 23])
+def test_another_window_than_the_files_is_refused(tiny, tmp_path, window):
+    folder = shutil.copytree(tiny("onnx-cpu", "fp32", None, "window-24", context_length=1024), tmp_path / "artifact")
+    described = manifest.read(folder)
+    kv = described.contract.kv.model_copy(update={"window": window})
+    contract = described.contract.model_copy(update={"kv": kv})
+    reseal(folder, contract=contract)
+    with pytest.raises(ExportError, match=rf"contract\.kv\.window is {window}, expected 24"):
+        admission.admit(folder)
+    reseal(folder, contract=contract, plan=described.plan.model_copy(update={"policy": window and f"window-{window}"}))
+    with pytest.raises(ExportError, match=r"genai_config|'local_window_size': 24"):
+        admission.admit(folder)
