@@ -256,7 +256,7 @@ bench-pages: setup                  ## write the pages in docs/benchmarks again 
 	@$(PY) -m runtime_tests.bench.publish
 
 choosing: setup                     ## write docs/choosing.md again from the records beside it
-	@$(PY) -m runtime_tests.bench.choosing
+	@$(PY) -m runtime_tests.bench.studies.choosing
 
 tasks: setup                        ## lm-evaluation-harness TASKS on the built artifacts, beside the fp32 checkpoint
 	@folders=$$($(FOLDERS)) && \
@@ -264,12 +264,12 @@ tasks: setup                        ## lm-evaluation-harness TASKS on the built 
 
 study: setup                        ## size against loss: our recipes and llama.cpp's on weights off their 4-bit grid
 	@$(PY) -m export.toolbox.synth dither smollm2-135m build/dithered
-	@$(PY) -m runtime_tests.bench.study smollm2-135m int4-mixed int4-g32-gptq --also $(call quote,STUDIED) \
+	@$(PY) -m runtime_tests.bench.studies.study smollm2-135m int4-mixed int4-g32-gptq --also $(call quote,STUDIED) \
 	  --source build/dithered --write accuracy
 
 detours: setup                      ## what it costs to quantize a 4-bit checkpoint again, form by form
 	@test -d build/dithered || $(PY) -m export.toolbox.synth dither smollm2-135m build/dithered
-	@$(PY) -m runtime_tests.bench.detours smollm2-135m --source build/dithered --write
+	@$(PY) -m runtime_tests.bench.studies.detours smollm2-135m --source build/dithered --write
 
 golden: setup                       ## rewrite the exact answers of the tiny model
 	@for quant in fp32 int4-g32; do $(PY) -m runtime_tests.checks.golden tiny $$quant; done
