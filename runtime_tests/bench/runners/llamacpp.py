@@ -42,6 +42,7 @@ class LlamaSession(Session):
         batch = int(llama_cpp.llama_n_batch(self._context))  # a longer one aborts the process
         vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         super().__init__(context, batch, "last", vocab_size)
+        self._state: ctypes.Array[ctypes.c_uint8] | None = None
 
     def reset(self) -> None:
         super().reset()
@@ -50,13 +51,14 @@ class LlamaSession(Session):
     def occupy(self, position: int) -> None:
         """Go on as after `position` tokens: the state of one piece is read again and again, and moved to its place."""
         self.reset()
-        size = min(self.largest_call, position)
-        self.feed(range(1, size + 1))
-        room = llama_cpp.llama_state_seq_get_size(self._context, 0)
-        state = (ctypes.c_uint8 * room)()
-        llama_cpp.llama_state_seq_get_data(self._context, state, room, 0)
-        for begin in range(size, position, size):  # in sequence 1, which then becomes a part of sequence 0
-            if not llama_cpp.llama_state_seq_set_data(self._context, state, room, 1):
+        if self._state is None:
+            self.feed(range(1, self.largest_call + 1))
+            room = llama_cpp.llama_state_seq_get_size(self._context, 0)
+            self._state = (ctypes.c_uint8 * room)()
+            llama_cpp.llama_state_seq_get_data(self._context, self._state, room, 0)
+            self.reset()
+        for begin in range(0, position, self.largest_call):  # in sequence 1, which then becomes a part of sequence 0
+            if not llama_cpp.llama_state_seq_set_data(self._context, self._state, len(self._state), 1):
                 raise ValueError(f"llama.cpp cannot read its own state at {begin} tokens")
             llama_cpp.llama_memory_seq_add(self._memory, 1, 0, -1, begin)
             llama_cpp.llama_memory_seq_cp(self._memory, 1, 0, -1, -1)
