@@ -263,7 +263,7 @@ bench-pages: setup                  ## write the pages in docs/benchmarks again 
 	@$(PY) -m runtime_tests.bench.publish
 
 choosing: setup                     ## write docs/choosing.md again from the records beside it
-	@$(PY) -m runtime_tests.bench.choosing
+	@$(PY) -m runtime_tests.bench.studies.choosing
 
 tasks: setup                        ## lm-evaluation-harness TASKS on the built artifacts, beside the fp32 checkpoint
 	@folders=$$($(FOLDERS)) && \
@@ -271,12 +271,12 @@ tasks: setup                        ## lm-evaluation-harness TASKS on the built 
 
 study: setup                        ## size against loss: our recipes and llama.cpp's on weights off their 4-bit grid
 	@$(PY) -m export.toolbox.synth dither smollm2-135m build/dithered
-	@$(PY) -m runtime_tests.bench.study smollm2-135m int4-mixed int4-g32-gptq --also $(call quote,STUDIED) \
+	@$(PY) -m runtime_tests.bench.studies.study smollm2-135m int4-mixed int4-g32-gptq --also $(call quote,STUDIED) \
 	  --source build/dithered --write accuracy
 
 detours: setup                      ## what it costs to quantize a 4-bit checkpoint again, form by form
 	@test -d build/dithered || $(PY) -m export.toolbox.synth dither smollm2-135m build/dithered
-	@$(PY) -m runtime_tests.bench.detours smollm2-135m --source build/dithered --write
+	@$(PY) -m runtime_tests.bench.studies.detours smollm2-135m --source build/dithered --write
 
 long-context: setup                 ## what each kind of cache costs and finds again up to 8,192 tokens: docs/long-context.md
 	@$(PY) -m runtime_tests.tasks.haystack smollm2-135m $(call quote,QUANT) --write

@@ -1,6 +1,6 @@
 """The runner's attention kernels by themselves, for tests and times.
 
-python -m runtime_tests.device_runner.attention        milliseconds of one call, float32 and int8 in turn
+python -m runtime_tests.device_runner.attention        milliseconds of one call, float32, bfloat16 and int8 in turn
 """
 
 import ctypes
@@ -24,6 +24,8 @@ _SHAPES = ((32, 8, 64), (9, 3, 64))
 """H, G, D of Llama 3.2 1B and SmolLM2-135M."""
 _POSITIONS = (63, 511, 2000, 8000)
 _RUNS = 20
+KINDS = {"attend": "float32", "attend_bfloat16": "bfloat16", "attend_int8": "int8"}
+"""Function of the library → numbers of its cache."""
 _SHAPE = (*((name, ctypes.c_int64) for name in ("new_tokens", "heads", "groups", "head_dim", "start")),)
 _SCALE = ("scale", ctypes.c_float)
 
@@ -32,7 +34,7 @@ Heads = tuple[NDArray[np.int8], NDArray[np.int8], NDArray[np.float32]]
 
 
 class Attention(ctypes.Structure):
-    """A call in float32."""
+    """A call over a cache of float32, or of bfloat16 as `bfloat16` gives it."""
 
     _fields_ = (*_SHAPE, _SCALE, *((name, ctypes.c_void_p) for name in ("query", "key", "value", "out")))
 
@@ -52,8 +54,15 @@ class Int8Attention(ctypes.Structure):
 def library(path: Path) -> Any:
     """The kernels that `build.kernels_library` made."""
     loaded = ctypes.CDLL(str(path))
-    loaded.attend.restype = loaded.attend_int8.restype = ctypes.c_int64
+    for name in KINDS:
+        getattr(loaded, name).restype = ctypes.c_int64
     return loaded
+
+
+def bfloat16(x: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The upper halves of float32 numbers, rounded to the nearest even one."""
+    bits = x.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
 def _operands(heads: int, groups: int, dim: int, start: int) -> tuple[list[NDArray[np.float32]], list[Heads]]:
@@ -72,18 +81,20 @@ def _operands(heads: int, groups: int, dim: int, start: int) -> tuple[list[NDArr
 
 
 def _times(kernels: Any, shape: tuple[int, int, int], start: int, threads: int) -> Iterator[float]:
-    """Median milliseconds of a call: float32, int8. A cache of its own for each of several layers, as in a model."""
+    """Median milliseconds of a call of each kind. A cache of its own for each of several layers, as in a model."""
     heads, groups, dim = shape
     layers = [_operands(*shape, start) for _ in range(4)]
     out = np.empty((1, heads, dim), np.float32)
-    spent: dict[str, list[float]] = {"attend": [], "attend_int8": []}
+    halves = [[query, *map(bfloat16, cache)] for (query, *cache), _ in layers]
+    spent: dict[str, list[float]] = {name: [] for name in KINDS}
     for _ in range(_RUNS):
         for name, taken in spent.items():
             nanoseconds = 0
-            for floats, integers in layers:
+            for (floats, integers), half in zip(layers, halves, strict=True):
                 head = (1, heads, groups, dim, start, dim**-0.5)
-                if name == "attend":
-                    call: ctypes.Structure = Attention(*head, *(x.ctypes.data for x in floats), out.ctypes.data)
+                if name != "attend_int8":
+                    arrays = half if name == "attend_bfloat16" else floats
+                    call: ctypes.Structure = Attention(*head, *(x.ctypes.data for x in arrays), out.ctypes.data)
                 else:
                     parts = [Int8Heads(*(part.ctypes.data for part in operand)) for operand in integers]
                     call = Int8Attention(*head, *parts, out.ctypes.data)
@@ -103,10 +114,10 @@ def main() -> None:
         for shape in _SHAPES:
             for start in _POSITIONS:
                 for threads in (1, 2):
-                    floats, integers = _times(kernels, shape, start, threads)
+                    times = dict(zip(KINDS.values(), _times(kernels, shape, start, threads), strict=True))
+                    told = [f"{kind} {ms:.4f} ms, {times['float32'] / ms:.2f} times" for kind, ms in times.items()]
                     h, g, d = shape
-                    times = f"float32 {floats:.4f} ms, int8 {integers:.4f} ms, {floats / integers:.2f} times"
-                    say(f"H {h} G {g} D {d}, position {start}, {threads} threads: {times}")
+                    say(f"H {h} G {g} D {d}, position {start}, {threads} threads: {'; '.join(told)}")
 
 
 if __name__ == "__main__":

@@ -125,6 +125,10 @@ class Opening(Strict):
     context: int
     """Slots of the KV cache, tokens."""
     threads: int
+    kv: str | None = None
+    """llama.cpp's type of keys, and of values where it can; null: its own choice."""
+    flash_attention: bool | None = None
+    """llama.cpp's; null: its own choice."""
 
 
 class BenchJob(Strict):
@@ -142,6 +146,19 @@ class BenchJob(Strict):
     far_prompt: int
     """Tokens before the one generation that shows the cost of a long context. 0: none."""
     far_generate: int
+
+
+class DepthsJob(Strict):
+    """Time one contender far into a context once, in a process of its own."""
+
+    action: Literal["bench-depths"] = "bench-depths"
+    opening: Opening
+    prompt: int
+    """Tokens of the prompt that is timed on an empty cache."""
+    positions: tuple[int, ...]
+    """Tokens in the cache when each series of single tokens begins."""
+    generate: int
+    """Tokens of a series."""
 
 
 class OverheadJob(Strict):
@@ -227,6 +244,7 @@ Job = (
     | ReferenceJob
     | TraceJob
     | BenchJob
+    | DepthsJob
     | OverheadJob
     | BenchLogitsJob
     | CoreMLJob
@@ -236,7 +254,7 @@ Job = (
 )
 
 
-Timed = SpeedJob | BandwidthJob | BenchJob | OverheadJob | CoreMLJob
+Timed = SpeedJob | BandwidthJob | BenchJob | DepthsJob | OverheadJob | CoreMLJob
 """They have a process of their own and nothing beside it, and their threads wait as they do for users."""
 
 

@@ -65,6 +65,10 @@ def _run(job: jobs.Job) -> dict[str, Any]:  # noqa: C901, PLR0911, PLR0912 – o
             from runtime_tests.bench.runners import measure as measure_contender
 
             return measure_contender(job)
+        case jobs.DepthsJob():
+            from runtime_tests.bench.runners import measure_depths
+
+            return measure_depths(job)
         case jobs.OverheadJob():
             from runtime_tests.bench.runners import measure_overhead
 

@@ -10,8 +10,9 @@ from export import manifest
 from export.build.command import run
 from export.plan import load_plan
 from export.quantization import schemes
-from runtime_tests.bench import choosing, publish
-from runtime_tests.bench.study import Study
+from runtime_tests.bench import publish
+from runtime_tests.bench.studies import choosing
+from runtime_tests.bench.studies.study import Study
 from tests.support.benchmarks import stored_run
 
 

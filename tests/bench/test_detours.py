@@ -7,7 +7,8 @@ import torch
 from export import checkpoints
 from export.checkpoints.origin import parse_origin
 from export.toolbox import writers
-from runtime_tests.bench import detours, forms
+from runtime_tests.bench import forms
+from runtime_tests.bench.studies import detours
 from runtime_tests.places import environment
 from tests.support.checkpoints import LLAMA, write_folder, write_gguf
 from tests.support.metrics import eager_logits

@@ -7,7 +7,8 @@ import pytest
 
 from export.errors import ExportError
 from export.toolbox import charts
-from runtime_tests.bench import detours, publish, study, tables
+from runtime_tests.bench import publish, tables
+from runtime_tests.bench.studies import detours, study
 from tests.support.benchmarks import stored_run
 
 SVG = "{http://www.w3.org/2000/svg}"

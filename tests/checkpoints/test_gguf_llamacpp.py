@@ -119,8 +119,8 @@ def test_in_float32_only_the_order_of_sums_differs(quantized, monkeypatch):
     module = runners.module("llamacpp")
     defaults = module.context_parameters
 
-    def exact(context, threads):
-        parameters = defaults(context, threads)
+    def exact(opening):
+        parameters = defaults(opening)
         parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32
         parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         return parameters

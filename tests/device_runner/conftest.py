@@ -27,9 +27,9 @@ def bundle(compiler):
 
 @pytest.fixture(scope="session")
 def artifacts(tiny):
-    """The tiny model quantized, and in float32, where the same arithmetic gives the same numbers, with either cache."""
+    """The tiny model quantized, and in float32, where the same arithmetic gives the same numbers, with each cache."""
     built = {quant: tiny("executorch-xnnpack", quant) for quant in ("int4-g32", "fp32")}
-    return {**built, "int8 cache": tiny("executorch-xnnpack", "fp32", "int8")}
+    return built | {f"{kind} cache": tiny("executorch-xnnpack", "fp32", kind) for kind in ("bfloat16", "int8")}
 
 
 @pytest.fixture

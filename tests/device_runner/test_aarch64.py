@@ -22,12 +22,13 @@ def arm(compiler):
     return built("aarch64", compiler)
 
 
-@pytest.mark.parametrize("model", ["fp32", "int8 cache"])
+@pytest.mark.parametrize(("model", "bound"), [("fp32", 1e-4), ("int8 cache", 1e-4), ("bfloat16 cache", 0.05)])
 @pytest.mark.parametrize("processor", ["cortex-a72", "cortex-a76"])
-def test_aarch64_gives_the_same_answers(run, arm, processor, model):
+def test_aarch64_gives_the_same_answers(run, arm, processor, model, bound):
     """Started with its own C library, as on a device without GNU's. a72 has no dot-product instructions, a76 has.
 
-    Measured in float32: 1.9e-5, of logits up to 13.
+    Measured in float32: 1.9e-5, of logits up to 13; 9e-3 where attention's result is rounded to bfloat16, for which the
+    last bit of a sum can decide.
     """
     ids = random_tokens(60)
     commands = [Feed(ids[:40]), Logits(), *steps(ids[40:]), Generate(10)]
@@ -35,7 +36,7 @@ def test_aarch64_gives_the_same_answers(run, arm, processor, model):
     here, rows = run(commands, model)
     there, emulated_rows = run(commands, model, **emulated)
     assert there.generated[0].tokens == here.generated[0].tokens
-    assert np.abs(emulated_rows - rows).max() < 1e-4
+    assert np.abs(emulated_rows - rows).max() < bound
     assert run([Feed(PROMPT), Generate(10)], "int4-g32", **emulated)[0].generated[0].tokens == (
         run([Feed(PROMPT), Generate(10)], "int4-g32")[0].generated[0].tokens
     )

@@ -30,13 +30,15 @@ def test_greedy_tokens_are_the_python_sessions(run, artifacts, model):
     assert list(other.generated[0].tokens) != expected
 
 
-@pytest.mark.parametrize("model", ["fp32", "int8 cache"])
-def test_logits_are_the_python_sessions(run, artifacts, model):
-    """Both call the same XNNPACK; attention differs in the order of its sums: measured 1.6e-5, of logits up to 13."""
+@pytest.mark.parametrize(("model", "bound"), [("fp32", 1e-4), ("int8 cache", 1e-4), ("bfloat16 cache", 0.05)])
+def test_logits_are_the_python_sessions(run, artifacts, model, bound):
+    """Both call the same XNNPACK; attention differs in the order of its sums: measured 1.6e-5, of logits up to 13. Over
+    a cache of bfloat16 the Python session's rounds its weights to it too, ours does not.
+    """
     ids = random_tokens(120)
     _, rows = run([Feed(ids[:70]), Logits(), *steps(ids[70:])], model)
     reference = stepped(artifacts[model], ids[:70], ids[70:])
-    assert np.abs(rows - reference).max() < 1e-4
+    assert np.abs(rows - reference).max() < bound
     assert np.abs(rows[1:] - reference[:-1]).max() > 0.1  # another position
 
 
@@ -71,7 +73,7 @@ def test_a_feed_in_pieces_is_the_feed_at_once(run):
     assert np.abs(other[0] - rows[0]).max() > 0.1
 
 
-@pytest.mark.parametrize("model", ["int4-g32", "fp32", "int8 cache"])
+@pytest.mark.parametrize("model", ["int4-g32", "fp32", "bfloat16 cache", "int8 cache"])
 def test_threads_change_nothing_but_time(run, model):
     commands = [Feed(random_tokens(90)), Logits(), Generate(20), Logits()]
     answers = [run(commands, model, threads=threads) for threads in (1, 2, 3)]

@@ -54,11 +54,13 @@ def inputs(shape, room=70, seed=0):
 
 
 def attend(kernels, query, key, value, start, *, isa=0, threads=1):
+    """Over a cache of float32, or of bfloat16 in 16 bits."""
     out = np.full_like(query, np.nan)
     arrays = [array.ctypes.data for array in (query, key, value, out)]
     new, heads, dim = query.shape
     call = Attention(new, heads, key.shape[1], dim, start, dim**-0.5, *arrays)
-    kernels.attend(ctypes.byref(call), isa, threads, 1)
+    kind = kernels.attend if key.dtype == np.float32 else kernels.attend_bfloat16
+    kind(ctypes.byref(call), isa, threads, 1)
     return out
 
 
@@ -103,11 +105,25 @@ def difference(a, b) -> float:
     return float(np.abs(a - b).max())
 
 
+def from_bfloat16(x):
+    return (x.astype(np.uint32) << 16).view(np.float32)
+
+
+def test_bfloat16_rounds_as_torch_does():
+    x = np.concatenate([inputs((1, 8, 8, 64, 9), room=0)[1].ravel(), np.float32([1.00390625, 1.01171875, -0.0])])
+    np.testing.assert_array_equal(from_bfloat16(attention.bfloat16(x)), torch.from_numpy(x).bfloat16().float().numpy())
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_attention_is_torchs(kernels, shape):
+def test_attention_is_torchs(kernels, shape, kind):
     """NaN past the last position shows that it is not used."""
     query, key, value = inputs(shape)
-    reference = expected(query, key, value, shape[-1])
+    if kind == "bfloat16":
+        key, value = map(attention.bfloat16, (key, value))
+        reference = expected(query, *map(from_bfloat16, (key, value)), shape[-1])
+    else:
+        reference = expected(query, key, value, shape[-1])
     for isa in range(kernels.best_isa() + 1):
         for threads in (1, 2, 3):
             got = attend(kernels, query, key, value, shape[-1], isa=isa, threads=threads)

@@ -20,7 +20,7 @@ from export.quantization import layerwise, processors, schemes, sensitivity
 from export.quantization.calibration import Calibrator
 from export.quantization.nearest import Rounded
 from export.quantization.store import Result
-from runtime_tests.bench import calibrations
+from runtime_tests.bench.studies import calibrations
 
 _PROMOTED = "int4-mixed"
 _HERE = processors.name("cpu")

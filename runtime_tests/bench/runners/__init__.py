@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export import manifest
-from runtime_tests.jobs import BenchJob, BenchLogitsJob, Opening, OverheadJob, logits_file, report_progress
+from runtime_tests.jobs import BenchJob, BenchLogitsJob, DepthsJob, Opening, OverheadJob, logits_file, report_progress
 from runtime_tests.sessions import open_session, session_module
 from runtime_tests.sessions.footprint import peak_bytes
 from runtime_tests.sessions.timing import time_tokens
@@ -44,9 +44,21 @@ class Runner(ABC):
     def logits(self, tokens: Sequence[int], prefill: int) -> NDArray[np.float32]:
         """Teacher forced: the first `prefill` tokens at once, the others one by one; [tokens - prefill + 1, V]."""
 
+    def decode_at(self, positions: Sequence[int], count: int) -> list[list[int]]:
+        """For each position, nanoseconds of `count` single tokens, fed to a cache that holds so many others.
+
+        Those are any numbers, in memory of their own: a step's time depends on how many they are. DROPPED tokens come
+        first. Raises ValueError: this runtime's cache cannot be written.
+        """
+        raise ValueError(f"{type(self).__name__} cannot fill its cache but with {max(positions) + count} tokens")
+
     def peak_rss_bytes(self) -> int:
         """Most memory the process that ran the artifact has held: this one."""
         return peak_bytes()
+
+
+DROPPED = 2
+"""Tokens at a position before those that count."""
 
 
 class _RunnerModule(Protocol):
@@ -84,6 +96,18 @@ def measure(job: BenchJob) -> dict[str, Any]:
         "far": far,
         "peak_rss_bytes": peak,
         "far_peak_rss_bytes": runner.peak_rss_bytes(),
+    }
+
+
+def measure_depths(job: DepthsJob) -> dict[str, Any]:
+    """A prompt, then single tokens from every position on; nanoseconds."""
+    runner = module(job.opening.runner).open_runner(job.opening)
+    tokens = range(1, job.prompt + 1)
+    runner.prompt(tokens)  # packs weights
+    return {
+        "prompt": runner.prompt(tokens),
+        "steps": dict(zip(job.positions, runner.decode_at(job.positions, job.generate), strict=True)),
+        "peak_rss_bytes": runner.peak_rss_bytes(),
     }
 
 

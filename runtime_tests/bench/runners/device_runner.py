@@ -3,6 +3,7 @@
 Before the timed pass a process warms up as the other runners do: the same prompt, once, not counted.
 """
 
+import json
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from runtime_tests.device_runner import (
     read_logits,
     write_script,
 )
-from runtime_tests.device_runner.build import build
+from runtime_tests.device_runner.build import build, timing_program
 from runtime_tests.device_runner.compilers import host_abi
 from runtime_tests.jobs import Opening
 
@@ -69,6 +70,18 @@ class _DeviceRunner(Runner):
         for token in tokens[prefill:]:
             script += [Feed((token,)), Logits()]
         return self.run(script)[1]
+
+    def decode_at(self, positions: Sequence[int], count: int) -> list[list[int]]:
+        numbers = map(str, (self.threads, count, *positions))
+        done = subprocess.run(
+            [timing_program(), self.command[1], *numbers], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"timing: {done.stderr.strip().splitlines()[-1]}")
+        answer = json.loads(done.stdout)
+        self.peak = max(self.peak, answer["peak_rss_bytes"])
+        lists: list[list[int]] = answer["ns"]
+        return lists
 
     def peak_rss_bytes(self) -> int:
         return self.peak

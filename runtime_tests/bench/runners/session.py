@@ -11,7 +11,7 @@ from runtime_tests.jobs import Opening
 from runtime_tests.sessions import Session, open_session
 from runtime_tests.sessions.timing import time_prompt, time_tokens
 
-from . import Pass, Runner
+from . import DROPPED, Pass, Runner
 
 
 class SessionRunner(Runner):
@@ -26,6 +26,20 @@ class SessionRunner(Runner):
     def generate(self, tokens: Sequence[int], count: int) -> Pass:
         self.session.reset()
         return Pass(count, sum(time_tokens(self.session.feed, self.session.feed(tokens), count)))
+
+    def occupy(self, position: int) -> None:
+        """Write any numbers to the whole cache, and go on as after `position` tokens."""
+        for buffer in self.session.buffers().values():
+            buffer[...] = 1
+        self.session.tokens = [0] * position
+
+    def decode_at(self, positions: Sequence[int], count: int) -> list[list[int]]:
+        lists = []
+        for position in positions:
+            self.occupy(position)
+            times = time_tokens(self.session.feed, self.session.feed([0]), DROPPED - 1 + count)
+            lists.append(list(times)[DROPPED - 1 :])
+        return lists
 
     def logits(self, tokens: Sequence[int], prefill: int) -> NDArray[np.float32]:
         self.session.reset()

@@ -24,6 +24,9 @@ class Memory {
   explicit Memory(const executorch::runtime::MethodMeta& meta);
   executorch::runtime::MemoryManager* manager() { return &*manager_; }
 
+  /// Numbers near 0.05 in float32 and bfloat16 everywhere, each page of them resident.
+  void fill();
+
  private:
   std::vector<std::unique_ptr<uint8_t, decltype(&std::free)>> buffers_;
   std::vector<executorch::runtime::Span<uint8_t>> spans_;
@@ -39,6 +42,9 @@ class Model {
   explicit Model(const std::string& path);
 
   void reset() { position_ = 0; }
+
+  /// As after `position` tokens, whatever they were: for a step's time, which depends on their number alone.
+  void pretend(int64_t position);
 
   /// Continue the cache, in pieces as large as the program takes. Running out of context changes nothing.
   void feed(const std::vector<int64_t>& tokens);

@@ -15,7 +15,8 @@ constexpr int64_t kSplit = 48;              // fewest keys worth a task of their
 constexpr int64_t kTasks = 16;              // enough for the threads of a phone to end together
 constexpr int64_t kSerialWork = 32 * 1024;  // multiply-adds below which a second thread costs more than it saves
 
-AttendTile tile_function(Isa isa, int64_t head_dim) {
+template <class Number>
+AttendTile<Number> tile_function(Isa isa, int64_t head_dim) {
 #if defined(__x86_64__)
   if (isa >= Isa::avx512 && head_dim % 16 == 0) return attend_tile_avx512;
   if (isa != Isa::baseline && head_dim % 8 == 0) return attend_tile_avx2;
@@ -40,7 +41,7 @@ struct Cut {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-Cut cut(const Attention& call) {
+Cut cut(const Shape& call) {
   Cut c = {};
   const int64_t share = call.heads / call.groups, visible = call.start + call.new_tokens;
   c.queries = std::min(call.new_tokens, std::max<int64_t>(1, kRowsOfTile / share));
@@ -57,7 +58,7 @@ Cut cut(const Attention& call) {
 }
 
 /// Queries of a block and the keys they see, of one split; the heaviest blocks come first.
-Tile tile_of(const Attention& call, const Cut& c, int64_t row_block, int64_t split) {
+Tile tile_of(const Shape& call, const Cut& c, int64_t row_block, int64_t split) {
   const int64_t block = c.query_blocks - 1 - row_block / c.group_blocks;
   Tile tile = {};
   tile.group_begin = row_block % c.group_blocks * c.groups;
@@ -69,15 +70,15 @@ Tile tile_of(const Attention& call, const Cut& c, int64_t row_block, int64_t spl
   return tile;
 }
 
-int64_t partial_floats(const Attention& call, const Cut& c) { return c.rows * (call.head_dim + 2); }
+int64_t partial_floats(const Shape& call, const Cut& c) { return c.rows * (call.head_dim + 2); }
 
-Partial partial_at(const Attention& call, const Cut& c, float* at) {
+Partial partial_at(const Shape& call, const Cut& c, float* at) {
   return {at, at + c.rows * call.head_dim, at + c.rows * (call.head_dim + 1)};
 }
 
 /// The rows' results: every split saw some of the keys and scaled its sums by its own maximum, so all are scaled to the
 /// common maximum, added, and divided by the total weight, which is the softmax's denominator.
-void finish(const Attention& call, const Cut& c, const Tile& tile, const float* parts, float* out) {
+void finish(const Shape& call, const Cut& c, const Tile& tile, const float* parts, float* out) {
   const int64_t share = call.heads / call.groups, dim = call.head_dim, size = partial_floats(call, c);
   const int64_t rows = tile_rows(call, tile), maxima = c.rows * dim, weights = maxima + c.rows;
   const int64_t of_group = group_rows(call, tile);
@@ -98,11 +99,10 @@ void finish(const Attention& call, const Cut& c, const Tile& tile, const float* 
   }
 }
 
-}  // namespace
-
-void attend(const Attention& call, Isa isa, const Parallel& parallel) {
+template <class Number>
+void attend_in_tiles(const Attention<Number>& call, Isa isa, const Parallel& parallel) {
   const Cut c = cut(call);
-  const AttendTile attend_tile = tile_function(isa, call.head_dim);
+  const AttendTile<Number> attend_tile = tile_function<Number>(isa, call.head_dim);
   const int64_t tasks = c.row_blocks * c.splits, size = partial_floats(call, c);
   std::vector<float> shared(c.splits > 1 ? tasks * size : 0);
   const auto task = [&](size_t index) {
@@ -123,5 +123,10 @@ void attend(const Attention& call, Isa isa, const Parallel& parallel) {
   for (int64_t block = 0; block < c.row_blocks; ++block)
     finish(call, c, tile_of(call, c, block, 0), shared.data() + block * c.splits * size, call.out);
 }
+
+}  // namespace
+
+void attend(const Attention<float>& call, Isa isa, const Parallel& parallel) { attend_in_tiles(call, isa, parallel); }
+void attend(const Attention<Bfloat16>& call, Isa isa, const Parallel& parallel) { attend_in_tiles(call, isa, parallel); }
 
 }  // namespace runner

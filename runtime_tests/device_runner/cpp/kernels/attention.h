@@ -1,4 +1,4 @@
-// Causal grouped-query attention over a cache, in float32 or of int8 operands, independent of ExecuTorch.
+// Causal grouped-query attention over a cache of float32, bfloat16 or int8, independent of ExecuTorch.
 //
 // Shapes: S new tokens, T positions of the cache, H query heads, G key/value heads, D head_dim.
 #pragma once
@@ -16,13 +16,19 @@ struct Shape {
   int64_t start;  // position of the first new token; start + S <= T
 };
 
-/// A call in float32; every tensor is contiguous.
+/// The upper half of a float32.
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+/// A call over a cache of Number, float or Bfloat16, computed in float32; every tensor is contiguous.
+template <class Number>
 struct Attention : Shape {
   float scale;
-  const float* query;  // [S, H, D]
-  const float* key;    // [T, G, D]
-  const float* value;  // [T, G, D]
-  float* out;          // [S, H, D]
+  const float* query;   // [S, H, D]
+  const Number* key;    // [T, G, D]
+  const Number* value;  // [T, G, D]
+  float* out;           // [S, H, D]
 };
 
 /// An int8 tensor of N positions: (value - zero) · scale, with one zero and scale for each position and head.
@@ -54,7 +60,8 @@ Isa best_isa();
 constexpr int64_t kHeadDimMultiple = 4;
 
 /// Softmax(q · kᵀ · scale) · v, each query over the positions up to its own.
-void attend(const Attention& call, Isa isa, const Parallel& parallel);
+void attend(const Attention<float>& call, Isa isa, const Parallel& parallel);
+void attend(const Attention<Bfloat16>& call, Isa isa, const Parallel& parallel);
 
 /// The same of int8 operands, as exact as float32 allows. A row's bits depend on its own position only, not on how many
 /// rows there are.

@@ -23,7 +23,8 @@ struct Partial {
 };
 
 /// Fills `partial`. `scratch` holds tile_scratch() floats.
-using AttendTile = void (*)(const Attention& call, const Tile& tile, const Partial& partial, float* scratch);
+template <class Number>
+using AttendTile = void (*)(const Attention<Number>& call, const Tile& tile, const Partial& partial, float* scratch);
 
 /// Rows of one group in a tile.
 inline int64_t group_rows(const Shape& call, const Tile& tile) {
@@ -38,11 +39,17 @@ inline int64_t tile_rows(const Shape& call, const Tile& tile) {
 /// Most rows that are processed at once.
 constexpr int64_t kMostRows = 4;
 
-/// Floats of scratch: scaled queries [M, D] and the scores of the rows in process, [kMostRows, kKeyBlock].
-inline int64_t tile_scratch(const Shape& call, int64_t rows) { return rows * call.head_dim + kMostRows * kKeyBlock; }
+/// Floats of scratch: scaled queries [M, D], the scores of the rows in process, [kMostRows, kKeyBlock], and a block of
+/// bfloat16 keys and values as float32, [2, kKeyBlock, D].
+inline int64_t tile_scratch(const Shape& call, int64_t rows) {
+  return (rows + 2 * kKeyBlock) * call.head_dim + kMostRows * kKeyBlock;
+}
 
-void attend_tile_baseline(const Attention&, const Tile&, const Partial&, float* scratch);
-void attend_tile_avx2(const Attention&, const Tile&, const Partial&, float* scratch);
-void attend_tile_avx512(const Attention&, const Tile&, const Partial&, float* scratch);
+void attend_tile_baseline(const Attention<float>&, const Tile&, const Partial&, float* scratch);
+void attend_tile_baseline(const Attention<Bfloat16>&, const Tile&, const Partial&, float* scratch);
+void attend_tile_avx2(const Attention<float>&, const Tile&, const Partial&, float* scratch);
+void attend_tile_avx2(const Attention<Bfloat16>&, const Tile&, const Partial&, float* scratch);
+void attend_tile_avx512(const Attention<float>&, const Tile&, const Partial&, float* scratch);
+void attend_tile_avx512(const Attention<Bfloat16>&, const Tile&, const Partial&, float* scratch);
 
 }  // namespace runner

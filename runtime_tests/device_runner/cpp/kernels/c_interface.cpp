@@ -8,6 +8,7 @@
 #include "cache.h"
 
 using runner::Attention;
+using runner::Bfloat16;
 using runner::Int8Attention;
 using runner::Isa;
 using runner::Parallel;
@@ -54,7 +55,10 @@ class Threads {
   std::vector<std::thread> others_;
 };
 
-void call(const Attention& one, Isa isa, const Parallel& parallel) { runner::attend(one, isa, parallel); }
+template <class Number>
+void call(const Attention<Number>& one, Isa isa, const Parallel& parallel) {
+  runner::attend(one, isa, parallel);
+}
 void call(const Int8Attention& one, Isa isa, const Parallel& parallel) { runner::attend_int8(one, isa, parallel); }
 
 /// Nanoseconds of `runs` calls, one after the other.
@@ -73,7 +77,11 @@ extern "C" {
 
 int best_isa() { return static_cast<int>(runner::best_isa()); }
 
-int64_t attend(const Attention* call, int isa, int threads, int runs) { return timed(call, isa, threads, runs); }
+int64_t attend(const Attention<float>* call, int isa, int threads, int runs) { return timed(call, isa, threads, runs); }
+
+int64_t attend_bfloat16(const Attention<Bfloat16>* call, int isa, int threads, int runs) {
+  return timed(call, isa, threads, runs);
+}
 
 int64_t attend_int8(const Int8Attention* call, int isa, int threads, int runs) {
   return timed(call, isa, threads, runs);

@@ -1,7 +1,10 @@
-// llama::custom_sdpa.out: causal attention of query [B, S, H, D] over caches [B, T, G, D] filled up to start_pos + S.
+// llama::custom_sdpa.out: causal attention of query [B, S, H, D] over caches [B, T, G, D] filled up to start_pos + S. All
+// are float32 or all bfloat16, and so is the output; sums are float32.
 #include <executorch/extension/kernel_util/make_boxed_from_unboxed_functor.h>
 
+#include <algorithm>
 #include <optional>
+#include <vector>
 
 #include "../base/threads.h"
 #include "operands.h"
@@ -9,39 +12,55 @@
 namespace runner {
 namespace {
 
+using executorch::aten::BFloat16;
 using executorch::aten::ScalarType;
 using executorch::aten::Tensor;
 using executorch::runtime::Error;
 using executorch::runtime::KernelRuntimeContext;
 
+/// One batch after the other, over caches of Number.
+template <class Number>
+void attend_batches(
+    const float* query, const Tensor& key, const Tensor& value, const Tensor& form, int64_t start, float scale, float* out) {
+  static const Isa isa = best_isa();
+  const Parallel& parallel = pool();
+  const int64_t batches = form.size(0), in = form.numel() / batches, cached = key.numel() / batches;
+  for (int64_t b = 0; b < batches; ++b) {
+    Attention<Number> call = {};
+    call.new_tokens = form.size(1), call.heads = form.size(2), call.head_dim = form.size(3);
+    call.groups = key.size(2), call.start = start, call.scale = scale;
+    call.query = query + b * in, call.out = out + b * in;
+    call.key = static_cast<const Number*>(key.const_data_ptr()) + b * cached;
+    call.value = static_cast<const Number*>(value.const_data_ptr()) + b * cached;
+    attend(call, isa, parallel);
+  }
+}
+
 Tensor& custom_sdpa(
     KernelRuntimeContext& context, const Tensor& query, const Tensor& key, const Tensor& value, int64_t start,
     const std::optional<Tensor> mask, double dropout, bool causal, const std::optional<double> scale, Tensor& out) {
+  const ScalarType type = query.scalar_type();
   ET_KERNEL_CHECK_MSG(
       context,
-      plain(query, ScalarType::Float) && plain(key, ScalarType::Float) && plain(value, ScalarType::Float) &&
-          shapes_fit(query, key, value, start),
-      InvalidArgument, out, "shapes of query and caches do not fit");
+      (type == ScalarType::Float || type == ScalarType::BFloat16) && plain(query, type) && plain(key, type) &&
+          plain(value, type) && shapes_fit(query, key, value, start),
+      InvalidArgument, out, "types or shapes of query and caches do not fit");
   ET_KERNEL_CHECK_MSG(
       context, causal && !mask.has_value() && dropout == 0, NotSupported, out, "only causal attention is computed");
   ET_KERNEL_CHECK_MSG(
-      context, executorch::runtime::resize_tensor(out, query.sizes()) == Error::Ok && plain(out, ScalarType::Float),
+      context, executorch::runtime::resize_tensor(out, query.sizes()) == Error::Ok && plain(out, type),
       InvalidArgument, out, "the output is not of the query's form");
-  static const Isa isa = best_isa();
-  const Parallel& parallel = pool();
-  const int64_t batches = query.size(0), in = query.numel() / batches, cached = key.numel() / batches;
-  for (int64_t b = 0; b < batches; ++b) {
-    Attention call = {};
-    call.query = query.const_data_ptr<float>() + b * in;
-    call.key = key.const_data_ptr<float>() + b * cached;
-    call.value = value.const_data_ptr<float>() + b * cached;
-    call.out = out.mutable_data_ptr<float>() + b * in;
-    call.new_tokens = query.size(1), call.heads = query.size(2), call.head_dim = query.size(3);
-    call.groups = key.size(2);
-    call.start = start;
-    call.scale = scale_or_usual(scale, query.size(3));
-    attend(call, isa, parallel);
+  const float factor = scale_or_usual(scale, query.size(3));
+  if (type == ScalarType::Float) {
+    attend_batches<float>(
+        query.const_data_ptr<float>(), key, value, query, start, factor, out.mutable_data_ptr<float>());
+    return out;
   }
+  const auto* from = query.const_data_ptr<BFloat16>();
+  const std::vector<float> wide(from, from + query.numel());
+  std::vector<float> sums(query.numel());
+  attend_batches<Bfloat16>(wide.data(), key, value, query, start, factor, sums.data());
+  std::copy(sums.begin(), sums.end(), out.mutable_data_ptr<BFloat16>());
   return out;
 }
 

@@ -29,6 +29,8 @@ constexpr int kColumns = 4;  // vectors of a row, or keys, processed at once
 
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t Integers __attribute__((vector_size(kLanes * sizeof(float))));
+typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(float))));
+typedef uint16_t UnalignedHalves __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(2), may_alias));
 typedef float Four __attribute__((vector_size(16)));
 typedef float Unaligned __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
 typedef float UnalignedFour __attribute__((vector_size(16), aligned(4), may_alias));
@@ -38,6 +40,9 @@ constexpr float kLog2E = 1.44269504F;
 
 inline Vector load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
 inline Vector load(const int8_t* from);
+inline Vector load(const Bfloat16* from) {
+  return (Vector)(__builtin_convertvector(*reinterpret_cast<const UnalignedHalves*>(from), Bits) << 16);
+}
 inline void store(float* to, Vector value) { *reinterpret_cast<Unaligned*>(to) = value; }
 inline Vector all(float value) { return value - Vector{}; }
 inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }

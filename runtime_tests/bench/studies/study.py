@@ -1,4 +1,4 @@
-"""Size against loss: `python -m runtime_tests.bench.study MODEL RECIPE … [--source …] [--eval …] [--write NAME]`.
+"""Size against loss: `python -m runtime_tests.bench.studies.study MODEL RECIPE … [--source …] [--write NAME]`.
 
 Every recipe of ours in every format, and llama.cpp's own mixtures of the same weights, each judged on the file that
 ships through its runtime. Nothing is timed.
@@ -26,9 +26,9 @@ from runtime_tests.places import environment
 from runtime_tests.reports import templates
 from runtime_tests.sessions import session_module
 
-from . import contenders, exports, fidelity, forms, publish, tables
-from .contenders import ONE_TARGET, RUNTIMES, SESSION
-from .results import Fidelity, File, StudyRun
+from .. import contenders, exports, fidelity, forms, publish, tables
+from ..contenders import ONE_TARGET, RUNTIMES, SESSION
+from ..results import Fidelity, File, StudyRun
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _LLAMA_CPP_KINDS = ("q4_0", "q4_k_m", "q8_0")
@@ -75,9 +75,8 @@ def main(
     say("", *plain(_table(study)))
     if write:
         options = f" --also {also}" if also else ""  # DIR: the real path belongs to this machine
-        command = (
-            f"python -m runtime_tests.bench.study {model} {' '.join(recipes)}{options} --source DIR --write {write}"
-        )
+        words = f"{model} {' '.join(recipes)}{options} --source DIR --write {write}"
+        command = f"python -m runtime_tests.bench.studies.study {words}"
         publish.publish_study(write, study, page(study, write, command), figure(study))
     if any(row.fidelity.outcome is not Outcome.PASS for row in study.rows):
         raise typer.Exit(1)

@@ -23,8 +23,8 @@ from export.quantization import schemes
 from export.toolbox.tables import Row
 from runtime_tests.reports import templates
 
-from . import publish, tables
-from .results import Benchmark, StudyRun, Timing
+from .. import publish, tables
+from ..results import Benchmark, StudyRun, Timing
 from .study import Study
 
 RECIPES = ("int4-mixed", "int4-g32-gptq", "int4-g64-gptq", "int4-g128-gptq", "int4-g32-scales", "int4-g32", "int4-g128")

@@ -1,4 +1,4 @@
-"""python -m runtime_tests.bench.calibrations MODEL QUANT… --on cuda,cpu --text FILE: how devices differ.
+"""python -m runtime_tests.bench.studies.calibrations MODEL QUANT… --on cuda,cpu --text FILE: how devices differ.
 
 For each recipe and device: seconds, memory of the GPU, the loss on a text that no recipe reads, and how many integers
 are not those of the first device.

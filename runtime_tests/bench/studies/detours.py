@@ -1,4 +1,4 @@
-"""What quantizing a quantized checkpoint costs: `python -m runtime_tests.bench.detours MODEL --source … [--write]`.
+"""What a second quantization costs: `python -m runtime_tests.bench.studies.detours MODEL --source … [--write]`.
 
 Each form of the same weights is quantized again by our recipe, and by the recipe that keeps its integers, if there is
 one. Logits of the ONNX file as shipped are compared with two fp32 models: of the weights that the checkpoint's file
@@ -32,11 +32,11 @@ from runtime_tests.evidence.record import Outcome
 from runtime_tests.places import environment
 from runtime_tests.reports import templates
 
-from . import contenders, exports, fidelity, publish
-from .contenders import ONE_TARGET, SESSION
-from .exports import BENCH
-from .forms import DETOUR_FORMS, home, weight_bytes
-from .results import Fidelity, StudyRun
+from .. import contenders, exports, fidelity, publish
+from ..contenders import ONE_TARGET, SESSION
+from ..exports import BENCH
+from ..forms import DETOUR_FORMS, home, weight_bytes
+from ..results import Fidelity, StudyRun
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _RECIPE, _EVALUATION = "int4-g32", "default"
@@ -77,7 +77,7 @@ def main(
     detours = Detours(positions=positions, rows=rows, **publish.conditions(model, _EVALUATION))
     say("", *plain(table(detours)))
     if write:
-        command = f"python -m runtime_tests.bench.detours {model} --source DIR --write"
+        command = f"python -m runtime_tests.bench.studies.detours {model} --source DIR --write"
         publish.publish_study("detours", detours, render(detours, command))
 
 
