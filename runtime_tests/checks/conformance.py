@@ -39,19 +39,27 @@ def check_cache(subject: Subject) -> Finding:
 
 def check(session: Session, context_length: int, *, fill: bool) -> list[str]:
     """Descriptions of the promises that a session breaks; the session is closed."""
-    failures = broken_promises(partial(_execute, session), partial(_refuses, session), context_length, fill=fill)
+    execute, refuses, endless = partial(_execute, session), partial(_refuses, session), session.sink is not None
+    failures = broken_promises(execute, refuses, context_length, fill=fill, endless=endless)
     failures += _rewind_failures(session)
     session.close()
     return failures
 
 
-def broken_promises(execute: _Execute, refuses: _Refuses, context_length: int, *, fill: bool) -> list[str]:
-    """Promises broken after a reset, at the last position (only with `fill`: it feeds a whole context) and past it."""
+def broken_promises(
+    execute: _Execute, refuses: _Refuses, context_length: int, *, fill: bool, endless: bool = False
+) -> list[str]:
+    """Promises broken after a reset, at the last position (only with `fill`: it feeds a whole context) and past it.
+
+    `endless`: by its policy a cache takes more tokens than the context has, and older ones leave.
+    """
     first, more = tuple(range(1, _PROBE + 1)), tuple(range(_PROBE + 1, 2 * _PROBE))
     full = tuple(1 + i % _PROBE for i in range(context_length - 1))
     script: list[Command] = [Reset(), Feed(first), Logits(), Feed(more), Reset(), Feed(first), Logits()]
     if fill:
         script += [Reset(), Feed(full), Feed((1,)), Logits()]
+        if endless:
+            script += [Feed((2,)), Logits(), Reset(), Feed(full), Feed((1, 2)), Logits()]
     before, after, *last = execute(script)
     failures = []
     difference = float(np.abs(before - after).max() / np.abs(before).max())
@@ -59,7 +67,10 @@ def broken_promises(execute: _Execute, refuses: _Refuses, context_length: int, *
         failures.append(f"after a reset the logits differ by {difference:.1e} of the largest")
     if not np.isfinite(np.array(last)).all():
         failures.append(f"logits at the last position, {context_length - 1}, are not finite")
-    if not refuses([Reset(), Feed(first), Feed(full[: context_length - _PROBE + 1])]):
+    if endless:
+        if fill and float(np.abs(last[1] - last[2]).max() / np.abs(last[1]).max()) > _REWIND_LIMIT:
+            failures.append("past the context the logits depend on how tokens are fed together")
+    elif not refuses([Reset(), Feed(first), Feed(full[: context_length - _PROBE + 1])]):
         failures.append(f"a token past the context of {context_length} was accepted")
     return failures
 

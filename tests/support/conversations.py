@@ -17,11 +17,9 @@ class Counting:
 
     def __init__(self, session):
         self.session, self.fed, self.rewinds = session, [], []
-        self.context_length = session.context_length
 
-    @property
-    def earliest(self):
-        return self.session.earliest
+    def __getattr__(self, name):
+        return getattr(self.session, name)
 
     def reset(self):
         self.session.reset()

@@ -32,7 +32,10 @@ CACHES: tuple[Cache, ...] = ("float32", "bfloat16", "int8")
 NO_CACHES: dict[Cache, str] = {
     "float16": "ExecuTorch's attention has no kernels for it: six times the time of float32",
 }
-NO_POLICIES: dict[str, str] = {"window": "not yet"}
+NO_POLICIES: dict[str, str] = {
+    "window": "ExecuTorch's own needs a mask of all its slots, for which the runner of devices has no kernel",
+    "sink": "the cache lies inside of the program, and the runner of devices cannot move what is in it",
+}
 LOGGERS = ("executorch",)
 _MAX_PREFILL = 512
 _SCALE_BYTES = {"int8": 5}
