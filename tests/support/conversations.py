@@ -21,6 +21,14 @@ class Counting:
     def __getattr__(self, name):
         return getattr(self.session, name)
 
+    @property
+    def tokens(self):
+        return self.session.tokens
+
+    @tokens.setter
+    def tokens(self, tokens):
+        self.session.tokens = tokens
+
     def reset(self):
         self.session.reset()
         self.rewinds.append(0)
