@@ -48,10 +48,11 @@ def test_it_is_compared_with_a_float32_cache_at_every_place(int8, setting, in_pr
 
 
 @pytest.mark.parametrize(
-    ("policy", "other", "places"),
-    [("window-24", "window-60", [128, 512]), ("sink-4", "sink-100", [128, 512, 798])],
+    ("policies", "places"),
+    [(("window-24", "window-60"), [128, 512]), (("sink-4", "sink-100"), [128, 512, 798])],
 )
-def test_a_policy_is_compared_where_it_matters(tiny, setting, in_process, tmp_path, policy, other, places):
+def test_a_policy_is_compared_where_it_matters(tiny, setting, in_process, tmp_path, policies, places):
+    policy, other = policies
     folder = shutil.copytree(tiny("onnx-cpu", "int4-g32", None, policy, context_length=512), tmp_path / "artifact")
     found = judged(folder, setting)
     assert list(found.comparisons["cache"].by_position) == [f"{place} tokens" for place in places]
