@@ -93,7 +93,8 @@ def test_a_token_that_the_vocabulary_lacks_is_refused_before_anything_is_fed(tok
 
 def test_conformance_holds_for_the_base_and_finds_what_breaks_it():
     assert conformance.check(Remembering(logits="all"), CONTEXT, fill=True) == []
-    (rewound,) = conformance.check(Shifted(), CONTEXT, fill=True)
+    rewound, several = conformance.check(Shifted(), CONTEXT, fill=True)
     assert rewound.startswith("after a rewind the logits differ")
+    assert several.startswith("after a rewind the logits of several tokens differ")
     past = [f"a token past the context of {CONTEXT} was accepted"]
     assert conformance.check(Bottomless(), CONTEXT, fill=False) == past
