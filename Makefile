@@ -27,7 +27,7 @@ NAME   ?=
 # tokens and numbers of the KV cache; empty: what the model's and the target's YAML have
 CONTEXT ?=
 CACHE   ?=
-# which tokens stay in it, window-N; empty: all
+# which tokens stay in it, window-N or sink-N; empty: all
 POLICY  ?=
 
 # where recipes that calibrate compute: cpu or cuda; empty: cpu

@@ -34,7 +34,7 @@ def build(  # noqa: PLR0913 – the options of the command
     adapter names. `name` is the artifact's, by default the adapter's or source's own, or the model's. `context`
     replaces the model's context_length (tokens), `cache` the target's kind of KV cache (`float32`, `float16`,
     `bfloat16` or `int8`), `out` the folder build/NAME_RECIPE_TARGET[_CONTEXT][_CACHE][_POLICY] below the working
-    folder. `policy` says which tokens stay in the cache: `window-N` the last N.
+    folder. `policy` says which tokens stay in the cache: `window-N` the last N, `sink-N` the first N and the newest.
     `device` is where calibration computes: `cpu` or `cuda`, whose integers differ a little.
     Raises ExportError: a mistake in any of these, or a machine that cannot build it.
     """

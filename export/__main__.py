@@ -45,7 +45,8 @@ _Name = Annotated[str | None, typer.Option(help="of the artifact; default: the a
 _Context = Annotated[int | None, typer.Option(help="tokens of the KV cache; default: the model's context_length")]
 _Cache = Annotated[Cache | None, typer.Option(help="numbers of the KV cache; default: the target's own kind")]
 _Policy = Annotated[
-    Policy | None, typer.Option(help="tokens that stay in the KV cache: window-N the last N; default: all")
+    Policy | None,
+    typer.Option(help="tokens that stay in the KV cache: window-N the last N, sink-N the first N and the newest"),
 ]
 _Out = Annotated[
     Path | None, typer.Option(help="the finished folder of one target; the folder that gets one for each of several")

@@ -16,6 +16,7 @@ from export.manifest import Manifest
 from export.plan import CONFIGS, load_named
 
 from .checks.accuracy import Labels
+from .sessions.base import leaving
 
 TEXT = CONFIGS / "evals" / "text"
 _PLACES = (128, 1024, 2048, 4096)
@@ -125,16 +126,19 @@ def far_windows(evaluation: Evaluation, tokenizer: Any, manifest: Manifest) -> d
     """By its place, the window that fills the cache up to it: 128 tokens, 1,024 and so on, and the whole context.
 
     All begin with the same text, the evaluation's, again from its start where the context is longer. Not beyond
-    `max_filled_context` of the evaluation or 8,192 tokens.
+    `max_filled_context` of the evaluation or 8,192 tokens. With a sink the last place is where older tokens have left a
+    second time, if the context is not longer than that.
     """
     from export.checkpoints.tokenizer import adds_bos
 
-    end = min(manifest.contract.kv.context_length, evaluation.max_filled_context, _FARTHEST)
+    kv = manifest.contract.kv
+    end = min(kv.context_length, evaluation.max_filled_context, _FARTHEST)
+    past = [end + leaving(end, kv.sink) + _STEPS // 2] if kv.sink and end == kv.context_length else []
     start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     text = "\n".join(read_text(text.file) for text in evaluation.texts)
     ids = tokenizer.encode(text, add_special_tokens=False)
-    tokens = _within([[*start, *islice(cycle(ids), end + 1 - len(start))]], manifest)
-    places = [*(place for place in _PLACES if place < end), end]
+    tokens = _within([[*start, *islice(cycle(ids), max(end, *past, end) + 1 - len(start))]], manifest)
+    places = [*(place for place in _PLACES if place < end), end, *past]
     return {f"{place:,} tokens": Windows(tokens[:, : place + 1], ("",), max(2, place - _STEPS)) for place in places}
 
 

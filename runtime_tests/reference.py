@@ -21,12 +21,13 @@ from export.checkpoints import Checkpoint
 from export.checkpoints.folder import config_json
 from export.host import digests, mkl
 from export.manifest import Manifest
-from export.model import Llama, RMSNorm
+from export.model import Llama, RMSNorm, without
 from export.quantization.eager import eager
 from export.quantization.store import QuantizedModel
 
 from .checks.weights import rebuild
 from .jobs import ReferenceJob, ReferenceTask, logits_file, report_progress
+from .sessions.base import leaving
 
 _Forward = Callable[..., torch.Tensor]
 Kind = Literal["huggingface", "fp32", "quantized", "noise"]
@@ -64,7 +65,9 @@ def _forward_of(kind: Kind, model: QuantizedModel, described: Manifest) -> _Forw
     """The reference model as tokens [B, S], first → logits [B, S - first, V] from position `first` on."""
     if kind == "huggingface":
         return hugging_face(model.checkpoint, described.plan.window)
-    return partial(_from, _eager_of(kind, model, described))
+    llama, sink = _eager_of(kind, model, described), described.plan.sink
+    context = described.contract.kv.context_length
+    return partial(_from, llama) if sink is None else partial(_endless, llama, context, sink)
 
 
 def _eager_of(kind: Kind, model: QuantizedModel, described: Manifest) -> Llama:
@@ -99,6 +102,23 @@ def _from(llama: Llama, tokens: torch.Tensor, first: int) -> torch.Tensor:
         _, cache = llama(piece, cache)
     logits: torch.Tensor = llama(tokens[:, begin:], cache)[0]
     return logits[:, first - begin :]
+
+
+def _endless(llama: Llama, context: int, sink: int, tokens: torch.Tensor, first: int) -> torch.Tensor:
+    """The same where older tokens leave a full context, as in `Session.make_room`."""
+    cache, fed, rows = None, 0, []
+    while fed < tokens.shape[1]:
+        held = cache[0][0].shape[2] if cache else 0
+        if cache and held == context:
+            cache, held = (
+                without(cache, llama.architecture, sink, leaving(context, sink)),
+                held - leaving(context, sink),
+            )
+        piece = tokens[:, fed : fed + min(_PIECE, context - held)]
+        logits, cache = llama(piece, cache)
+        rows.append(logits[:, max(0, first - fed) :])
+        fed += piece.shape[1]
+    return torch.cat(rows, 1)
 
 
 def _add_noise(llama: Llama) -> None:
@@ -146,7 +166,7 @@ def locate(kind: Kind, described: Manifest, tokens: NDArray[np.int64], cache: Pa
         "shape": tokens.shape,
         "code": [digests.room_digest("checkpoints", "quantization", "model.py"), digests.code_digest(Path(__file__))],
         "torch": version("torch"),
-    } | ({"policy": policy} if (policy := described.plan.policy) else {})
+    } | ({"policy": [policy, described.contract.kv.context_length]} if (policy := described.plan.policy) else {})
     if kind in ("quantized", "noise"):
         inputs |= {"key": described.quantization.key, "activations": described.plan.target.activations}
         inputs["torchao"] = version("torchao")

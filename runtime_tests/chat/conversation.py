@@ -16,7 +16,7 @@ from export.checkpoints import chat_template
 from export.errors import ExportError
 from export.manifest import TokenizerIds
 from runtime_tests.sessions import common_prefix, saved
-from runtime_tests.sessions.base import Session
+from runtime_tests.sessions.base import Session, leaving
 
 from .stream import TextStream
 
@@ -33,8 +33,13 @@ class PrefixCache:
 
     @property
     def tokens(self) -> list[int]:
-        """Fed so far, first to last."""
+        """In the cache, first to last."""
         return self.session.tokens
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it takes no more tokens; with a sink it always does, and older ones leave."""
+        return self.session.sink is None and len(self.tokens) == self.context_length
 
     @property
     def context_length(self) -> int:
@@ -42,18 +47,20 @@ class PrefixCache:
         return self.session.context_length
 
     def share(self, prompt: Sequence[int]) -> int:
-        """Rewind to the common prefix of cache and prompt; its length in tokens.
+        """Rewind to the common prefix of cache and prompt; its length in tokens, those that have left included.
 
         The prompt's last token is never counted: it must be fed to get the logits after it.
         """
-        shared = min(common_prefix(self.tokens, prompt), len(prompt) - 1)
-        if shared < self.session.earliest:
-            shared = 0
-        if shared == 0:
+        left, sink = self.session.left, self.session.sink or 0
+        behind = sink + len(left)
+        there = [*prompt[:sink], *(prompt[behind:] if list(prompt[sink:behind]) == left else ())]
+        shared = min(common_prefix(self.tokens, there), len(there) - 1)
+        if shared < max(1, self.session.earliest):
             self.session.reset()
-        elif shared < len(self.tokens):
+            return 0
+        if shared < len(self.tokens):
             self.session.rewind(shared)
-        return shared
+        return shared + len(left)
 
     def feed(self, tokens: Sequence[int], stopped: Callable[[], bool]) -> NDArray[np.float32] | None:
         """Continue the cache; logits [V] after the last token, or None where it was stopped before that.
@@ -128,6 +135,8 @@ class Answer:
     """From the message to the first token: template, tokenizer, prefill, choice."""
     context_used: int
     """Tokens in the cache."""
+    left: int = 0
+    """Older tokens that have made room since the conversation began, where the artifact's policy is a sink."""
 
 
 class Conversation:
@@ -169,7 +178,9 @@ class Conversation:
         text, end, steps_s = self.decode(token, show, stopped)
         self.turns = [*turns, {"role": "assistant", "content": text}]
         used = len(self.cache.tokens)
-        return Answer(text, end, len(new), prefill_s, len(steps_s), sum(steps_s), ttft_s, used)
+        return Answer(
+            text, end, len(new), prefill_s, len(steps_s), sum(steps_s), ttft_s, used, len(self.cache.session.left)
+        )
 
     def decode(
         self, token: int, show: Callable[[str], None], stopped: Callable[[], bool]
@@ -183,7 +194,7 @@ class Conversation:
             if len(steps_s) + 1 == self.max_new_tokens:
                 end = End.LIMIT
                 break
-            if len(self.cache.tokens) == self.cache.context_length:
+            if self.cache.is_full:
                 end = End.CONTEXT
                 break
             started = time.perf_counter()
@@ -208,6 +219,9 @@ class Conversation:
         if len(ids) <= (limit := self.cache.context_length):
             return ids
         alone = chat_template.token_ids(self.tokenizer, [*system, *turns[-1:]], subject)
+        session = self.cache.session
+        if session.sink is not None and len(alone) <= limit - leaving(limit, session.sink) - session.sink:
+            return ids  # what is older leaves, and nothing of this message
         if len(alone) <= limit:
             raise ExportError(
                 f"the context is full: this conversation has {len(ids)} tokens, the artifact's context {limit}; "

@@ -160,6 +160,7 @@ class Terminal:
     def figures(self, answer: Answer) -> str:
         """The line below an answer."""
         context = f"context {answer.context_used}/{self.conversation.cache.context_length}"
+        context += f", {answer.left} older tokens have left" if answer.left else ""
         speed = _speed_of(answer) if self.timed else f"speed {NOT_TIMED}"
         return " · ".join(part for part in (speed, context, answer.end.value) if part)
 

@@ -56,10 +56,10 @@ def generate(job: GenerateJob, execute: Execute) -> dict[str, Any]:
     return {"tokens": list(answer.generated[0].tokens)}
 
 
-def conformance(job: ConformanceJob, context_length: int, execute: Execute) -> dict[str, Any]:
+def conformance(job: ConformanceJob, context_length: int, execute: Execute, *, endless: bool = False) -> dict[str, Any]:
     """Descriptions of the promises that a device's runner breaks."""
     failures = broken_promises(
-        lambda script: execute(script)[1], partial(_refuses, execute), context_length, fill=job.fill
+        lambda script: execute(script)[1], partial(_refuses, execute), context_length, fill=job.fill, endless=endless
     )
     return {"failures": failures}
 

@@ -133,7 +133,7 @@ class AttachedDevice:
             case GenerateJob():
                 return scripts.generate(job, execute)
             case ConformanceJob():
-                return scripts.conformance(job, context_length, execute)
+                return scripts.conformance(job, context_length, execute, endless=described.contract.kv.sink is not None)
             case SpeedJob():
                 return scripts.speed(job, context_length, execute)
 

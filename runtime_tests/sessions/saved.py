@@ -26,7 +26,7 @@ _MAGIC, _VERSION = b"KVCACHE\n", 1
 _HEAD = struct.Struct("<8sI32sII")
 """Magic, version, sha256 of the artifact's manifest.json, tokens, bytes of the note.
 
-Behind it: the tokens, 4 bytes each; the note; for each buffer, in the order of their names, as many slots as tokens;
+Behind it: the tokens, 4 bytes each; the note; for each buffer, in the order of the contract, as many slots as tokens;
 the CRC-32 of all that. Everything is little-endian.
 """
 _CRC = struct.Struct("<I")
@@ -44,8 +44,10 @@ def save(session: Session, path: Path, artifact: bytes, note: bytes = b"") -> in
     `artifact`: sha256 of its manifest. Raises SavedError: the runtime keeps its cache to itself, the file is something
     else's, or cannot be written.
     """
+    if session.left:  # what they did to those that stay cannot be told from the tokens in the file
+        raise SavedError(f"{len(session.left)} older tokens have left this cache, by its policy; save before any has")
     try:
-        buffers = sorted(session.buffers().items())
+        buffers = [*session.buffers().items()]
     except CacheError as error:
         raise SavedError(str(error)) from None
     tokens = np.asarray(session.tokens, "<u4")
@@ -92,7 +94,7 @@ def restore(session: Session, path: Path, artifact: bytes) -> bytes:
     longer than the context. Where the disk fails between two readings, the cache is empty.
     """
     try:
-        buffers = sorted(session.buffers().items())
+        buffers = [*session.buffers().items()]
     except CacheError as error:
         raise SavedError(str(error)) from None
     try:

@@ -142,6 +142,33 @@ def test_a_prompt_that_fills_the_context_gets_one_token_and_one_more_is_refused(
         conversation.reset()
 
 
+def test_with_a_sink_a_conversation_goes_on_and_older_tokens_leave(talk, tiny):
+    folder = tiny("onnx-cpu", "fp32", None, "sink-4", context_length=SHORT)
+    conversation = talk(folder=folder, max_new_tokens=8)
+    answers = [ask(conversation, message) for message in ("hello", "and then?", "why", "where", "who", "go on", "what")]
+    assert [answer.end for answer in answers] == [End.LIMIT] * 7
+    assert answers[-1].left == 2 * 30
+    prompt = conversation.prompt(conversation.turns)
+    there = [*prompt[:4], *prompt[4 + 60 :]]
+    assert conversation.cache.tokens == there[: len(conversation.cache.tokens)]
+    assert max(answer.prefilled for answer in answers[1:]) < 20, "what the cache holds is not fed again"
+    again = talk(folder=folder, max_new_tokens=8)
+    again.turns = conversation.turns[:-2]
+    assert ask(again, "what").text == answers[-1].text
+    again.system = "Be brief."
+    assert ask(again, "why").prefilled > SHORT  # other tokens have left: all is fed anew, and again the older leave
+
+
+def test_a_message_that_would_lose_its_own_beginning_is_refused(talk, tiny):
+    conversation = talk(folder=tiny("onnx-cpu", "fp32", None, "sink-4", context_length=SHORT), max_new_tokens=8)
+    ask(conversation, "a" * 40)
+    with pytest.raises(ExportError, match=r"the context is full: .* /reset begins anew"):
+        ask(conversation, "b" * 40)
+    ask(conversation, "b" * 20)
+    conversation.reset()
+    ask(conversation, "b" * 40)
+
+
 @NUMBERS
 def test_a_token_that_the_model_does_not_have_is_refused_and_the_cache_stays(talk):
     conversation = talk()

@@ -1,6 +1,7 @@
 """A kind of KV cache that loses more than its format's usual one is judged near the start and at the end."""
 
 import dataclasses
+import shutil
 
 import pytest
 
@@ -44,6 +45,21 @@ def test_it_is_compared_with_a_float32_cache_at_every_place(int8, setting, in_pr
     reseal(bad)
     kl, _ = judged(bad, dataclasses.replace(setting, scratch=tmp_path)).gates
     assert (kl.verdict, kl.limit) == ("fail", pytest.approx(9e-3))
+
+
+@pytest.mark.parametrize(
+    ("policies", "places"),
+    [(("window-24", "window-60"), [128, 512]), (("sink-4", "sink-100"), [128, 512, 798])],
+)
+def test_a_policy_is_compared_where_it_matters(tiny, setting, in_process, tmp_path, policies, places):
+    policy, other = policies
+    folder = shutil.copytree(tiny("onnx-cpu", "int4-g32", None, policy, context_length=512), tmp_path / "artifact")
+    found = judged(folder, setting)
+    assert list(found.comparisons["cache"].by_position) == [f"{place} tokens" for place in places]
+    assert [gate.verdict for gate in found.gates] == ["pass", "pass"]
+    reseal(folder, plan=manifest.read(folder).plan.model_copy(update={"policy": other}))
+    kl, _ = judged(folder, dataclasses.replace(setting, scratch=tmp_path)).gates
+    assert kl.verdict == "fail"
 
 
 def test_the_usual_cache_costs_nothing_more(tiny, setting, in_process):

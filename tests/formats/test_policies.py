@@ -8,6 +8,7 @@ from export import manifest
 from export.build import request
 from export.errors import ExportError
 from export.formats import admission, cache_bytes, storage
+from export.model import rope_frequencies
 from export.plan import load_plan
 from tests.support.artifacts import reseal
 
@@ -55,3 +56,39 @@ def test_another_window_than_the_files_is_refused(tiny, tmp_path, window):
     reseal(folder, contract=contract, plan=described.plan.model_copy(update={"policy": window and f"window-{window}"}))
     with pytest.raises(ExportError, match=r"genai_config|'local_window_size': 24"):
         admission.admit(folder)
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "words"),
+    [
+        (
+            "onnx-cpu",
+            {"policy": "sink-129"},
+            "^--policy sink-129: at most half of the context, 128 tokens, never leaves$",
+        ),
+        (
+            "onnx-cpu",
+            {"policy": "sink-4", "cache": "int8"},
+            "a cache of int8 would round them .* takes --cache float32$",
+        ),
+        ("coreml", {"policy": "sink-4"}, "^target 'coreml' with --policy sink-4: its states are of float16"),
+        ("coreml", {"policy": "window-16"}, "^target 'coreml' with --policy window-16: its mask is an input"),
+        ("executorch-xnnpack", {"policy": "window-16"}, "^target 'executorch-xnnpack' with --policy window-16: "),
+    ],
+)
+def test_what_a_runtime_cannot_do_exactly_is_refused_before_any_work(target, options, words):
+    with pytest.raises(ExportError, match=words):
+        request.asked(*PLAN[:2], [target], **options)
+
+
+def test_a_sink_tells_how_far_keys_turn(tiny, tmp_path):
+    folder = shutil.copytree(tiny("onnx-cpu", "fp32", None, "sink-4", context_length=64), tmp_path / "artifact")
+    described = manifest.read(folder)
+    kv = described.contract.kv
+    assert (kv.sink, kv.frequencies) == (4, tuple(rope_frequencies(described.architecture).tolist()))
+    assert storage.cache(kv).startswith("io, float32, the first 4 stay, ")
+    for name, changed in (("sink", {"sink": 5}), ("frequencies", {"frequencies": kv.frequencies[1:]})):
+        contract = described.contract.model_copy(update={"kv": kv.model_copy(update=changed)})
+        reseal(folder, contract=contract)
+        with pytest.raises(ExportError, match=rf"contract\.kv\.{name} is "):
+            admission.admit(folder)

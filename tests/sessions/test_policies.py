@@ -8,6 +8,7 @@ from export import checkpoints, manifest
 from export.model import rope_tables, rotate, without
 from export.quantization.eager import eager
 from runtime_tests.chat.conversation import PrefixCache
+from runtime_tests.sessions import saved
 from runtime_tests.sessions.base import ContextError, leaving
 from tests.support.artifacts import opened
 from tests.support.metrics import random_tokens
@@ -105,7 +106,7 @@ def attended(tiny):
     return np.stack(rows)
 
 
-@pytest.mark.parametrize("target", ["onnx-cpu", "executorch-xnnpack"])
+@pytest.mark.parametrize("target", ["onnx-cpu"])
 @pytest.mark.parametrize("pieces", [[1] * 280, [70, *[1] * 100, 110], [280], [7] * 40])
 def test_endless_text_is_exact_whatever_the_pieces_are(tiny, attended, target, pieces):
     session = opened(tiny(target, "fp32", None, f"sink-{SINK}", context_length=SHORT))
@@ -116,6 +117,21 @@ def test_endless_text_is_exact_whatever_the_pieces_are(tiny, attended, target, p
         assert np.abs(logits - attended[fed - 1]).max() <= 2e-5 * np.abs(attended).max()
     assert session.tokens == [*ENDLESS[:SINK], *ENDLESS[SINK + len(session.left) :]]
     assert session.left == ENDLESS[SINK : SINK + len(session.left)]
+
+
+def test_a_cache_that_is_not_its_tokens_prefix_is_not_saved(tiny, tmp_path):
+    session = opened(tiny("onnx-cpu", "fp32", None, f"sink-{SINK}", context_length=SHORT))
+    session.feed(ENDLESS[:SHORT])
+    assert saved.save(session, tmp_path / "saved", bytes(32)) > 0
+    session.feed(ENDLESS[SHORT:90])
+    with pytest.raises(
+        saved.SavedError, match=r"^29 older tokens have left this cache, by its policy; save before any"
+    ):
+        saved.save(session, tmp_path / "later", bytes(32))
+    saved.restore(session, tmp_path / "saved", bytes(32))
+    assert (session.tokens, session.left) == (ENDLESS[:SHORT], [])
+    with pytest.raises(saved.SavedError, match="tokens move in the KV cache of a window"):
+        saved.save(windowed(tiny, "onnx-cpu"), tmp_path / "window", bytes(32))
 
 
 def test_the_eager_models_cache_loses_tokens_exactly(tiny, attended):
@@ -130,7 +146,7 @@ def test_the_eager_models_cache_loses_tokens_exactly(tiny, attended):
 
 
 def test_a_prompt_that_parts_before_the_window_is_fed_again(tiny, expected):
-    cache = PrefixCache(windowed(tiny, "onnx-cpu"))
+    cache = PrefixCache(windowed(tiny, "onnx-cpu"), "00" * 32)
     cache.feed([*TOKENS[:500], 3, 4, 5], lambda: False)
     assert cache.share([*TOKENS[:500], *TOKENS[500:510]]) == 500
     logits = cache.feed(TOKENS[500:510], lambda: False)

@@ -17,7 +17,6 @@ class Counting:
 
     def __init__(self, session):
         self.session, self.fed, self.rewinds = session, [], []
-        self.context_length = session.context_length
 
     def __getattr__(self, name):
         return getattr(self.session, name)
