@@ -107,8 +107,9 @@ def _forgets(what: str, before: Sequence[Command], after: Sequence[Command]) -> 
 
 def _in_pieces(context_length: int) -> _Promise:
     ids = np.random.default_rng(0).integers(1, 64, (_PROMPTS, min(_LENGTH, context_length)))
+    prompts: list[tuple[int, ...]] = [tuple(row) for row in ids.tolist()]
     script: list[Command] = []
-    for prompt in map(tuple, ids.tolist()):
+    for prompt in prompts:
         ways = [prompt], [prompt[:1], prompt[1:_PROBE], prompt[_PROBE:]], [prompt[_PROBE:]]
         script += [command for pieces in ways for command in (Reset(), *map(Feed, pieces), Logits())]
 
