@@ -111,7 +111,8 @@ def _in_pieces(context_length: int) -> _Promise:
     script: list[Command] = []
     for prompt in prompts:
         ways = [prompt], [prompt[:1], prompt[1:_PROBE], prompt[_PROBE:]], [prompt[_PROBE:]]
-        script += [command for pieces in ways for command in (Reset(), *map(Feed, pieces), Logits())]
+        for pieces in ways:
+            script += [Reset(), *map(Feed, pieces), Logits()]
 
     def broken(rows: NDArray[np.float32]) -> Iterator[str]:
         whole, pieces, end = (accuracy.log_softmax(rows[way::3]) for way in range(3))
