@@ -15,7 +15,7 @@ _WORDS = {"description", "limits", "limits_on", "cache_limits"}
 """Fields of a recipe or target that change nothing about an artifact."""
 _AS_MUCH_NOISE_DB = 3.0
 """Less of SQNR: the cache may add as much noise as the lowering may have."""
-FEW_POSITIONS = CacheLimits(max_mean_kl=4e-3, min_top1=0.95, min_probe_sqnr_db=None)
+FEW_POSITIONS = CacheLimits(max_mean_kl=4e-3, min_top1=0.9, min_probe_sqnr_db=None)
 """On top of a lowering's limits, which are of thousands of positions: what 65 may differ from those by. A wrong policy
 costs more than 0.02 as soon as it matters."""
 _Record = TypeVar("_Record", QuantRecipe, Target)

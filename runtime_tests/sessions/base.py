@@ -183,13 +183,23 @@ class Session(ABC):
         for token in window[prefill:-1]:
             yield self.feed([token])[None]
 
+    def longest(self, _position: int) -> int:
+        """Most tokens of a `step` at a position."""
+        return self.largest_call
+
+    def ends(self, position: int, end: int) -> Iterator[int]:
+        """Where each call ends that feeds the slots position…end-1."""
+        while position < end:
+            position = min(end, position + self.longest(position))
+            yield position
+
     def _steps(self, tokens: Sequence[int]) -> Iterator[NDArray[np.floating[Any]]]:
         self._require_room(tokens)
         start = 0
         while start < len(tokens):
             if self.position == self.context_length:
                 self.make_room()
-            piece = tokens[start : start + min(self.largest_call, self.context_length - self.position)]
+            piece = tokens[start : start + min(self.longest(self.position), self.context_length - self.position)]
             logits = self.step(piece, self.position)
             self.tokens.extend(piece)
             start += len(piece)

@@ -137,3 +137,18 @@ def test_the_runner_chooses_its_threads(bundle, artifacts, tmp_path):
     answer = started(bundle, artifacts["fp32"] / "model.pte", tmp_path / "script")
     assert answer.threads >= 1
     assert (answer.logits_rows, answer.logits_crc32) == (0, "00000000")
+
+
+def test_with_a_sink_older_tokens_leave_as_in_the_python_session(run, tiny, tmp_path):
+    folder, ids = tiny("executorch-xnnpack", "fp32", None, "sink-4", context_length=64), random_tokens(200)
+    commands = [Feed(ids[:150]), Logits(), *steps(ids[150:]), Rewind(40), Feed(ids[:50]), Logits()]
+    _, rows = run(commands, folder / "model.pte")
+    session = opened(folder)
+    expected = [session.feed(ids[:150]), *(session.feed([token]) for token in ids[150:])]
+    session.rewind(40)
+    expected.append(session.feed(ids[:50]))
+    assert np.abs(rows - np.stack(expected)).max() < 1e-4
+    refused, _ = run([Feed(ids), Save(tmp_path / "saved")], folder / "model.pte")
+    assert "150 older tokens have left this cache" in refused.error
+    refused, _ = run([Feed(ids), Rewind(3)], folder / "model.pte")
+    assert "no rewinding to 3 tokens" in refused.error

@@ -51,6 +51,22 @@ def test_tokens_are_cut_into_calls_at_their_positions():
     assert session.position == 23
 
 
+def test_calls_become_shorter_where_a_session_says_so():
+    class Shorter(Remembering):
+        def longest(self, position):
+            return 8 if position < 16 else 4
+
+    session = Shorter()
+    session.feed(range(1, 27))
+    assert [(position, len(tokens)) for position, tokens in session.calls] == [
+        (0, 8),
+        (8, 8),
+        (16, 4),
+        (20, 4),
+        (24, 2),
+    ]
+
+
 def test_logits_are_the_callers_own():
     session = Remembering()
     first = session.feed([1, 2])

@@ -106,7 +106,7 @@ def attended(tiny):
     return np.stack(rows)
 
 
-@pytest.mark.parametrize("target", ["onnx-cpu"])
+@pytest.mark.parametrize("target", ["onnx-cpu", "executorch-xnnpack"])
 @pytest.mark.parametrize("pieces", [[1] * 280, [70, *[1] * 100, 110], [280], [7] * 40])
 def test_endless_text_is_exact_whatever_the_pieces_are(tiny, attended, target, pieces):
     session = opened(tiny(target, "fp32", None, f"sink-{SINK}", context_length=SHORT))

@@ -30,6 +30,10 @@ FORMATS = {
 """Target, recipe, cache, bytes of a number in it: in `.pte` int8 has a zero and a scale for each head of 32."""
 
 
+PIECES = {"coreml": 5e-3, "pte": 5e-2}
+"""Of the logits' norm; else 1e-2. `.pte` in int4 rounds activations to int8, which a last bit of attention sets off."""
+
+
 class Slots(Remembering):
     """Its cache can be read."""
 
@@ -72,6 +76,25 @@ def test_a_restored_cache_answers_to_the_bit_and_only_filled_slots_are_written(t
         np.testing.assert_array_equal([other.feed([token]) for token in random_tokens(5, seed=5)], expected)
     session.rewind(59)
     assert np.abs(session.feed([7]) - expected[0]).max() > 0.1  # without it the logits are others
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_any_pieces_of_a_prompt_give_its_logits(tiny, kind):
+    """Up to the rounding of kernels for one row and for many."""
+    target, recipe, cache, _ = FORMATS[kind]
+    session, tokens = opened(tiny(target, recipe, cache)), random_tokens(200)
+
+    def logits(size, tokens=tokens):
+        session.reset()
+        return [session.feed(tokens[first : first + size]) for first in range(0, len(tokens), size)][-1]
+
+    def difference(other):
+        return np.linalg.norm(whole - other) / np.linalg.norm(whole)
+
+    whole = logits(200)
+    apart = [difference(logits(size)) for size in (199, 128, 64, 7, 2, 1)]
+    assert max(apart) < PIECES.get(kind, 1e-2), apart
+    assert difference(logits(200, tokens[1:])) > 0.1
 
 
 def test_slots_are_written_by_name_and_what_does_not_fit_is_refused(filled):

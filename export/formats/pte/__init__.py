@@ -34,7 +34,6 @@ NO_CACHES: dict[Cache, str] = {
 }
 NO_POLICIES: dict[str, str] = {
     "window": "ExecuTorch's own needs a mask of all its slots, for which the runner of devices has no kernel",
-    "sink": "the cache lies inside of the program, and the runner of devices cannot move what is in it",
 }
 LOGGERS = ("executorch",)
 _MAX_PREFILL = 512
@@ -109,8 +108,15 @@ def lower(model: "QuantizedModel", build: Build) -> Lowered:
     return Lowered(contract, facts)
 
 
-def methods(a: Architecture, contract: IOContract, tokenizer: TokenizerIds) -> dict[str, int | bool | list[int]]:
-    """Constant methods that ExecuTorch's runners call (extension/llm/runner/constants.h), with what they return."""
+def methods(
+    a: Architecture, contract: IOContract, tokenizer: TokenizerIds
+) -> dict[str, int | bool | list[int] | list[float]]:
+    """Constant methods that ExecuTorch's runners call (extension/llm/runner/constants.h), with what they return.
+
+    Of a cache with a sink ours takes two more: the tokens that never leave, and how far keys turn per position.
+    """
+    kv = contract.kv
+    own = {"get_sink": kv.sink, "get_rope_frequencies": list(kv.frequencies)} if kv.sink else {}
     return {
         "get_bos_id": tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_ids[0],
         "get_eos_ids": list(tokenizer.eos_ids),
@@ -121,6 +127,7 @@ def methods(a: Architecture, contract: IOContract, tokenizer: TokenizerIds) -> d
         "use_kv_cache": True,
         "use_sdpa_with_kv_cache": True,
         "enable_dynamic_shape": True,
+        **own,
     }
 
 

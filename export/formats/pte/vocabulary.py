@@ -40,7 +40,7 @@ _MOST_ELEMENTS = 2**19
 """That are read of the lists of one of these; Llama 3.2's have some thousands. Lists may lie in each other's bytes."""
 _CALLS = (1, 2)
 """InstructionArguments: KernelCall, DelegateCall."""
-_INT, _BOOL, _TENSOR = 2, 3, 5
+_INT, _BOOL, _DOUBLE, _TENSOR = 2, 3, 4, 5
 """KernelTypes."""
 _QUANTIZED = 2
 """XNNQuantizedTensorValue of XValueUnion."""
@@ -63,6 +63,10 @@ class _Record:
     def number(self, field: int, kind: Any = number_types.Uint32Flags) -> int:
         at = self._at(field)
         return int(self.table.Get(kind, at)) if at else 0
+
+    def real(self, field: int) -> float:
+        at = self._at(field)
+        return float(self.table.Get(number_types.Float64Flags, at)) if at else 0.0
 
     def text(self, field: int) -> str:
         at = self._at(field)
@@ -126,7 +130,7 @@ def _parts(program: _Record, described: Manifest) -> list[str]:
     return found
 
 
-def _listed(value: int | list[int]) -> list[int]:
+def _listed(value: int | list[int] | list[float]) -> list[Any]:
     """A list is returned value by value."""
     return value if isinstance(value, list) else [int(value)]
 
@@ -212,13 +216,17 @@ def _value(value: _Record, constants: int) -> Iterator[str]:
         yield f"a value whose constant is number {tensor.number(3)} of {constants}"
 
 
-def _returned(plan: _Record) -> list[int | None]:
+def _returned(plan: _Record) -> list[int | float | None]:
     """What a method without instructions returns; None for what is neither number nor flag."""
     values = plan.records(2)
     return [_number(values[index]) for index in plan.numbers(4, number_types.Int32Flags)]
 
 
-def _number(value: _Record) -> int | None:
-    kind = {_INT: number_types.Int64Flags, _BOOL: number_types.BoolFlags}.get(value.number(0, number_types.Uint8Flags))
+def _number(value: _Record) -> int | float | None:
+    which = value.number(0, number_types.Uint8Flags)
+    if which == _DOUBLE:
+        inner = value.record(1)
+        return inner.real(0) if inner else None
+    kind = {_INT: number_types.Int64Flags, _BOOL: number_types.BoolFlags}.get(which)
     inner = value.record(1)
     return inner.number(0, kind) if kind and inner else None

@@ -3,6 +3,7 @@
 #include <executorch/runtime/platform/runtime.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "base/error.h"
@@ -23,6 +24,25 @@ constexpr const char* kForward = "forward";
 void check(Error error, Stage stage, const std::string& what) {
   if (error != Error::Ok)
     throw Failure(stage, what + ": ExecuTorch error " + executorch::runtime::to_string(error));
+}
+
+/// Keys of `count` slots, as RoPE gives them from position `from` on, to what it gives from position `to` on.
+void turn(
+    float* keys, int64_t count, int64_t slot_floats, const std::vector<double>& frequencies, int64_t from, int64_t to) {
+  const auto pairs = static_cast<int64_t>(frequencies.size());
+  for (int64_t slot = 0; slot < count; ++slot)
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      // the angles of RoPE's tables are float32; their difference is exact in double
+      const auto frequency = static_cast<float>(frequencies[pair]);
+      const float before = static_cast<float>(from + slot) * frequency, after = static_cast<float>(to + slot) * frequency;
+      const double by = static_cast<double>(after) - before;
+      const auto cosine = static_cast<float>(std::cos(by)), sine = static_cast<float>(std::sin(by));
+      for (float* head = keys + slot * slot_floats; head < keys + (slot + 1) * slot_floats; head += 2 * pairs) {
+        const float one = head[pair], other = head[pair + pairs];
+        head[pair] = one * cosine - other * sine;
+        head[pair + pairs] = other * cosine + one * sine;
+      }
+    }
 }
 
 }  // namespace
@@ -59,6 +79,12 @@ Model::Model(const std::string& path) : path_(path), loader_(path) {
   loader_.keep();
   context_length_ = constant("get_max_context_len");
   vocab_size_ = constant("get_vocab_size");
+  if (program_->method_meta("get_sink").ok()) {
+    sink_ = constant("get_sink");
+    frequencies_ = constants<double>("get_rope_frequencies");
+    if (sink_ < 1 || sink_ > context_length_ / 2 || frequencies_.empty())
+      throw Failure(Stage::load, "a sink of " + std::to_string(sink_) + " tokens");
+  }
   check_inputs(*meta);
 }
 
@@ -79,7 +105,8 @@ void Model::check_inputs(const MethodMeta& meta) {
   if (longest_piece_ < 1) throw Failure(Stage::load, "the context length is " + std::to_string(context_length_));
 }
 
-int64_t Model::constant(const char* name) const {
+template <class Number>
+std::vector<Number> Model::constants(const char* name) const {
   const std::string what = std::string("method ") + name;
   const auto meta = program_->method_meta(name);
   check(meta.error(), Stage::load, what);
@@ -87,9 +114,19 @@ int64_t Model::constant(const char* name) const {
   auto method = program_->load_method(name, memory.manager());
   check(method.error(), Stage::load, what);
   check(method->execute(), Stage::load, what);
-  if (method->outputs_size() != 1 || !method->get_output(0).isInt())
-    throw Failure(Stage::load, std::string(name) + " does not give a number");
-  return method->get_output(0).toInt();
+  std::vector<Number> values;
+  for (size_t i = 0; i < method->outputs_size(); ++i) {
+    const auto& value = method->get_output(i);
+    if (!value.isInt() && !value.isDouble()) throw Failure(Stage::load, std::string(name) + " does not give numbers");
+    values.push_back(static_cast<Number>(value.isInt() ? value.toInt() : value.toDouble()));
+  }
+  return values;
+}
+
+int64_t Model::constant(const char* name) const {
+  const auto values = constants<int64_t>(name);
+  if (values.size() != 1) throw Failure(Stage::load, std::string(name) + " does not give a number");
+  return values[0];
 }
 
 void Model::pretend(int64_t position) {
@@ -98,7 +135,8 @@ void Model::pretend(int64_t position) {
 }
 
 void Model::rewind(int64_t length) {
-  if (length > static_cast<int64_t>(tokens_.size()))
+  if (length == 0) left_ = 0;
+  if (length > static_cast<int64_t>(tokens_.size()) || (left_ > 0 && length < sink_))
     throw Failure(
         Stage::run,
         "no rewinding to " + std::to_string(length) + " tokens: the cache holds " + std::to_string(tokens_.size()));
@@ -118,7 +156,7 @@ const std::vector<CacheBuffer>& Model::buffers() {
 
 void Model::feed(const std::vector<int64_t>& tokens) {
   const auto count = static_cast<int64_t>(tokens.size());
-  if (count > context_length_ - static_cast<int64_t>(tokens_.size()))
+  if (sink_ < 0 && count > context_length_ - static_cast<int64_t>(tokens_.size()))
     throw Failure(
         Stage::run, std::to_string(count) + " tokens at position " + std::to_string(tokens_.size()) +
                         ": the context holds " + std::to_string(context_length_));
@@ -126,8 +164,27 @@ void Model::feed(const std::vector<int64_t>& tokens) {
     if (token < 0 || token >= vocab_size_)
       throw Failure(
           Stage::run, "token " + std::to_string(token) + ": the vocabulary has " + std::to_string(vocab_size_));
-  for (int64_t done = 0; done < count; done += longest_piece_)
-    execute(tokens.data() + done, std::min(longest_piece_, count - done));
+  for (int64_t done = 0; done < count;) {
+    if (static_cast<int64_t>(tokens_.size()) == context_length_) make_room();
+    const int64_t room = context_length_ - static_cast<int64_t>(tokens_.size());
+    const int64_t piece = std::min({longest_piece_, count - done, room});
+    execute(tokens.data() + done, piece);
+    done += piece;
+  }
+}
+
+/// As `Session.make_room` in runtime_tests/sessions/base.py: the older half behind the sink leaves, the rest moves up.
+void Model::make_room() {
+  const int64_t count = (context_length_ - sink_) / 2, behind = sink_ + count, moved = context_length_ - behind;
+  const auto& all = buffers();
+  for (size_t i = 0; i < all.size(); ++i) {
+    auto* to = static_cast<char*>(all[i].data) + sink_ * all[i].slot_bytes;
+    std::memmove(to, to + count * all[i].slot_bytes, moved * all[i].slot_bytes);
+    // a step writes the values of a layer, then its keys
+    if (i % 2 == 1) turn(reinterpret_cast<float*>(to), moved, all[i].slot_bytes / sizeof(float), frequencies_, behind, sink_);
+  }
+  tokens_.erase(tokens_.begin() + sink_, tokens_.begin() + behind);
+  left_ += count;
 }
 
 void Model::execute(const int64_t* tokens, int64_t count) {

@@ -62,7 +62,10 @@ class Model {
   /// names them by types of a C++ library; so they are those that a step has written, and one is made where none was.
   const std::vector<CacheBuffer>& buffers();
   /// Tokens whose slots were written into the buffers.
-  void restored(std::vector<int64_t> tokens) { tokens_ = std::move(tokens); }
+  void restored(std::vector<int64_t> tokens) { tokens_ = std::move(tokens), left_ = 0; }
+
+  /// Older tokens that have left, where the program's policy is a sink.
+  int64_t left() const { return left_; }
 
   int64_t vocab_size() const { return vocab_size_; }
   int64_t context_length() const { return context_length_; }
@@ -70,6 +73,9 @@ class Model {
  private:
   void check_inputs(const executorch::runtime::MethodMeta& meta);
   int64_t constant(const char* name) const;
+  template <class Number>
+  std::vector<Number> constants(const char* name) const;
+  void make_room();
   void execute(const int64_t* tokens, int64_t count);
 
   std::string path_;
@@ -80,6 +86,8 @@ class Model {
   std::optional<Memory> memory_;
   std::optional<executorch::runtime::Method> method_;
   int64_t vocab_size_ = 0, context_length_ = 0, longest_piece_ = 0;
+  int64_t sink_ = -1, left_ = 0;  // tokens that never leave; -1: none ever leaves
+  std::vector<double> frequencies_;
   const float* logits_ = nullptr;
 };
 

@@ -114,6 +114,9 @@ Head checked(Reading& file, const std::string& path, const Model& model, int64_t
 int64_t save(Model& model, const std::string& path) {
   struct stat status {};
   if (stat(path.c_str(), &status) == 0 && !is_saved(path)) refuse(path, "is there and no saved session; choose another name");
+  if (model.left() > 0)  // what they did to those that stay cannot be told from the tokens in the file
+    throw Failure(
+        Stage::run, std::to_string(model.left()) + " older tokens have left this cache, by its policy; save before any has");
   const Head head = head_of(model);
   const std::vector<uint32_t> tokens(model.tokens().begin(), model.tokens().end());
   std::vector<std::pair<const void*, size_t>> parts = {{&head, sizeof head}, {tokens.data(), tokens.size() * 4}};
