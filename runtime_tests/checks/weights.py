@@ -1,6 +1,6 @@
 """Reads the integers and scales of an artifact back and compares them, bit for bit, with those quantized once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from export.checkpoints import Checkpoint, whereabouts
 from export.checkpoints.origin import Origin
 from export.errors import ExportError
 from export.host.console import stage
-from export.manifest import Manifest
+from export.manifest import KVLayout, Manifest, TensorSpec
 from export.quantization import content_key, requantize
 from export.quantization.store import QuantizedModel
 from runtime_tests.evidence.record import Outcome
@@ -34,7 +34,8 @@ def check(subject: Subject) -> Finding:
     detail += f"; {result['again']}" if result["again"] else ""
     problems = result["differing"] + len(result["missing"])
     name = "weights: differing numbers"
-    return Finding((gates.judge(name, problems, "at most", 0, Outcome.WEIGHTS_DIFFER, detail),))
+    weights = gates.judge(name, problems, "at most", 0, Outcome.WEIGHTS_DIFFER, detail)
+    return Finding((weights, gates.count("cache in the file: differences", result["cache"], Outcome.MISMATCH)))
 
 
 @contextmanager
@@ -86,10 +87,10 @@ def compare(job: WeightsJob) -> dict[str, Any]:
     folder = Path(job.folder)
     described = manifest.read(folder)
     model = rebuild(described, job.source, Path(job.cache))
-    reader = formats.reader(described.plan.target.backend)
+    reader, file = formats.reader(described.plan.target.backend), folder / described.plan.target.artifact
     missing = set(model.schemes.names)
     values, differing, first = 0, 0, ""
-    for stored in reader.read_weights(folder / described.plan.target.artifact, model.architecture):
+    for stored in reader.read_weights(file, model.architecture):
         missing.discard(stored.name)
         count, wrong = differences(model, stored)
         values, differing = values + count, differing + wrong
@@ -100,7 +101,18 @@ def compare(job: WeightsJob) -> dict[str, Any]:
         "missing": sorted(missing),
         "first": first,
         "again": _calibrated_again(described, model),
+        "cache": cache_differences(described.contract.kv, formats.contents(reader, file, model.architecture).cache),
     }
+
+
+def cache_differences(kv: KVLayout, buffers: Sequence[TensorSpec]) -> list[str]:
+    """Where the buffers in a file, or the inputs in their place, are not the cache that the manifest describes."""
+    shapes = [[kv.context_length if isinstance(length, str) else length for length in one.shape] for one in buffers]
+    there = sum(formats.size(one.dtype, shape) for one, shape in zip(buffers, shapes, strict=True))
+    stated = formats.cache_bytes(kv)
+    found = [f"{there} bytes, the manifest has {stated}"] if there != stated else []
+    kinds = sorted({one.dtype for one in buffers})
+    return found + ([f"of {', '.join(kinds)}, the manifest has {kv.dtype}"] if kv.dtype not in kinds else [])
 
 
 def _calibrated_again(described: Manifest, model: QuantizedModel) -> str:

@@ -27,7 +27,9 @@ _MEANINGS = {
     "same policy, nats, where it is farthest: near the start, further on, or at the end of the context. Suspects: the "
     "cache's scales, its policy.",
     "cache: top-1": "Positions there where the likeliest token is still the same. Suspects as before.",
-    "cache: broken promises": "The KV cache at its last position, past it, after a reset and a rewind.",
+    "cache in the file: differences": "The buffers of the KV cache are those that the manifest describes.",
+    "cache: broken promises": "The KV cache where a prompt is cut, at its last position, past it, after a reset, a "
+    "rewind and a refusal.",
     "golden tokens": "Greedy answers equal to the stored ones of this model, token by token.",
     "tokens as on this machine: gap in logits": "The device's greedy answer is this machine's, up to a choice so close "
     "that rounding decides it.",

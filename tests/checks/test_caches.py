@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
-from export import manifest
+from export import formats, manifest
 from export.errors import ExportError
 from export.plan import CacheLimits
-from runtime_tests.checks import comparisons, gates, limits
+from runtime_tests.checks import comparisons, gates, limits, weights
 from runtime_tests.checks.subject import Subject
 from tests.support.artifacts import export_with, reseal
 from tests.support.onnx import copy_with
@@ -60,6 +60,22 @@ def test_a_policy_is_compared_where_it_matters(tiny, setting, in_process, tmp_pa
     reseal(folder, plan=manifest.read(folder).plan.model_copy(update={"policy": other}))
     kl, _ = judged(folder, dataclasses.replace(setting, scratch=tmp_path)).gates
     assert kl.verdict == "fail"
+
+
+@pytest.mark.parametrize(
+    ("target", "kind"),
+    [("onnx-cpu", "int8"), ("executorch-xnnpack", "bfloat16"), ("executorch-xnnpack", "int8"), ("coreml", None)],
+)
+def test_the_manifest_describes_the_buffers_in_the_file(tiny, target, kind):
+    folder = tiny(target, kind=kind)
+    described = manifest.read(folder)
+    reader, kv = formats.reader(described.plan.target.backend), described.contract.kv
+    found = reader.contents(folder / described.plan.target.artifact, described.architecture).cache
+    assert weights.cache_differences(kv, found) == []
+    stated = formats.cache_bytes(longer := kv.model_copy(update={"kv_heads": 2 * kv.kv_heads}))
+    lines = weights.cache_differences(longer, found)
+    assert lines == [f"{stated // 2} bytes, the manifest has {stated}"]
+    assert "the manifest has float64" in weights.cache_differences(kv.model_copy(update={"dtype": "float64"}), found)[1]
 
 
 def test_the_usual_cache_costs_nothing_more(tiny, setting, in_process):

@@ -144,3 +144,30 @@ def test_onnxruntime_genai_runs_it_with_its_unchanged_configuration(int8, untied
     assert config == json.loads((untied / "genai_config.json").read_text())
     prompt = random_tokens(30, vocab=250)
     assert genai_greedy(int8, prompt, 54) == greedy(session_of(int8), prompt, 24)
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_onnxruntime_genai_stops_at_the_context_and_refuses_what_is_longer(int8, untied, kind):
+    import onnxruntime_genai as og
+
+    folder = {"float32": untied, "int8": int8}[kind]
+    context, model = manifest.read(folder).contract.kv.context_length, og.Model(str(folder))
+
+    def answered(length, **options):
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(do_sample=False, **options)
+        generator = og.Generator(model, parameters)
+        generator.append_tokens(np.full(length, 5, np.int32))
+        count = 0
+        while not generator.is_done():
+            generator.generate_next_token()
+            count += 1
+        return count
+
+    assert answered(context - 1) <= 1
+    with pytest.raises(RuntimeError, match=rf"sequence length already at max_length \({context}\)"):
+        answered(context)
+    with pytest.raises(RuntimeError, match=rf"exceeds max length \({context}\)"):
+        answered(context + 1)
+    with pytest.raises(RuntimeError, match=rf"cannot be greater than model context_length \({context}\)"):
+        answered(3, max_length=context + 1)

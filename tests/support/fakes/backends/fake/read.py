@@ -19,7 +19,7 @@ def contents(path, architecture):
         format=FORMAT,
         facts={},
         entries=(Entry(name="main", inputs=(tokens,), outputs=(logits,), value=None),),
-        cache=(TensorSpec(name="cache", dtype="float32", shape=("context",)),),
+        cache=(TensorSpec(name="cache", dtype="float32", shape=_cache(architecture)),),
         ops={},
         delegate_calls={},
         delegated_ops={},
@@ -28,12 +28,16 @@ def contents(path, architecture):
     )
 
 
+def _cache(a):
+    return (2, a.num_hidden_layers, a.num_key_value_heads, "context", a.head_dim) if a else ("context",)
+
+
 def stored(path):
     with safe_open(path, framework="np") as file:
-        bits = file.metadata()
+        bits = file.metadata() or {}
         for key in file.keys():  # noqa: SIM118
             tensor, name = file.get_tensor(key), key.removesuffix(".qdata").removesuffix(".scale")
-            dtype = f"int{bits[name]}" if key.endswith(".qdata") else str(tensor.dtype)
+            dtype = f"int{bits.get(name, 8)}" if key.endswith(".qdata") else str(tensor.dtype)
             kind = "scales" if key.endswith(".scale") else "weight"
             yield StoredTensor(name=name, kind=kind, dtype=dtype, shape=tensor.shape, bytes=tensor.nbytes)
 
