@@ -1,9 +1,9 @@
-"""Position, limit, pieces and rewind of every session. Copied to devices: needs only Python 3.9 and numpy."""
+"""Tokens, limit, pieces, rewind and cache of every session. Copied to devices: needs only Python 3.9 and numpy."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -20,11 +20,15 @@ class TokenError(ValueError):
     """A token id that the model's vocabulary does not have. Nothing of its prompt was fed."""
 
 
+class CacheError(ValueError):
+    """The runtime does not give its cache, or what is to be written is none of it. Nothing was changed."""
+
+
 class Session(ABC):
     """One loaded artifact with one KV cache; it takes token ids, never text.
 
-    A format's session implements `step`. Slots from `position` on are never read before they are written again, so a
-    rewind only moves `position`.
+    A format's session implements `step`, and `buffers` where its runtime lets the cache be read. Slots from `position`
+    on are never read before they are written again, so a rewind only shortens `tokens`.
     """
 
     measures_speed = True
@@ -36,8 +40,13 @@ class Session(ABC):
         """Slots of the cache, most tokens of a `step`, positions that it gives logits of, V: from the I/O contract."""
         self.context_length, self.largest_call, self.logits = context_length, largest_call, logits
         self.vocab_size = vocab_size
-        self.position = 0
-        """Tokens in the cache."""
+        self.tokens: list[int] = []
+        """In the cache, first to last."""
+
+    @property
+    def position(self) -> int:
+        """Tokens in the cache, and the slot of the next one."""
+        return len(self.tokens)
 
     @abstractmethod
     def step(self, tokens: Sequence[int], position: int) -> NDArray[np.floating[Any]]:
@@ -46,17 +55,43 @@ class Session(ABC):
         Logits [1, V] of the last token or [S, V] of all; the next call may overwrite the array.
         """
 
+    def buffers(self) -> dict[str, NDArray[Any]]:
+        """Every buffer of the cache by name, [slots, …] in its own precision (bfloat16 as uint16).
+
+        A view of the runtime's memory where it shares it, else a copy: only `write` changes the cache. Raises
+        CacheError: the runtime keeps it to itself.
+        """
+        raise CacheError("this runtime does not give its KV cache")
+
+    def write(self, first: int, parts: Mapping[str, NDArray[Any]]) -> None:
+        """Overwrite the slots from `first` on, of some buffers. Raises CacheError, nothing being changed."""
+        buffers = self.buffers()
+        for name, part in parts.items():
+            buffer = buffers.get(name)
+            if buffer is None or (part.dtype, part.shape[1:]) != (buffer.dtype, buffer.shape[1:]):
+                raise CacheError(f"the KV cache has no {name} of {part.dtype} {list(part.shape[1:])} a slot")
+            if not 0 <= first <= len(buffer) - len(part):
+                raise CacheError(f"{name}: slots {first} to {first + len(part)}, the KV cache has {len(buffer)}")
+        for name, part in parts.items():
+            buffers[name][first : first + len(part)] = part
+        self.put_back({name: buffers[name] for name in parts})
+
+    def put_back(self, buffers: Mapping[str, NDArray[Any]]) -> None:  # noqa: B027 – views need nothing
+        """Give the runtime what was changed of `buffers`, where they are copies."""
+
     def close(self) -> None:
         """Free the runtime's memory; the session is unusable afterwards."""
         vars(self).clear()
 
     def reset(self) -> None:
         """Empty the cache."""
-        self.position = 0
+        self.tokens = []
 
     def rewind(self, length: int) -> None:
-        """Forget all but the first `length` tokens that were fed."""
-        self.position = length
+        """Forget all but the first `length` tokens that were fed. Raises ContextError: there are fewer."""
+        if not 0 <= length <= self.position:
+            raise ContextError(f"no rewinding to {length} tokens: the cache holds {self.position}")
+        del self.tokens[length:]
 
     def feed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Append tokens to the cache (many: prefill, one: decode); float32 logits [V] after the last one.
@@ -93,7 +128,7 @@ class Session(ABC):
         for start in range(0, len(tokens), self.largest_call):
             piece = tokens[start : start + self.largest_call]
             logits = self.step(piece, self.position)
-            self.position += len(piece)
+            self.tokens.extend(piece)
             yield logits
 
     def _require_room(self, tokens: Sequence[int]) -> None:

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,14 +51,14 @@ PIECE = 512
 
 
 class PackageSession(Session):
-    """One package and one state; `model` has Core ML's `make_state` and `predict`."""
+    """One package and one state; `model` has Core ML's `make_state` and `predict`, a state its two functions."""
 
     def __init__(self, model: Any, contract: IOContract, *, measures_speed: bool) -> None:
         vocab_size = int(contract.outputs[0].shape[-1])
         super().__init__(contract.kv.context_length, min(contract.max_prefill, PIECE), contract.logits, vocab_size)
         self.measures_speed = measures_speed
         self.ids, self.mask = (spec.name for spec in contract.inputs)
-        self.output = contract.outputs[0].name
+        self.output, self.states = contract.outputs[0].name, tuple(spec.name for spec in contract.states)
         self.model = model
         self.abreast = ABREAST if isinstance(model, Evaluated) else 1
         self.reset()
@@ -71,6 +71,13 @@ class PackageSession(Session):
         outputs = self.model.predict(self._inputs(tokens, position), state=self.state)
         logits: NDArray[np.floating[Any]] = np.asarray(outputs[self.output])[0]
         return logits
+
+    def buffers(self) -> dict[str, NDArray[Any]]:
+        return {name: np.moveaxis(self.state.read_state(name), 3, 0) for name in self.states}
+
+    def put_back(self, buffers: Mapping[str, NDArray[Any]]) -> None:
+        for name, slots in buffers.items():
+            self.state.write_state(name, np.ascontiguousarray(np.moveaxis(slots, 0, 3)))
 
     def feed_windows(self, windows: Sequence[Sequence[int]], prefill: int) -> Iterator[NDArray[np.float32]]:
         """In the evaluator windows side by side, each with a state of its own."""
@@ -102,6 +109,22 @@ def causal_mask(past: int, new: int) -> NDArray[np.float32]:
     return np.triu(np.full((1, 1, new, past + new), -65504, np.float32), k=past + 1)
 
 
+class _State:
+    """States in the evaluator, as `MLState` of coremltools."""
+
+    def __init__(self, tensors: dict[str, Any]) -> None:
+        self.tensors = tensors
+
+    def read_state(self, name: str) -> NDArray[Any]:
+        """The state's own memory."""
+        shared: NDArray[Any] = self.tensors[name].numpy()
+        return shared
+
+    def write_state(self, name: str, value: NDArray[Any]) -> None:
+        """Overwrite it."""
+        self.read_state(name)[:] = value
+
+
 class Evaluated:
     """The evaluator of the saved package with the interface of a Core ML model; its speed means nothing."""
 
@@ -114,16 +137,16 @@ class Evaluated:
         torch.set_num_threads(1)
         self.evaluator = Evaluator(package, also)
 
-    def make_state(self) -> dict[str, Any]:
+    def make_state(self) -> _State:
         self.evaluator.reset()
-        return self.evaluator.states
+        return _State(self.evaluator.states)
 
-    def predict(self, inputs: dict[str, NDArray[Any]], state: dict[str, Any]) -> dict[str, NDArray[Any]]:
+    def predict(self, inputs: dict[str, NDArray[Any]], state: _State) -> dict[str, NDArray[Any]]:
         (outputs,) = self.predict_each([inputs], [state])
         return outputs
 
     def predict_each(
-        self, inputs: Sequence[dict[str, NDArray[Any]]], states: Sequence[dict[str, Any]]
+        self, inputs: Sequence[dict[str, NDArray[Any]]], states: Sequence[_State]
     ) -> list[dict[str, NDArray[Any]]]:
         """Several calls with equally many tokens, each with its state, side by side."""
         ids, _mask = inputs[0].values()
@@ -131,7 +154,7 @@ class Evaluated:
         self.torch.set_num_threads(1 if ids.size == 1 else self.threads)
         dtypes = self.evaluator.program.inputs  # Core ML converts what it is given, too
         given = [{n: self.torch.from_numpy(array).to(dtypes[n]) for n, array in one.items()} for one in inputs]
-        outputs = self.evaluator.predict_each(given, states)
+        outputs = self.evaluator.predict_each(given, [state.tensors for state in states])
         return [{name: values.numpy() for name, values in one.items()} for one in outputs]
 
 

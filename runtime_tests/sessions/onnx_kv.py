@@ -38,9 +38,10 @@ class OnnxSession(Session):
         self.binding = self.runtime.io_binding()
         self.ids, self.mask, *pasts = (spec.name for spec in contract.inputs)
         self.output, *presents = (spec.name for spec in contract.outputs)
+        self.slots: dict[str, NDArray[Any]] = {}
         for past, present in zip(pasts, presents):  # noqa: B905 – Python 3.9
-            slots = np.zeros((1, kv.kv_heads, kv.context_length, kv.head_dim), kv.dtype)
-            buffer = ort.OrtValue.ortvalue_from_numpy(slots)
+            self.slots[past] = np.zeros((1, kv.kv_heads, kv.context_length, kv.head_dim), kv.dtype)
+            buffer = ort.OrtValue.ortvalue_from_numpy(self.slots[past])
             self.binding.bind_ortvalue_input(past, buffer)
             self.binding.bind_ortvalue_output(present, buffer)
         self.row = np.empty((1, 1, vocab_size), np.float32)
@@ -56,6 +57,9 @@ class OnnxSession(Session):
         self.runtime.run_with_iobinding(self.binding)
         rows: NDArray[np.float32] = logits[0]
         return rows
+
+    def buffers(self) -> dict[str, NDArray[Any]]:
+        return {name: np.moveaxis(slots, 2, 0) for name, slots in self.slots.items()}
 
 
 def options_of(model: Path, threads: int) -> ort.SessionOptions:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from export.manifest import Manifest
 
-from .base import Session
+from .base import CacheError, Session
 
 RUNTIME = "ExecuTorch Python runtime, stepped"
 (_OPS,) = Path(custom_ops.__path__[0]).glob("libcustom_ops_aot_lib.*")
@@ -25,8 +25,9 @@ torch.ops.load_library(_OPS)  # type: ignore[no-untyped-call]  # custom_sdpa and
 class PteSession(Session):
     """One loaded program; a call takes up to as many tokens as it was exported for."""
 
-    def __init__(self, program: Any, context_length: int, largest_call: int) -> None:
-        self.program, self.method = program, program.load_method("forward")
+    def __init__(self, program: Any, context_length: int, largest_call: int, names: Sequence[str] = ()) -> None:
+        """`names`: of the cache's buffers, where the program has them."""
+        self.program, self.method, self.names = program, program.load_method("forward"), names
         super().__init__(
             context_length, largest_call, "last", self.method.method_meta().output_tensor_meta(0).sizes()[-1]
         )
@@ -35,6 +36,17 @@ class PteSession(Session):
         (logits,) = self.method([torch.tensor([tokens]), torch.tensor([position])])
         last: NDArray[np.float32] = logits.reshape(1, -1).numpy()
         return last
+
+    def buffers(self) -> dict[str, NDArray[Any]]:
+        if not self.names:
+            raise CacheError("this .pte does not name its KV cache, an earlier version built it: build it again")
+        return {name: _array(self.method.get_attribute(name)).swapaxes(0, 1) for name in self.names}
+
+
+def _array(tensor: torch.Tensor) -> NDArray[Any]:
+    """The tensor's own memory; numpy has no bfloat16."""
+    shown: NDArray[Any] = tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    return shown
 
 
 def load_program(path: Path, threads: int) -> Any:
@@ -53,4 +65,6 @@ def runtime_calls() -> list[tuple[type[Any], str]]:
 def open_session(folder: Path, manifest: Manifest, *, threads: int) -> PteSession:
     """Load the folder's `.pte`."""
     program = load_program(folder / manifest.plan.target.artifact, threads)
-    return PteSession(program, manifest.contract.kv.context_length, manifest.contract.max_prefill)
+    contract = manifest.contract
+    names = [state.name for state in contract.states]
+    return PteSession(program, contract.kv.context_length, contract.max_prefill, names)

@@ -302,6 +302,8 @@ HOSTILE = {
     "a kernel": (PTE, program(b"llama::custom_sdpa", b"evil::custom_sdpa!"), "operator 'evil::custom_sdpa!.out'"),
     "a delegate": (PTE, program(b"XnnpackBackend", b"QnnBackendEvil"), "delegate 'QnnBackendEvil'; refused"),
     "a method": (PTE, program(b"get_vocab_size", b"get_vocab_evil"), "method 'get_vocab_evil'; refused"),
+    "another name for a buffer of the cache": (
+        PTE, program(b"layers.0.key_cache", b"layers.0.kex_cache"), "a tensor named 'layers.0.kex_cache' of [1, 256, "),
     "data beside the segments": (
         PTE, patched(lambda d: [at + 22 for at in graphs(d)], bytes([1])), "graph 0 has data inside of it"),
     "a graph that leaves its segment": (

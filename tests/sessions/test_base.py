@@ -29,7 +29,8 @@ class Shifted(Remembering):
     """Writes one slot too far after a rewind."""
 
     def rewind(self, length):
-        self.position = length + 1
+        super().rewind(length)
+        self.tokens.append(0)
 
 
 class Bottomless(Remembering):

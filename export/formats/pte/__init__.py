@@ -128,10 +128,24 @@ def _io_contract(a: Architecture, plan: Plan) -> IOContract:
             TensorSpec(name="input_pos", dtype="int64", shape=(1,)),
         ),
         outputs=(TensorSpec(name="logits", dtype="float32", shape=(1, 1, a.vocab_size)),),
-        states=(),
-        kv=_kv(plan, a),
+        states=states(kv := _kv(plan, a)),
+        kv=kv,
         max_prefill=min(_MAX_PREFILL, plan.model.context_length),
         logits="last",
+    )
+
+
+def states(kv: KVLayout) -> tuple[TensorSpec, ...]:
+    """The cache's buffers as the program names them, layer by layer in the order of `cache.empty`."""
+    slots = (1, kv.context_length, kv.kv_heads)
+    kinds = [("cache", kv.dtype, kv.head_dim), ("zeros", "int8", 1), ("scales", "float32", 1)][
+        : 3 if kv.scale_bytes else 1
+    ]
+    return tuple(
+        TensorSpec(name=f"layers.{i}.{part}_{kind}", dtype=dtype, shape=(*slots, size))
+        for i in range(kv.layers)
+        for part in ("key", "value")
+        for kind, dtype, size in kinds
     )
 
 

@@ -54,6 +54,7 @@ def write(model: QuantizedModel, build: Build, contract: IOContract) -> _Facts:
                 extract_delegate_segments=True,
                 sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),  # memory is planned for the largest shape
                 memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),  # inputs stay in the caller's
+                emit_mutable_buffer_names=True,  # of the cache, by which a session reads and writes it
             )
         )
     path = build.folder / build.plan.target.artifact

@@ -7,7 +7,7 @@ to start.
 
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -120,6 +120,7 @@ def _parts(program: _Record, described: Manifest) -> list[str]:
         allowed = OPERATORS if name == _FORWARD else frozenset[str]()
         found += [f"operator {operator!r}" for operator in sorted(_operators(plan) - allowed)]
         found += _delegates(plan)
+        found += _named_tensors(plan, {state.name: list(state.shape) for state in described.contract.states})
         if name in expected and _returned(plan) != (value := _listed(expected[name])):
             found.append(f"{name} returns {_returned(plan)}, the manifest has {value}")
     return found
@@ -147,10 +148,21 @@ def _delegates(plan: _Record) -> Iterator[str]:
             yield f"delegate {delegate.text(0)!r}"
     kinds = {step.number(0, number_types.Uint8Flags) for chain in plan.records(5) for step in chain.records(2)}
     yield from (f"instruction of kind {kind}" for kind in sorted(kinds - {*_CALLS}))
+
+
+def _named_tensors(plan: _Record, states: Mapping[str, list[int | str]]) -> Iterator[str]:
+    """Tensors of a method with more than a place in its memory: the cache's buffers have a name, and no other has."""
     for value in plan.records(2):
         tensor = value.record(1) if value.number(0, number_types.Uint8Flags) == _TENSOR else None
-        if tensor and tensor.record(9):
+        extra = tensor.record(9) if tensor else None
+        if not tensor or not extra:
+            continue
+        if extra.number(0, number_types.Uint64Flags) or extra.number(2, number_types.Int8Flags):
             yield "a tensor whose data lies in another file"
+        elif not tensor.record(6):
+            yield "a named constant"
+        elif states.get(name := extra.text(1)) != (sizes := tensor.numbers(2, number_types.Int32Flags)):
+            yield f"a tensor named {name!r} of {sizes}, which the manifest's states are not"
 
 
 def _delegated(program: _Record, file: BinaryIO, base: int) -> Iterator[str]:
