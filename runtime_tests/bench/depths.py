@@ -242,7 +242,7 @@ def compared(run: Depths) -> list[Row]:
             ratio(mine(prompt_rate), theirs(prompt_rate)),
         )
         add(
-            f"time beyond that at {near}: float32 / {contender.cache}",
+            f"attention of {contender.name}: float32's time / its own",
             (ratio(theirs(_beyond(near, n)), mine(_beyond(near, n))) if n > near else None for n in run.positions),
         )
     return rows
