@@ -155,7 +155,7 @@ def _gather(
     model: str, quant: str, source: str | None, context: int, threads: int
 ) -> tuple[list[Contender], dict[str, str]]:
     """What is missing is built; llama.cpp may be left out, with the reason."""
-    ready, missing = [], {}
+    ready: list[Contender] = []
     folder = Path()
     for target, runner in _RUNNERS.items():
         for cache in formats.load(load_named(Target, "targets", target).backend).CACHES:
@@ -173,7 +173,7 @@ def _gather(
     for name, (kind, flash) in _LLAMA_CPP.items():
         opening = opened.model_copy(update={"kv": kind, "flash_attention": flash})
         ready.append(Contender(name=f"llama.cpp Q4_0, {name}", ours=False, target="", cache=kind, opening=opening))
-    return ready, missing
+    return ready, {}
 
 
 def _sample(contender: Contender, repetition: int, prompt: int, positions: tuple[int, ...], generate: int) -> Sample:
