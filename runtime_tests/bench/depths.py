@@ -155,7 +155,7 @@ def _gather(
     model: str, quant: str, source: str | None, context: int, threads: int
 ) -> tuple[list[Contender], dict[str, str]]:
     """What is missing is built; llama.cpp may be left out, with the reason."""
-    ready, missing = [], {}
+    ready: list[Contender] = []
     folder = Path()
     for target, runner in _RUNNERS.items():
         for cache in formats.load(load_named(Target, "targets", target).backend).CACHES:
@@ -173,7 +173,7 @@ def _gather(
     for name, (kind, flash) in _LLAMA_CPP.items():
         opening = opened.model_copy(update={"kv": kind, "flash_attention": flash})
         ready.append(Contender(name=f"llama.cpp Q4_0, {name}", ours=False, target="", cache=kind, opening=opening))
-    return ready, missing
+    return ready, {}
 
 
 def _sample(contender: Contender, repetition: int, prompt: int, positions: tuple[int, ...], generate: int) -> Sample:
@@ -242,7 +242,7 @@ def compared(run: Depths) -> list[Row]:
             ratio(mine(prompt_rate), theirs(prompt_rate)),
         )
         add(
-            f"time beyond that at {near}: float32 / {contender.cache}",
+            f"attention of {contender.name}: float32's time / its own",
             (ratio(theirs(_beyond(near, n)), mine(_beyond(near, n))) if n > near else None for n in run.positions),
         )
     return rows

@@ -85,7 +85,7 @@ def _times(kernels: Any, shape: tuple[int, int, int], start: int, threads: int) 
     heads, groups, dim = shape
     layers = [_operands(*shape, start) for _ in range(4)]
     out = np.empty((1, heads, dim), np.float32)
-    halves = [[query, *map(bfloat16, cache)] for (query, *cache), _ in layers]
+    halves: list[list[NDArray[Any]]] = [[query, *map(bfloat16, cache)] for (query, *cache), _ in layers]
     spent: dict[str, list[float]] = {name: [] for name in KINDS}
     for _ in range(_RUNS):
         for name, taken in spent.items():

@@ -100,6 +100,8 @@ def context_parameters(opening: Opening) -> llama_cpp.llama_context_params:
 
 
 class _LlamaRunner(SessionRunner):
+    session: LlamaSession
+
     def occupy(self, position: int) -> None:
         self.session.occupy(position)
 
