@@ -45,7 +45,7 @@ def scale_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 def rope_tables(
     architecture: Architecture, length: int, device: torch.device | None = None, first: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin for positions first…length-1, float32 [length - first, D/2], on the device; None: the CPU.
+    """cos and sin for positions first…length-1, float32 [length - first, D/2], on the device; None: on the CPU.
 
     By numpy, whose bits do not depend on threads: they are constants of every artifact (`host/mkl.py`).
     """

@@ -105,6 +105,8 @@ class LongContext(StudyRun):
     asked: int
     """Facts at each place, of all streams."""
     readers: tuple[Reader, ...]
+    note: str = ""
+    """How this record came to be, where that was not one run of the command."""
 
 
 def stream(loaded: Any, text: str, places: Sequence[int], seed: int) -> Stream:
@@ -252,7 +254,7 @@ def tables(study: LongContext) -> dict[str, list[Row]]:
 
     return {
         "perplexity": table(lambda at: f"{at.perplexity:.2f}"),
-        "mean KL": table(lambda at: NONE if at.kl is None else f"{at.kl:.4f} ± {at.error:.4f}"),
+        "mean KL": table(lambda at: NONE if at.kl is None else f"{at.kl:.4f}" + f" ± {at.error:.4f}" * (at.error > 0)),
         f"facts found, of {study.asked}": table(lambda at: str(at.found)),
     }
 
