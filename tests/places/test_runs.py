@@ -9,7 +9,7 @@ import pytest
 from devices import CoolDown
 from runtime_tests import jobs
 from runtime_tests.checks import speed
-from runtime_tests.device_runner import Answer, Feed, Generate, Logits, Reset, script_text
+from runtime_tests.device_runner import Answer, Feed, Generate, Logits, Reset, Rewind, script_text
 from runtime_tests.evidence.record import Environment, Outcome
 from runtime_tests.jobs import scripts
 from runtime_tests.places import facts
@@ -89,6 +89,8 @@ class FakeRunner:
             match command:
                 case Reset():
                     length = 0 if self.forgets else length + 1
+                case Rewind(length):
+                    pass
                 case Feed(tokens):
                     length += len(tokens)
                     feeds.append({"tokens": len(tokens), "ns": 10 * len(tokens)})
