@@ -10,6 +10,7 @@ import struct
 import tempfile
 import zlib
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -18,8 +19,6 @@ import numpy as np
 from .base import CacheError, Session
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from numpy.typing import NDArray
 
 _MAGIC, _VERSION = b"KVCACHE\n", 1
@@ -57,7 +56,9 @@ def save(session: Session, path: Path, artifact: bytes, note: bytes = b"") -> in
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             try:
                 head = _HEAD.pack(_MAGIC, _VERSION, artifact, len(tokens), len(note))
-                for part in (head, tokens.tobytes(), note, *_filled(buffers, len(tokens))):
+                for part in chain(
+                    (head, tokens.tobytes(), note), (slots[: len(tokens)].tobytes() for _, slots in buffers)
+                ):
                     crc, size = zlib.crc32(part, crc), size + len(part)
                     file.write(part)
                 file.write(_CRC.pack(crc))
@@ -70,12 +71,6 @@ def save(session: Session, path: Path, artifact: bytes, note: bytes = b"") -> in
     except OSError as error:
         raise SavedError(f"{path}: cannot be written: {error.strerror}") from None
     return size + _CRC.size
-
-
-def _filled(buffers: list[tuple[str, NDArray[Any]]], count: int) -> Iterator[memoryview]:
-    """The first slots of each buffer, one after the other."""
-    for _, slots in buffers:
-        yield memoryview(np.ascontiguousarray(slots[:count]).reshape(-1).view(np.uint8))
 
 
 def _refuse_other(path: Path) -> None:
