@@ -119,7 +119,7 @@ class Session(ABC):
 
     @property
     def earliest(self) -> int:
-        """The shortest length that `rewind` can go back to: more than 0 where tokens have left."""
+        """The shortest length, but for 0, that `rewind` can go back to: more than 0 where tokens have left."""
         return self.sink or 0 if self.left else 0
 
     def make_room(self) -> None:
@@ -146,6 +146,9 @@ class Session(ABC):
 
         Raises ContextError: there are fewer, or what the next token needs has left.
         """
+        if length == 0:
+            self.reset()
+            return
         if not self.earliest <= length <= self.position:
             raise ContextError(
                 f"no rewinding to {length} tokens: the cache holds {self.position}"

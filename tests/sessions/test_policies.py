@@ -55,7 +55,7 @@ def test_a_rewind_is_exact_or_refused(tiny, expected, target):
     session.rewind(session.earliest)
     with pytest.raises(ContextError):
         session.rewind(session.earliest - 1)
-    session.reset()
+    session.rewind(0)
     session.feed(TOKENS[:60])
     session.rewind(1)
     assert np.abs(session.feed(TOKENS[1:9]) - expected[8]).max() <= 2e-5 * scale

@@ -116,9 +116,9 @@ def methods(
     Of a cache with a sink ours takes two more: the tokens that never leave, and how far keys turn per position.
     """
     kv = contract.kv
-    own: dict[str, int | list[int] | list[float]] = (
-        {"get_sink": kv.sink, "get_rope_frequencies": list(kv.frequencies)} if kv.sink else {}
-    )
+    own: dict[str, int | bool | list[int] | list[float]] = {}
+    if kv.sink:
+        own = {"get_sink": kv.sink, "get_rope_frequencies": list(kv.frequencies)}
     return {
         "get_bos_id": tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_ids[0],
         "get_eos_ids": list(tokenizer.eos_ids),
