@@ -30,7 +30,7 @@ class _Kept:
         self.outputs: dict[str, NDArray[Any]] = {}
         self.make_state = model.make_state
 
-    def predict(self, inputs: dict[str, NDArray[Any]], state: dict[str, Any]) -> dict[str, NDArray[Any]]:
+    def predict(self, inputs: dict[str, NDArray[Any]], state: Any) -> dict[str, NDArray[Any]]:
         self.outputs = self.model.predict(inputs, state)
         return self.outputs
 
