@@ -31,6 +31,8 @@ MACHINES: dict[str, Abi] = {"x86_64": "x86-64", "aarch64": "aarch64"}
 ANDROID = "LLAMA_EXECUTORCH"
 """The environment's variable that names an ExecuTorch installed for Android: where its own build put it."""
 _VERSION = Path("include/executorch/runtime/core/version.h")
+_ALLOCATOR = Path("include/executorch/extension/memory_allocator/malloc_memory_allocator.h")
+"""ExecuTorch's own install leaves it out."""
 LOCK = ROOT / "locks" / "release.txt"
 """Every package with the sha256 of its wheels, for all platforms and Pythons."""
 _PYTHON = "3.11"
@@ -72,12 +74,11 @@ def _for_android() -> Sdk:
     if not (given := os.environ.get(ANDROID)):
         raise UnavailableError(f"arm64-v8a: {ANDROID} names no ExecuTorch built with Android's NDK: see docs/runner.md")
     root = Path(given).expanduser().resolve()
-    header = root / _VERSION
-    text = header.read_text(encoding="utf-8") if header.is_file() else ""
-    if not (version := re.search(r'ET_VERSION "(.+)"', text)):
-        raise ExportError(f"{ANDROID}={given}: no {_VERSION} there; name the folder that ExecuTorch was installed into")
+    if missing := next((header for header in (_VERSION, _ALLOCATOR) if not (root / header).is_file()), None):
+        raise ExportError(f"{ANDROID}={given}: no {missing} there; docs/runner.md says which ExecuTorch it takes")
+    version = re.search(r'ET_VERSION "(.+)"', (root / _VERSION).read_text(encoding="utf-8"))
     libraries = sorted(root.glob("lib/**/*.a"))
-    return Sdk(root, version[1], " ".join(map(sha256, libraries)))
+    return Sdk(root, version[1] if version else "unknown", " ".join(map(sha256, libraries)))
 
 
 def _installed_wheel() -> tuple[str, Path]:

@@ -100,9 +100,9 @@ ARCHIVES = (
 def android(monkeypatch, tmp_path):
     """An ExecuTorch as its own build installs it, with archives, and the file that an NDK's clang would be."""
     prefix = tmp_path / "my executorch"
-    header = prefix / sdk._VERSION
-    header.parent.mkdir(parents=True)
-    header.write_text('#define ET_VERSION "1.5.0"\n')
+    for header in (sdk._VERSION, sdk._ALLOCATOR):
+        (prefix / header).parent.mkdir(parents=True)
+        (prefix / header).write_text('#define ET_VERSION "1.5.0"\n')
     config = prefix / "lib/cmake/ExecuTorch/executorch-config.cmake"
     config.parent.mkdir(parents=True)
     for name in ARCHIVES:
@@ -150,11 +150,11 @@ def test_without_an_ndk_or_an_executorch_for_android_a_line_says_which_is_missin
     desk(*TOOLS)
     with pytest.raises(sdk.UnavailableError, match=r"^Android NDK: not found, .*; ANDROID_NDK names its folder$"):
         compilers.find("arm64-v8a")
-    (android.prefix / sdk._VERSION).unlink()
-    with pytest.raises(
-        ExportError, match=r"^LLAMA_EXECUTORCH=.*/my executorch: no include/.*/version.h there; name the"
-    ):
-        sdk.find("arm64-v8a", android.prefix)
+    for header in (sdk._ALLOCATOR, sdk._VERSION):
+        (android.prefix / header).unlink()
+        line = f"^LLAMA_EXECUTORCH={android.prefix}: no {header} there; docs/runner.md says which ExecuTorch it takes$"
+        with pytest.raises(ExportError, match=line):
+            sdk.find("arm64-v8a", android.prefix)
     monkeypatch.delenv(sdk.ANDROID)
     with pytest.raises(sdk.UnavailableError, match=r"^arm64-v8a: LLAMA_EXECUTORCH names no ExecuTorch .*runner.md$"):
         sdk.find("arm64-v8a", android.prefix)
