@@ -58,7 +58,8 @@ def broken_promises(execute: _Execute, refuses: _Refuses, context_length: int, *
     script: list[Command] = [Reset(), Feed(first), Logits(), Feed(more), Reset(), Feed(first), Logits()]
     for prompt in _prompts(context_length):
         ways = [prompt], [prompt[:1], prompt[1:_PROBE], prompt[_PROBE:]], [prompt[_PROBE:]]
-        script += [command for pieces in ways for command in (Reset(), *map(Feed, pieces), Logits())]
+        for way in ways:
+            script += [Reset(), *map(Feed, way), Logits()]
     if fill:
         script += [Reset(), Feed(full), Feed((1,)), Logits()]
     rows = execute(script)
@@ -67,7 +68,7 @@ def broken_promises(execute: _Execute, refuses: _Refuses, context_length: int, *
     difference = float(np.abs(before - after).max() / np.abs(before).max())
     if not difference <= 1e-4:
         failures.append(f"after a reset the logits differ by {difference:.1e} of the largest")
-    whole, pieces, end = (accuracy.log_softmax(cut[way::3]) for way in range(3))
+    whole, pieces, end = (accuracy.log_softmax(cut[start::3]) for start in range(3))
     lost, most = (float(accuracy.kl_divergence(whole, other).mean()) for other in (pieces, end))
     if not lost <= most * _CUT_LIMIT:
         failures.append(
