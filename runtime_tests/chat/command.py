@@ -45,7 +45,7 @@ def chat(
     if not session.measures_speed:
         say("its runtime is not on this machine; the reference evaluator computes the same, much slower")
     conversation = Conversation(
-        cache=PrefixCache(session),
+        cache=PrefixCache(session, manifest.digest(folder)),
         tokenizer=loaded_tokenizer,
         ids=described.tokenizer,
         choose=Sampler(temperature, 1.0 if top_p is None else top_p, seed),

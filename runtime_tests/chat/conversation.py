@@ -4,15 +4,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
+from export.architecture import Strict
 from export.checkpoints import chat_template
 from export.errors import ExportError
 from export.manifest import TokenizerIds
-from runtime_tests.sessions import common_prefix
+from runtime_tests.sessions import common_prefix, saved
 from runtime_tests.sessions.base import Session
 
 from .stream import TextStream
@@ -24,10 +27,14 @@ PIECE = 128
 class PrefixCache:
     """A session's KV cache between turns: the next prompt is fed from where it differs from the cached tokens."""
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self.tokens: list[int] = []
+    def __init__(self, session: Session, artifact: str) -> None:
+        """`artifact`: sha256 of its manifest, to which a saved cache is bound."""
+        self.session, self.artifact = session, bytes.fromhex(artifact)
+
+    @property
+    def tokens(self) -> list[int]:
         """Fed so far, first to last."""
+        return self.session.tokens
 
     @property
     def context_length(self) -> int:
@@ -44,7 +51,6 @@ class PrefixCache:
             self.session.reset()
         elif shared < len(self.tokens):
             self.session.rewind(shared)
-        del self.tokens[shared:]
         return shared
 
     def feed(self, tokens: Sequence[int], stopped: Callable[[], bool]) -> NDArray[np.float32] | None:
@@ -56,17 +62,42 @@ class PrefixCache:
         for start in range(0, len(tokens), PIECE):
             if stopped():
                 return None
-            piece = tokens[start : start + PIECE]
             try:
-                logits = self.session.feed(piece)
+                logits = self.session.feed(tokens[start : start + PIECE])
             except Exception as error:
-                self.session.rewind(len(self.tokens))
                 raise ExportError(f"the artifact's runtime: {' '.join(str(error).split())}") from error
-            self.tokens.extend(piece)
         return logits
+
+    def save(self, path: Path, note: bytes) -> int:
+        """Write the cache with a note to a file; its bytes. Raises ExportError: as `saved.save`."""
+        try:
+            return saved.save(self.session, path, self.artifact, note)
+        except saved.SavedError as error:
+            raise ExportError(str(error)) from None
+
+    def load(self, path: Path) -> bytes:
+        """Fill the cache from a file; the note in it. Raises ExportError: as `saved.restore`."""
+        try:
+            return saved.restore(self.session, path, self.artifact)
+        except saved.SavedError as error:
+            raise ExportError(str(error)) from None
 
 
 _Message = dict[str, str]
+
+
+class _Turn(Strict):
+    """One message of a saved conversation."""
+
+    role: Literal["user", "assistant"]
+    content: str
+
+
+class _Note(Strict):
+    """What a saved conversation has beside its cache."""
+
+    system: str | None
+    turns: tuple[_Turn, ...]
 
 
 class End(Enum):
@@ -199,6 +230,22 @@ class Conversation:
     def reset(self) -> None:
         """Forget every turn; the system message stays."""
         self.turns = []
+
+    def save(self, path: Path) -> int:
+        """Write messages and cache to a file; its bytes. Raises ExportError: as `saved.save`."""
+        note = _Note(system=self.system, turns=tuple(_Turn.model_validate(turn) for turn in self.turns))
+        return self.cache.save(path, note.model_dump_json().encode())
+
+    def load(self, path: Path) -> None:
+        """Go on with a saved conversation. Raises ExportError, the conversation being as it was."""
+        try:
+            note = _Note.model_validate_json(self.cache.load(path))
+        except ValidationError:
+            raise ExportError(f"{path}: holds a KV cache and no conversation") from None
+        turns = [turn.model_dump() for turn in note.turns]
+        system = [] if note.system is None else [{"role": "system", "content": note.system}]
+        chat_template.token_ids(self.tokenizer, [*system, *turns, *chat_template.HELLO], str(path))
+        self.system, self.turns = note.system, turns
 
 
 class Sampler:

@@ -5,10 +5,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from export.build.command import describe, fail
 from export.errors import ExportError
+from export.host import disk
 from export.host.console import console
 from export.host.text import CONVERSATION, visible
 from runtime_tests.checks.latency import NOT_TIMED
@@ -56,6 +58,8 @@ class Interrupts:
 _HELP = """\
 /reset         forget the conversation; the system message stays
 /system TEXT   another system message, for the conversation so far too; without TEXT the template's own
+/save FILE     write the conversation and its cache to a file
+/load FILE     go on where a saved one ended
 /help          this
 /exit          end (Ctrl-D too); Ctrl-C stops an answer, at an empty prompt it ends"""
 
@@ -124,7 +128,7 @@ class Terminal:
         say(self.figures(answer))
 
     def obey(self, line: str) -> None:
-        """Run one command. Raises ExportError: it is unknown, or the chat template refuses the system message."""
+        """Run one command. Raises ExportError: it is unknown, or refused."""
         command, _, text = line.partition(" ")
         if command == "/reset":
             self.conversation.reset()
@@ -132,11 +136,26 @@ class Terminal:
         elif command == "/system":
             self.conversation.instruct(text.strip() or None)
             say(f"system: {self.conversation.system or 'as the chat template has it'}")
+        elif command in ("/save", "/load"):
+            self.keep(command, text.strip())
         elif command == "/help":
             for text in _HELP.split("\n"):
                 say(text)
         else:
             raise ExportError(f"unknown command {command}; /help lists them, a message may begin with a space")
+
+    def keep(self, command: str, name: str) -> None:
+        """Save or load. Raises ExportError: as `Conversation`."""
+        if not name:
+            raise ExportError(f"{command} needs the name of a file")
+        if not name.isprintable() or (name.startswith("~") and not name.startswith("~/")):
+            raise ExportError(f"{command}: {name!r} is no name for a file; write another")
+        path, conversation = Path(name).expanduser(), self.conversation
+        size = f", {disk.size(conversation.save(path))}" if command == "/save" else ""
+        if command == "/load":
+            conversation.load(path)
+        held = f"{len(conversation.turns)} messages, {len(conversation.cache.tokens)} tokens{size}"
+        say(f"{'saved' if size else 'loaded'}: {held}")
 
     def figures(self, answer: Answer) -> str:
         """The line below an answer."""

@@ -1,7 +1,7 @@
 """What every KV cache must do: at the last position, past it, after a reset and after a rewind.
 
 The promises are scripts of the runner protocol, which a session in a child process and a runner on a device execute
-alike. Only a session rewinds: the protocol has no command for it.
+alike.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.host.console import stage
-from runtime_tests.device_runner import Command, Feed, Logits, Reset
+from runtime_tests.device_runner import Command, Feed, Logits, Reset, Rewind
 from runtime_tests.evidence.record import Outcome
 from runtime_tests.jobs import ConformanceJob
 from runtime_tests.sessions.base import ContextError, Session
@@ -46,17 +46,19 @@ def check(session: Session, context_length: int, *, fill: bool) -> list[str]:
 
 
 def broken_promises(execute: _Execute, refuses: _Refuses, context_length: int, *, fill: bool) -> list[str]:
-    """Promises broken after a reset, at the last position (only with `fill`: it feeds a whole context) and past it."""
+    """Promises broken after a reset or rewind, at the last position (only with `fill`: it feeds a context), past it."""
     first, more = tuple(range(1, _PROBE + 1)), tuple(range(_PROBE + 1, 2 * _PROBE))
     full = tuple(1 + i % _PROBE for i in range(context_length - 1))
-    script: list[Command] = [Reset(), Feed(first), Logits(), Feed(more), Reset(), Feed(first), Logits()]
+    script: list[Command] = [Reset(), Feed(first), Logits(), Feed(more), Logits()]
+    script += [Rewind(_PROBE), Feed(more), Logits(), Reset(), Feed(first), Logits()]
     if fill:
         script += [Reset(), Feed(full), Feed((1,)), Logits()]
-    before, after, *last = execute(script)
+    before, further, rewound, after, *last = execute(script)
     failures = []
-    difference = float(np.abs(before - after).max() / np.abs(before).max())
-    if not difference <= 1e-4:
-        failures.append(f"after a reset the logits differ by {difference:.1e} of the largest")
+    for what, one, other in (("reset", before, after), ("rewind", further, rewound)):
+        difference = float(np.abs(one - other).max() / np.abs(one).max())
+        if not difference <= 1e-4:
+            failures.append(f"after a {what} the logits differ by {difference:.1e} of the largest")
     if not np.isfinite(np.array(last)).all():
         failures.append(f"logits at the last position, {context_length - 1}, are not finite")
     if not refuses([Reset(), Feed(first), Feed(full[: context_length - _PROBE + 1])]):
@@ -65,7 +67,7 @@ def broken_promises(execute: _Execute, refuses: _Refuses, context_length: int, *
 
 
 def _rewind_failures(session: Session) -> list[str]:
-    """After a rewind a token must give the logits it gave before, and `feed_each` those of feeding one by one."""
+    """Whatever was fed before a rewind, `feed_each` then gives the logits of feeding one by one."""
     context, more = list(range(1, _PROBE + 1)), list(range(_PROBE + 1, _PROBE + 9))
     session.reset()
     session.feed(context)
@@ -78,7 +80,7 @@ def _rewind_failures(session: Session) -> list[str]:
     difference = float(np.linalg.norm(first - again) / np.linalg.norm(first))
     if difference <= _REWIND_LIMIT:
         return []
-    return [f"after a rewind the logits differ by {difference:.1e} of their norm"]
+    return [f"after a rewind the logits of several tokens differ by {difference:.1e} of their norm"]
 
 
 def _execute(session: Session, script: Sequence[Command]) -> NDArray[np.float32]:
@@ -87,6 +89,8 @@ def _execute(session: Session, script: Sequence[Command]) -> NDArray[np.float32]
         match command:
             case Reset():
                 session.reset()
+            case Rewind(length):
+                session.rewind(length)
             case Feed(tokens):
                 logits = session.feed(tokens)
             case Logits():

@@ -34,6 +34,13 @@ class Reset:
 
 
 @dataclass(frozen=True)
+class Rewind:
+    """Forget all but the first `length` tokens."""
+
+    length: int
+
+
+@dataclass(frozen=True)
 class Feed:
     """Continue the cache with these tokens."""
 
@@ -59,7 +66,21 @@ class Top:
     count: int
 
 
-Command = Reset | Feed | Generate | Logits | Top
+@dataclass(frozen=True)
+class Save:
+    """Write the filled cache to a file there."""
+
+    file: str
+
+
+@dataclass(frozen=True)
+class Restore:
+    """Fill the cache from a file there."""
+
+    file: str
+
+
+Command = Reset | Rewind | Feed | Generate | Logits | Top | Save | Restore
 
 
 def script_text(commands: Iterable[Command]) -> str:
@@ -78,17 +99,10 @@ def write_script(commands: Iterable[Command], path: Path) -> None:
 
 
 def _line(command: Command) -> str:
-    match command:
-        case Feed(tokens):
-            return f"feed {' '.join(map(str, tokens))}"
-        case Generate(count):
-            return f"generate {count}"
-        case Top(count):
-            return f"top {count}"
-        case Logits():
-            return "logits"
-        case Reset():
-            return "reset"
+    """Its name, then the numbers or the word of its one field."""
+    (values,) = vars(command).values() or ((),)
+    words = map(str, values if isinstance(values, tuple) else (values,))
+    return " ".join([type(command).__name__.lower(), *words])
 
 
 _LONGEST = 300
@@ -136,6 +150,8 @@ class Answer(_Record):
     generated: tuple[_Generated, ...]
     top: tuple[tuple[tuple[_Count, float | None], ...], ...]
     """Token and logit, largest first; None: not a finite number."""
+    saved: tuple[_Positive, ...] = ()
+    """Bytes of each saved session."""
     logits_rows: _Count
     logits_crc32: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
     rss_before_load_bytes: _Count
@@ -189,6 +205,7 @@ def fitting(answer: Answer, commands: Sequence[Command], vocab_size: int) -> Ans
         "feeds": [len(command.tokens) for command in commands if isinstance(command, Feed)],
         "generated": [command.count for command in commands if isinstance(command, Generate)],
         "top": sum(isinstance(command, Top) for command in commands),
+        "saved": sum(isinstance(command, Save) for command in commands),
         "logits_rows": sum(isinstance(command, Logits) for command in commands),
         "vocab_size": vocab_size,
         "generated tokens outside the vocabulary": 0,
@@ -197,6 +214,7 @@ def fitting(answer: Answer, commands: Sequence[Command], vocab_size: int) -> Ans
         "feeds": [feed.tokens for feed in answer.feeds],
         "generated": [len(generated.tokens) for generated in answer.generated],
         "top": len(answer.top),
+        "saved": len(answer.saved),
         "logits_rows": answer.logits_rows,
         "vocab_size": answer.vocab_size,
         "generated tokens outside the vocabulary": sum(

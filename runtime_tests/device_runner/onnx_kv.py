@@ -62,7 +62,7 @@ def install(transport: Transport, device: Device, *, timeout_s: float) -> tuple[
 
 def push_session(transport: Transport, session: str, timeout_s: float) -> None:
     """Push a session's module and what it imports: together they are a runner in Python."""
-    for name in ("base.py", "board.py", "footprint.py", f"{session}.py"):
+    for name in ("base.py", "board.py", "footprint.py", "saved.py", f"{session}.py"):
         transport.push(SESSIONS / name, f"runners/sessions/{name}", timeout_s=timeout_s)
 
 

@@ -13,7 +13,7 @@ from export.manifest import Manifest
 from .base import Session
 
 __all__ = ["Session", "names", "open_session", "session_module"]
-_SHARED = {"base", "board", "footprint", "timing", "trace"}
+_SHARED = {"base", "board", "footprint", "saved", "timing", "trace"}
 """Modules of this room that are no session."""
 
 

@@ -123,10 +123,21 @@ class Session(ABC):
         for token in window[prefill:-1]:
             yield self.feed([token])[None]
 
+    def longest(self, _position: int) -> int:
+        """Most tokens of a `step` at a position."""
+        return self.largest_call
+
+    def ends(self, position: int, end: int) -> Iterator[int]:
+        """Where each call ends that feeds the slots position…end-1."""
+        while position < end:
+            position = min(end, position + self.longest(position))
+            yield position
+
     def _steps(self, tokens: Sequence[int]) -> Iterator[NDArray[np.floating[Any]]]:
         self._require_room(tokens)
-        for start in range(0, len(tokens), self.largest_call):
-            piece = tokens[start : start + self.largest_call]
+        first = self.position
+        for end in self.ends(first, first + len(tokens)):
+            piece = tokens[self.position - first : end - first]
             logits = self.step(piece, self.position)
             self.tokens.extend(piece)
             yield logits

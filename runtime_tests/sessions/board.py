@@ -6,6 +6,7 @@ The module of a format's session, which is copied too, calls `main`.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import time
@@ -20,11 +21,13 @@ from numpy.typing import NDArray
 
 from .base import ContextError, Session, TokenError
 from .footprint import held_bytes, peak_bytes
+from .saved import SavedError, restore, save
 
 _MOST = 10**9
 _DIGITS = 1000
 """Longer numbers are refused before `int`, which raises an error of its own for them."""
 _MOST_THREADS = 1024
+_COUNTED = ("rewind", "generate", "top")
 USAGE, _LOAD, _RUN = ("usage", 2), ("load", 3), ("run", 4)
 _OpenSession = Callable[[Path, Any, int], Session]
 """Loads the model at a path, with the contract of its manifest and a number of threads."""
@@ -68,17 +71,20 @@ class _LogitsFile:
 class Run:
     """One script on one session."""
 
-    def __init__(self, session: Session, logits_file: _LogitsFile) -> None:
-        self.session, self.logits_file = session, logits_file
+    def __init__(self, session: Session, logits_file: _LogitsFile, manifest: Path) -> None:
+        self.session, self.logits_file, self.manifest = session, logits_file, manifest
         self.last: NDArray[np.float32] = np.empty(0, np.float32)
         self.feeds: list[dict[str, int]] = []
         self.generated: list[dict[str, list[int]]] = []
         self.top: list[list[list[Any]]] = []
+        self.saved: list[int] = []
 
-    def step(self, name: str, numbers: list[int]) -> None:
+    def step(self, name: str, numbers: list[int], file: str) -> None:
         """Execute one command."""
         if name == "reset":
             self.session.reset()
+        elif name in ("rewind", "save", "restore"):
+            self.move(name, numbers, Path(file))
         elif name == "feed":
             self.feeds.append({"tokens": len(numbers), "ns": self.feed(numbers)})
         elif name == "generate":
@@ -91,6 +97,20 @@ class Run:
             self.logits_file.add(self.last)
         else:
             self.top.append(self.largest(numbers[0]))
+
+    def move(self, name: str, numbers: list[int], file: Path) -> None:
+        """Rewind, save or restore."""
+        try:
+            if name == "rewind":
+                self.session.rewind(numbers[0])
+                return
+            artifact = hashlib.sha256(self.manifest.read_bytes()).digest()
+            if name == "save":
+                self.saved.append(save(self.session, file, artifact))
+            else:
+                restore(self.session, file, artifact)
+        except (ContextError, SavedError) as error:
+            raise Failure(_RUN, error) from None
 
     def feed(self, tokens: Sequence[int]) -> int:
         """Feed tokens; returns the nanoseconds from tokens to logits."""
@@ -109,23 +129,25 @@ class Run:
         return [[int(i), float(self.last[i]) if np.isfinite(self.last[i]) else None] for i in order]
 
 
-def parse(text: str, with_logits: bool) -> list[tuple[str, list[int]]]:
-    """A script as (name, numbers), checked as a whole."""
+def parse(text: str, with_logits: bool) -> list[tuple[str, list[int], str]]:
+    """A script as (name, numbers, name of a file), checked as a whole."""
     commands, answered = [], False
     for number, line in enumerate(text[:-1].split("\n") if text.endswith("\n") else text.split("\n"), 1):
         name, *words = line.split(" ")
+        file = words.pop() if name in ("save", "restore") and len(words) == 1 else ""
         numbers = [int(word) for word in words if word.isascii() and word.isdigit() and len(word) <= _DIGITS]
-        counts = {"reset": not words, "logits": not words, "feed": bool(words), "generate": len(words) == 1}
-        good = counts.get(name, name == "top" and len(words) == 1)
+        counts = {"reset": not words, "logits": not words, "feed": bool(words), "save": not words, "restore": not words}
+        good = counts.get(name, name in _COUNTED and len(words) == 1)
         good = good and len(numbers) == len(words) and max(numbers, default=0) <= _MOST
-        if not good or (name in ("generate", "top") and numbers[0] < 1):
+        good = good and (name not in ("save", "restore") or (file > "" and all("!" <= c <= "~" for c in file)))
+        if not good or (name in _COUNTED and numbers[0] < 1):
             raise Failure(USAGE, f"script line {number}: no command: {line[:80]!r}")
         if name in ("generate", "logits", "top") and not answered:
             raise Failure(USAGE, f"script line {number}: there are no logits before a feed")
         if name == "logits" and not with_logits:
             raise Failure(USAGE, f"script line {number}: logits need --logits FILE")
-        answered = name != "reset" and (answered or name == "feed")
-        commands.append((name, numbers))
+        answered = name not in ("reset", "rewind", "restore") and (answered or name == "feed")
+        commands.append((name, numbers, file))
     return commands
 
 
@@ -177,7 +199,7 @@ def answer(runner: str, runtime: str, open_session: _OpenSession) -> dict[str, A
         raise Failure(_LOAD, f"{options.model}: {error}") from None
     load_ns = time.perf_counter_ns() - started
     logits_file = _LogitsFile(options.logits)
-    run = Run(session, logits_file)
+    run = Run(session, logits_file, Path(options.model).parent / "manifest.json")
     for command in commands:
         run.step(*command)
     logits_file.close()
@@ -191,6 +213,7 @@ def answer(runner: str, runtime: str, open_session: _OpenSession) -> dict[str, A
         "feeds": run.feeds,
         "generated": run.generated,
         "top": run.top,
+        "saved": run.saved,
         "logits_rows": logits_file.rows,
         "logits_crc32": f"{logits_file.crc32:08x}",
         "rss_before_load_bytes": before,

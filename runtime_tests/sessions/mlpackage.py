@@ -43,6 +43,9 @@ def in_core_ml() -> bool:
     return int(platform.mac_ver()[0].partition(".")[0] or 0) >= _FIRST_WITH_STATE
 
 
+_PAIRS = 2**21
+"""Most new tokens × slots of a call: scores of 32 heads are 32 × 2²¹ × 2 bytes = 134 MB."""
+
 RUNTIME = "Core ML" if in_core_ml() else "our evaluator of the saved package"
 ABREAST = 8
 """Windows side by side in the evaluator: each has a KV cache, and the head's logits of a prompt."""
@@ -72,6 +75,12 @@ class PackageSession(Session):
         logits: NDArray[np.floating[Any]] = np.asarray(outputs[self.output])[0]
         return logits
 
+    def longest(self, position: int) -> int:
+        most = self.largest_call
+        while most > 1 and most * (position + most) > _PAIRS:
+            most //= 2
+        return most
+
     def buffers(self) -> dict[str, NDArray[Any]]:
         return {name: np.moveaxis(self.state.read_state(name), 3, 0) for name in self.states}
 
@@ -88,7 +97,7 @@ class PackageSession(Session):
         for window in windows:
             self._require_room(window[:-1])
         states = [self.model.make_state() for _ in windows]
-        ends = [*range(self.largest_call, prefill, self.largest_call), *range(prefill, len(windows[0]))]
+        ends = [*self.ends(0, prefill), *range(prefill + 1, len(windows[0]))]
         first = 0
         for end in ends:
             outputs = self.model.predict_each([self._inputs(window[first:end], first) for window in windows], states)

@@ -49,6 +49,8 @@ def talk(built, words):
         session = Counting(session or opened(folder))
         described = manifest.read(folder)
         choose = choose or Sampler(0, 1, None)
-        return Conversation(PrefixCache(session), words, described.tokenizer, choose, max_new_tokens)
+        return Conversation(
+            PrefixCache(session, manifest.digest(folder)), words, described.tokenizer, choose, max_new_tokens
+        )
 
     return begin

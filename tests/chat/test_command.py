@@ -246,8 +246,54 @@ def test_every_format_talks_and_keeps_its_cache(chat, talk, tiny, target, module
     answers = [ask(conversation, message) for message in MESSAGES[:2]]
     assert out == "".join(answer.text + "\n" for answer in answers)
     assert answers[1].prefilled == len(MESSAGES[1]) + 5
-    conversation.cache = PrefixCache(opened(folder))
+    conversation.cache = PrefixCache(opened(folder), manifest.digest(folder))
     conversation.turns = conversation.turns[:2]
     fresh = ask(conversation, MESSAGES[1])
     assert fresh.prefilled > answers[1].prefilled
     assert fresh.text == answers[1].text
+
+
+# ── saved conversations ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_saved_conversation_goes_on_in_another_process_as_if_it_had_not_ended(chat, tiny, tmp_path):
+    folder, kept = tiny("onnx-cpu"), tmp_path / "kept"
+    options, first, second = ("--max-new-tokens", "8"), b"/system Be brief.\nhello\nand then?\n", b"why\n"
+    code, whole, figures = chat(folder, *options, typed=first + second)
+    assert code == 0
+    code, before, err = chat(folder, *options, typed=first + f"/save {kept}\n".encode())
+    assert code == 0
+    assert re.search(r"saved: 4 messages, \d+ tokens, 0.0 MB", err)
+    code, after, err = chat(folder, *options, typed=f"/load {kept}\n".encode() + second)
+    assert (code, before + after) == (0, whole)
+    assert "loaded: 4 messages, " in err
+    prefilled = re.compile(r"prefill (\d+) tokens")
+    assert prefilled.findall(err) == prefilled.findall(figures)[2:]  # the past is not fed again
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (b"/save\n", "/save needs the name of a file"),
+        (b"/load   \n", "/load needs the name of a file"),
+        (b"/load no-such\n", "no-such: no such file"),
+        (b"/load ~nobody/x\n", "/load: '~nobody/x' is no name for a file"),
+        (b"/save a\0b\n", "/save: 'a\\x00b' is no name for a file"),
+        (b"/save no-folder/kept\n", "no-folder/kept: cannot be written: No such file or directory"),
+        (b"/load manifest.json\n", "manifest.json: no saved session"),
+        (b"/save manifest.json\n", "manifest.json: is there and no saved session; choose another name"),
+    ],
+)
+def test_a_file_that_cannot_be_saved_or_loaded_is_one_line_and_the_chat_goes_on(
+    chat, tiny, monkeypatch, typed, message
+):
+    monkeypatch.chdir(tiny("onnx-cpu"))
+    code, out, err = chat(tiny("onnx-cpu"), "--max-new-tokens", "2", typed=typed + b"hello\n")
+    assert code == 1
+    assert out.strip()
+    assert f"error: left out: {message}" in err
+
+
+def test_a_runtime_that_keeps_its_cache_is_named(chat, built):
+    code, _, err = chat(built, typed=b"/save kept\n")
+    assert (code, err.count("left out: this runtime does not give its KV cache")) == (1, 1)

@@ -199,3 +199,47 @@ def test_half_a_character_at_the_end_is_shown_and_kept_as_broken(talk, words, en
 def test_special_tokens_are_not_shown(talk, words):
     conversation = talk(choose=spelled("a<|user|>b", words))
     assert ask(conversation, "hello").text == "ab"
+
+
+# ── saved conversations ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        b"",
+        b"\xff",
+        b"[]",
+        b'{"system": null}',
+        b'{"system": 1, "turns": []}',
+        b'{"system": null, "turns": [], "more": 1}',
+        b'{"system": null, "turns": [{"role": "tool", "content": "x"}]}',
+        b'{"system": null, "turns": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"system": null, "turns": ' + b"[" * 9000,
+    ],
+)
+def test_a_saved_cache_without_a_conversation_is_refused_and_the_talk_goes_on(talk, tiny, tmp_path, note):
+    folder = tiny("onnx-cpu")
+    conversation = talk(folder=folder)
+    ask(conversation, "hello")
+    turns, whole = list(conversation.turns), tmp_path / "whole"
+    conversation.save(whole)
+    expected = ask(conversation, "why").text
+    conversation.load(whole)
+    assert conversation.turns == turns
+    conversation.cache.save(tmp_path / "kept", note)
+    with pytest.raises(ExportError, match="kept: holds a KV cache and no conversation"):
+        conversation.load(tmp_path / "kept")
+    assert conversation.turns == turns
+    assert ask(conversation, "why").text == expected
+
+
+def test_a_system_message_is_prefilled_once(talk):
+    conversation = talk()
+    conversation.instruct("Be brief and kind.")
+    first = ask(conversation, "hello")
+    ask(conversation, "and then?")
+    conversation.reset()
+    again = ask(conversation, "why")
+    assert first.prefilled > len("Be brief and kind.") + len("hello")
+    assert again.prefilled == len("why") + 2  # and what the template puts behind a message

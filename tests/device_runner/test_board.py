@@ -23,14 +23,17 @@ from runtime_tests.device_runner import (
     Generate,
     Logits,
     Reset,
+    Restore,
+    Rewind,
     RunnerFailure,
+    Save,
     Top,
     onnx_kv,
     parse_answer,
     read_logits,
     write_script,
 )
-from runtime_tests.sessions import base, board, greedy
+from runtime_tests.sessions import base, board, greedy, saved
 from runtime_tests.sessions.mlpackage import UNITS
 from tests.support.artifacts import opened
 from tests.support.scripts import BAD_LINES, EARLY, random_tokens, steps
@@ -131,6 +134,31 @@ def test_reset_forgets_everything(run, kind):
     _, rows = run(kind, [*again, Feed(random_tokens(40, seed=4)), *again, Feed(random_tokens(50)), Logits()])
     np.testing.assert_array_equal(rows[:2], rows[2:4])
     assert np.abs(rows[4] - rows[0]).max() > 0.1  # without a reset the past shows
+
+
+@both
+def test_a_rewind_and_a_saved_session_bring_back_the_same_bits(run, artifacts, kind, tmp_path):
+    ids, kept = random_tokens(60), Save("kept")
+    asked = [Feed((7,)), Logits()]
+    answer, rows = run(kind, [Feed(ids), kept, *asked, Feed(ids[::-1]), Rewind(60), *asked, Restore("kept"), *asked])
+    np.testing.assert_array_equal(rows[1:], rows[:1].repeat(2, axis=0))
+    assert answer.saved == ((tmp_path / "kept").stat().st_size,)
+    np.testing.assert_array_equal(run(kind, [Restore("kept"), *asked])[1], rows[:1])  # in another process
+    session = opened(artifacts[kind])
+    saved.restore(session, tmp_path / "kept", bytes.fromhex(manifest.digest(artifacts[kind])))
+    np.testing.assert_array_equal(session.feed([7]), rows[0])
+    assert np.abs(run(kind, [Feed(ids[1:]), *asked])[1] - rows[0]).max() > 0.1
+
+
+def test_what_cannot_be_rewound_or_restored_is_an_error_of_the_run(run, tmp_path):
+    (tmp_path / "text").write_text("mine")
+    for command, message in (
+        (Rewind(4), "no rewinding to 4 tokens: the cache holds 3"),
+        (Restore("nothing"), "nothing: no such file"),
+        (Restore("text"), "text: no saved session"),
+        (Save("text"), "text: is there and no saved session; choose another name"),
+    ):
+        assert run("onnx", [Feed((1, 2, 3)), command])[0] == RunnerFailure(stage="run", error=message)
 
 
 def test_the_answer_describes_the_run(run):
@@ -326,6 +354,7 @@ def test_a_runtime_that_fails_in_the_middle_is_an_error_in_one_line(monkeypatch,
         ("base", set()),
         ("board", set()),
         ("footprint", set()),
+        ("saved", set()),
         ("onnx_kv", {"onnxruntime"}),
         ("mlpackage", {"coremltools"}),
     ],
@@ -337,7 +366,7 @@ def test_a_board_needs_nothing_but_its_runtime(name, runtime):
         if isinstance(node, ast.Import):
             assert {name.name.partition(".")[0] for name in node.names} <= allowed
         elif isinstance(node, ast.ImportFrom):
-            inside = node.level == 1 and node.module in ("base", "board", "footprint")
+            inside = node.level == 1 and node.module in ("base", "board", "footprint", "saved")
             assert inside or node.module.partition(".")[0] in allowed
 
 

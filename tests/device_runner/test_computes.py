@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from export import manifest
-from runtime_tests.device_runner import Feed, Generate, Logits, Reset, Top, write_script
-from runtime_tests.sessions import greedy
+from runtime_tests.device_runner import Feed, Generate, Logits, Reset, Restore, Rewind, Save, Top, write_script
+from runtime_tests.sessions import greedy, saved
 from tests.device_runner.conftest import started
 from tests.support.artifacts import opened
 from tests.support.scripts import PROMPT, random_tokens, steps
@@ -88,6 +88,27 @@ def test_with_an_int8_cache_a_feed_in_pieces_gives_the_same_bits(run):
     ids = random_tokens(130)
     _, rows = run([Feed(ids), Logits(), Reset(), *(Feed((token,)) for token in ids), Logits()], "int8 cache")
     np.testing.assert_array_equal(rows[0], rows[1])
+
+
+@pytest.mark.parametrize("model", ["int4-g32", "int8 cache"])
+def test_a_rewind_and_a_saved_session_bring_back_the_same_bits(run, artifacts, tmp_path, model):
+    """And the file is the Python session's, whichever of the two wrote it."""
+    ids, kept, asked = random_tokens(60), tmp_path / "kept", [Feed((7,)), Logits()]
+    again = [Feed(ids[::-1]), Rewind(60), *asked, Restore(str(kept)), *asked]
+    answer, rows = run([Feed(ids), Save(str(kept)), *asked, *again], model)
+    np.testing.assert_array_equal(rows[1:], rows[:1].repeat(2, axis=0))
+    assert answer.saved == (kept.stat().st_size,)
+    np.testing.assert_array_equal(run([Restore(str(kept)), *asked], model)[1], rows[:1])  # in another process
+    session, artifact = opened(artifacts[model]), bytes.fromhex(manifest.digest(artifacts[model]))
+    saved.restore(session, kept, artifact)
+    session.rewind(59)
+    session.feed(ids[59:])
+    assert np.abs(session.feed([7]) - rows[0]).max() < 1e-4 * np.abs(rows[0]).max()
+    session.rewind(60)
+    saved.save(session, kept, artifact, b"a note")
+    _, others = run([Restore(str(kept)), *asked], model)
+    assert np.abs(others - rows[:1]).max() < 1e-4 * np.abs(rows[0]).max()
+    assert np.abs(run([Feed(ids[1:]), *asked], model)[1] - rows[0]).max() > 0.1
 
 
 def test_top_is_the_order_of_the_logits(run):

@@ -8,8 +8,20 @@ import torch
 
 from devices import visible
 from export.formats.pte import file
-from runtime_tests.device_runner import Answer, Feed, Generate, Logits, RunnerFailure, Top, write_script
+from runtime_tests.device_runner import (
+    Answer,
+    Feed,
+    Generate,
+    Logits,
+    Restore,
+    Rewind,
+    RunnerFailure,
+    Save,
+    Top,
+    write_script,
+)
 from tests.device_runner.conftest import started
+from tests.sessions.test_saved import BAD
 from tests.support.scripts import BAD_LINES, EARLY, PROMPT, random_tokens
 
 
@@ -46,6 +58,38 @@ def test_logits_come_after_a_feed(run, script):
     failure, _ = run(script)
     assert failure.stage == "usage"
     assert failure.error.endswith("there are no logits before a feed")
+
+
+def test_no_rewind_to_what_was_never_fed(run):
+    failure, _ = run([Feed((1, 2)), Rewind(3)])
+    assert failure == RunnerFailure(stage="run", error="no rewinding to 3 tokens: the cache holds 2")
+    assert isinstance(run([Feed((1, 2)), Rewind(2)])[0], Answer)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        ("empty", "no saved session"),
+        ("text", "no saved session"),
+        ("another version", "a saved session of version 2, this program reads 1; save it again"),
+        ("another artifact", "saved with another artifact"),
+        ("very long", "4294967295 tokens, the context holds 256"),
+        ("a longer note", "damaged: "),
+        ("cut off", "damaged: "),
+        ("a flipped bit", "damaged: its CRC-32 is another; copy or save it again"),
+    ],
+)
+def test_a_bad_saved_session_is_one_line(run, tmp_path, harm, message):
+    path = tmp_path / "kept"
+    run([Feed(random_tokens(9)), Save(str(path))])
+    path.write_bytes(BAD[harm][0](path.read_bytes()))
+    failure, _ = run([Restore(str(path))])
+    assert failure.stage == "run"
+    assert failure.error.startswith(f"{path}: {message}")
+    (tmp_path / "notes.txt").write_text("mine")
+    failure, _ = run([Save(str(tmp_path / "notes.txt"))])
+    assert failure.error == f"{tmp_path}/notes.txt: is there and no saved session; choose another name"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["kept", "logits", "notes.txt", "script"]
 
 
 def test_an_empty_script_is_refused(run):

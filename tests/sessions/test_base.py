@@ -50,6 +50,22 @@ def test_tokens_are_cut_into_calls_at_their_positions():
     assert session.position == 23
 
 
+def test_calls_become_shorter_where_a_session_says_so():
+    class Shorter(Remembering):
+        def longest(self, position):
+            return 8 if position < 16 else 4
+
+    session = Shorter()
+    session.feed(range(1, 27))
+    assert [(position, len(tokens)) for position, tokens in session.calls] == [
+        (0, 8),
+        (8, 8),
+        (16, 4),
+        (20, 4),
+        (24, 2),
+    ]
+
+
 def test_logits_are_the_callers_own():
     session = Remembering()
     first = session.feed([1, 2])
@@ -93,7 +109,8 @@ def test_a_token_that_the_vocabulary_lacks_is_refused_before_anything_is_fed(tok
 
 def test_conformance_holds_for_the_base_and_finds_what_breaks_it():
     assert conformance.check(Remembering(logits="all"), CONTEXT, fill=True) == []
-    (rewound,) = conformance.check(Shifted(), CONTEXT, fill=True)
+    rewound, several = conformance.check(Shifted(), CONTEXT, fill=True)
     assert rewound.startswith("after a rewind the logits differ")
+    assert several.startswith("after a rewind the logits of several tokens differ")
     past = [f"a token past the context of {CONTEXT} was accepted"]
     assert conformance.check(Bottomless(), CONTEXT, fill=False) == past

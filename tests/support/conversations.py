@@ -19,6 +19,17 @@ class Counting:
         self.session, self.fed, self.rewinds = session, [], []
         self.context_length = session.context_length
 
+    def __getattr__(self, name):
+        return getattr(self.session, name)
+
+    @property
+    def tokens(self):
+        return self.session.tokens
+
+    @tokens.setter
+    def tokens(self, tokens):
+        self.session.tokens = tokens
+
     def reset(self):
         self.session.reset()
         self.rewinds.append(0)

@@ -33,11 +33,25 @@ BAD_LINES = [
     "top 0",
     "top -5",
     "top",
+    "rewind",
+    "rewind 0",
+    "rewind 1 2",
+    "save",
+    "save ",
+    "save a b",
+    "save a\tb",
+    "restore schön",
+    "restore",
     "quit",
     "",
     "feed 1\0",
 ]
-EARLY = ["logits\n", "top 1\n", "generate 1\n", "feed 1\nreset\ntop 1\n"]
+EARLY = [
+    "logits\n",
+    "top 1\n",
+    "generate 1\n",
+    *(f"feed 1\n{line}\ntop 1\n" for line in ("reset", "rewind 1", "restore x")),
+]
 """Ask for logits that are not there yet."""
 
 

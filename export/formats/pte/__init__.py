@@ -122,13 +122,14 @@ def methods(a: Architecture, contract: IOContract, tokenizer: TokenizerIds) -> d
 
 def _io_contract(a: Architecture, plan: Plan) -> IOContract:
     """Inputs are tokens and position, the output is the last logits; the cache belongs to the program."""
+    kv = _kv(plan, a)
     return IOContract(
         inputs=(
             TensorSpec(name="tokens", dtype="int64", shape=(1, "sequence")),
             TensorSpec(name="input_pos", dtype="int64", shape=(1,)),
         ),
         outputs=(TensorSpec(name="logits", dtype="float32", shape=(1, 1, a.vocab_size)),),
-        states=states(kv := _kv(plan, a)),
+        states=states(kv),
         kv=kv,
         max_prefill=min(_MAX_PREFILL, plan.model.context_length),
         logits="last",
@@ -136,16 +137,20 @@ def _io_contract(a: Architecture, plan: Plan) -> IOContract:
 
 
 def states(kv: KVLayout) -> tuple[TensorSpec, ...]:
-    """The cache's buffers as the program names them, layer by layer in the order of `cache.empty`."""
+    """The cache's buffers as the program names them, in the order in which it writes them.
+
+    That is layer by layer; in a layer tracing turned the order of `cache.attention` round.
+    """
+    kinds = (
+        ("cache", kv.dtype, kv.head_dim),
+        *((("zeros", "int8", 1), ("scales", "float32", 1)) if kv.scale_bytes else ()),
+    )
     slots = (1, kv.context_length, kv.kv_heads)
-    kinds = [("cache", kv.dtype, kv.head_dim), ("zeros", "int8", 1), ("scales", "float32", 1)][
-        : 3 if kv.scale_bytes else 1
-    ]
     return tuple(
         TensorSpec(name=f"layers.{i}.{part}_{kind}", dtype=dtype, shape=(*slots, size))
         for i in range(kv.layers)
-        for part in ("key", "value")
-        for kind, dtype, size in kinds
+        for part in ("value", "key")
+        for kind, dtype, size in reversed(kinds)
     )
 
 

@@ -98,6 +98,7 @@ std::string answer(const std::vector<std::string>& words) {
       {"feeds", feeds(results)},
       {"generated", generated(results)},
       {"top", top(results)},
+      {"saved", json::integers(results.saved)},
       {"logits_rows", std::to_string(logits ? logits->rows() : 0)},
       {"logits_crc32", json::text(logits ? logits->crc32() : "00000000")},
       {"rss_before_load_bytes", std::to_string(before_bytes)},

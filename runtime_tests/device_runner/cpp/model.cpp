@@ -3,7 +3,6 @@
 #include <executorch/runtime/platform/runtime.h>
 
 #include <algorithm>
-#include <cstring>
 
 #include "base/error.h"
 
@@ -40,11 +39,7 @@ Memory::Memory(const MethodMeta& meta) {
   manager_.emplace(&method_, &*planned_, &temporary_);
 }
 
-void Memory::fill() {
-  for (const auto& span : spans_) std::memset(span.data(), 0x3D, span.size());
-}
-
-Model::Model(const std::string& path) : loader_(path) {
+Model::Model(const std::string& path) : path_(path), loader_(path) {
   executorch::runtime::runtime_init();
   // the default verification trusts every offset in the file
   auto program = Program::load(&loader_, Program::Verification::InternalConsistency);
@@ -92,17 +87,31 @@ int64_t Model::constant(const char* name) const {
   return method->get_output(0).toInt();
 }
 
-void Model::pretend(int64_t position) {
-  memory_->fill();
-  position_ = position;
+void Model::rewind(int64_t length) {
+  if (length > static_cast<int64_t>(tokens_.size()))
+    throw Failure(
+        Stage::run,
+        "no rewinding to " + std::to_string(length) + " tokens: the cache holds " + std::to_string(tokens_.size()));
+  tokens_.resize(length);
+}
+
+const std::vector<CacheBuffer>& Model::buffers() {
+  if (written_caches().empty()) {
+    const int64_t any = 0;
+    execute(&any, 1);
+    tokens_.pop_back();
+  }
+  for (const auto& buffer : written_caches())
+    if (buffer.slots != context_length_) throw Failure(Stage::run, "the program's KV cache is not one slot for each position");
+  return written_caches();
 }
 
 void Model::feed(const std::vector<int64_t>& tokens) {
   const auto count = static_cast<int64_t>(tokens.size());
-  if (count > context_length_ - position_)
+  if (count > context_length_ - static_cast<int64_t>(tokens_.size()))
     throw Failure(
-        Stage::run, std::to_string(count) + " tokens at position " + std::to_string(position_) + ": the context holds " +
-                        std::to_string(context_length_));
+        Stage::run, std::to_string(count) + " tokens at position " + std::to_string(tokens_.size()) +
+                        ": the context holds " + std::to_string(context_length_));
   for (const int64_t token : tokens)
     if (token < 0 || token >= vocab_size_)
       throw Failure(
@@ -112,18 +121,18 @@ void Model::feed(const std::vector<int64_t>& tokens) {
 }
 
 void Model::execute(const int64_t* tokens, int64_t count) {
-  int64_t position = position_;
+  int64_t position = tokens_.size();
   int32_t sizes[] = {1, static_cast<int32_t>(count)}, strides[] = {sizes[1], 1};
   uint8_t order[] = {0, 1};
   TensorImpl ids(ScalarType::Long, 2, sizes, const_cast<int64_t*>(tokens), order, strides);  // inputs are only read
   TensorImpl start(ScalarType::Long, 1, sizes, &position, order, &strides[1]);               // [1]: the first of sizes
-  const std::string what = "forward at position " + std::to_string(position_);
+  const std::string what = "forward at position " + std::to_string(position);
   check(method_->set_input(Tensor(&ids), 0), Stage::run, what);
   check(method_->set_input(Tensor(&start), 1), Stage::run, what);
   check(method_->execute(), Stage::run, what);
   const auto& logits = method_->get_output(0).toTensor();
   logits_ = logits.const_data_ptr<float>() + (logits.numel() - vocab_size_);  // of the last position
-  position_ += count;
+  tokens_.insert(tokens_.end(), tokens, tokens + count);
 }
 
 }  // namespace runner

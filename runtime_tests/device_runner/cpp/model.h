@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/cache.h"
 #include "loader.h"
 
 namespace runner {
@@ -24,9 +25,6 @@ class Memory {
   explicit Memory(const executorch::runtime::MethodMeta& meta);
   executorch::runtime::MemoryManager* manager() { return &*manager_; }
 
-  /// Numbers near 0.05 in float32 and bfloat16 everywhere, each page of them resident.
-  void fill();
-
  private:
   std::vector<std::unique_ptr<uint8_t, decltype(&std::free)>> buffers_;
   std::vector<executorch::runtime::Span<uint8_t>> spans_;
@@ -35,22 +33,30 @@ class Memory {
   std::optional<executorch::runtime::MemoryManager> manager_;
 };
 
-/// Every position that attention reads was written since the last reset, so reset only rewinds.
+/// Every position that attention reads was written since the last reset, so reset and rewind only shorten the tokens.
 class Model {
  public:
   /// Loads the program; a load failure names its defect.
   explicit Model(const std::string& path);
 
-  void reset() { position_ = 0; }
-
-  /// As after `position` tokens, whatever they were: for a step's time, which depends on their number alone.
-  void pretend(int64_t position);
+  /// Forget all but the first `length` tokens; a run failure where there are fewer.
+  void rewind(int64_t length);
 
   /// Continue the cache, in pieces as large as the program takes. Running out of context changes nothing.
   void feed(const std::vector<int64_t>& tokens);
 
   /// Logits of the last fed token, vocab_size of them; valid until the next feed.
   const float* logits() const { return logits_; }
+
+  /// In the cache, first to last.
+  const std::vector<int64_t>& tokens() const { return tokens_; }
+  const std::string& path() const { return path_; }
+
+  /// The cache's buffers in the order in which a step writes them, each with a slot for every position. The program
+  /// names them by types of a C++ library; so they are those that a step has written, and one is made where none was.
+  const std::vector<CacheBuffer>& buffers();
+  /// Tokens whose slots were written into the buffers.
+  void restored(std::vector<int64_t> tokens) { tokens_ = std::move(tokens); }
 
   int64_t vocab_size() const { return vocab_size_; }
   int64_t context_length() const { return context_length_; }
@@ -60,12 +66,14 @@ class Model {
   int64_t constant(const char* name) const;
   void execute(const int64_t* tokens, int64_t count);
 
+  std::string path_;
+  std::vector<int64_t> tokens_;
   // each outlives those after it
   Loader loader_;
   std::optional<executorch::runtime::Program> program_;
   std::optional<Memory> memory_;
   std::optional<executorch::runtime::Method> method_;
-  int64_t vocab_size_ = 0, context_length_ = 0, longest_piece_ = 0, position_ = 0;
+  int64_t vocab_size_ = 0, context_length_ = 0, longest_piece_ = 0;
   const float* logits_ = nullptr;
 };
 

@@ -1,5 +1,6 @@
 #include "script.h"
 
+#include <algorithm>
 #include <charconv>
 #include <cstdio>
 #include <memory>
@@ -45,16 +46,22 @@ Command parse(size_t line, const std::string& text) {
   if (name == "reset" || name == "logits") {
     expect_words(line, words, 1);
     command.kind = name == "reset" ? Command::Kind::reset : Command::Kind::logits;
-  } else if (name == "generate" || name == "top") {
+  } else if (name == "generate" || name == "top" || name == "rewind") {
     expect_words(line, words, 2);
-    command.kind = name == "generate" ? Command::Kind::generate : Command::Kind::top;
+    command.kind = name == "generate" ? Command::Kind::generate : name == "top" ? Command::Kind::top : Command::Kind::rewind;
     command.count = number(line, words[1], 1);
+  } else if (name == "save" || name == "restore") {
+    const auto shown = [](char c) { return c > ' ' && c <= '~'; };
+    if (words.size() != 2 || words[1].empty() || !std::all_of(words[1].begin(), words[1].end(), shown))
+      refuse(line, name + " takes the name of a file, in ASCII");
+    command.kind = name == "save" ? Command::Kind::save : Command::Kind::restore;
+    command.file = words[1];
   } else if (name == "feed") {
     if (words.size() < 2) refuse(line, "feed takes at least one token");
     command.kind = Command::Kind::feed;
     for (size_t i = 1; i < words.size(); ++i) command.tokens.push_back(number(line, words[i], 0));
   } else {
-    refuse(line, "'" + name + "' is no command; known: reset, feed, generate, logits, top");
+    refuse(line, "'" + name + "' is no command; known: reset, rewind, feed, generate, logits, top, save, restore");
   }
   return command;
 }
@@ -84,9 +91,11 @@ std::vector<Command> read_script(const std::string& path) {
   bool answer = false;  // whether there are logits at this point
   for (size_t line = 1; std::getline(file, text); ++line) {
     Command command = parse(line, text);
-    const bool feeds = command.kind == Command::Kind::feed, resets = command.kind == Command::Kind::reset;
-    if (!feeds && !resets && !answer) refuse(line, "there are no logits before a feed");
-    answer = feeds || (answer && !resets);
+    const auto is = [&](Command::Kind kind) { return command.kind == kind; };
+    if ((is(Command::Kind::generate) || is(Command::Kind::logits) || is(Command::Kind::top)) && !answer)
+      refuse(line, "there are no logits before a feed");
+    const bool moves = is(Command::Kind::reset) || is(Command::Kind::rewind) || is(Command::Kind::restore);
+    answer = is(Command::Kind::feed) || (answer && !moves);
     commands.push_back(std::move(command));
   }
   if (commands.empty()) throw Failure(Stage::usage, "the script " + path + " is empty");

@@ -9,10 +9,11 @@ namespace runner {
 
 /// One line of the script.
 struct Command {
-  enum class Kind { reset, feed, generate, logits, top };
+  enum class Kind { reset, rewind, feed, generate, logits, top, save, restore };
   Kind kind;
   std::vector<int64_t> tokens;  // of feed
-  int64_t count = 0;            // of generate and top
+  int64_t count = 0;            // of rewind, generate and top
+  std::string file;             // of save and restore
 };
 
 /// Every command; a line that is not one is a usage failure that names the line.

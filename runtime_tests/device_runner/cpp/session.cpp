@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "base/error.h"
+#include "saved.h"
 
 namespace runner {
 namespace {
@@ -56,7 +57,16 @@ Results run(const std::vector<Command>& script, Model& model, LogitsFile* logits
   for (const Command& command : script) {
     switch (command.kind) {
       case Command::Kind::reset:
-        model.reset();
+        model.rewind(0);
+        break;
+      case Command::Kind::rewind:
+        model.rewind(command.count);
+        break;
+      case Command::Kind::save:
+        results.saved.push_back(save(model, command.file));
+        break;
+      case Command::Kind::restore:
+        restore(model, command.file);
         break;
       case Command::Kind::feed:
         results.feeds.push_back({static_cast<int64_t>(command.tokens.size()), timed_feed(model, command.tokens)});

@@ -23,6 +23,7 @@ struct Results {
   std::vector<Feed> feeds;
   std::vector<Generation> generated;
   std::vector<std::vector<std::pair<int64_t, float>>> top;
+  std::vector<int64_t> saved;  // bytes
 };
 
 /// Nanoseconds of a clock that only goes forward.

@@ -25,6 +25,7 @@ Tensor& update_cache(KernelRuntimeContext& context, const Tensor& value, Tensor&
   const int64_t count = value.size(1), capacity = cache.size(1);
   auto* to = static_cast<char*>(cache.mutable_data_ptr());
   const auto* from = static_cast<const char*>(value.const_data_ptr());
+  note_written(to, capacity, value.size(0) * position);
   for (int64_t b = 0; b < value.size(0); ++b) {
     const bool fits = copy_into_cache(
         to + b * capacity * position, from + b * count * position, start, count, capacity, position);

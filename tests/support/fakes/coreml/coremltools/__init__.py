@@ -34,6 +34,21 @@ def compile_model(package, compiled):
     return compiled
 
 
+class State:
+    """As Core ML's, it gives and takes copies."""
+
+    def __init__(self, number, tensors):
+        self.number, self.tensors = number, tensors
+
+    def read_state(self, name):
+        return self.tensors[name].numpy().copy()
+
+    def write_state(self, name, value):
+        assert value.flags.c_contiguous
+        assert value.shape == self.tensors[name].shape
+        self.tensors[name].numpy()[:] = value
+
+
 class CompiledMLModel:
     def __init__(self, path, compute_units):
         if compute_units not in vars(ComputeUnit).values():
@@ -46,11 +61,11 @@ class CompiledMLModel:
     def make_state(self):
         self.made += 1
         self.evaluator.reset()
-        return self.made, self.evaluator.states
+        return State(self.made, self.evaluator.states)
 
     def predict(self, inputs, state):
-        number, self.evaluator.states = state
-        write_down(inputs, number)
+        self.evaluator.states = state.tensors
+        write_down(inputs, state.number)
         dtypes = self.evaluator.program.inputs
         result = self.evaluator.predict(
             {name: torch.from_numpy(value).to(dtypes[name]) for name, value in inputs.items()}
