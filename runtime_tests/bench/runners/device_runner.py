@@ -49,7 +49,7 @@ class _Filled:
     def buffers(self) -> dict[str, NDArray[np.uint8]]:
         """By name, [slots, bytes]."""
         slots = len(self.tokens)
-        return {s.name: np.full((slots, size(s.dtype, s.shape[2:])), 0x3D, np.uint8) for s in self.states}
+        return {s.name: np.full((slots, size(s.dtype, map(int, s.shape[2:]))), 0x3D, np.uint8) for s in self.states}
 
 
 class _DeviceRunner(Runner):
