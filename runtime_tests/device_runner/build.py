@@ -68,17 +68,6 @@ def build(abi: Abi, *, compiler: str | None = None, folder: Path = BUILD) -> _Bu
     return _Bundle(place, abi)
 
 
-def timing_program() -> Path:
-    """The program that times steps far into a context on this machine, beside the libraries of its runner."""
-    abi = compilers.host_abi()
-    program = build(abi).path / "bin" / "timing"
-    if not program.is_file():
-        with tempfile.TemporaryDirectory(dir=BUILD, prefix=".part-") as scratch:
-            _compile("timing", sdk.find(abi, BUILD / "sdk"), compilers.find(abi, None), Path(scratch))
-            (Path(scratch) / "timing").rename(program)
-    return program
-
-
 def kernels_library(into: Path, compiler: str | None = None) -> Path:
     """The attention and cache kernels as a shared library for this machine, for tests."""
     abi = compilers.host_abi()

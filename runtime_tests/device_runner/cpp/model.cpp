@@ -60,10 +60,6 @@ Memory::Memory(const MethodMeta& meta) {
   manager_.emplace(&method_, &*planned_, &temporary_);
 }
 
-void Memory::fill() {
-  for (const auto& span : spans_) std::memset(span.data(), 0x3D, span.size());
-}
-
 Model::Model(const std::string& path) : path_(path), loader_(path) {
   executorch::runtime::runtime_init();
   // the default verification trusts every offset in the file
@@ -127,11 +123,6 @@ int64_t Model::constant(const char* name) const {
   const auto values = constants<int64_t>(name);
   if (values.size() != 1) throw Failure(Stage::load, std::string(name) + " does not give a number");
   return values[0];
-}
-
-void Model::pretend(int64_t position) {
-  memory_->fill();
-  tokens_.assign(position, 0);
 }
 
 void Model::rewind(int64_t length) {

@@ -25,9 +25,6 @@ class Memory {
   explicit Memory(const executorch::runtime::MethodMeta& meta);
   executorch::runtime::MemoryManager* manager() { return &*manager_; }
 
-  /// Numbers near 0.05 in float32 and bfloat16 everywhere, each page of them resident.
-  void fill();
-
  private:
   std::vector<std::unique_ptr<uint8_t, decltype(&std::free)>> buffers_;
   std::vector<executorch::runtime::Span<uint8_t>> spans_;
@@ -44,9 +41,6 @@ class Model {
 
   /// Forget all but the first `length` tokens; a run failure where there are fewer.
   void rewind(int64_t length);
-
-  /// As after `position` tokens, whatever they were: for a step's time, which depends on their number alone.
-  void pretend(int64_t position);
 
   /// Continue the cache, in pieces as large as the program takes. Running out of context changes nothing.
   void feed(const std::vector<int64_t>& tokens);
