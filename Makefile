@@ -279,7 +279,7 @@ detours: setup                      ## what it costs to quantize a 4-bit checkpo
 	@$(PY) -m runtime_tests.bench.studies.detours smollm2-135m --source build/dithered --write
 
 long-context: setup                 ## what each kind of cache costs and finds again up to 8,192 tokens: docs/long-context.md
-	@$(PY) -m runtime_tests.tasks.haystack smollm2-135m $(call quote,QUANT) --write
+	@$(PY) -m runtime_tests.bench.studies.long_context smollm2-135m $(call quote,QUANT) --write
 
 golden: setup                       ## rewrite the exact answers of the tiny model
 	@for quant in fp32 int4-g32; do $(PY) -m runtime_tests.checks.golden tiny $$quant; done

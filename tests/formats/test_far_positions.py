@@ -166,7 +166,7 @@ def test_core_ml_attends_to_all_that_came_before(weights, package, start):
     state = model.make_state()
     for i, pair in enumerate(cache):
         for name, x in zip(("keyCache", "valueCache"), pair, strict=True):
-            state[name][i, :, :, :start] = x.half()
+            state.tensors[name][i, :, :, :start] = x.half()
     inputs = {"inputIds": np.array([TOKENS], np.int32), "causalMask": causal_mask(start, len(TOKENS))}
     logits = model.predict(inputs, state)["logits"][0, -1]
     assert differ(logits, logits_after(weights, cache)) < 2e-2

@@ -7,8 +7,8 @@ import pytest
 
 from export.errors import ExportError
 from runtime_tests.bench import publish
+from runtime_tests.bench.studies import long_context
 from runtime_tests.device_runner import Feed, Logits
-from runtime_tests.tasks import haystack
 
 PLACES = (1000, 2000)
 LETTERS = SimpleNamespace(encode=lambda text, add_special_tokens: [ord(c) for c in text], bos_token_id=None)
@@ -17,11 +17,11 @@ LETTERS = SimpleNamespace(encode=lambda text, add_special_tokens: [ord(c) for c 
 @pytest.fixture(autouse=True)
 def no_bos(monkeypatch):
     monkeypatch.setattr("export.checkpoints.tokenizer.adds_bos", lambda _tokenizer: False)
-    monkeypatch.setattr(haystack, "_READ", 32)
+    monkeypatch.setattr(long_context, "_READ", 32)
 
 
 def test_each_fact_is_told_once_far_before_its_question():
-    made = haystack.stream(LETTERS, "lorem ipsum " * 200, PLACES, 7)
+    made = long_context.stream(LETTERS, "lorem ipsum " * 200, PLACES, 7)
     text = "".join(map(chr, made.tokens))
     assert len(text) == 2000
     for place in PLACES:
@@ -38,7 +38,7 @@ def test_each_fact_is_told_once_far_before_its_question():
 
 
 def test_logits_are_asked_for_before_each_token_that_is_read():
-    made = haystack.stream(LETTERS, "lorem ipsum " * 200, PLACES, 7)
+    made = long_context.stream(LETTERS, "lorem ipsum " * 200, PLACES, 7)
     fed, asked = 0, []
     for command in made.script():
         fed += len(command.tokens) if isinstance(command, Feed) else 0
@@ -48,16 +48,16 @@ def test_logits_are_asked_for_before_each_token_that_is_read():
 
 def test_a_text_that_is_too_short_is_told():
     with pytest.raises(ExportError, match="the text has 12 tokens; 2000 are read"):
-        haystack.stream(LETTERS, "lorem ipsum ", PLACES, 7)
+        long_context.stream(LETTERS, "lorem ipsum ", PLACES, 7)
 
 
 def test_a_reader_that_forgets_finds_nothing_and_loses_more():
-    made = haystack.stream(LETTERS, "lorem ipsum " * 200, PLACES, 7)
+    made = long_context.stream(LETTERS, "lorem ipsum " * 200, PLACES, 7)
     perfect = np.zeros((len(made.read), 256), np.float32)
     perfect[range(len(made.read)), [made.tokens[i] for i in made.read]] = 9
     far = [i >= 1000 for i in made.read]
     forgetful = np.where(np.array(far)[:, None], 0, perfect)
-    near, later = haystack._judged([made], [forgetful], [perfect], [perfect]).values()
+    near, later = long_context._judged([made], [forgetful], [perfect], [perfect]).values()
     assert (near.found, later.found) == (4, 0)
     assert near.kl == pytest.approx(0, abs=1e-9)
     assert later.kl > 3
@@ -67,6 +67,6 @@ def test_a_reader_that_forgets_finds_nothing_and_loses_more():
 
 def test_the_committed_page_is_that_of_its_record():
     record = publish.DOCS / "long-context.json"
-    study = haystack.LongContext.model_validate_json(record.read_bytes())
-    assert record.with_suffix(".md").read_text(encoding="utf-8") == haystack.page(study)
-    assert record.with_suffix(".svg").read_text(encoding="utf-8") == haystack.figure(study)
+    study = long_context.LongContext.model_validate_json(record.read_bytes())
+    assert record.with_suffix(".md").read_text(encoding="utf-8") == long_context.page(study)
+    assert record.with_suffix(".svg").read_text(encoding="utf-8") == long_context.figure(study)

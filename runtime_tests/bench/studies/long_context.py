@@ -40,6 +40,8 @@ from runtime_tests.sessions import open_session
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _PAGE = "long-context"
+_RUNNERS = {"executorch-xnnpack": "device_runner"}
+"""Targets that our C++ runner reads, for stock ExecuTorch's int8 takes an hour on x86; our session reads the others."""
 _TEXTS = ("wikitext2.txt",)
 """A stream of each; each takes some ten minutes an artifact on a busy machine."""
 _PLACES = (512, 1024, 2048, 4096, 6144, 8192)
@@ -200,10 +202,9 @@ def _readers(artifacts: list[tuple[Path, Manifest]], source: str | None, streams
 
 
 def _rows(folder: Path, described: Manifest, script: Sequence[Command], threads: int) -> NDArray[np.float32]:
-    """A .pte runs in our C++ runner, for stock ExecuTorch's int8 takes an hour on x86."""
-    if described.plan.target.backend == "pte":
+    if runner := _RUNNERS.get(described.plan.target.name):
         model = Path(folder.resolve(), described.plan.target.artifact)
-        return device_runner.open_runner(contenders.opening("device_runner", model, folder, threads)).run(script)[1]
+        return device_runner.open_runner(contenders.opening(runner, model, folder, threads)).run(script)[1]
     session = open_session(folder, described, threads=threads)
     rows = conformance.execute(session, script)
     session.close()
