@@ -333,13 +333,7 @@ def kv_layout(
 
 def cache_bytes(kv: KVLayout) -> int:
     """Keys and values of all slots, which are there from the start, with the scales that lie beside them."""
-    return (
-        2
-        * kv.layers
-        * (kv.slots or kv.context_length)
-        * kv.kv_heads
-        * (size(kv.dtype, (kv.head_dim,)) + kv.scale_bytes)
-    )
+    return 2 * kv.layers * kv.room * kv.kv_heads * (size(kv.dtype, (kv.head_dim,)) + kv.scale_bytes)
 
 
 def in_a_line(error: BaseException) -> str:

@@ -38,6 +38,11 @@ class KVLayout(Strict):
     scale_bytes: Annotated[int, Field(ge=0, exclude_if=lambda count: count == 0)] = 0
     """In the cache, beside each head's keys of a position, and beside its values: their own scale and zero."""
 
+    @property
+    def room(self) -> int:
+        """Positions that the buffers have room for."""
+        return self.slots or self.context_length
+
 
 class TokenizerIds(Strict):
     """Special token ids, as runners need them."""

@@ -64,7 +64,7 @@ def _wrong_interface(contents: Contents, described: Manifest) -> Iterator[str]:
     kv = contract.kv
     beside = tuple(spec for spec in contents.cache if kv.scale_bytes and spec.shape[-1] == 1)  # scales and zeros
     values = tuple(spec for spec in contents.cache if spec not in beside)
-    heads = 2 * kv.layers * kv.kv_heads * (kv.slots or kv.context_length)
+    heads = 2 * kv.layers * kv.kv_heads * kv.room
     for name, count, slots in (
         ("numbers", _elements(values), heads * kv.head_dim),
         ("bytes of scales", sum(size(spec.dtype, map(int, spec.shape)) for spec in beside), heads * kv.scale_bytes),

@@ -107,7 +107,7 @@ def compare(job: WeightsJob) -> dict[str, Any]:
 
 def cache_differences(kv: KVLayout, buffers: Sequence[TensorSpec]) -> list[str]:
     """Where the buffers in a file, or the inputs in their place, are not the cache that the manifest describes."""
-    shapes = [[kv.context_length if isinstance(length, str) else length for length in one.shape] for one in buffers]
+    shapes = [[kv.room if isinstance(length, str) else length for length in one.shape] for one in buffers]
     there = sum(formats.size(one.dtype, shape) for one, shape in zip(buffers, shapes, strict=True))
     stated = formats.cache_bytes(kv)
     found = [f"{there} bytes, the manifest has {stated}"] if there != stated else []

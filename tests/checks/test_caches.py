@@ -63,11 +63,17 @@ def test_a_policy_is_compared_where_it_matters(tiny, setting, in_process, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("target", "kind"),
-    [("onnx-cpu", "int8"), ("executorch-xnnpack", "bfloat16"), ("executorch-xnnpack", "int8"), ("coreml", None)],
+    ("target", "kind", "policy"),
+    [
+        ("onnx-cpu", "int8", None),
+        ("onnx-cpu", None, "window-24"),
+        ("executorch-xnnpack", "bfloat16", None),
+        ("executorch-xnnpack", "int8", None),
+        ("coreml", None, None),
+    ],
 )
-def test_the_manifest_describes_the_buffers_in_the_file(tiny, target, kind):
-    folder = tiny(target, kind=kind)
+def test_the_manifest_describes_the_buffers_in_the_file(tiny, target, kind, policy):
+    folder = tiny(target, "int4-g32", kind, policy, context_length=512)
     described = manifest.read(folder)
     reader, kv = formats.reader(described.plan.target.backend), described.contract.kv
     found = reader.contents(folder / described.plan.target.artifact, described.architecture).cache
