@@ -26,7 +26,7 @@ from .checkpoints.origin import origin_of
 from .errors import ExportError
 from .host import disk, processes, processor
 from .host.console import console, say
-from .plan import Cache, Device, Policy
+from .plan import Cache, Device
 from .toolbox import commands
 
 app = typer.Typer(cls=with_default("build"), help=__doc__, add_completion=False, pretty_exceptions_enable=False)
@@ -45,7 +45,7 @@ _Name = Annotated[str | None, typer.Option(help="of the artifact; default: the a
 _Context = Annotated[int | None, typer.Option(help="tokens of the KV cache; default: the model's context_length")]
 _Cache = Annotated[Cache | None, typer.Option(help="numbers of the KV cache; default: the target's own kind")]
 _Policy = Annotated[
-    Policy | None,
+    str | None,
     typer.Option(help="tokens that stay in the KV cache: window-N the last N, sink-N the first N and the newest"),
 ]
 _Out = Annotated[

@@ -1,9 +1,10 @@
 """A target: a format, the runtime that runs it, and what it may lose there."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from export.architecture import Positive, Strict
 
@@ -13,7 +14,15 @@ Attention = Literal["fused", "plain"]
 """One operation of the runtime, or its parts: matmul, softmax, matmul."""
 Cache = Literal["float32", "float16", "bfloat16", "int8"]
 """Numbers of a KV cache."""
-Policy = Annotated[str, Field(pattern=r"^(window|sink)-[1-9][0-9]{0,6}$")]
+
+
+def _policy(text: str) -> str:
+    if re.fullmatch(r"(window|sink)-[1-9][0-9]{0,6}", text):
+        return text
+    raise ValueError(f"{text!r} is none; give window-N or sink-N, N tokens")
+
+
+Policy = Annotated[str, AfterValidator(_policy)]
 """Which tokens stay in the KV cache. `window-N`: a token attends to the last N, itself among them, at their positions.
 `sink-N`: all, and when the context is full, the older half of those behind the first N leaves; the rest moves up."""
 
