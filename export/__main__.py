@@ -17,7 +17,6 @@ from typing import Annotated
 
 import typer
 
-from export import build as build_artifact
 from export import manifest
 
 from .build import request, skip
@@ -99,36 +98,29 @@ def main(  # noqa: PLR0913, PLR0917 – a command's options
         )
     folders = {plan.target.name: request.place(plan, root, several) for plan in plans}
     stale = [plan for plan in plans if skip.is_stale(plan, origin, folders[plan.target.name], explain)]
+    if not stale:
+        return
+    from . import pipeline
+
+    kept = disk.cache_folder(pipeline.CACHE)
     if len(stale) == 1:
-        folder = folders[stale[0].target.name]
-        built = build_artifact(
-            model,
-            quant,
-            stale[0].target.name,
-            source=source,
-            adapter=adapter,
-            name=name,
-            context=context,
-            cache=cache,
-            policy=policy,
-            device=device,
-            out=folder,
-        )
+        (plan,) = stale
+        folder = folders[plan.target.name]
+        console.print(plan.id, style="bold", soft_wrap=True)
+        built = pipeline.export(plan, origin, folder)
         say(
             f"{folder}: {built.plan.target.artifact} {built.artifact_bytes / 1e6:.1f} MB, "
             f"{built.quantization.bits_per_weight:.2f} bits per weight"
         )
-    elif stale:
-        from . import pipeline
+    else:
         from .build import folder as artifact
         from .build import parallel
 
         for plan in stale:  # refused once, before any of them starts
             artifact.refuse_foreign(folders[plan.target.name], plan.id, origin_of(plan.model, origin))
         console.print(f"{stale[0].name}_{quant}", style="bold", soft_wrap=True)
-        kept = disk.cache_folder(pipeline.CACHE)
         parallel.build(stale, origin, root or Path("build"), kept, ("--timings",) if timings else ())
-        disk.trim(kept)
+    disk.trim(kept)
 
 
 @app.command("folders")
