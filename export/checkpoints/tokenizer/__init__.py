@@ -48,6 +48,8 @@ _LEADING_AWAY = re.compile(r"auto_map|custom_generate|init_inputs|name_or_path|t
 """Keys there by which some version of transformers finds Python code or other files, and where it was saved."""
 _SPLITTING = "split_special_tokens"
 """A key there: special tokens of a text are read as ordinary ones, those of a chat too."""
+_ID_LIMIT = 2**22
+"""tokenizers writes a vocabulary in a loop up to its highest id: with one of 2**31 that takes 20 s and 8 GB."""
 _SHOWN = 3
 """Tokens that a message lists."""
 
@@ -68,7 +70,7 @@ def write(source: Source, folder: Path, vocab_size: int) -> TokenizerIds:
     except ExportError as error:  # tokenizer.json has been read: what stands beside it is wrong
         reason = str(error).removeprefix(f"{folder}: ")
         raise ExportError(f"{places.of(_CONFIG, 'tokenizer.json')}: {reason}") from None
-    notes = [*_joined(file, loaded, folder, places), *_beyond(loaded, vocab_size, places), *_around(loaded)]
+    notes = [*_beyond(loaded, vocab_size, places), *_joined(file, loaded, folder, places), *_around(loaded)]
     notes += _other_template(loaded, folder)
     chat_template.check(loaded, "the checkpoint's tokenizer")
     _require_chat_inside(loaded, vocab_size, places)
@@ -260,13 +262,13 @@ def _same(file: Any, loaded: Any, text: str) -> bool:
 def _beyond(loaded: Any, vocab_size: int, places: _Places) -> Iterator[str]:
     """A note about added tokens that the model has no row for: none comes out of it.
 
-    Raises ExportError: a token of the vocabulary itself, which any text may hold.
+    Raises ExportError: a token of the vocabulary itself, which any text may hold, or an id that no vocabulary has.
     """
     beyond = {token: number for token, number in loaded.get_vocab().items() if number >= vocab_size}
     added = loaded.added_tokens_decoder
     remedy = "give the tokenizer of these weights, or resize the model to it (`resize_token_embeddings`)"
     for token, number in sorted(beyond.items(), key=lambda item: -item[1]):
-        if number not in added:
+        if number not in added or number >= _ID_LIMIT:
             raise ExportError(
                 f"{places.of('tokenizer.json')}: token {token!r} has id {number}, but the model's vocab_size is "
                 f"{vocab_size}; {remedy}"

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, processors
 from export.checkpoints import open_source, tokenizer
 from export.checkpoints.origin import parse_origin
 from tests.support.checkpoints import tokenizer_refusal, write_folder
+from tests.support.processes import within
 from tests.support.reliability import RUNTIME_TOKENIZER
 from tests.support.tokenizers import ADDS_BOS, SHAPES, set_tokenizer_config, write_family
 
@@ -163,6 +164,15 @@ def test_a_hole_is_fine_inside_the_model_and_refused_beyond_it(tmp_path):
     set_token(folder, "b", 4000)
     line = f"{folder}/tokenizer.json: token 'b' has id 4000, but the model's vocab_size is 288; give the tokenizer of "
     assert tokenizer_refusal(folder, tmp_path / "out").startswith(line)
+
+
+@pytest.mark.parametrize("fields", [{"pad_token": "[PAD]"}, {"extra_special_tokens": ["b"]}])
+def test_an_id_that_no_vocabulary_has_is_refused_before_a_file_is_written(tmp_path, fields):
+    folder = write_folder(tmp_path / "checkpoint")
+    set_token(folder, "b", 2**31)
+    set_tokenizer_config(folder, **fields)
+    with within(10):
+        assert "token 'b' has id 2147483648, but the model's" in tokenizer_refusal(folder, tmp_path / "out")
 
 
 def test_a_template_that_writes_a_token_beyond_the_model_is_refused(tmp_path):
