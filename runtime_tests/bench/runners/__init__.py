@@ -44,6 +44,11 @@ class Runner(ABC):
     def logits(self, tokens: Sequence[int], prefill: int) -> NDArray[np.float32]:
         """Teacher forced: the first `prefill` tokens at once, the others one by one; [tokens - prefill + 1, V]."""
 
+    def windows(self, tokens: Sequence[Sequence[int]], prefill: int) -> Iterator[NDArray[np.float32]]:
+        """`logits` of each window; its last token is only a target."""
+        for window in tokens:
+            yield self.logits(window[:-1], prefill)
+
     def decode_at(self, positions: Sequence[int], count: int) -> list[list[int]]:
         """For each position, nanoseconds of `count` single tokens, fed to a cache that holds so many others.
 
@@ -114,11 +119,11 @@ def measure_depths(job: DepthsJob) -> dict[str, Any]:
 def write_logits(job: BenchLogitsJob) -> dict[str, Any]:
     """Logits of every window, float32 [W, decode + 1, V], straight to the file."""
     runner = module(job.opening.runner).open_runner(job.opening)
-    tokens = np.load(job.tokens)[:, :-1]  # the last token is only a target
-    shape = (len(tokens), tokens.shape[1] - job.prefill + 1, job.vocab_size)
+    tokens = np.load(job.tokens)
+    shape = (len(tokens), tokens.shape[1] - job.prefill, job.vocab_size)
     with logits_file.writing(job.out, shape) as write:
-        for i, window in enumerate(tokens.tolist()):
-            write(runner.logits(window, job.prefill))
+        for i, logits in enumerate(runner.windows(tokens.tolist(), job.prefill)):
+            write(logits)
             report_progress(i + 1, len(tokens))
     return {"windows": len(tokens)}
 

@@ -1,6 +1,6 @@
 """Any session of `runtime_tests.sessions`, timed step by step; opened here for one of our artifact folders."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,13 @@ class SessionRunner(Runner):
         self.session.reset()
         rows = [self.session.feed(tokens[:prefill])]
         return np.stack(rows + [self.session.feed([token]) for token in tokens[prefill:]])
+
+    def windows(self, tokens: Sequence[Sequence[int]], prefill: int) -> Iterator[NDArray[np.float32]]:
+        """As many side by side as the session takes."""
+        for first in range(0, len(tokens), self.session.abreast):
+            rows = list(self.session.feed_windows(tokens[first : first + self.session.abreast], prefill))
+            for window in range(len(rows[0])):
+                yield np.stack([row[window] for row in rows])
 
 
 def open_runner(opening: Opening) -> SessionRunner:

@@ -36,7 +36,7 @@ _QUESTIONS = (
     "Write one sentence about the sea.",
 )
 _LONGEST_ANSWER = 48
-_ONNX = "our ONNX, "
+_ONNX = "our .onnx, "
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
