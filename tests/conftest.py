@@ -18,7 +18,7 @@ import pytest
 import devices
 import export.formats
 import runtime_tests.sessions
-from export import manifest
+from export import manifest, pipeline
 from export.__main__ import app as export_app
 from export.build.command import run as run_app
 from export.checkpoints import whereabouts
@@ -78,6 +78,15 @@ def built(tmp_path_factory, plugged_in, store):
     return export_with(store, plan, out)
 
 
+def once(shared, store, plan):
+    """The artifact of a plan, built by the first of all processes of this run that needs it."""
+    made = shared / f"{plan.model.name}-{hashlib.sha256(plan.model_dump_json().encode()).hexdigest()[:16]}"
+    with disk.turn(made.with_suffix(".turn")):
+        if not made.is_dir():
+            export_with(store, plan, made)
+    return made
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory, shared, store):
     """Builds the tiny model for a target, once for all processes of this run; tests must not change it."""
@@ -86,13 +95,15 @@ def tiny(tmp_path_factory, shared, store):
     def build(target, quant="int4-g32", kind=None, policy=None, **model):
         plan = load_plan("tiny", quant, target, cache=kind, policy=policy)
         plan = plan.model_copy(update={"model": plan.model.model_copy(update=model)})
-        made = shared / f"tiny-{hashlib.sha256(plan.model_dump_json().encode()).hexdigest()[:16]}"
-        with disk.turn(made.with_suffix(".turn")):
-            if not made.is_dir():
-                export_with(store, plan, made)
-        return shutil.copytree(made, tmp_path_factory.mktemp("tiny") / plan.id)
+        return shutil.copytree(once(shared, store, plan), tmp_path_factory.mktemp("tiny") / plan.id)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def real(shared):
+    """Builds the default model, rounded to nearest, for a target, likewise, in one folder for all."""
+    return lambda target: once(shared, pipeline.CACHE, load_plan("smollm2-135m", "int4-g32", target))
 
 
 def pytest_collection_modifyitems(items):

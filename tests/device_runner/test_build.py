@@ -31,9 +31,9 @@ def test_a_change_of_sources_is_another_bundle(bundle, compiler, monkeypatch, tm
 
 def test_a_failed_build_leaves_nothing(bundle, compiler, monkeypatch, tmp_path):
     shutil.copytree(build.SOURCES, tmp_path / "sources")
-    (tmp_path / "sources/base/memory.cpp").write_text("syntax error\n")
+    (tmp_path / "sources/kernels/attention_tile.cpp").write_text("syntax error\n")  # of the first
     monkeypatch.setattr(build, "SOURCES", tmp_path / "sources")
-    with pytest.raises(ExportError, match=r"runner: cmake failed: .*memory\.cpp:1:1: error"):
+    with pytest.raises(ExportError, match=r"runner: cmake failed: .*attention_tile\.cpp:1:1: error"):
         build.build(bundle.abi, compiler=compiler, folder=tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
