@@ -30,7 +30,7 @@ _SPARE_BYTES = 2**20
 """Left free: file systems need room for names, too."""
 _GREETING_BYTES = 2**20
 """What a shell may print around a file."""
-_SMALL_BYTES = 2**20
+SMALL_BYTES = 2**20
 """Files below it go together in one archive: each by itself costs a shell there, a second of some devices."""
 _ROOT = ""
 """The relative name of a file that is pushed by itself."""
@@ -95,7 +95,7 @@ def push(shell: Shell, files: Mapping[str, Path], remote: str, deadline: Deadlin
     missing = {name: path for name, path in files.items() if name not in sent | reused}
     check_room(shell, missing, survey.free_bytes)
     _prepare(shell, remote, deadline, names=set(files), wrong=part.keys() - sent, reused=reused)
-    small = {name: path for name, path in missing.items() if name != _ROOT and path.stat().st_size < _SMALL_BYTES}
+    small = {name: path for name, path in missing.items() if name != _ROOT and path.stat().st_size < SMALL_BYTES}
     if small:
         _send_together(shell, small, f"{remote}.part", deadline)
     for name, path in missing.items():
