@@ -12,6 +12,7 @@ import sys
 from contextlib import ExitStack, closing
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,8 +22,10 @@ import runtime_tests.sessions
 from export import manifest, pipeline
 from export.__main__ import app as export_app
 from export.build.command import run as run_app
-from export.checkpoints import whereabouts
+from export.checkpoints import tokenizer, whereabouts
+from export.formats import clients
 from export.host import disk
+from export.host.processes import LimitedWorker
 from export.plan import ModelSpec, Plan, QuantRecipe, load_named, load_plan, names
 from runtime_tests import __main__ as cli
 from runtime_tests import evaluation, places
@@ -40,6 +43,13 @@ for number in (signal.SIGINT, signal.SIGTERM):  # a runner that starts the tests
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
+@cache
+def kept(script):
+    """A worker for all tests of this process that use its script: a build, which uses it once, closes it at once."""
+    worker = LimitedWorker(script)
+    return SimpleNamespace(ask=worker.ask, close=lambda: None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def plugged_in(tmp_path_factory):
     """The fake format is found by name, as a real one is, and so are the limits of its target."""
@@ -47,6 +57,8 @@ def plugged_in(tmp_path_factory):
         package.__path__.append(str(FAKES / name))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(whereabouts, "FOLDER", tmp_path_factory.mktemp("origins"))
+        for module in (tokenizer, clients):
+            patch.setattr(module, "LimitedWorker", kept)
         patch.setattr(limits, "names", lambda kind: [*names(kind), "fake"])
         known = {"fake": TARGET}
         patch.setattr(limits, "load_named", lambda cls, kind, name: known.get(name) or load_named(cls, kind, name))
