@@ -18,8 +18,8 @@ from .spread import by_rows, spread
 
 SMALLEST_SCALE = 2.0**-17
 BLOCK_ELEMENTS = 2**21  # a few MB per temporary, so that a 1 GB embedding costs no more than its integers
-ROUNDING_BYTES = 50
-"""What rounding holds for each element of a block, measured: the block in float32 a dozen times over."""
+ROUNDING_BYTES = 66
+"""What rounding holds or leaves behind for each element of a block, measured: the block in float32 sixteen times."""
 _SHARE_OF_FREE = 8
 """Blocks side by side take no more than such a part of the free memory, however many processors there are."""
 _SEARCHED_AT_ONCE = 2**18
