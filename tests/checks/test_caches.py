@@ -69,6 +69,7 @@ def test_a_policy_is_compared_where_it_matters(tiny, setting, in_process, tmp_pa
         ("onnx-cpu", None, "window-24"),
         ("executorch-xnnpack", "bfloat16", None),
         ("executorch-xnnpack", "int8", None),
+        ("executorch-xnnpack", "int8", "window-24"),
         ("coreml", None, None),
     ],
 )

@@ -58,7 +58,9 @@ def attend(kernels, query, key, value, start, *, mask=None, isa=0, threads=1):
     out = np.full_like(query, np.nan)
     arrays = [array.ctypes.data for array in (query, key, value, out)]
     new, heads, dim = query.shape
-    call = Attention(new, heads, key.shape[1], dim, start, len(key), None if mask is None else mask.ctypes.data, dim**-0.5, *arrays)
+    call = Attention(
+        new, heads, key.shape[1], dim, start, len(key), None if mask is None else mask.ctypes.data, dim**-0.5, *arrays
+    )
     kind = kernels.attend if key.dtype == np.float32 else kernels.attend_bfloat16
     kind(ctypes.byref(call), isa, threads, 1)
     return out
