@@ -8,9 +8,10 @@ from export.architecture import EMBEDDING, HEAD, Architecture
 from export.checkpoints.integers import Integers, values_of
 from export.model import Llama
 
+from .nearest import INT_TYPES
+
 _ReadWeight = Callable[[str], torch.Tensor | Integers]
 _INT8_ACTIVATIONS = "int8_asym_per_token"
-_TYPES: dict[int, torch.dtype] = {4: torch.int4, 8: torch.int8}  # type: ignore[attr-defined]
 
 
 def eager(weight_of: _ReadWeight, architecture: Architecture, activations: str, window: int | None = None) -> Llama:
@@ -35,14 +36,13 @@ def as_torchao(weight: Integers, activations: str | None = None) -> torch.Tensor
     """The torchao tensor that computes with these integers; for levels that torchao lacks, their float32 values."""
     if weight.levels != "even":
         return values_of(weight.qdata, weight.levels) * weight.scale.repeat_interleave(weight.group_size, 1)
-    # two seconds, which processes that compute nothing need not wait
-    from torchao.quantization import IntxUnpackedToInt8Tensor
+    from torchao.quantization import IntxUnpackedToInt8Tensor  # see nearest.py
 
     tensor: torch.Tensor = IntxUnpackedToInt8Tensor(
         qdata=weight.qdata,
         scale=weight.scale,
         zero_point=torch.zeros_like(weight.scale, dtype=torch.int8),
-        target_dtype=_TYPES[weight.bits],
+        target_dtype=INT_TYPES[weight.bits],
         block_size=(1, weight.group_size),
         dtype=torch.float32,
         activation_quantization=activations,

@@ -164,10 +164,6 @@ def check(recipe: QuantRecipe, architecture: Architecture) -> None:
 # ── memory ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-_COMPUTING_BYTES = 70_000_000
-"""Measured: what torch loads and holds where it computes layers."""
-
-
 def memory_bytes(recipe: QuantRecipe, architecture: Architecture) -> int:
     """The most that quantizing holds beyond the imported libraries, bytes; 0 for a recipe that quantizes nothing.
 
@@ -178,11 +174,9 @@ def memory_bytes(recipe: QuantRecipe, architecture: Architecture) -> int:
     if not counts.integers:
         return 0
     calibrating = _calibrating_bytes(recipe, recipe.calibration, architecture) if recipe.calibration else 0
-    computing = _COMPUTING_BYTES if recipe.calibration else 0
     block_bytes = ROUNDING_BYTES * min(blocks_at_once() * BLOCK_ELEMENTS, counts.largest)
     rotating = rotation.memory_bytes(architecture) if recipe.rotation else 0
-    tensors = max(6 * counts.largest + block_bytes, counts.store_bytes + max(calibrating, block_bytes * 3 // 2))
-    return computing + rotating + tensors
+    return rotating + max(6 * counts.largest + block_bytes, counts.store_bytes + max(calibrating, block_bytes * 3 // 2))
 
 
 def _calibrating_bytes(recipe: QuantRecipe, mixture: Mixture, a: Architecture) -> int:

@@ -16,7 +16,7 @@ from export.plan import CalibrationText, Gptq, Mixture, Promotion, QuantRecipe, 
 from export.quantization import calibration, gptq, layerwise, processors
 from export.quantization.eager import eager
 from export.quantization.gptq import Moments, choose_integers, inverse_factor, round_linears, target
-from export.quantization.nearest import SMALLEST_SCALE, best_scales, integer_range, round_to_nearest
+from export.quantization.nearest import SMALLEST_SCALE, best_scales, round_to_nearest
 from export.quantization.store import Unfinished
 from export.toolbox import synth
 
@@ -58,27 +58,6 @@ def aimed(w, moments, damping):
 
 def error(rounded, w, x):
     return float(((rounded.dequantized() - w) @ x.T).square().sum())
-
-
-@pytest.mark.parametrize("scheme", [GROUPS, WeightScheme(bits=4, group_size=None), WeightScheme(bits=8, group_size=32)])
-def test_rounding_to_nearest_is_torchaos_to_the_bit(scheme):
-    from torchao.quantization import IntxUnpackedToInt8Tensor, MappingType
-    from torchao.quantization.quant_primitives import choose_qparams_affine
-
-    some, (low, high) = weight(), integer_range(scheme)
-    block, kind = (1, scheme.group_size or some.shape[1]), torch.int4 if scheme.bits == 4 else torch.int8
-    for w in (some, some.abs(), -some.abs(), some * 0, some * 1e-8, some * 1e30, (some * 8).round() / 16):
-        scale, zero = choose_qparams_affine(
-            w, MappingType.SYMMETRIC_NO_CLIPPING_ERR, block, target_dtype=torch.int8, quant_min=low, quant_max=high,
-            eps=SMALLEST_SCALE, zero_point_dtype=torch.int8, keepdim=True,
-        )  # fmt: skip
-        theirs = IntxUnpackedToInt8Tensor.from_hp(
-            w, block, kind, intx_choose_qparams_algorithm=None, custom_scale=scale.bfloat16().float(),
-            custom_zero_point=zero,
-        )  # fmt: skip
-        ours = round_to_nearest(w, scheme)
-        assert torch.equal(ours.qdata, theirs.qdata)
-        assert torch.equal(ours.scale, theirs.scale)
 
 
 def test_with_inputs_that_tell_nothing_apart_integers_are_the_nearest():

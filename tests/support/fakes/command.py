@@ -79,12 +79,12 @@ def in_process(job, **_):
 
 def load_libraries(given):
     """All that the command would import on its way, once for all processes to come: most of its seconds."""
-    names = ["transformers.tokenization_utils_tokenizers"]
+    names = ["transformers.tokenization_utils_tokenizers", "torchao.quantization"]
     if "target" in given:
         names += LIBRARIES[given["target"]]
     else:
         sessions.session_module(manifest.read(Path(given["folder"])))
-        names += ["torchao.quantization", "transformers.models.llama.modeling_llama"]
+        names.append("transformers.models.llama.modeling_llama")
     for name in names:
         importlib.import_module(name)
 
