@@ -73,7 +73,7 @@ def test_no_rewind_to_what_was_never_fed(run):
         ("text", "no saved session"),
         ("another version", "a saved session of version 2, this program reads 1; save it again"),
         ("another artifact", "saved with another artifact"),
-        ("very long", "4294967295 tokens, the context holds 256"),
+        ("very long", "4294967295 tokens, the KV cache has room for 256"),
         ("a longer note", "damaged: "),
         ("cut off", "damaged: "),
         ("a flipped bit", "damaged: its CRC-32 is another; copy or save it again"),
