@@ -94,7 +94,7 @@ def test_a_wheel_that_is_not_the_locked_one_is_refused(monkeypatch, tmp_path):
             f"{described}/METADATA", "Metadata-Version: 2.1\nName: {}\nVersion: {}\n".format(*pin.split("=="))
         )
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("PIP_FIND_LINKS", tmp_path.as_uri())  # pip takes a space as the end of one
     (tmp_path / "got").mkdir()
     fetch = partial(sdk.download, [pin], "3.11", ["manylinux_2_28_aarch64"], tmp_path / "got")
     with pytest.raises(ExportError, match=f"^{pin}: the index has another file than .* locks/release.txt") as refused:
