@@ -49,6 +49,7 @@ def command(given):
         except BaseException:
             code = -1
             traceback.print_exc(file=said)
+    gc.collect()
     if "disk" in given:
         gc.collect()  # files that a failed command had mapped take space until then, and would give it in the next one
         (Path(given["disk"]) / "ballast").unlink(missing_ok=True)
