@@ -12,17 +12,20 @@ import sys
 from contextlib import ExitStack, closing
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import devices
 import export.formats
 import runtime_tests.sessions
-from export import manifest
+from export import manifest, pipeline
 from export.__main__ import app as export_app
 from export.build.command import run as run_app
-from export.checkpoints import whereabouts
+from export.checkpoints import tokenizer, whereabouts
+from export.formats import clients
 from export.host import disk
+from export.host.processes import LimitedWorker
 from export.plan import ModelSpec, Plan, QuantRecipe, load_named, load_plan, names
 from runtime_tests import __main__ as cli
 from runtime_tests import evaluation, places
@@ -40,6 +43,13 @@ for number in (signal.SIGINT, signal.SIGTERM):  # a runner that starts the tests
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
+@cache
+def kept(script):
+    """A worker for all tests of this process that use its script: a build, which uses it once, closes it at once."""
+    worker = LimitedWorker(script)
+    return SimpleNamespace(ask=worker.ask, close=lambda: None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def plugged_in(tmp_path_factory):
     """The fake format is found by name, as a real one is, and so are the limits of its target."""
@@ -47,6 +57,8 @@ def plugged_in(tmp_path_factory):
         package.__path__.append(str(FAKES / name))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(whereabouts, "FOLDER", tmp_path_factory.mktemp("origins"))
+        for module in (tokenizer, clients):
+            patch.setattr(module, "LimitedWorker", kept)
         patch.setattr(limits, "names", lambda kind: [*names(kind), "fake"])
         known = {"fake": TARGET}
         patch.setattr(limits, "load_named", lambda cls, kind, name: known.get(name) or load_named(cls, kind, name))
@@ -78,6 +90,15 @@ def built(tmp_path_factory, plugged_in, store):
     return export_with(store, plan, out)
 
 
+def once(shared, store, plan):
+    """The artifact of a plan, built by the first of all processes of this run that needs it."""
+    made = shared / f"{plan.model.name}-{hashlib.sha256(plan.model_dump_json().encode()).hexdigest()[:16]}"
+    with disk.turn(made.with_suffix(".turn")):
+        if not made.is_dir():
+            export_with(store, plan, made)
+    return made
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory, shared, store):
     """Builds the tiny model for a target, once for all processes of this run; tests must not change it."""
@@ -86,17 +107,27 @@ def tiny(tmp_path_factory, shared, store):
     def build(target, quant="int4-g32", kind=None, policy=None, **model):
         plan = load_plan("tiny", quant, target, cache=kind, policy=policy)
         plan = plan.model_copy(update={"model": plan.model.model_copy(update=model)})
-        made = shared / f"tiny-{hashlib.sha256(plan.model_dump_json().encode()).hexdigest()[:16]}"
-        with disk.turn(made.with_suffix(".turn")):
-            if not made.is_dir():
-                export_with(store, plan, made)
-        return shutil.copytree(made, tmp_path_factory.mktemp("tiny") / plan.id)
+        return shutil.copytree(once(shared, store, plan), tmp_path_factory.mktemp("tiny") / plan.id)
 
     return build
 
 
+@pytest.fixture(scope="session")
+def real(shared):
+    """Builds the default model, rounded to nearest, for a target, likewise, in one folder for all."""
+    return lambda target: once(shared, pipeline.CACHE, load_plan("smollm2-135m", "int4-g32", target))
+
+
+LONGEST = (
+    "devices/test_emulated.py", "build/test_folder.py", "formats/test_stock_clients.py",
+    "jobs/test_killed_validation.py", "build/test_parallel.py", "formats/cards/test_python.py",
+)  # fmt: skip
+"""Files of a minute and more, which begin first: no process is left alone with one at the end."""
+
+
 def pytest_collection_modifyitems(items):
-    """Tests of what only Linux has are skipped elsewhere."""
+    """The longest files first; tests of what only Linux has are skipped elsewhere."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))
     if not sys.platform.startswith("linux"):
         for item in items:
             if item.get_closest_marker("linux"):

@@ -38,7 +38,7 @@ class Machine:
 _TOYBOX = """
 basename cat chmod cmp cp cut date dd df dirname du echo env expr false find getconf grep head id kill ln ls
 md5sum mkdir mkfifo mktemp mv nproc printf ps pwd readlink realpath rm rmdir sed seq setsid sha256sum sleep sort
-stat sync tail tee timeout touch tr true truncate uname uniq uptime wc which xargs yes
+stat sync tail tar tee timeout touch tr true truncate uname uniq uptime wc which xargs yes
 """
 
 _GETPROP = """#!/bin/sh

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import tarfile
 import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ _SPARE_BYTES = 2**20
 """Left free: file systems need room for names, too."""
 _GREETING_BYTES = 2**20
 """What a shell may print around a file."""
+SMALL_BYTES = 2**20
+"""Files below it go together in one archive: each by itself costs a shell there, a second of some devices."""
 _ROOT = ""
 """The relative name of a file that is pushed by itself."""
 
@@ -92,8 +95,12 @@ def push(shell: Shell, files: Mapping[str, Path], remote: str, deadline: Deadlin
     missing = {name: path for name, path in files.items() if name not in sent | reused}
     check_room(shell, missing, survey.free_bytes)
     _prepare(shell, remote, deadline, names=set(files), wrong=part.keys() - sent, reused=reused)
+    small = {name: path for name, path in missing.items() if name != _ROOT and path.stat().st_size < SMALL_BYTES}
+    if small:
+        _send_together(shell, small, f"{remote}.part", deadline)
     for name, path in missing.items():
-        _send(shell, path, _join(f"{remote}.part", name), deadline)
+        if name not in small:
+            _send(shell, path, _join(f"{remote}.part", name), deadline)
     _finish(shell, remote, digests, files, deadline)
 
 
@@ -154,6 +161,20 @@ def _send(shell: Shell, path: Path, remote: str, deadline: Deadline) -> None:
         ended = shell.ask(f"cat >{quoted([remote])}", deadline, stdin=file, step=f"sending {path.name}")
     if ended.returncode:
         raise _failure(shell, remote, ended, deadline)
+
+
+def _send_together(shell: Shell, files: Mapping[str, Path], folder: str, deadline: Deadline) -> None:
+    with tempfile.TemporaryFile() as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
+            for name, path in files.items():
+                with path.open("rb") as content:
+                    member = archive.gettarinfo(arcname=_join(folder, name), fileobj=content)
+                    member.mode = 0o644
+                    archive.addfile(member, content)
+        file.seek(0)
+        ended = shell.ask("tar -xomf -", deadline, stdin=file, step=f"sending {len(files)} small files")
+    if ended.returncode:
+        raise _failure(shell, folder, ended, deadline)
 
 
 def _failure(shell: Shell, remote: str, ended: Completed, deadline: Deadline) -> DeviceError:

@@ -270,7 +270,8 @@ def megabytes(size_bytes: int) -> str:
 def scratch(folder: Path) -> Iterator[None]:
     """Have libraries put their temporary files into `folder`, which is removed at the end.
 
-    The system's temporary folder may be small or in memory, and there the files of a killed process would stay.
+    The system's temporary folder may be small or in memory, and there the files of a killed process would stay. What a
+    library noted of `folder` in the environment goes with it: torch would make its compiler's cache there again.
     """
     before = tempfile.tempdir
     shutil.rmtree(folder, ignore_errors=True)
@@ -280,6 +281,8 @@ def scratch(folder: Path) -> Iterator[None]:
         yield
     finally:
         tempfile.tempdir = before
+        for name in [name for name, value in os.environ.items() if value.startswith(f"{folder}{os.sep}")]:
+            del os.environ[name]
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -6,7 +6,7 @@ the model names and no build of ours writes are not opened.
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from export.build.command import quiet_libraries
 from export.errors import ExportError
 from export.formats import Contents, Reader, StoredWeight, admission, in_a_line, size
 from export.host import processes
-from export.manifest import LayerInfo, Manifest, TensorSpec
+from export.manifest import KVLayout, LayerInfo, Manifest, TensorSpec
 
 from .sizes import layer_schemes, with_tied_head
 
@@ -61,18 +61,23 @@ def _wrong_interface(contents: Contents, described: Manifest) -> Iterator[str]:
             for spec, expected in zip(file, promised, strict=True):
                 if difference := _difference(spec, expected):
                     yield f"{side} {expected.name}: {difference} in the file"
-    kv = contract.kv
-    beside = tuple(spec for spec in contents.cache if kv.scale_bytes and spec.shape[-1] == 1)  # scales and zeros
-    values = tuple(spec for spec in contents.cache if spec not in beside)
+    yield from (f"cache: {line}" for line in cache_differences(contract.kv, contents.cache))
+
+
+def cache_differences(kv: KVLayout, buffers: Sequence[TensorSpec]) -> Iterator[str]:
+    """Where the buffers in a file, or the inputs in their place, are not the cache that the manifest describes."""
+    shapes = [(one.dtype, [kv.room if isinstance(length, str) else length for length in one.shape]) for one in buffers]
+    beside = [(dtype, shape) for dtype, shape in shapes if kv.scale_bytes and shape[-1] == 1]  # scales and zeros
+    values = [(dtype, shape) for dtype, shape in shapes if (dtype, shape) not in beside]
     heads = 2 * kv.layers * kv.kv_heads * kv.room
-    for name, count, slots in (
-        ("numbers", _elements(values), heads * kv.head_dim),
-        ("bytes of scales", sum(size(spec.dtype, map(int, spec.shape)) for spec in beside), heads * kv.scale_bytes),
+    for name, count, stated in (
+        ("numbers", sum(prod(shape) for _, shape in values), heads * kv.head_dim),
+        ("bytes of scales", sum(size(dtype, shape) for dtype, shape in beside), heads * kv.scale_bytes),
     ):
-        if count is not None and count != slots:
-            yield f"cache: {count} {name} in the file, the contract has {slots}"
-    if wrong := [spec.dtype for spec in values if spec.dtype != kv.dtype]:
-        yield f"cache: {wrong[0]} in the file, the contract has {kv.dtype}"
+        if count != stated:
+            yield f"{count} {name} in the file, the contract has {stated}"
+    if wrong := [dtype for dtype, _ in values if dtype != kv.dtype]:
+        yield f"{wrong[0]} in the file, the contract has {kv.dtype}"
 
 
 def _difference(file: TensorSpec, promised: TensorSpec) -> str | None:
@@ -85,14 +90,6 @@ def _difference(file: TensorSpec, promised: TensorSpec) -> str | None:
     sizes_differ = any(a != b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
     ranks_differ = bool(file.shape) and len(file.shape) != len(promised.shape)
     return f"shape {list(file.shape)}" if ranks_differ or sizes_differ else None
-
-
-def _elements(cache: tuple[TensorSpec, ...]) -> int | None:
-    """Numbers in all caches; None where a size is left open."""
-    sizes = [[dim for dim in spec.shape if isinstance(dim, int)] for spec in cache]
-    if any(len(known) < len(spec.shape) for known, spec in zip(sizes, cache, strict=True)):
-        return None
-    return sum(map(prod, sizes))
 
 
 def _wrong_schemes(contents: Contents, described: Manifest) -> Iterator[str]:

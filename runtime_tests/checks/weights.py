@@ -1,6 +1,6 @@
 """Reads the integers and scales of an artifact back and compares them, bit for bit, with those quantized once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from export.checkpoints import Checkpoint, whereabouts
 from export.checkpoints.origin import Origin
 from export.errors import ExportError
 from export.host.console import stage
-from export.manifest import KVLayout, Manifest, TensorSpec
+from export.manifest import Manifest
 from export.quantization import content_key, requantize
 from export.quantization.store import QuantizedModel
+from export.toolbox.model_checks import cache_differences
 from runtime_tests.evidence.record import Outcome
 from runtime_tests.jobs import SourceError, WeightsJob
 
@@ -101,18 +102,8 @@ def compare(job: WeightsJob) -> dict[str, Any]:
         "missing": sorted(missing),
         "first": first,
         "again": _calibrated_again(described, model),
-        "cache": cache_differences(described.contract.kv, formats.contents(reader, file, model.architecture).cache),
+        "cache": [*cache_differences(described.contract.kv, formats.contents(reader, file, model.architecture).cache)],
     }
-
-
-def cache_differences(kv: KVLayout, buffers: Sequence[TensorSpec]) -> list[str]:
-    """Where the buffers in a file, or the inputs in their place, are not the cache that the manifest describes."""
-    shapes = [[kv.room if isinstance(length, str) else length for length in one.shape] for one in buffers]
-    there = sum(formats.size(one.dtype, shape) for one, shape in zip(buffers, shapes, strict=True))
-    stated = formats.cache_bytes(kv)
-    found = [f"{there} bytes, the manifest has {stated}"] if there != stated else []
-    kinds = sorted({one.dtype for one in buffers})
-    return found + ([f"of {', '.join(kinds)}, the manifest has {kv.dtype}"] if kv.dtype not in kinds else [])
 
 
 def _calibrated_again(described: Manifest, model: QuantizedModel) -> str:

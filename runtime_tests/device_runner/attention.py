@@ -26,7 +26,10 @@ _POSITIONS = (63, 511, 2000, 8000)
 _RUNS = 20
 KINDS = {"attend": "float32", "attend_bfloat16": "bfloat16", "attend_int8": "int8"}
 """Function of the library → numbers of its cache."""
-_SHAPE = (*((name, ctypes.c_int64) for name in ("new_tokens", "heads", "groups", "head_dim", "start")),)
+_SHAPE = (
+    *((name, ctypes.c_int64) for name in ("new_tokens", "heads", "groups", "head_dim", "start", "positions")),
+    ("mask", ctypes.c_void_p),
+)
 _SCALE = ("scale", ctypes.c_float)
 
 Heads = tuple[NDArray[np.int8], NDArray[np.int8], NDArray[np.float32]]
@@ -91,7 +94,7 @@ def _times(kernels: Any, shape: tuple[int, int, int], start: int, threads: int) 
         for name, taken in spent.items():
             nanoseconds = 0
             for (floats, integers), half in zip(layers, halves, strict=True):
-                head = (1, heads, groups, dim, start, dim**-0.5)
+                head = (1, heads, groups, dim, start, start + 1, None, dim**-0.5)
                 if name != "attend_int8":
                     arrays = half if name == "attend_bfloat16" else floats
                     call: ctypes.Structure = Attention(*head, *(x.ctypes.data for x in arrays), out.ctypes.data)

@@ -13,7 +13,7 @@ from export.errors import ExportError
 from runtime_tests.sessions.mlpackage import UNITS
 
 from . import own_runner, started
-from .onnx_kv import CACHE, push_session
+from .onnx_kv import CACHE, push_sessions
 from .sdk import locked, refuse_changed, with_dependencies
 
 _ENVIRONMENT = "runners/coremltools"
@@ -56,6 +56,6 @@ def install(transport: Transport, device: Device, *, timeout_s: float) -> tuple[
         if installed.returncode:
             refuse_changed(installed.stderr.decode(errors="replace"))
             raise ExportError(f"{device.name}: coremltools=={number} cannot be installed there: {installed.reason}")
-    push_session(transport, "mlpackage", timeout_s)
+    push_sessions(transport, timeout_s)
     settings = ("env", "PYTHONPATH=runners", f"PYTHONPYCACHEPREFIX={CACHE}", f"{UNITS}={device.compute_units}")
     return started(transport, device, (*settings, _PYTHON, "-m", "sessions.mlpackage"), timeout_s=timeout_s)

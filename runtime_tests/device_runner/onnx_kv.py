@@ -19,6 +19,7 @@ from .build import BUILD
 from .sdk import UnavailableError, download, settle
 
 SESSIONS = Path(__file__).parents[1] / "sessions"
+_MODULES = {f"{name}.py" for name in ("base", "board", "footprint", "mlpackage", "onnx_kv", "saved")}
 _VERSION = "import sys; print(*sys.version_info[:2], sep='.')"
 _UNUSED = {
     "numpy": ("core", "_core/include", "distutils", "f2py", "ma", "polynomial", "random", "testing"),
@@ -55,15 +56,14 @@ def install(transport: Transport, device: Device, *, timeout_s: float) -> tuple[
     packages = _site_packages(family(transport.abi()), _python(transport, device))
     remote = f"runners/{packages.name}"
     transport.push(packages, remote, timeout_s=timeout_s)
-    push_session(transport, "onnx_kv", timeout_s)
+    push_sessions(transport, timeout_s)
     paths = ("env", f"PYTHONPATH={remote}:runners", f"PYTHONPYCACHEPREFIX={CACHE}")
     return started(transport, device, (*paths, "python3", "-m", "sessions.onnx_kv"), timeout_s=timeout_s)
 
 
-def push_session(transport: Transport, session: str, timeout_s: float) -> None:
-    """Push a session's module and what it imports: together they are a runner in Python."""
-    for name in ("base.py", "board.py", "footprint.py", "saved.py", f"{session}.py"):
-        transport.push(SESSIONS / name, f"runners/sessions/{name}", timeout_s=timeout_s)
+def push_sessions(transport: Transport, timeout_s: float) -> None:
+    """Push the sessions' modules that boards and Macs run, and what they import: each is a runner in Python."""
+    transport.push(SESSIONS, "runners/sessions", timeout_s=timeout_s, only=_MODULES)
 
 
 def _site_packages(abi: str, python: str) -> Path:

@@ -33,13 +33,26 @@ Execute = Callable[[Sequence[Command]], tuple[Answer, NDArray[np.float32]]]
 """Runs a script and returns its answer and rows of logits [R, V]. Raises RunnerStoppedError."""
 
 
-def window_scripts(tokens: NDArray[np.int64], prefill: int, vocab: int) -> Iterator[tuple[slice, list[Command]]]:
-    """Scripts that prefill windows [W, T] and feed their other tokens one by one; a script holds as many as may run."""
-    rows = tokens.shape[1] - prefill
-    step = max(1, LOGITS_BYTES // (rows * vocab * 4))
-    for start in range(0, len(tokens), step):
-        windows = slice(start, min(start + step, len(tokens)))
-        yield windows, [command for window in tokens[windows].tolist() for command in _window_commands(window, prefill)]
+def window_scripts(
+    tasks: Sequence[tuple[NDArray[np.int64], int]], vocab: int
+) -> Iterator[tuple[list[tuple[int, int]], list[Command]]]:
+    """Scripts that prefill every window [T] of each (windows [W, T], prefill) and feed its other tokens one by one.
+
+    A script holds as many as may run, whichever task they are of: a runner takes seconds to start. With it come, for
+    each of its windows, the task and the number of rows of logits.
+    """
+    parts: list[tuple[int, int]] = []
+    script: list[Command] = []
+    for task, (windows, prefill) in enumerate(tasks):
+        rows = windows.shape[1] - prefill
+        for window in windows.tolist():
+            if parts and (sum(many for _, many in parts) + rows) * vocab * 4 > LOGITS_BYTES:
+                yield parts, script
+                parts, script = [], []
+            parts.append((task, rows))
+            script += _window_commands(window, prefill)
+    if parts:
+        yield parts, script
 
 
 def _window_commands(window: Sequence[int], prefill: int) -> list[Command]:

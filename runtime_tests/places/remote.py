@@ -8,6 +8,7 @@ import logging
 import shlex
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -127,8 +128,7 @@ class AttachedDevice:
 
         match job:
             case LogitsJob():
-                for task in job.tasks:
-                    self._write_logits(task, described, execute, on_progress)
+                _write_logits(job.tasks, described.architecture.vocab_size, execute, on_progress)
                 return {"tasks": len(job.tasks), "measures_speed": True}
             case GenerateJob():
                 return scripts.generate(job, execute)
@@ -136,18 +136,6 @@ class AttachedDevice:
                 return scripts.conformance(job, context_length, execute, endless=described.contract.kv.sink is not None)
             case SpeedJob():
                 return scripts.speed(job, context_length, execute)
-
-    def _write_logits(
-        self, task: Task, described: Manifest, execute: scripts.Execute, on_progress: Progress | None
-    ) -> None:
-        """Write the logits of a task's windows, float32 [W, decode + 1, V]."""
-        tokens = np.load(task.tokens)
-        vocab, rows = described.architecture.vocab_size, tokens.shape[1] - task.prefill
-        with logits_file.writing(task.out, (len(tokens), rows, vocab)) as write:
-            for windows, script in scripts.window_scripts(tokens, task.prefill, vocab):
-                write(execute(script)[1])
-                if on_progress:
-                    on_progress(windows.stop, len(tokens))
 
     def _execute(
         self, folder: Path, described: Manifest, commands: Sequence[Command], limit_s: float
@@ -218,3 +206,22 @@ class AttachedDevice:
     def _ask_facts(self) -> str:
         ended = self.transport.run(["sh", "-c", facts.SCRIPT], timeout_s=_ASK_S)
         return ended.stdout.decode(errors="replace")
+
+
+def _write_logits(tasks: Sequence[Task], vocab: int, execute: scripts.Execute, on_progress: Progress | None) -> None:
+    """Write the logits of each task's windows, float32 [W, decode + 1, V]."""
+    loaded = [(np.load(task.tokens), task.prefill) for task in tasks]
+    done, total = 0, sum(len(windows) for windows, _ in loaded)
+    with ExitStack() as files:
+        writes = [
+            files.enter_context(logits_file.writing(task.out, (len(windows), windows.shape[1] - prefill, vocab)))
+            for task, (windows, prefill) in zip(tasks, loaded, strict=True)
+        ]
+        for parts, script in scripts.window_scripts(loaded, vocab):
+            logits = execute(script)[1]
+            ends = np.cumsum([rows for _, rows in parts])
+            for (task, _), own in zip(parts, np.split(logits, ends[:-1]), strict=True):
+                writes[task](own)
+            done += len(parts)
+            if on_progress:
+                on_progress(done, total)

@@ -68,10 +68,16 @@ class Session(ABC):
         self.frequencies: Sequence[float] = ()
         self.left: list[int] = []
         """Tokens behind the sink that have left, first to last."""
+        self.room, self.window = context_length, context_length
+        """Of the cache, and tokens that each one attends to: fewer where `keep` was told of a window."""
+        self.oldest = 0
+        """Position of the first token that is in the cache; more than 0 where its window has moved on."""
 
     def keep(self, kv: KVLayout) -> None:
         """Follow the policy of a contract's cache: where it has a sink, no feed is too long."""
         self.sink, self.frequencies = getattr(kv, "sink", None), getattr(kv, "frequencies", ())
+        self.window = getattr(kv, "window", None) or kv.context_length
+        self.room = getattr(kv, "slots", None) or kv.context_length
 
     @property
     def position(self) -> int:
@@ -115,11 +121,13 @@ class Session(ABC):
 
     def reset(self) -> None:
         """Empty the cache."""
-        self.tokens, self.left = [], []
+        self.tokens, self.left, self.oldest = [], [], 0
 
     @property
     def earliest(self) -> int:
         """The shortest length, but for 0, that `rewind` can go back to: more than 0 where tokens have left."""
+        if self.oldest:
+            return self.oldest + self.window - 1
         return self.sink or 0 if self.left else 0
 
     def make_room(self) -> None:

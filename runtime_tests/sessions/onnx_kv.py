@@ -43,13 +43,9 @@ class OnnxSession(Session):
         self.binding = self.runtime.io_binding()
         self.ids, self.mask, *pasts = (spec.name for spec in contract.inputs)
         self.output, *presents = (spec.name for spec in contract.outputs)
-        self.window = getattr(kv, "window", None) or kv.context_length
-        self.slots = getattr(kv, "slots", None) or kv.context_length
-        self.oldest = 0
-        """Position of the first token that is in the cache."""
         self.caches: dict[str, NDArray[Any]] = {}
         for past, present in zip(pasts, presents):  # noqa: B905 – Python 3.9
-            self.caches[past] = np.zeros((1, kv.kv_heads, self.slots, kv.head_dim), kv.dtype)
+            self.caches[past] = np.zeros((1, kv.kv_heads, self.room, kv.head_dim), kv.dtype)
             buffer = ort.OrtValue.ortvalue_from_numpy(self.caches[past])  # the same memory
             self.binding.bind_ortvalue_input(past, buffer)
             self.binding.bind_ortvalue_output(present, buffer)
@@ -70,18 +66,10 @@ class OnnxSession(Session):
 
     def _first(self, total: int) -> int:
         """Position of the token in slot 0 after so many tokens."""
-        if total <= self.slots:
+        if total <= self.room:
             return 0
-        leave = self.slots - self.window + 1
-        return -(-(total - self.slots) // leave) * leave
-
-    @property
-    def earliest(self) -> int:
-        return self.oldest + self.window - 1 if self.oldest else super().earliest
-
-    def reset(self) -> None:
-        super().reset()
-        self.oldest = 0
+        leave = self.room - self.window + 1
+        return -(-(total - self.room) // leave) * leave
 
     def rewind(self, length: int) -> None:
         """Move what is left to the slots in which GroupQueryAttention expects it; those before it are out of sight."""
@@ -92,7 +80,7 @@ class OnnxSession(Session):
                 cache[:, :, moved:] = cache[:, :, :-moved].copy()
 
     def buffers(self) -> dict[str, NDArray[Any]]:
-        if self.slots < self.context_length:
+        if self.room < self.context_length:
             raise CacheError("tokens move in the KV cache of a window, and none has a slot of its own")
         return {name: np.moveaxis(slots, 2, 0) for name, slots in self.caches.items()}
 

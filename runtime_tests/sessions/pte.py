@@ -1,4 +1,7 @@
-"""ExecuTorch .pte through the Python runtime; the cache is a mutable buffer of the program."""
+"""ExecuTorch .pte through the Python runtime; the cache is a mutable buffer of the program.
+
+With a window the token of position p is in slot p mod C: it leaves when that of p + C comes.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +37,7 @@ class PteSession(Session):
 
     def step(self, tokens: Sequence[int], position: int) -> NDArray[np.float32]:
         (logits,) = self.method([torch.tensor([tokens]), torch.tensor([position])])
+        self.oldest = max(self.oldest, position + len(tokens) - self.room)
         last: NDArray[np.float32] = logits.reshape(1, -1).numpy()
         return last
 

@@ -43,8 +43,8 @@ def save(session: Session, path: Path, artifact: bytes, note: bytes = b"") -> in
     `artifact`: sha256 of its manifest. Raises SavedError: the runtime keeps its cache to itself, the file is something
     else's, or cannot be written.
     """
-    if session.left:  # what they did to those that stay cannot be told from the tokens in the file
-        raise SavedError(f"{len(session.left)} older tokens have left this cache, by its policy; save before any has")
+    if left := len(session.left) or session.oldest:  # what they did to those that stay, no token in the file tells
+        raise SavedError(f"{left} older tokens have left this cache, by its policy; save before any has")
     try:
         buffers = [*session.buffers().items()]
     except CacheError as error:
@@ -124,8 +124,8 @@ def _checked(file: IO[bytes], path: Path, session: Session, artifact: bytes, slo
             f"{path}: saved with another artifact (manifest {made_with.hex()[:12]}, this one's {artifact.hex()[:12]}); "
             "load it with the one that it was saved with"
         )
-    if count > session.context_length:
-        raise SavedError(f"{path}: {count} tokens, the context holds {session.context_length}")
+    if count > session.room:
+        raise SavedError(f"{path}: {count} tokens, the KV cache has room for {session.room}")
     expected = _HEAD.size + 4 * count + note_bytes + count * slot_bytes + _CRC.size
     if size != expected or note_bytes > _MOST_NOTE:
         raise SavedError(f"{path}: damaged: {size} bytes instead of {expected}; copy or save it again")

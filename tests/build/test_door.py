@@ -98,11 +98,12 @@ def test_the_example_of_the_page_runs_and_prints_what_the_page_shows(here):
     """Sizes aside, which follow the versions of the libraries."""
     for package in ("peft", "onnx", "executorch", "coremltools"):
         pytest.importorskip(package, reason=f"{package} is not installed")
+    threads = {name: value for name, value in os.environ.items() if name.startswith("OMP_")}  # those of the other tests
     script, shown = re.findall(r"```(?:python|text)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[:2]
     write_folder(here / "base")
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=here, capture_output=True, text=True, timeout=300, check=False,
-        env={"PYTHONPATH": str(manifest.ROOT), "PATH": os.environ["PATH"], "HOME": str(here)},
+        env={"PYTHONPATH": str(manifest.ROOT), "PATH": os.environ["PATH"], "HOME": str(here), **threads},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert re.sub(r"[\d.]+", "#", done.stdout) == re.sub(r"[\d.]+", "#", shown)

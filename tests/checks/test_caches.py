@@ -8,7 +8,8 @@ import pytest
 from export import formats, manifest
 from export.errors import ExportError
 from export.plan import CacheLimits
-from runtime_tests.checks import comparisons, gates, limits, weights
+from export.toolbox.model_checks import cache_differences
+from runtime_tests.checks import comparisons, gates, limits
 from runtime_tests.checks.subject import Subject
 from tests.support.artifacts import export_with, reseal
 from tests.support.onnx import copy_with
@@ -69,6 +70,7 @@ def test_a_policy_is_compared_where_it_matters(tiny, setting, in_process, tmp_pa
         ("onnx-cpu", None, "window-24"),
         ("executorch-xnnpack", "bfloat16", None),
         ("executorch-xnnpack", "int8", None),
+        ("executorch-xnnpack", "int8", "window-24"),
         ("coreml", None, None),
     ],
 )
@@ -77,11 +79,12 @@ def test_the_manifest_describes_the_buffers_in_the_file(tiny, target, kind, poli
     described = manifest.read(folder)
     reader, kv = formats.reader(described.plan.target.backend), described.contract.kv
     found = reader.contents(folder / described.plan.target.artifact, described.architecture).cache
-    assert weights.cache_differences(kv, found) == []
-    stated = formats.cache_bytes(longer := kv.model_copy(update={"kv_heads": 2 * kv.kv_heads}))
-    lines = weights.cache_differences(longer, found)
-    assert lines == [f"{stated // 2} bytes, the manifest has {stated}"]
-    assert "the manifest has float64" in weights.cache_differences(kv.model_copy(update={"dtype": "float64"}), found)[1]
+    assert not [*cache_differences(kv, found)]
+    numbers = 2 * kv.layers * kv.kv_heads * kv.room * kv.head_dim
+    first, *_ = cache_differences(kv.model_copy(update={"kv_heads": 2 * kv.kv_heads}), found)
+    assert first == f"{numbers} numbers in the file, the contract has {2 * numbers}"
+    (line,) = cache_differences(kv.model_copy(update={"dtype": "float64"}), found)
+    assert line == f"{kv.dtype} in the file, the contract has float64"
 
 
 def test_the_usual_cache_costs_nothing_more(tiny, setting, in_process):

@@ -3,6 +3,7 @@
 import json
 import pickle
 import platform
+import shlex
 import shutil
 from dataclasses import replace
 
@@ -223,7 +224,10 @@ def fine_tuned(tmp_path, store, setting, monkeypatch):
 
     def run(source=None):
         record = check(tmp_path / "tuned", replace(setting, source=source))
-        return record.outcome, record.detail.replace(f"{tmp_path}/", "")
+        detail = record.detail
+        for name in ("base", "lora"):
+            detail = detail.replace(shlex.quote(f"{tmp_path}/{name}"), name)  # as a shell takes it
+        return record.outcome, detail.replace(f"{tmp_path}/", "")
 
     return run
 

@@ -36,16 +36,15 @@ def artifacts(tiny):
 def run(bundle, artifacts, tmp_path):
     """Run commands, or the text of a script, on a model; gives the answer and its logits."""
 
-    def call(commands, model="fp32", *, threads=2, prefix=(), start=None, folder=None):
+    def call(commands, model="fp32", *, threads=2, prefix=(), folder=None):
         script, out = tmp_path / "script", tmp_path / "logits"
         if isinstance(commands, str):
             script.write_text(commands)
         else:
             write_script(commands, script)
         path = artifacts[model] / "model.pte" if model in artifacts else model
-        folder, start = folder or bundle.path, start or bundle.start
-        words = [*prefix, *start, path, script, "--threads", str(threads), "--logits", out]
-        answer = execute(words, folder)
+        program = (folder or bundle.path) / bundle.start[0]
+        answer = execute([*prefix, program, path, script, "--threads", str(threads), "--logits", out], tmp_path)
         return answer, read_logits(out, answer) if isinstance(answer, Answer) else None
 
     return call

@@ -46,7 +46,7 @@ def test_aarch64_uses_a_devices_own_c_library_where_there_is_one(run, arm):
     root = Path("/usr/aarch64-linux-gnu")
     if not (root / "lib" / "libstdc++.so.6").exists():
         pytest.skip(f"{root}: no libstdc++.so.6; install libstdc++6-arm64-cross")
-    answer, _ = run([Feed(PROMPT)], prefix=(QEMU, "-L", root), start=arm.start, folder=arm.path)
+    answer, _ = run([Feed(PROMPT)], prefix=(QEMU, "-L", root), folder=arm.path)
     assert isinstance(answer, Answer)
 
 

@@ -57,12 +57,12 @@ def runners(tmp_path_factory):
     folder = tmp_path_factory.mktemp("device")
 
     class Copying:
-        def push(self, local, remote, *, timeout_s):
-            (folder / remote).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(local, folder / remote)
+        def push(self, local, remote, *, timeout_s, only):
+            (folder / remote).mkdir(parents=True)
+            for name in only:
+                shutil.copy(local / name, folder / remote)
 
-    for session in SESSIONS.values():
-        onnx_kv.push_session(Copying(), session, timeout_s=1)
+    onnx_kv.push_sessions(Copying(), timeout_s=1)
     return folder / "runners"
 
 

@@ -31,9 +31,9 @@ def test_a_change_of_sources_is_another_bundle(bundle, compiler, monkeypatch, tm
 
 def test_a_failed_build_leaves_nothing(bundle, compiler, monkeypatch, tmp_path):
     shutil.copytree(build.SOURCES, tmp_path / "sources")
-    (tmp_path / "sources/base/memory.cpp").write_text("syntax error\n")
+    (tmp_path / "sources/kernels/attention_tile.cpp").write_text("syntax error\n")  # of the first
     monkeypatch.setattr(build, "SOURCES", tmp_path / "sources")
-    with pytest.raises(ExportError, match=r"runner: cmake failed: .*memory\.cpp:1:1: error"):
+    with pytest.raises(ExportError, match=r"runner: cmake failed: .*attention_tile\.cpp:1:1: error"):
         build.build(bundle.abi, compiler=compiler, folder=tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -94,7 +94,7 @@ def test_a_wheel_that_is_not_the_locked_one_is_refused(monkeypatch, tmp_path):
             f"{described}/METADATA", "Metadata-Version: 2.1\nName: {}\nVersion: {}\n".format(*pin.split("=="))
         )
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("PIP_FIND_LINKS", tmp_path.as_uri())  # pip takes a space as the end of one
     (tmp_path / "got").mkdir()
     fetch = partial(sdk.download, [pin], "3.11", ["manylinux_2_28_aarch64"], tmp_path / "got")
     with pytest.raises(ExportError, match=f"^{pin}: the index has another file than .* locks/release.txt") as refused:

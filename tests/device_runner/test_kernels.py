@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from runtime_tests.device_runner import attention, build
-from runtime_tests.device_runner.attention import Attention, Int8Attention, Int8Heads
+from runtime_tests.device_runner.attention import KINDS, Attention, Int8Attention, Int8Heads
 from runtime_tests.device_runner.sdk import UnavailableError
 
 ISAS = {"x86_64": ("baseline", "avx2", "avx512", "avx512_vnni"), "aarch64": ("baseline", "dotprod")}
@@ -53,12 +53,14 @@ def inputs(shape, room=70, seed=0):
     return query, key, value
 
 
-def attend(kernels, query, key, value, start, *, isa=0, threads=1):
+def attend(kernels, query, key, value, start, *, mask=None, isa=0, threads=1):
     """Over a cache of float32, or of bfloat16 in 16 bits."""
     out = np.full_like(query, np.nan)
     arrays = [array.ctypes.data for array in (query, key, value, out)]
     new, heads, dim = query.shape
-    call = Attention(new, heads, key.shape[1], dim, start, dim**-0.5, *arrays)
+    call = Attention(
+        new, heads, key.shape[1], dim, start, len(key), None if mask is None else mask.ctypes.data, dim**-0.5, *arrays
+    )
     kind = kernels.attend if key.dtype == np.float32 else kernels.attend_bfloat16
     kind(ctypes.byref(call), isa, threads, 1)
     return out
@@ -78,21 +80,23 @@ def dequantized(values, zero, scale):
     return (values.astype(np.float64) - zero[..., None]) * scale[..., None]
 
 
-def attend_int8(kernels, query, key, value, start, *, isa=0, threads=1):
+def attend_int8(kernels, query, key, value, start, *, mask=None, isa=0, threads=1):
     """Of operands as `quantized` gives them."""
     new, heads, dim = query[0].shape
+    positions, key_groups, _ = key[0].shape
     out = np.full(query[0].shape, np.nan, np.float32)
     operands = [Int8Heads(*(part.ctypes.data for part in operand)) for operand in (query, key, value)]
-    call = Int8Attention(new, heads, key[0].shape[1], dim, start, dim**-0.5, *operands, out.ctypes.data)
+    shape = (new, heads, key_groups, dim, start, positions, None if mask is None else mask.ctypes.data)
+    call = Int8Attention(*shape, dim**-0.5, *operands, out.ctypes.data)
     kernels.attend_int8(ctypes.byref(call), isa, threads, 1)
     return out
 
 
-def expected(query, key, value, start):
+def expected(query, key, value, start, mask=None):
     """torch, in float64."""
-    new, end = len(query), start + len(query)
+    new, end = len(query), len(key) if mask is not None else start + len(query)
     q, k, v = (torch.from_numpy(a).double().transpose(0, 1) for a in (query, key[:end], value[:end]))
-    mask = torch.ones(new, end, dtype=torch.bool).tril(start)
+    mask = torch.ones(new, end, dtype=torch.bool).tril(start) if mask is None else torch.from_numpy(mask).double()
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     return out.transpose(0, 1).numpy()
 
@@ -128,6 +132,34 @@ def test_attention_is_torchs(kernels, shape, kind):
         for threads in (1, 2, 3):
             got = attend(kernels, query, key, value, shape[-1], isa=isa, threads=threads)
             assert difference(got, reference) < 1e-5, (isa_name(isa), threads)
+
+
+MASKED = [(1, 9, 3, 64, 0), (1, 32, 8, 64, 1300), (5, 9, 3, 64, 254), (65, 24, 8, 128, 3), (17, 6, 3, 20, 130)]
+
+
+@pytest.mark.parametrize("kind", KINDS.values())
+@pytest.mark.parametrize("shape", MASKED, ids=str)
+def test_with_a_mask_attention_is_torchs(kernels, shape, kind):
+    """A window's, which sees neither what is old nor what was never written, and one of any numbers."""
+    query, key, value = inputs(shape, room=0)
+    rng, size = np.random.default_rng(1), (len(query), len(key))
+    sees = np.tril(np.triu(np.ones(size, bool), shape[-1] - 40), shape[-1])
+    masks = [np.where(sees, 0, -np.inf), np.where(rng.random(size) < 0.9, -np.inf, rng.standard_normal(size))]
+    masks[1][:, rng.integers(len(key))] = -3
+    operands = [query, key, value]
+    known, call = operands, attend
+    if kind == "bfloat16":
+        operands = [query, *map(attention.bfloat16, (key, value))]
+        known = [query, *map(from_bfloat16, operands[1:])]
+    elif kind == "int8":
+        operands, call = [quantized(x) for x in operands], attend_int8
+        known = [dequantized(*operand) for operand in operands]
+    for mask in (mask.astype(np.float32) for mask in masks):
+        reference = expected(*known, shape[-1], mask)
+        for isa in range(kernels.best_isa() + 1):
+            for threads in (1, 3):
+                got = call(kernels, *operands, 0, mask=mask, isa=isa, threads=threads)
+                assert difference(got, reference) < 1e-5, (isa_name(isa), threads)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -73,7 +73,7 @@ def test_no_rewind_to_what_was_never_fed(run):
         ("text", "no saved session"),
         ("another version", "a saved session of version 2, this program reads 1; save it again"),
         ("another artifact", "saved with another artifact"),
-        ("very long", "4294967295 tokens, the context holds 256"),
+        ("very long", "4294967295 tokens, the KV cache has room for 256"),
         ("a longer note", "damaged: "),
         ("cut off", "damaged: "),
         ("a flipped bit", "damaged: its CRC-32 is another; copy or save it again"),
@@ -81,14 +81,14 @@ def test_no_rewind_to_what_was_never_fed(run):
 )
 def test_a_bad_saved_session_is_one_line(run, tmp_path, harm, message):
     path = tmp_path / "kept"
-    run([Feed(random_tokens(9)), Save(str(path))])
+    run([Feed(random_tokens(9)), Save(path.name)])
     path.write_bytes(BAD[harm][0](path.read_bytes()))
-    failure, _ = run([Restore(str(path))])
+    failure, _ = run([Restore(path.name)])
     assert failure.stage == "run"
-    assert failure.error.startswith(f"{path}: {message}")
+    assert failure.error.startswith(f"{path.name}: {message}")
     (tmp_path / "notes.txt").write_text("mine")
-    failure, _ = run([Save(str(tmp_path / "notes.txt"))])
-    assert failure.error == f"{tmp_path}/notes.txt: is there and no saved session; choose another name"
+    failure, _ = run([Save("notes.txt")])
+    assert failure.error == "notes.txt: is there and no saved session; choose another name"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["kept", "logits", "notes.txt", "script"]
 
 

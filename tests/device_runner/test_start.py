@@ -30,7 +30,7 @@ def board(tmp_path, monkeypatch):
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages/module.py").touch()
     monkeypatch.setattr(onnx_kv, "_site_packages", lambda abi, python: tmp_path / "packages")
-    device, _ = boards.ssh(tmp_path, monkeypatch, before=f"echo hello; PATH={tmp_path}/tools:$PATH")
+    device, _ = boards.ssh(tmp_path, monkeypatch, before="echo hello; PATH=$PWD/../tools:$PATH")
 
     def attach(does, version="echo 3.11"):
         put(tmp_path / "tools/python3", f"if [ $1 = -c ]; then {version}; exit; fi\n{does}")

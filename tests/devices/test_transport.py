@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from devices import DeadlineError, DeviceBusyError, DeviceError
-from devices.transports import lock
+from devices.transports import lock, transfer
+from devices.transports.shell import Shell
 from tests.support.processes import left_running
 
 DEVICES = ("host", "emulated-android", "emulated-pi5")
@@ -123,7 +124,8 @@ def test_a_pushed_program_can_be_run(transport, there, tmp_path):
 def test_a_pushed_folder_becomes_what_the_local_one_is(transport, there, tmp_path):
     folder = tmp_path / "folder"
     (folder / "deep er").mkdir(parents=True)
-    contents = {"same": "1", "changes": "2", "goes": "3", "deep er/$(touch x)": "4", "-f ü'": "5"}
+    contents = {"same": "1", "changes": "2", "goes": "3", "deep er/$(touch x)": "4", "-f ü'": "5", "n" * 150: "6"}
+    contents["large"] = "7" * (transfer.SMALL_BYTES + 1)
     for name, text in contents.items():
         (folder / name).write_text(text)
     transport.push(folder, "copy", timeout_s=QUICK_S)
@@ -134,6 +136,15 @@ def test_a_pushed_folder_becomes_what_the_local_one_is(transport, there, tmp_pat
     assert names(there) == sorted(f"copy/{name}" for name in set(contents) - {"goes"})
     assert (there / "copy/same").read_text() == "1"
     assert (there / "copy/changes").read_text() == "new"
+
+
+def test_small_files_are_sent_together(transport, tmp_path, monkeypatch):
+    asked, ask = [], Shell.ask
+    monkeypatch.setattr(Shell, "ask", lambda *given, **options: asked.append(given[1]) or ask(*given, **options))
+    for number in range(20):
+        (tmp_path / str(number)).write_text("x" * number)
+    transport.push(tmp_path, "many", timeout_s=QUICK_S)
+    assert len(asked) == 4  # what is there, its folders, the files, their hashes and names
 
 
 def test_an_interrupted_push_goes_on_where_it_was(transport, there, tmp_path):

@@ -123,7 +123,7 @@ def test_32_bit_programs_over_a_64_bit_kernel_are_named(board, tmp_path):
     with pytest.raises(
         DeviceError, match=r"64-bit kernel \(aarch64\), 32-bit programs \(getconf LONG_BIT is 32\): ins"
     ):
-        board(before=f"PATH={tmp_path}/tools:$PATH")
+        board(before="PATH=$PWD/../tools:$PATH")
 
 
 def bare(folder, *without):
@@ -146,7 +146,7 @@ def bare(folder, *without):
 )
 def test_a_missing_tool_is_named_by_the_device(board, tmp_path, tool, words):
     bare(tmp_path / "tools", tool)
-    transport, there = board(before=f"PATH={tmp_path}/tools")
+    transport, there = board(before="PATH=$PWD/../tools")
     (there / "folder").mkdir()
     (there / "folder/old").touch()
     (tmp_path / "folder").mkdir()
@@ -158,7 +158,7 @@ def test_a_missing_tool_is_named_by_the_device(board, tmp_path, tool, words):
 
 def test_a_board_without_setsid_and_getconf_still_works(board, tmp_path):
     bare(tmp_path / "tools")
-    transport, _ = board(before=f"PATH={tmp_path}/tools")
+    transport, _ = board(before="PATH=$PWD/../tools")
     assert transport.run(["sh", "-c", "exit 5"], timeout_s=QUICK_S).returncode == 5
 
 
@@ -166,7 +166,7 @@ def test_a_folder_that_cannot_be_written_is_not_taken_for_a_lock(board, tmp_path
     put(tmp_path / "tools", "mkdir", '[ "$1" = -p ] || { echo "mkdir: .lock: Read-only file system" >&2; exit 1; }')
     device = tmp_path / "home/llama-on-device"
     device.mkdir(parents=True)
-    transport, _ = board(before=f"PATH={tmp_path}/tools:$PATH")
+    transport, _ = board(before="PATH=$PWD/../tools:$PATH")
     with pytest.raises(DeviceError, match=r"nothing can be written in .*: mkdir: .lock: Read-only file system; make"):
         transport.lock().__enter__()
 
@@ -174,7 +174,7 @@ def test_a_folder_that_cannot_be_written_is_not_taken_for_a_lock(board, tmp_path
 @pytest.mark.linux
 def test_a_lock_that_cannot_be_signed_is_not_left_behind(board, tmp_path):
     put(tmp_path / "tools", "mkdir", '/bin/mkdir "$@"; [ "$1" = -p ] || ln -s /dev/full .lock/owner')
-    transport, there = board(before=f"PATH={tmp_path}/tools:$PATH")
+    transport, there = board(before="PATH=$PWD/../tools:$PATH")
     with pytest.raises(DeviceError, match="nothing can be written in"):
         transport.lock().__enter__()
     assert list(there.iterdir()) == []
@@ -260,7 +260,7 @@ ODD_ABIS = {
 def test_a_board_that_reports_no_abi_is_one_line(board, tmp_path, kind):
     put(tmp_path / "tools", "uname", f"printf {ODD_ABIS[kind]}")
     with pytest.raises(DeviceError, match=r"^raspberry-pi-5: reports '.*' as its folder, '.*' as its proc") as refused:
-        board(before=f"PATH={tmp_path}/tools:$PATH")
+        board(before="PATH=$PWD/../tools:$PATH")
     assert str(refused.value).isprintable()
     assert len(str(refused.value)) < 600
 

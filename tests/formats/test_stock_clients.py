@@ -9,28 +9,12 @@ import torch
 
 from export import manifest
 from export.checkpoints.tokenizer import load
-from export.pipeline import export
-from export.plan import load_plan
 from runtime_tests.sessions import greedy, open_session
 from tests.formats.cards import snippets
 
 QUESTION = [{"role": "user", "content": "Name three colours of the rainbow."}]
 LENGTH = 40
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """Build the default model for a target, once."""
-    folders = {}
-
-    def build(target):
-        if target not in folders:
-            folders[target] = tmp_path_factory.mktemp("smollm2") / target
-            export(load_plan("smollm2-135m", "int4-g32", target), None, folders[target])
-        return folders[target]
-
-    return build
 
 
 def chat_prompt(folder) -> str:
@@ -64,12 +48,12 @@ def one_size_of_thread_pools():
     _unsafe_reset_threadpool(2)
 
 
-def test_executorchs_own_runner_gives_our_text(built):
+def test_executorchs_own_runner_gives_our_text(real):
     import executorch.extension.llm.custom_ops.custom_ops
     import executorch.kernels.quantized  # noqa: F401
     from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 
-    folder = built("executorch-xnnpack")
+    folder = real("executorch-xnnpack")
     one_size_of_thread_pools()
     runner = TextLLMRunner(str(folder / "model.pte"), str(folder / "tokenizer.json"))
     pieces: list[str] = []
@@ -82,12 +66,12 @@ def test_executorchs_own_runner_gives_our_text(built):
     assert max(behind_our_likeliest(folder, " ".join(reversed(text.split())))) > 0.7
 
 
-def test_the_runner_reads_the_metadata_it_needs(built):
+def test_the_runner_reads_the_metadata_it_needs(real):
     import executorch.extension.llm.custom_ops.custom_ops
     import executorch.kernels.quantized  # noqa: F401
     from executorch.runtime import Runtime
 
-    folder = built("executorch-xnnpack")
+    folder = real("executorch-xnnpack")
     described = manifest.read(folder)
     program = Runtime.get().load_program(folder / "model.pte")
 
@@ -102,13 +86,13 @@ def test_the_runner_reads_the_metadata_it_needs(built):
     assert value("use_kv_cache") == value("use_sdpa_with_kv_cache") == value("enable_dynamic_shape") == [True]
 
 
-def test_prompts_longer_than_one_prefill_go_through_the_runner(built):
+def test_prompts_longer_than_one_prefill_go_through_the_runner(real):
     """The runner cuts a prompt into pieces of get_max_seq_len; the answer must not depend on that."""
     import executorch.extension.llm.custom_ops.custom_ops
     import executorch.kernels.quantized  # noqa: F401
     from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 
-    folder = built("executorch-xnnpack")
+    folder = real("executorch-xnnpack")
     described, tokenizer = manifest.read(folder), load(folder)
     prompt = "The quick brown fox jumps over the lazy dog. " * 70
     ids = tokenizer(prompt, add_special_tokens=False).input_ids
@@ -120,10 +104,10 @@ def test_prompts_longer_than_one_prefill_go_through_the_runner(built):
     assert "".join(pieces) == tokenizer.decode(greedy(session, ids, 8))
 
 
-def test_onnxruntime_genai_gives_our_text(built):
+def test_onnxruntime_genai_gives_our_text(real):
     import onnxruntime_genai as genai
 
-    folder = built("onnx-cpu")
+    folder = real("onnx-cpu")
     model = genai.Model(str(folder))
     tokenizer = genai.Tokenizer(model)
     parameters = genai.GeneratorParams(model)
@@ -142,8 +126,8 @@ def test_onnxruntime_genai_gives_our_text(built):
 
 
 @pytest.mark.parametrize("target", ["executorch-xnnpack", "onnx-cpu", "coreml"])
-def test_the_cards_python_answers_as_it_stands(built, target, tmp_path):
-    folder = built(target)
+def test_the_cards_python_answers_as_it_stands(real, target, tmp_path):
+    folder = real(target)
     for _, code in snippets.python((folder / "README.md").read_text()):
         done = snippets.run(folder, snippets.EVALUATED * (target == "coreml") + code, tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]

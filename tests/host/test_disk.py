@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -109,3 +110,12 @@ def test_a_text_is_written_beside_and_replaces_a_link(tmp_path):
     assert ((tmp_path / "README.md").read_text(), (tmp_path / "precious").read_text()) == ("card", "mine")
     assert not (tmp_path / "README.md").is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "precious"]
+
+
+def test_what_a_library_noted_of_its_temporary_files_goes_with_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("ANOTHERS_CACHE", str(tmp_path / "scratch-other"))
+    with disk.scratch(tmp_path / "scratch"):
+        monkeypatch.setenv("A_LIBRARYS_CACHE", tempfile.mkdtemp())
+    assert "A_LIBRARYS_CACHE" not in os.environ
+    assert os.environ["ANOTHERS_CACHE"] == str(tmp_path / "scratch-other")
+    assert not [*tmp_path.iterdir()]

@@ -126,13 +126,16 @@ def test_a_cache_that_remembers_or_overflows_is_found():
     assert "past the context" in scripts.conformance(CONFORMANCE, CONTEXT, FakeRunner(context=999))["failures"][0]
 
 
-def test_windows_are_prefilled_and_then_fed_token_by_token(monkeypatch):
-    tokens = np.arange(12).reshape(2, 6)
-    ((part, script),) = scripts.window_scripts(tokens, 3, VOCAB)
-    assert part == slice(0, 2)
+def test_windows_of_all_tasks_are_prefilled_and_then_fed_token_by_token_in_as_few_runs_as_may_be(monkeypatch):
+    tasks = [(np.arange(12).reshape(2, 6), 3), (np.array([[7, 8, 9]]), 1)]
+    ((parts, script),) = scripts.window_scripts(tasks, VOCAB)
+    assert parts == [(0, 3), (0, 3), (1, 2)]
     assert script[:7] == [Reset(), Feed((0, 1, 2)), Logits(), Feed((3,)), Logits(), Feed((4,)), Logits()]
-    monkeypatch.setattr(scripts, "LOGITS_BYTES", 3 * VOCAB * 4)
-    assert [part for part, _ in scripts.window_scripts(tokens, 3, VOCAB)] == [slice(0, 1), slice(1, 2)]
+    assert script[14:] == [Reset(), Feed((7,)), Logits(), Feed((8,)), Logits()]
+    split = {6: [[(0, 3), (0, 3)], [(1, 2)]], 5: [[(0, 3)], [(0, 3), (1, 2)]], 1: [[(0, 3)], [(0, 3)], [(1, 2)]]}
+    for rows, runs in split.items():  # one window that is too much has a run of its own
+        monkeypatch.setattr(scripts, "LOGITS_BYTES", rows * VOCAB * 4)
+        assert [parts for parts, _ in scripts.window_scripts(tasks, VOCAB)] == runs
 
 
 def test_timings_come_apart_as_they_were_asked_for():

@@ -29,7 +29,16 @@ def windowed(tiny, target, kind=None):
     return opened(tiny(target, "fp32", kind, f"window-{WINDOW}", context_length=CONTEXT))
 
 
-@pytest.mark.parametrize(("target", "kind", "most"), [("onnx-cpu", None, 2e-5), ("onnx-cpu", "int8", 5e-2)])
+@pytest.mark.parametrize(
+    ("target", "kind", "most"),
+    [
+        ("onnx-cpu", None, 2e-5),
+        ("onnx-cpu", "int8", 5e-2),
+        ("executorch-xnnpack", None, 2e-5),
+        ("executorch-xnnpack", "bfloat16", 2e-2),
+        ("executorch-xnnpack", "int8", 5e-2),
+    ],
+)
 @pytest.mark.parametrize("pieces", [[700, *[1] * 200], [7] * 128, [900], [20, 4, 1, 300, 1, 1, 573]])
 def test_a_window_is_exact_whatever_the_pieces_are(tiny, expected, target, kind, most, pieces):
     session, scale = windowed(tiny, target, kind), np.abs(expected).max()
@@ -38,7 +47,7 @@ def test_a_window_is_exact_whatever_the_pieces_are(tiny, expected, target, kind,
         assert np.abs(logits - expected[session.position - 1]).max() <= most * scale
 
 
-@pytest.mark.parametrize("target", ["onnx-cpu"])
+@pytest.mark.parametrize("target", ["onnx-cpu", "executorch-xnnpack"])
 def test_a_rewind_is_exact_or_refused(tiny, expected, target):
     session, scale = windowed(tiny, target), np.abs(expected).max()
     session.feed(TOKENS[:620])
@@ -47,8 +56,8 @@ def test_a_rewind_is_exact_or_refused(tiny, expected, target):
         ContextError, match=rf"^no rewinding to 30 tokens: .*, from {session.earliest} on it is possible$"
     ):
         session.rewind(30)
-    for length in (600, session.earliest, session.earliest + 3):
-        session.rewind(length)
+    for length in (lambda: 600, lambda: session.earliest, lambda: session.earliest + 3):
+        session.rewind(length())
         for piece in (1, 5, 40):
             logits = session.feed(TOKENS[session.position : session.position + piece])
             assert np.abs(logits - expected[session.position - 1]).max() <= 2e-5 * scale
@@ -132,6 +141,18 @@ def test_a_cache_that_is_not_its_tokens_prefix_is_not_saved(tiny, tmp_path):
     assert (session.tokens, session.left) == (ENDLESS[:SHORT], [])
     with pytest.raises(saved.SavedError, match="tokens move in the KV cache of a window"):
         saved.save(windowed(tiny, "onnx-cpu"), tmp_path / "window", bytes(32))
+
+
+def test_a_ring_is_saved_until_a_slot_is_taken_again(tiny, expected, tmp_path):
+    session = windowed(tiny, "executorch-xnnpack")
+    session.feed(TOKENS[: session.room])
+    saved.save(session, tmp_path / "saved", bytes(32))
+    session.feed(TOKENS[session.room : 400])
+    with pytest.raises(saved.SavedError, match=rf"^{400 - session.room} older tokens have left this cache"):
+        saved.save(session, tmp_path / "later", bytes(32))
+    saved.restore(session, tmp_path / "saved", bytes(32))
+    logits = session.feed(TOKENS[session.room : 500])
+    assert np.abs(logits - expected[499]).max() <= 2e-5 * np.abs(expected).max()
 
 
 def test_the_eager_models_cache_loses_tokens_exactly(tiny, attended):

@@ -149,8 +149,11 @@ BAD = {
     "its head alone": (lambda data: data[:50], "no saved session"),
     "another version": (with_number(8, 2), "of version 2, this program reads 1; save it again"),
     "another artifact": (lambda data: data[:12] + OTHER + data[44:], r"another artifact \(manifest 000000000000, this"),
-    "longer than the context": (with_number(44, CONTEXT + 1), f"{CONTEXT + 1} tokens, the context holds {CONTEXT}"),
-    "very long": (with_number(44, 2**32 - 1), "4294967295 tokens, the context holds"),
+    "longer than the context": (
+        with_number(44, CONTEXT + 1),
+        f"{CONTEXT + 1} tokens, the KV cache has room for {CONTEXT}",
+    ),
+    "very long": (with_number(44, 2**32 - 1), "4294967295 tokens, the KV cache has room for"),
     "a longer note": (with_number(48, 2**32 - 1), "damaged: 410 bytes instead of 4294967699; copy or save it again"),
     "cut off": (lambda data: data[:-1], "damaged: 409 bytes instead of 410"),
     "something behind": (lambda data: data + b"x", "damaged: 411 bytes instead of 410"),

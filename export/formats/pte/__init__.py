@@ -32,11 +32,11 @@ CACHES: tuple[Cache, ...] = ("float32", "bfloat16", "int8")
 NO_CACHES: dict[Cache, str] = {
     "float16": "ExecuTorch's attention has no kernels for it: six times the time of float32",
 }
-NO_POLICIES: dict[str, str] = {
-    "window": "ExecuTorch's own needs a mask of all its slots, for which the runner of devices has no kernel",
-}
+NO_POLICIES: dict[str, str] = {}
 LOGGERS = ("executorch",)
 _MAX_PREFILL = 512
+_SLACK = 256
+"""Slots beyond a window: so many tokens more than one fit in a call, and the cache can be rewound by as many."""
 _SCALE_BYTES = {"int8": 5}
 """Of a head in one slot: a float32 scale and an int8 zero."""
 _LIBRARIES_BYTES = 100_000_000
@@ -113,10 +113,13 @@ def methods(
 ) -> dict[str, int | bool | list[int] | list[float]]:
     """Constant methods that ExecuTorch's runners call (extension/llm/runner/constants.h), with what they return.
 
-    Of a cache with a sink ours takes two more: the tokens that never leave, and how far keys turn per position.
+    Of a cache with a sink ours takes two more: the tokens that never leave, and how far keys turn per position. Of one
+    with a window, too: its tokens, and the slots that they go round in.
     """
     kv = contract.kv
     own: dict[str, int | bool | list[int] | list[float]] = {}
+    if kv.window:
+        own = {"get_window": kv.window, "get_cache_slots": kv.room}
     if kv.sink:
         own = {"get_sink": kv.sink, "get_rope_frequencies": list(kv.frequencies)}
     return {
@@ -144,7 +147,7 @@ def _io_contract(a: Architecture, plan: Plan) -> IOContract:
         outputs=(TensorSpec(name="logits", dtype="float32", shape=(1, 1, a.vocab_size)),),
         states=states(kv),
         kv=kv,
-        max_prefill=min(_MAX_PREFILL, plan.model.context_length),
+        max_prefill=min(_MAX_PREFILL, kv.slots - plan.window + 1 if plan.window and kv.slots else kv.context_length),
         logits="last",
     )
 
@@ -158,7 +161,7 @@ def states(kv: KVLayout) -> tuple[TensorSpec, ...]:
         ("cache", kv.dtype, kv.head_dim),
         *((("zeros", "int8", 1), ("scales", "float32", 1)) if kv.scale_bytes else ()),
     )
-    slots = (1, kv.context_length, kv.kv_heads)
+    slots = (1, kv.room, kv.kv_heads)
     return tuple(
         TensorSpec(name=f"layers.{i}.{part}_{kind}", dtype=dtype, shape=(*slots, size))
         for i in range(kv.layers)
@@ -168,4 +171,4 @@ def states(kv: KVLayout) -> tuple[TensorSpec, ...]:
 
 
 def _kv(plan: Plan, a: Architecture) -> KVLayout:
-    return kv_layout(plan, a, "state", scale_bytes=_SCALE_BYTES.get(cache_of(plan), 0))
+    return kv_layout(plan, a, "state", scale_bytes=_SCALE_BYTES.get(cache_of(plan), 0), slack=_SLACK)

@@ -140,7 +140,7 @@ class Layer(nn.Module):
         self.heads, self.kv_heads, self.head_dim = a.num_attention_heads, a.num_key_value_heads, a.head_dim
         self.last = index == a.num_hidden_layers - 1
 
-    def forward(self, x: Tensor, start: int, cos: Tensor, sin: Tensor, c: Constants) -> Tensor:
+    def forward(self, x: Tensor, place: cache.Place, cos: Tensor, sin: Tensor, c: Constants) -> Tensor:
         h = self.activation(c.normalize(x, self.norm_1))
         # The partitioner joins neighbours in one backward sweep: projections that share an input must be adjacent,
         # before any op that uses one of them. And XNNPACK reshapes to at most one dynamic dimension.
@@ -148,7 +148,7 @@ class Layer(nn.Module):
         q = q.view(1, -1, self.heads, self.head_dim)
         k, v = (x.view(1, -1, self.kv_heads, self.head_dim) for x in (k, v))
         q, k = c.rotate(q, cos, sin), c.rotate(k, cos, sin)
-        attended = self.attend({name: getattr(self, name) for name in self.slots}, q, k, v, start)
+        attended = self.attend({name: getattr(self, name) for name in self.slots}, q, k, v, place)
         attended = attended.view(1, -1, self.heads * self.head_dim)
         if self.last:  # nothing after the last cache needs the other positions
             x, attended = x[:, -1:], attended[:, -1:]
@@ -176,6 +176,7 @@ class PteLlama(nn.Module):
         self.head = _linear(read(HEAD))
         self.constants = Constants(a, kv.context_length)
         self.context_length = kv.context_length
+        self.ring = cache.Ring(kv) if kv.window else None
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         start: Any = input_pos[0].item()  # a symbol while tracing
@@ -186,8 +187,9 @@ class PteLlama(nn.Module):
         cos = c.cos.narrow(0, start, new)[None, :, None]  # [1, S, 1, D]
         sin = c.sin.narrow(0, start, new)[None, :, None]
         x = self.rotate_in(self.embedding(tokens))
+        place = self.ring.place(start, new) if self.ring else cache.Place(start)
         for layer in self.layers:
-            x = layer(x, start, cos, sin, c)
+            x = layer(x, place, cos, sin, c)
         x = self.rotate_out(c.normalize(x, self.norm))
         out: Tensor = self.head(_quantize_activation(x) if isinstance(self.head, QuantizedLinear) else x)
         return out

@@ -33,6 +33,7 @@ from .lowering import fast_lowering, replaced
 
 _Facts = dict[str, int | float | str]
 _aten = torch.ops.aten
+_UPDATES = (torch.ops.llama.update_cache.default, torch.ops.llama.update_cache_with_indices.default)
 
 
 def write(model: QuantizedModel, build: Build, contract: IOContract) -> _Facts:
@@ -126,7 +127,7 @@ def functionalize(program: ExportedProgram) -> ExportedProgram:
     mutated: list[tuple[fx.Node, str]] = []
     ends: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target is torch.ops.llama.update_cache.default:
+        if node.op == "call_function" and node.target in _UPDATES:
             buffer = buffers[node.args[1].name]
             mutated.append((_functional_update(graph, node), buffer))
         elif node.op == "call_function" and node.target is _aten.item.default:
@@ -144,11 +145,12 @@ def functionalize(program: ExportedProgram) -> ExportedProgram:
 
 
 def _functional_update(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """update_cache(value, cache, start) → the new cache as a value, which replaces the cache in later nodes."""
-    value, cache, start = node.args
-    arguments = {"value": value, "start_pos": start, "_cache_base_index": 0, "_all_bases": [cache]}
+    """update_cache(value, cache, start, …) → the new cache as a value, which replaces the cache in later nodes."""
+    value, cache, start, *indices = node.args
+    arguments = {"value": value, "start_pos": start, **dict(zip(["indices"], indices, strict=False))}
+    arguments |= {"_cache_base_index": 0, "_all_bases": [cache]}
     with graph.inserting_before(node):
-        call = graph.call_function(auto_functionalized_v2, (torch.ops.llama.update_cache.default,), arguments)
+        call = graph.call_function(auto_functionalized_v2, (node.target,), arguments)
         new = graph.call_function(operator.getitem, (call, 1))
     assert isinstance(cache, fx.Node)
     _copy_meta(node, call, (node.meta["val"], cache.meta["val"]))

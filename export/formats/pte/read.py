@@ -18,6 +18,7 @@ __all__ = ["FORMAT", "contents", "product_bytes", "read_weights", "recognizes", 
 FORMAT = "ExecuTorch program"
 _XNNPACK = "XnnpackBackend"
 _EXTERNAL_INPUT = 1
+_UPDATES = ("llama::update_cache", "llama::update_cache_with_indices")
 """XNN_VALUE_FLAG_EXTERNAL_INPUT: a value that the program passes to the delegate."""
 _SCALAR_TYPES = {"BYTE": "uint8", "CHAR": "int8", "SHORT": "int16", "INT": "int32", "LONG": "int64", "HALF": "float16"}
 _SCALAR_TYPES |= {"FLOAT": "float32", "DOUBLE": "float64", "BOOL": "bool", "BFLOAT16": "bfloat16"}
@@ -137,7 +138,7 @@ def _cache(plan: Any) -> Iterator[TensorSpec]:
     buffers = dict.fromkeys(
         call.args[1]
         for call in _instructions(plan)
-        if hasattr(call, "op_index") and plan.operators[call.op_index].name == "llama::update_cache"
+        if hasattr(call, "op_index") and plan.operators[call.op_index].name in _UPDATES
     )
     for number, index in enumerate(buffers):
         yield _spec(f"cache {number}", plan.values[index].val)

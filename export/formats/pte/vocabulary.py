@@ -19,13 +19,18 @@ from export.manifest import Manifest
 
 from . import FILES, methods
 
-OPERATORS = frozenset({
+_OPERATORS = frozenset({
     "aten::_local_scalar_dense", "aten::_to_copy.out", "aten::embedding.out", "aten::select_copy.int_out",
     "aten::slice_copy.Tensor_out", "aten::sym_size.int", "aten::unsqueeze_copy.out", "executorch_prim::add.Scalar",
     "llama::custom_quantized_sdpa.out", "llama::custom_sdpa.out", "llama::update_cache.out",
     "quantized_decomposed::choose_qparams_per_token_asymmetric.out",
     "quantized_decomposed::embedding_byte.dtype_out", "quantized_decomposed::quantize_per_token.out",
 })  # fmt: skip
+_WINDOW = frozenset({
+    "aten::ge.Scalar_out", "aten::logical_and.out", "aten::lt.Scalar_out", "aten::remainder.Scalar_out",
+    "aten::sub.out", "aten::where.self_out", "llama::update_cache_with_indices.out",
+})  # fmt: skip
+"""Of slots that are taken again, and masks."""
 _DELEGATE = "XnnpackBackend"
 _NODES = {1: "Add", 2: "FullyConnected", 4: "Sigmoid", 15: "Multiply", 18: "Convert", 20: "StaticReshape"}
 _NODES |= {40: "ReciprocalSquareRoot"}
@@ -113,6 +118,7 @@ def _root(data: bytes) -> _Record:
 def _parts(program: _Record, described: Manifest) -> list[str]:
     """Of the program: methods, operators, delegates and data that are none of ours."""
     expected = methods(described.architecture, described.contract, described.tokenizer)
+    forward = _OPERATORS | (_WINDOW if described.contract.kv.window else frozenset())
     plans = program.records(1)
     names = Counter(plan.text(0) for plan in plans)
     found = [f"method {name!r}" for name, count in names.items() if count > 1 or name not in {_FORWARD, *expected}]
@@ -121,7 +127,7 @@ def _parts(program: _Record, described: Manifest) -> list[str]:
         found.append("data inside the program")
     for plan in plans:
         name = plan.text(0)
-        allowed = OPERATORS if name == _FORWARD else frozenset[str]()
+        allowed = forward if name == _FORWARD else frozenset[str]()
         found += [f"operator {operator!r}" for operator in sorted(_operators(plan) - allowed)]
         found += _delegates(plan)
         found += _named_tensors(plan, {state.name: list(state.shape) for state in described.contract.states})

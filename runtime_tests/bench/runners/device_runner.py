@@ -57,18 +57,21 @@ class _DeviceRunner(Runner):
 
     def __init__(self, path: str, threads: int) -> None:
         bundle = build(host_abi())
-        self.command = (str(bundle.path / bundle.start[0]), path)
+        self.command = (str(bundle.path / bundle.start[0]), str(Path(path).absolute()))
         self.threads = threads
         self.peak = 0
         self.run([Reset(), Feed((0,))])
 
-    def run(self, script: Sequence[Command]) -> tuple[Answer, NDArray[np.float32]]:
-        """A script in a process of its own: the answer, and the logits it asks for [R, V]. Raises RuntimeError."""
+    def run(self, script: Sequence[Command], folder: str | None = None) -> tuple[Answer, NDArray[np.float32]]:
+        """A script in a process of its own: the answer, and the logits it asks for [R, V]. Raises RuntimeError.
+
+        Sessions that it names lie in `folder`.
+        """
         with tempfile.TemporaryDirectory() as scratch:
             text, logits = Path(scratch) / "script", Path(scratch) / "logits"
             write_script(script, text)
             options = ("--threads", str(self.threads), "--logits", str(logits))
-            done = subprocess.run([*self.command, str(text), *options], capture_output=True, check=False)
+            done = subprocess.run([*self.command, str(text), *options], cwd=folder, capture_output=True, check=False)
             answer = parse_answer(done.stdout, done.returncode)
             if isinstance(answer, RunnerFailure):
                 raise RuntimeError(f"{answer.stage}: {answer.error}")
@@ -94,14 +97,13 @@ class _DeviceRunner(Runner):
         """From a saved session that was never fed."""
         folder, falling = Path(self.command[1]).parent, sorted(positions, reverse=True)
         with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch) / "session"
             artifact = hashlib.sha256((folder / manifest.FILE).read_bytes()).digest()
             filled = _Filled(manifest.read(folder).contract, falling[0])
-            saved.save(cast(Session, filled), path, artifact)
-            script: list[Command] = [Restore(str(path))]
+            saved.save(cast(Session, filled), Path(scratch) / "session", artifact)
+            script: list[Command] = [Restore("session")]
             for position in falling:
                 script += [Rewind(position), Feed((0,)), Generate(DROPPED - 1 + count)]
-            answer, _ = self.run(script)
+            answer, _ = self.run(script, scratch)
         times = dict(zip(falling, (made.ns[DROPPED - 1 :] for made in answer.generated), strict=True))
         return [list(times[position]) for position in positions]
 

@@ -75,13 +75,24 @@ Model::Model(const std::string& path) : path_(path), loader_(path) {
   loader_.keep();
   context_length_ = constant("get_max_context_len");
   vocab_size_ = constant("get_vocab_size");
+  read_policy();
+  check_inputs(*meta);
+}
+
+void Model::read_policy() {
+  window_ = slots_ = context_length_;
+  if (program_->method_meta("get_window").ok()) {
+    window_ = constant("get_window"), slots_ = constant("get_cache_slots");
+    if (window_ < 1 || window_ > slots_ || slots_ > context_length_)
+      throw Failure(
+          Stage::load, "a window of " + std::to_string(window_) + " tokens in " + std::to_string(slots_) + " slots");
+  }
   if (program_->method_meta("get_sink").ok()) {
     sink_ = constant("get_sink");
     frequencies_ = constants<double>("get_rope_frequencies");
     if (sink_ < 1 || sink_ > context_length_ / 2 || frequencies_.empty())
       throw Failure(Stage::load, "a sink of " + std::to_string(sink_) + " tokens");
   }
-  check_inputs(*meta);
 }
 
 void Model::check_inputs(const MethodMeta& meta) {
@@ -127,7 +138,8 @@ int64_t Model::constant(const char* name) const {
 
 void Model::rewind(int64_t length) {
   if (length == 0) left_ = 0;
-  if (length > static_cast<int64_t>(tokens_.size()) || (left_ > 0 && length < sink_))
+  const int64_t earliest = left_ == 0 ? 0 : sink_ > 0 ? sink_ : left_ + window_ - 1;
+  if (length > static_cast<int64_t>(tokens_.size()) || (length > 0 && length < earliest))
     throw Failure(
         Stage::run,
         "no rewinding to " + std::to_string(length) + " tokens: the cache holds " + std::to_string(tokens_.size()));
@@ -141,7 +153,7 @@ const std::vector<CacheBuffer>& Model::buffers() {
     tokens_.pop_back();
   }
   for (const auto& buffer : written_caches())
-    if (buffer.slots != context_length_) throw Failure(Stage::run, "the program's KV cache is not one slot for each position");
+    if (buffer.slots != slots_) throw Failure(Stage::run, "the program's KV cache has other slots than it says");
   return written_caches();
 }
 
@@ -191,6 +203,7 @@ void Model::execute(const int64_t* tokens, int64_t count) {
   const auto& logits = method_->get_output(0).toTensor();
   logits_ = logits.const_data_ptr<float>() + (logits.numel() - vocab_size_);  // of the last position
   tokens_.insert(tokens_.end(), tokens, tokens + count);
+  if (sink_ < 0) left_ = std::max(left_, static_cast<int64_t>(tokens_.size()) - slots_);  // the ring's slot is p mod slots_
 }
 
 }  // namespace runner

@@ -52,14 +52,16 @@ class Model {
   const std::vector<int64_t>& tokens() const { return tokens_; }
   const std::string& path() const { return path_; }
 
-  /// The cache's buffers in the order in which a step writes them, each with a slot for every position. The program
+  /// The cache's buffers in the order in which a step writes them, each with all slots. The program
   /// names them by types of a C++ library; so they are those that a step has written, and one is made where none was.
   const std::vector<CacheBuffer>& buffers();
   /// Tokens whose slots were written into the buffers.
   void restored(std::vector<int64_t> tokens) { tokens_ = std::move(tokens), left_ = 0; }
 
-  /// Older tokens that have left, where the program's policy is a sink.
+  /// Older tokens that have left, by the program's policy.
   int64_t left() const { return left_; }
+  /// Of the cache: one for each position, or fewer where a window goes round in them.
+  int64_t slots() const { return slots_; }
 
   int64_t vocab_size() const { return vocab_size_; }
   int64_t context_length() const { return context_length_; }
@@ -69,6 +71,7 @@ class Model {
   int64_t constant(const char* name) const;
   template <class Number>
   std::vector<Number> constants(const char* name) const;
+  void read_policy();
   void make_room();
   void execute(const int64_t* tokens, int64_t count);
 
@@ -80,7 +83,8 @@ class Model {
   std::optional<Memory> memory_;
   std::optional<executorch::runtime::Method> method_;
   int64_t vocab_size_ = 0, context_length_ = 0, longest_piece_ = 0;
-  int64_t sink_ = -1, left_ = 0;  // tokens that never leave; -1: none ever leaves
+  int64_t window_ = 0, slots_ = 0;  // tokens that each one attends to: with slots_ the whole context, or those of a window
+  int64_t sink_ = -1, left_ = 0;    // tokens that never leave; -1: none ever leaves
   std::vector<double> frequencies_;
   const float* logits_ = nullptr;
 };

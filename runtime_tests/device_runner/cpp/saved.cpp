@@ -91,8 +91,8 @@ Head checked(Reading& file, const std::string& path, const Model& model, int64_t
   if (head.version != kVersion)
     refuse(path, "a saved session of version " + std::to_string(head.version) + ", this program reads 1; save it again");
   if (std::memcmp(head.artifact, own.artifact, sizeof head.artifact) != 0) refuse(path, "saved with another artifact");
-  if (head.tokens > model.context_length())
-    refuse(path, std::to_string(head.tokens) + " tokens, the context holds " + std::to_string(model.context_length()));
+  if (head.tokens > model.slots())
+    refuse(path, std::to_string(head.tokens) + " tokens, the KV cache has room for " + std::to_string(model.slots()));
   const int64_t expected = sizeof head + int64_t{head.tokens} * (4 + slot_bytes) + head.note_bytes + 4;
   if (head.note_bytes > kMostNote || file.size() != expected)
     refuse(path, "damaged: " + std::to_string(file.size()) + " bytes instead of " + std::to_string(expected));

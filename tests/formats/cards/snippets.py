@@ -37,7 +37,9 @@ def python(card):
 
 def run(folder, code, home, python=sys.executable):
     """Run Python in an artifact folder, apart from variables, user packages and modules around it."""
-    variables = {name: os.environ[name] for name in ("PATH", "OPENBLAS_CORETYPE") if name in os.environ}
+    variables = {
+        name: os.environ[name] for name in ("PATH", "OPENBLAS_CORETYPE", "OMP_WAIT_POLICY") if name in os.environ
+    }
     return subprocess.run(
         [python, "-I", "-X", "utf8", "-c", code],
         check=False,

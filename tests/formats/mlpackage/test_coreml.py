@@ -327,14 +327,14 @@ def test_fp32_recipe_differs_by_fp16_rounding_only(tmp_path, tokens):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")  # GGUF weights are memory-mapped
-def test_smollm2_lowers_and_matches(tmp_path):
-    plan = load_plan("smollm2-135m", "int4-g32", "coreml")
-    described = pipeline.export(plan, None, tmp_path / "smol")
-    model = quantized(plan)
-    assert differing(tmp_path / "smol/model.mlpackage", model) == []
+def test_smollm2_lowers_and_matches(real):
+    folder = real("coreml")
+    described = manifest.read(folder)
+    model = quantized(described.plan)
+    assert differing(folder / "model.mlpackage", model) == []
     tokens = random_tokens(PREFILL + DECODE, seed=1, vocab=40000)
     reference = eager_logits(model, tokens)[PREFILL - 1 :]
-    logits = forced_logits(open_session(tmp_path / "smol", described, threads=1), tokens, PREFILL)
+    logits = forced_logits(open_session(folder, described, threads=1), tokens, PREFILL)
     assert mean_kl(reference, logits) <= 1e-3
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 
-from export import manifest, plan
+from export import manifest
 from export.checkpoints.tokenizer import load as load_tokenizer
 from export.formats.onnx_kv import block_size
 from export.formats.onnx_kv.graph import sensitive
@@ -147,11 +147,11 @@ def test_the_last_slot_can_be_fed_and_the_next_is_refused(artifact):
 
 
 @pytest.mark.slow
-def test_real_weights_keep_their_logits(tmp_path):
-    export(plan.load_plan("smollm2-135m", "int4-g32", "onnx-cpu"), None, tmp_path / "smollm2")
+def test_real_weights_keep_their_logits(real):
+    folder = real("onnx-cpu")
     text = (manifest.ROOT / "export" / "model.py").read_text(encoding="utf-8")
-    ids = load_tokenizer(tmp_path / "smollm2").encode(text)[: PREFILL + 200]
-    kl, _, sqnr = compare(tmp_path / "smollm2", ids)
-    assert_same_integers(tmp_path / "smollm2")
+    ids = load_tokenizer(folder).encode(text)[: PREFILL + 200]
+    kl, _, sqnr = compare(folder, ids)
+    assert_same_integers(folder)
     assert kl <= 0.01  # int8 activations of onnxruntime; code scatters more than prose
     assert sqnr >= 20

@@ -1,6 +1,7 @@
 """A board without hardware: a program `ssh` that runs commands here, with what other people's machines add to them."""
 
 import os
+import shlex
 
 import devices
 
@@ -21,7 +22,7 @@ def ssh(folder, monkeypatch, *, before="", after="", login="sh -c"):
     for path in (home, folder / "bin"):
         path.mkdir(exist_ok=True)
     program = folder / "bin/ssh"
-    program.write_text(SHELL.format(home=home, before=before, after=after, login=login))
+    program.write_text(SHELL.format(home=shlex.quote(str(home)), before=before, after=after, login=login))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("RASPBERRY_PI_5_HOST", "board")

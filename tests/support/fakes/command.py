@@ -20,9 +20,8 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from export import __main__ as building
-from export import formats, manifest, pipeline
+from export import manifest, pipeline
 from export.build.command import quiet_libraries, run
-from export.plan import load_plan
 from runtime_tests import __main__ as validating
 from runtime_tests import reference, sessions, validate  # noqa: F401 – before any fork
 from runtime_tests.checks import comparisons, conformance, files, speed, tokens, weights
@@ -30,6 +29,13 @@ from runtime_tests.jobs import isolation, worker
 
 STAGES = {"build": (pipeline,), "validate": (files, weights, comparisons, conformance, tokens, speed, validating)}
 """Modules that begin stages."""
+
+LIBRARIES = {
+    "onnx-cpu": ["export.formats.onnx_kv.graph", "export.formats.onnx_kv.weights"],
+    "executorch-xnnpack": ["export.formats.pte.program"],
+    "coreml": ["export.formats.mlpackage.file", "export.formats.mlpackage.graph"],
+}
+"""Modules of a lowering, which import what it needs."""
 
 
 def command(given):
@@ -43,8 +49,9 @@ def command(given):
         except BaseException:
             code = -1
             traceback.print_exc(file=said)
-    gc.collect()  # files that a failed command had mapped take space until then, and would give it back in the next one
+    gc.collect()
     if "disk" in given:
+        gc.collect()  # files that a failed command had mapped take space until then, and would give it in the next one
         (Path(given["disk"]) / "ballast").unlink(missing_ok=True)
     left = {folder: sorted(path.name for path in Path(folder).iterdir()) for folder in given["look"]}
     return {"code": code, "stderr": said.getvalue(), "left": left}
@@ -71,12 +78,21 @@ def in_process(job, **_):
     return isolation.interpret(0 if "result" in given else 1, json.dumps(given), "")
 
 
-def alone(given):
-    """The command in a process of its own, which the accident may end without a word."""
+def load_libraries(given):
+    """All that the command would import on its way, once for all processes to come: most of its seconds."""
+    names = ["transformers.tokenization_utils_tokenizers", "torchao.quantization"]
     if "target" in given:
-        formats.load(load_plan("tiny", "int4-g32", given["target"]).target.backend)  # its libraries, for all to come
+        names += LIBRARIES[given["target"]]
     else:
         sessions.session_module(manifest.read(Path(given["folder"])))
+        names.append("transformers.models.llama.modeling_llama")
+    for name in names:
+        importlib.import_module(name)
+
+
+def alone(given):
+    """The command in a process of its own, which the accident may end without a word."""
+    load_libraries(given)
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

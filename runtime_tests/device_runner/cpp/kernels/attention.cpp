@@ -43,7 +43,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Cut cut(const Shape& call) {
   Cut c = {};
-  const int64_t share = call.heads / call.groups, visible = call.start + call.new_tokens;
+  const int64_t share = call.heads / call.groups, visible = call.seen(call.new_tokens - 1);
   c.queries = std::min(call.new_tokens, std::max<int64_t>(1, kRowsOfTile / share));
   c.query_blocks = ceil_div(call.new_tokens, c.queries);
   // A decode step is bound by memory: its tiles take all groups, so that each reads whole positions in sequence.
@@ -66,7 +66,7 @@ Tile tile_of(const Shape& call, const Cut& c, int64_t row_block, int64_t split) 
   tile.query_begin = block * c.queries;
   tile.query_end = std::min(tile.query_begin + c.queries, call.new_tokens);
   tile.key_begin = split * c.keys;
-  tile.key_end = std::min((split + 1) * c.keys, call.start + tile.query_end);
+  tile.key_end = std::min((split + 1) * c.keys, call.seen(tile.query_end - 1));
   return tile;
 }
 
@@ -113,7 +113,7 @@ void attend_in_tiles(const Attention<Number>& call, Isa isa, const Parallel& par
     attend_tile(call, tile, partial_at(call, c, parts), room);
     if (c.splits == 1) finish(call, c, tile, parts, call.out);
   };
-  const int64_t work = call.new_tokens * call.heads * (call.start + call.new_tokens) * call.head_dim;
+  const int64_t work = call.new_tokens * call.heads * call.seen(call.new_tokens - 1) * call.head_dim;
   if (work < kSerialWork || parallel.threads == 1) {
     for (int64_t i = 0; i < tasks; ++i) task(i);
   } else {

@@ -10,10 +10,15 @@
 
 namespace runner {
 
-/// Of one call. Positions of the cache past start + S - 1 are never read.
+/// Of one call. Without a mask, positions of the cache past start + S - 1 are never read.
 struct Shape {
   int64_t new_tokens, heads, groups, head_dim;
-  int64_t start;  // position of the first new token; start + S <= T
+  int64_t start;      // position of the first new token; start + S <= T
+  int64_t positions;  // T, read where there is a mask
+  const float* mask;  // [S, T], added to the scores; null: each query sees the positions up to its own
+
+  /// Positions before the first that a query cannot see.
+  int64_t seen(int64_t query) const { return mask != nullptr ? positions : start + query + 1; }
 };
 
 /// The upper half of a float32.
@@ -59,7 +64,7 @@ Isa best_isa();
 /// Head sizes it computes are multiples of this.
 constexpr int64_t kHeadDimMultiple = 4;
 
-/// Softmax(q · kᵀ · scale) · v, each query over the positions up to its own.
+/// Softmax(q · kᵀ · scale + mask) · v. A query must see one position at least.
 void attend(const Attention<float>& call, Isa isa, const Parallel& parallel);
 void attend(const Attention<Bfloat16>& call, Isa isa, const Parallel& parallel);
 

@@ -38,12 +38,12 @@ struct Block {
 /// R rows, beginning with `row`, through one block.
 template <int R, int Ahead, class Number>
 inline void attend_rows(
-    const Block<Number>& block, const int64_t* visible, int64_t head_dim, const float* query, float* scores, float* sums,
+    const Block<Number>& block, const Sight* sights, int64_t head_dim, const float* query, float* scores, float* sums,
     float* maxima, float* weights) {
   for (int64_t j = 0; j < block.keys; j += kColumns)
     score_four<R, Ahead>(query, block.key + j * block.stride, block.stride, block.keys - j, head_dim, scores + j);
   const Values<Number> value = {block.value, block.stride, nullptr, nullptr};
-  weigh<R, Ahead>(scores, visible, block.keys, value, head_dim, sums, maxima, weights);
+  weigh<R, Ahead>(scores, sights, block.keys, value, head_dim, sums, maxima, weights);
 }
 
 /// Queries of the tile's rows, scaled so that the softmax can use powers of two.
@@ -68,11 +68,11 @@ inline void attend_group(
   const int64_t rows = group_rows(call, tile), share = call.heads / call.groups, dim = call.head_dim;
   for (int64_t row = 0; row < rows;) {
     const int64_t taken = rows - row < kRows ? rows - row : kRows;
-    int64_t visible[kRows];  // keys of this block up to the query's own position
-    for (int64_t r = 0; r < taken; ++r) visible[r] = call.start + tile.query_begin + (row + r) / share + 1 - begin;
+    Sight sights[kRows];
+    for (int64_t r = 0; r < taken; ++r) sights[r] = sight_of(call, tile.query_begin + (row + r) / share, begin);
     const int64_t at = first + row;
     kAttendRows[taken - 1](
-        block, visible, dim, queries + at * dim, scores, partial.sums + at * dim, partial.maxima + at,
+        block, sights, dim, queries + at * dim, scores, partial.sums + at * dim, partial.maxima + at,
         partial.weights + at);
     row += taken;
   }

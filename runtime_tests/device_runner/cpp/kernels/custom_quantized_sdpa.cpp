@@ -1,5 +1,5 @@
-// llama::custom_quantized_sdpa.out: causal attention of an int8 query [B, S, H, D] over int8 caches [B, T, G, D] that are
-// filled up to start_pos + S. Each has zeros, int8, and scales, float32, of each position and head: [B, S or T, H or G, 1].
+// llama::custom_quantized_sdpa.out: attention of an int8 query [B, S, H, D] over int8 caches [B, T, G, D], causal over
+// those filled up to start_pos + S, or with a mask. Each has zeros, int8, and scales, float32, of each position and head: [B, S or T, H or G, 1].
 #include <executorch/extension/kernel_util/make_boxed_from_unboxed_functor.h>
 
 #include <optional>
@@ -43,13 +43,13 @@ Tensor& custom_quantized_sdpa(
     const Optional query_scales, const Optional key_zeros, const Optional key_scales, const Optional value_zeros,
     const Optional value_scales, bool heads_before_positions, Tensor& out) {
   ET_KERNEL_CHECK_MSG(
-      context, causal && !mask.has_value() && dropout == 0 && !heads_before_positions, NotSupported, out,
-      "only causal attention over [B, T, G, D] is computed");
-  ET_KERNEL_CHECK_MSG(
       context,
       quantized(query, query_zeros, query_scales) && quantized(key, key_zeros, key_scales) &&
           quantized(value, value_zeros, value_scales) && shapes_fit(query, key, value, start),
       InvalidArgument, out, "types or shapes of query and caches do not fit");
+  ET_KERNEL_CHECK_MSG(
+      context, causal_or_masked(causal, mask, query, key) && dropout == 0 && !heads_before_positions, NotSupported, out,
+      "only attention over [B, T, G, D], causal or with a float32 mask of all positions, is computed");
   ET_KERNEL_CHECK_MSG(
       context,
       executorch::runtime::resize_tensor(out, query.sizes()) == Error::Ok && plain(out, ScalarType::Float),
@@ -57,10 +57,7 @@ Tensor& custom_quantized_sdpa(
   static const Isa isa = best_isa();
   const Parallel& parallel = pool();
   for (int64_t b = 0; b < query.size(0); ++b) {
-    Int8Attention call = {};
-    call.new_tokens = query.size(1), call.heads = query.size(2), call.groups = key.size(2);
-    call.head_dim = query.size(3), call.start = start;
-    call.scale = scale_or_usual(scale, query.size(3));
+    Int8Attention call = {shape_of(query, key, start, mask), scale_or_usual(scale, query.size(3))};
     call.query = heads_of(query, query_zeros, query_scales, b);
     call.key = heads_of(key, key_zeros, key_scales, b);
     call.value = heads_of(value, value_zeros, value_scales, b);

@@ -44,7 +44,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 Cut cut(const Shape& call, size_t threads) {
   Cut c = {};
   const int64_t share = call.heads / call.groups;
-  c.splits = ceil_div(call.start + call.new_tokens, kGrid);
+  c.splits = ceil_div(call.seen(call.new_tokens - 1), kGrid);
   c.queries = std::min(call.new_tokens, std::max<int64_t>(1, kRowsOfTile / share));
   c.query_blocks = ceil_div(call.new_tokens, c.queries);
   // A decode step is bound by memory: its tiles take many groups, so that each reads long stretches.
@@ -66,7 +66,7 @@ Tile tile_of(const Shape& call, const Cut& c, int64_t row_block, int64_t split) 
   tile.query_begin = block * c.queries;
   tile.query_end = std::min(tile.query_begin + c.queries, call.new_tokens);
   tile.key_begin = split * kGrid;
-  tile.key_end = std::min((split + 1) * kGrid, call.start + tile.query_end);
+  tile.key_end = std::min((split + 1) * kGrid, call.seen(tile.query_end - 1));
   return tile;
 }
 
@@ -102,7 +102,7 @@ void finish(const Shape& call, const Tile& tile, const Partial& whole, float* ou
 }  // namespace
 
 void attend_int8(const Int8Attention& call, Isa isa, const Parallel& parallel) {
-  const int64_t work = call.new_tokens * call.heads * (call.start + call.new_tokens) * call.head_dim;
+  const int64_t work = call.new_tokens * call.heads * call.seen(call.new_tokens - 1) * call.head_dim;
   const size_t threads = work < kSerialWork ? 1 : parallel.threads;
   const Cut c = cut(call, threads);
   const Int8Tile attend_tile = tile_function(isa, call.head_dim);

@@ -219,14 +219,14 @@ inline void score(const Queries& queries, int64_t row, const Block& block, int64
 /// R rows, of which `row` is the first, through one block.
 template <int R, int Ahead, class Element>
 inline void attend_rows(
-    const Queries& queries, int64_t row, const Block& block, const Values<Element>& values, const int64_t* visible,
+    const Queries& queries, int64_t row, const Block& block, const Values<Element>& values, const Sight* sights,
     int64_t dim, float* scores, const Partial& partial) {
   int64_t j = 0;
   for (; j + kColumns * kLanes <= block.present; j += kColumns * kLanes)
     score<R, kColumns>(queries, row, block, j, dim / kStep, scores);
   for (; j < block.present; j += kLanes) score<R, 1>(queries, row, block, j, dim / kStep, scores);
   weigh<R, Ahead>(
-      scores, visible, block.present, values, dim, partial.sums + row * dim, partial.maxima + row,
+      scores, sights, block.present, values, dim, partial.sums + row * dim, partial.maxima + row,
       partial.weights + row);
 }
 
@@ -241,9 +241,9 @@ inline void attend_group(
   const int64_t rows = group_rows(call, tile), share = call.heads / call.groups;
   for (int64_t row = 0; row < rows;) {
     const int64_t taken = rows - row < kRows ? rows - row : kRows;
-    int64_t visible[kRows];  // keys of this block up to the query's own position
-    for (int64_t r = 0; r < taken; ++r) visible[r] = call.start + tile.query_begin + (row + r) / share + 1 - begin;
-    kAttendRows[taken - 1](queries, first + row, block, values, visible, call.head_dim, scores, partial);
+    Sight sights[kRows];
+    for (int64_t r = 0; r < taken; ++r) sights[r] = sight_of(call, tile.query_begin + (row + r) / share, begin);
+    kAttendRows[taken - 1](queries, first + row, block, values, sights, call.head_dim, scores, partial);
     row += taken;
   }
 }

@@ -25,6 +25,27 @@ inline bool shapes_fit(
          start <= key.size(1) && query.size(1) <= key.size(1) - start;
 }
 
+/// Whether a call is causal, or has a mask [S, T] of float32.
+inline bool causal_or_masked(
+    bool causal, const std::optional<executorch::aten::Tensor>& mask, const executorch::aten::Tensor& query,
+    const executorch::aten::Tensor& key) {
+  if (!mask.has_value()) return causal;
+  return !causal && mask->dim() == 2 && mask->scalar_type() == executorch::aten::ScalarType::Float &&
+         executorch::runtime::tensor_is_default_dim_order(*mask) && mask->size(0) == query.size(1) &&
+         mask->size(1) == key.size(1);
+}
+
+/// Of a call of these operands; `start`: read where there is no mask.
+inline Shape shape_of(
+    const executorch::aten::Tensor& query, const executorch::aten::Tensor& key, int64_t start,
+    const std::optional<executorch::aten::Tensor>& mask) {
+  Shape shape = {};
+  shape.new_tokens = query.size(1), shape.heads = query.size(2), shape.head_dim = query.size(3);
+  shape.groups = key.size(2), shape.positions = key.size(1), shape.start = start;
+  shape.mask = mask.has_value() ? mask->const_data_ptr<float>() : nullptr;
+  return shape;
+}
+
 inline float scale_or_usual(std::optional<double> scale, int64_t head_dim) {
   return static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim))));
 }

@@ -1,4 +1,5 @@
-// llama::update_cache.out: copies value [B, S, G, D] into cache [B, T, G, D] from position start_pos on.
+// llama::update_cache.out: copies value [B, S, G, D] into cache [B, T, G, D] from position start_pos on;
+// llama::update_cache_with_indices.out: to the positions in indices, int64 [B, S].
 #include <executorch/extension/kernel_util/make_boxed_from_unboxed_functor.h>
 #include <executorch/runtime/core/exec_aten/util/tensor_util.h>
 
@@ -34,7 +35,29 @@ Tensor& update_cache(KernelRuntimeContext& context, const Tensor& value, Tensor&
   return out;
 }
 
+Tensor& update_cache_with_indices(
+    KernelRuntimeContext& context, const Tensor& value, Tensor& cache, int64_t, const Tensor& indices, Tensor& out) {
+  const bool placed = same_form(value, cache) && indices.dim() == 2 &&
+                      indices.scalar_type() == executorch::aten::ScalarType::Long &&
+                      tensor_is_default_dim_order(indices) && indices.size(0) == value.size(0) &&
+                      indices.size(1) == value.size(1);
+  ET_KERNEL_CHECK_MSG(context, placed, InvalidArgument, out, "value, cache and indices differ in form");
+  const int64_t position = cache.size(2) * cache.size(3) * cache.element_size();
+  const int64_t count = value.size(1), capacity = cache.size(1);
+  auto* to = static_cast<char*>(cache.mutable_data_ptr());
+  const auto* from = static_cast<const char*>(value.const_data_ptr());
+  const auto* at = indices.const_data_ptr<int64_t>();
+  note_written(to, capacity, value.size(0) * position);
+  for (int64_t i = 0; i < value.size(0) * count; ++i) {
+    const bool fits =
+        copy_into_cache(to + i / count * capacity * position, from + i * position, at[i], 1, capacity, position);
+    ET_KERNEL_CHECK_MSG(context, fits, InvalidArgument, out, "positions outside the cache");
+  }
+  return out;
+}
+
 EXECUTORCH_LIBRARY(llama, "update_cache.out", update_cache);
+EXECUTORCH_LIBRARY(llama, "update_cache_with_indices.out", update_cache_with_indices);
 
 }  // namespace
 }  // namespace runner

@@ -198,14 +198,26 @@ inline float scale_row(float* p, int64_t keys, const float* scales, const float*
   return sum_of(total);
 }
 
-/// R rows of scores against one block of keys, whose first `visible` each row sees, into the rows' partial results.
+/// What a row sees of a block of keys: the first ones, with what is added to their scores.
+struct Sight {
+  int64_t visible;
+  const float* mask;  // null: nothing
+};
+
+inline Sight sight_of(const Shape& call, int64_t query, int64_t begin) {
+  return {call.seen(query) - begin, call.mask != nullptr ? call.mask + query * call.positions + begin : nullptr};
+}
+
+/// R rows of scores against one block of keys into the rows' partial results.
 template <int R, int Ahead, class Element>
 inline void weigh(
-    float* scores, const int64_t* visible, int64_t keys, const Values<Element>& value, int64_t head_dim, float* sums,
+    float* scores, const Sight* sights, int64_t keys, const Values<Element>& value, int64_t head_dim, float* sums,
     float* maxima, float* weights) {
   for (int r = 0; r < R; ++r) {
     float* row = scores + r * kKeyBlock;
-    for (int64_t j = visible[r] < 0 ? 0 : visible[r]; j < keys; ++j) row[j] = -__builtin_inff();
+    for (int64_t j = sights[r].visible < 0 ? 0 : sights[r].visible; j < keys; ++j) row[j] = -__builtin_inff();
+    if (sights[r].mask != nullptr)
+      for (int64_t j = 0; j < keys; ++j) row[j] += sights[r].mask[j] * kLog2E;
     const float factor = softmax_row(row, keys, maxima + r, weights + r);
     const float zero = value.scales != nullptr ? scale_row(row, keys, value.scales, value.zeros) : 0.0F;
     if (factor != 1.0F || zero != 0.0F)
