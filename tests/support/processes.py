@@ -39,7 +39,7 @@ def one_error(stderr):
 
 @contextmanager
 def within(seconds):
-    """A hang becomes a failure: after so many seconds of this process's processors, or ten times as many on the clock."""
+    """A hang becomes a failure: after so many seconds of processor time, or ten times as many on the clock."""
 
     def stop(_signum, _frame):
         pytest.fail(f"still at it after {seconds} s")
