@@ -26,11 +26,8 @@ _POSITIONS = (63, 511, 2000, 8000)
 _RUNS = 20
 KINDS = {"attend": "float32", "attend_bfloat16": "bfloat16", "attend_int8": "int8"}
 """Function of the library → numbers of its cache."""
-_SHAPE = (
-    *((name, ctypes.c_int64) for name in ("new_tokens", "heads", "groups", "head_dim", "start", "positions")),
-    ("mask", ctypes.c_void_p),
-)
-_SCALE = ("scale", ctypes.c_float)
+_SHAPE = (*((name, ctypes.c_int64) for name in ("new_tokens", "heads", "groups", "head_dim", "start", "positions")),)
+_MASK, _SCALE = ("mask", ctypes.c_void_p), ("scale", ctypes.c_float)
 
 Heads = tuple[NDArray[np.int8], NDArray[np.int8], NDArray[np.float32]]
 """int8 [N, H, D], zeros int8 and scales float32 [N, H]."""
@@ -39,7 +36,7 @@ Heads = tuple[NDArray[np.int8], NDArray[np.int8], NDArray[np.float32]]
 class Attention(ctypes.Structure):
     """A call over a cache of float32, or of bfloat16 as `bfloat16` gives it."""
 
-    _fields_ = (*_SHAPE, _SCALE, *((name, ctypes.c_void_p) for name in ("query", "key", "value", "out")))
+    _fields_ = (*_SHAPE, _MASK, _SCALE, *((name, ctypes.c_void_p) for name in ("query", "key", "value", "out")))
 
 
 class Int8Heads(ctypes.Structure):
@@ -51,7 +48,13 @@ class Int8Heads(ctypes.Structure):
 class Int8Attention(ctypes.Structure):
     """A call with int8 operands."""
 
-    _fields_ = (*_SHAPE, _SCALE, *((name, Int8Heads) for name in ("query", "key", "value")), ("out", ctypes.c_void_p))
+    _fields_ = (
+        *_SHAPE,
+        _MASK,
+        _SCALE,
+        *((name, Int8Heads) for name in ("query", "key", "value")),
+        ("out", ctypes.c_void_p),
+    )
 
 
 def library(path: Path) -> Any:

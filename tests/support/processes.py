@@ -39,18 +39,21 @@ def one_error(stderr):
 
 @contextmanager
 def within(seconds):
-    """A hang becomes a failure."""
+    """A hang becomes a failure: after so many seconds of processor time, or ten times as many on the clock."""
 
     def stop(_signum, _frame):
         pytest.fail(f"still at it after {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    timers = {signal.SIGPROF: (signal.ITIMER_PROF, seconds), signal.SIGALRM: (signal.ITIMER_REAL, 10 * seconds)}
+    before = {number: signal.signal(number, stop) for number in timers}
     try:
+        for timer, limit in timers.values():
+            signal.setitimer(timer, limit)
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        for number, (timer, _) in timers.items():
+            signal.setitimer(timer, 0)
+            signal.signal(number, before[number])
 
 
 @contextmanager

@@ -149,8 +149,9 @@ def _functional_update(graph: fx.Graph, node: fx.Node) -> fx.Node:
     value, cache, start, *indices = node.args
     arguments = {"value": value, "start_pos": start, **dict(zip(["indices"], indices, strict=False))}
     arguments |= {"_cache_base_index": 0, "_all_bases": [cache]}
+    update: Any = node.target
     with graph.inserting_before(node):
-        call = graph.call_function(auto_functionalized_v2, (node.target,), arguments)
+        call = graph.call_function(auto_functionalized_v2, (update,), arguments)
         new = graph.call_function(operator.getitem, (call, 1))
     assert isinstance(cache, fx.Node)
     _copy_meta(node, call, (node.meta["val"], cache.meta["val"]))
