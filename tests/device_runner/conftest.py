@@ -36,15 +36,16 @@ def artifacts(tiny):
 def run(bundle, artifacts, tmp_path):
     """Run commands, or the text of a script, on a model; gives the answer and its logits."""
 
-    def call(commands, model="fp32", *, threads=2, prefix=(), folder=None):
+    def call(commands, model="fp32", *, threads=2, prefix=(), start=None, folder=None):
         script, out = tmp_path / "script", tmp_path / "logits"
         if isinstance(commands, str):
             script.write_text(commands)
         else:
             write_script(commands, script)
         path = artifacts[model] / "model.pte" if model in artifacts else model
-        program = (folder or bundle.path) / bundle.start[0]
-        answer = execute([*prefix, program, path, script, "--threads", str(threads), "--logits", out], tmp_path)
+        folder = folder or bundle.path
+        words = [*prefix, *(start or [folder / bundle.start[0]]), path, script, "--threads", str(threads)]
+        answer = execute([*words, "--logits", out], folder if start else tmp_path)
         return answer, read_logits(out, answer) if isinstance(answer, Answer) else None
 
     return call

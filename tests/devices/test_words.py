@@ -129,9 +129,8 @@ def test_32_bit_programs_over_a_64_bit_kernel_are_named(board, tmp_path):
 def bare(folder, *without):
     """A folder with the programs that our scripts use, but these."""
     folder.mkdir()
-    for name in {"sh", "mkdir", "pwd", "uname", "cat", "df", "find", "rm", "ln", "mv", "sleep", "sha256sum"} - {
-        *without
-    }:
+    programs = "sh mkdir pwd uname cat df find rm ln mv sleep sha256sum tar"
+    for name in {*programs.split()} - {*without}:
         (folder / name).symlink_to(shutil.which(name))
 
 
@@ -142,6 +141,7 @@ def bare(folder, *without):
         ("df", "df: not found"),
         ("find", "find: not found"),
         ("mv", "mv: not found"),
+        ("tar", "tar: not found"),
     ],
 )
 def test_a_missing_tool_is_named_by_the_device(board, tmp_path, tool, words):

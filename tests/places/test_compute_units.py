@@ -66,7 +66,7 @@ def test_a_runner_is_started_with_its_devices_units():
         def run(self, command, *, timeout_s):
             return devices.Completed(2, json.dumps({"error": "model", "stage": "usage"}).encode(), b"")
 
-        def push(self, local, remote, *, timeout_s):
+        def push(self, local, remote, *, timeout_s, only=None):
             pass
 
     device = devices.load("macbook-m3").model_copy(update={"compute_units": "cpu_ne"})

@@ -44,7 +44,7 @@ class _Filled:
     """What is saved of a session, with any numbers in its slots: near 0.05 in float32 and bfloat16."""
 
     def __init__(self, contract: IOContract, length: int) -> None:
-        self.tokens, self.left, self.states = [0] * length, (), contract.states
+        self.tokens, self.left, self.oldest, self.states = [0] * length, (), 0, contract.states
 
     def buffers(self) -> dict[str, NDArray[np.uint8]]:
         """By name, [slots, bytes]."""
