@@ -70,6 +70,8 @@ quote   = '$(subst ','\'',$(value $(1)))'
 each    = $(foreach item,$(value $(1)),'$(subst ','\'',$(item))')
 GIVEN   := PYTHON TORCH MODEL QUANT CALIBRATE_ON COMPILER EXECUTORCH DEVICE RECORDS ARTIFACTS ROOM WORKERS SOURCE ADAPTER NAME CONTEXT CACHE POLICY TASKS LIMIT MINUTES RECIPES BASE AGAINST LIMITS SPEED VALIDATION TIMINGS QUICK STUDIED TARGETS
 unexport $(GIVEN)
+# images of Python set it, and every process would compile torch and torchao anew, which takes three seconds
+unexport PYTHONDONTWRITEBYTECODE
 # what is misspelled would be left out in silence; sub-makes and tests give PINS
 UNKNOWN := $(foreach name,$(filter-out $(GIVEN) PINS,$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 $(if $(strip $(UNKNOWN)),$(error $(strip $(UNKNOWN)): no such variable; there are $(GIVEN)))

@@ -7,6 +7,7 @@ Shapes: B batch, S new tokens, T tokens in the cache, H query heads, G key/value
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -91,12 +92,18 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """Queries [B, H, S, D], keys and values [B, G, T, D], `visible` bool [S, T] → [B, H, S, D]."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
+
+
 class Attention(nn.Module):
     """Grouped-query attention over the cache and the new tokens; with a window each sees the last that many."""
 
     def __init__(self, a: Architecture, window: int | None = None) -> None:
         super().__init__()
         self.window = window
+        self.attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = attend
         self.head_dim = a.head_dim
         self.q_proj = nn.Linear(a.hidden_size, a.num_attention_heads * a.head_dim, bias=False)
         self.k_proj = nn.Linear(a.hidden_size, a.num_key_value_heads * a.head_dim, bias=False)
@@ -119,7 +126,7 @@ class Attention(nn.Module):
         visible = torch.ones(new, total, dtype=torch.bool, device=x.device).tril(total - new)
         if self.window is not None:
             visible = visible.triu(total - new - self.window + 1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
+        out = self.attend(q, k, v, visible)
         return self.o_proj(out.transpose(1, 2).reshape(batch, new, -1)), (k, v)
 
 

@@ -1,6 +1,7 @@
 """The workflows are valid and least-privileged, and every step is a make target that runs at a desk too."""
 
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -117,6 +118,14 @@ def test_every_step_is_a_make_target_that_exists(path):
 @pytest.mark.parametrize("command", ["make ci-artefacts", "make docs", "pip install x", "make ci-diff MODEL=tiny"])
 def test_a_step_that_nobody_could_run_here_is_found(command):
     assert wrong(command)
+
+
+def test_what_make_starts_keeps_its_bytecode():
+    words = ["make", "--no-print-directory", "-o", ".venv/.ready", "--eval=shown:;@env", "shown"]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "ELSE": "1"}
+    shown = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "ELSE=1\n" in shown
+    assert "PYTHONDONTWRITEBYTECODE" not in shown
 
 
 def test_setup_is_a_make_target():

@@ -74,8 +74,13 @@ def target(weight: Tensor, lost: Tensor, order: Tensor, factor: Tensor) -> Tenso
     the inverse factor of the inputs' moments in `order` [K]: the rounding that follows judges errors as this does.
     """
     # min over T of Σ |y − T x̂|² + λ |W − T|²  has the solution  T = W + Σ (y − W x̂) x̂ᵀ (Σ x̂ x̂ᵀ + λ)⁻¹
-    answer = torch.empty_like(weight)
-    answer[:, order] = lost[:, order] @ factor.T @ factor
+    # The factor is triangular: only columns from `now` on are not multiplied by zero there, and then those before.
+    columns, whole = blocks(len(factor), _FACTORED), torch.empty_like(weight)
+    ordered, halfway, answer = lost[:, order], whole, torch.empty_like(weight)
+    for now in columns:
+        halfway[:, now] = ordered[:, now.start :] @ factor[now, now.start :].T
+    for now in columns:
+        answer[:, order[now]] = halfway[:, : now.stop] @ factor[: now.stop, now]
     return answer.add_(weight)
 
 

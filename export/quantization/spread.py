@@ -57,9 +57,25 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def products_in(dtype: torch.dtype) -> Iterator[None]:
+    """Float32 matrices on the CPU are multiplied in bfloat16, where `dtype` is that, and summed in float32.
+
+    Of numbers that are bfloat16 that is the exact product, at twice the speed and more. It holds for all threads.
+    """
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
 def blocks(size: int, most: int = _ROWS) -> list[slice]:
-    """0 … size cut into parts of about one length, each of at most `most`."""
+    """0 … size cut into parts of about one length, each of at most `most`; an even number, for two cores."""
     count = -(-size // most)
+    count += count > 1 and count % 2
     edges = [size * i // count for i in range(count + 1)]
     return [slice(*edge) for edge in pairwise(edges)]
 
@@ -67,7 +83,7 @@ def blocks(size: int, most: int = _ROWS) -> list[slice]:
 def second_moments(x: Tensor) -> Tensor:
     """x [T, K] → Σ x xᵀ float32 [K, K]. Its upper half is computed, the lower one copied.
 
-    Summed in float32 throughout: rounded more coarsely it has no inverse where channels go together.
+    Products are exact and summed in float32: rounded more coarsely it has no inverse where channels go together.
     """
     total = torch.zeros(x.shape[1], x.shape[1], device=x.device)
 
@@ -76,7 +92,8 @@ def second_moments(x: Tensor) -> Tensor:
             columns = part[:, rows.start :].float()
             total[rows, rows.start :].addmm_(columns[:, : rows.stop - rows.start].T, columns)
 
-    spread(add, blocks(x.shape[1]), x.device.type)
+    with products_in(x.dtype):
+        spread(add, blocks(x.shape[1]), x.device.type)
     return total.triu_() + total.triu(1).T
 
 

@@ -12,11 +12,13 @@ from export.architecture import EMBEDDING, HEAD
 from export.checkpoints.origin import parse_origin
 from export.errors import ExportError
 from export.host import processor
+from export.model import attend
 from export.plan import CalibrationText, Gptq, Mixture, Promotion, QuantRecipe, WeightScheme, load_plan
 from export.quantization import calibration, gptq, layerwise, processors
 from export.quantization.eager import eager
 from export.quantization.gptq import Moments, choose_integers, inverse_factor, round_linears, target
 from export.quantization.nearest import SMALLEST_SCALE, best_scales, round_to_nearest
+from export.quantization.spread import products_in
 from export.quantization.store import Unfinished
 from export.toolbox import synth
 
@@ -313,9 +315,10 @@ def test_calibration_text_is_not_evaluated_and_the_other_way_round():
         assert not [line for line in lines if line in text]
 
 
-def test_layers_are_computed_as_the_model_computes_them(opened, monkeypatch):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.3)])
+def test_layers_are_computed_as_the_model_computes_them(opened, monkeypatch, dtype, tolerance):
     """The walk without rounding is the model."""
-    a, ids = opened.architecture, torch.arange(40)[None]
+    a, ids = opened.architecture, torch.arange(100)[None]
     stream = torch.nn.functional.embedding(ids, opened.read(EMBEDDING))
     streams = layerwise.Streams(stream.clone(), stream.clone())
 
@@ -328,7 +331,7 @@ def test_layers_are_computed_as_the_model_computes_them(opened, monkeypatch):
 
     monkeypatch.setattr(layerwise, "round_linears", lambda weights, *_: [Exact(weight) for weight in weights])
     task = layerwise.Task(
-        defaultdict(lambda: GROUPS), GPTQ, calibrating=1, rounded_before=lambda _: None, dtype=torch.float32
+        defaultdict(lambda: GROUPS), GPTQ, calibrating=1, rounded_before=lambda _: None, dtype=dtype
     )
     with torch.inference_mode():
         names = [name for name, _ in layerwise.round_layers(opened.read, a, task, streams)]
@@ -336,7 +339,34 @@ def test_layers_are_computed_as_the_model_computes_them(opened, monkeypatch):
         logits, _ = model(ids)
         ours = model.lm_head(model.model.norm(streams.quantized))
     assert names == list(a.linear_shapes())
-    torch.testing.assert_close(ours, logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours, logits, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(("heads", "groups", "length"), [(9, 3, 200), (4, 4, 64), (8, 2, 1)])
+def test_attention_in_bfloat16_is_as_near_as_torchs(heads, groups, length):
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(count):
+        return torch.randn(2, length, count, 64, generator=generator).transpose(1, 2).bfloat16() * 2
+
+    q, k, v = drawn(heads), drawn(groups), drawn(groups)
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    exact = attend(q.double(), k.double(), v.double(), causal)
+    with products_in(torch.bfloat16):
+        ours = layerwise.attend_in_bfloat16(q, k, v, causal)
+    assert ours.dtype == torch.bfloat16
+    errors = [float((y.double() - exact).square().mean()) for y in (ours, attend(q, k, v, causal))]
+    assert errors[0] <= 1.1 * errors[1]
+
+
+def test_products_of_bfloat16_numbers_are_exact_and_the_setting_ends_with_them():
+    x = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = x.double().T @ x.double()
+    with pytest.raises(ZeroDivisionError), products_in(torch.bfloat16):
+        torch.testing.assert_close((x.float().T @ x.float()).double(), exact, rtol=1e-5, atol=1e-4)
+        raise ZeroDivisionError
+    uneven = x.float() + 2.0**-11  # rounded to bfloat16, that would be lost
+    torch.testing.assert_close((uneven.T @ uneven).double(), uneven.double().T @ uneven.double(), rtol=1e-5, atol=1e-4)
 
 
 def test_noise_of_one_step_takes_the_weights_off_their_grid():
