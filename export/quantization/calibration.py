@@ -26,6 +26,10 @@ from .spread import spread
 from .store import Result, Unfinished
 
 
+_POSITIONS = 64
+"""Whose logits are compared at once: all of a window's take a gigabyte with 128k tokens."""
+
+
 def calibrate(checkpoint: Checkpoint, recipe: QuantRecipe, unfinished: Unfinished, device: Device) -> Result:
     """Linears by what they compute on calibration text, embedding and head to nearest; no integers are kept.
 
@@ -190,17 +194,17 @@ class Calibrator:
         return Head(lambda x: nn.functional.linear(norm(x), rotation), read(table))
 
     def kl(self, streams: Streams) -> float:
-        """Mean over positions of KL(full‖quantized), nats, from what leaves the last layers; a window at a time."""
+        """Mean over positions of KL(full‖quantized), nats, from what leaves the last layers."""
         full, quantized = self.head(self.read), self.head(self.read_quantized)
 
-        def of_window(window: tuple[Tensor, Tensor]) -> float:
-            p = (full.norm(window[0]) @ full.weight.T).log_softmax(-1)
-            q = (quantized.norm(window[1]) @ quantized.weight.T).log_softmax(-1)
+        def of_some(pair: tuple[Tensor, Tensor]) -> float:
+            p = (full.norm(pair[0]) @ full.weight.T).log_softmax(-1)
+            q = (quantized.norm(pair[1]) @ quantized.weight.T).log_softmax(-1)
             return float((p.exp() * (p - q)).sum(-1).double().sum())
 
-        windows = list(zip(streams.full, streams.quantized, strict=True))
-        total = sum(spread(of_window, windows, streams.full.device.type))
-        return total / (len(windows) * streams.full.shape[1])
+        positions = [torch.split(stream.flatten(0, 1), _POSITIONS) for stream in (streams.full, streams.quantized)]
+        total = sum(spread(of_some, zip(*positions, strict=True), streams.full.device.type))
+        return total / (len(streams.full) * streams.full.shape[1])
 
 
 def split(ids: Tensor, held_out_every: int) -> tuple[Tensor, Tensor]:
