@@ -25,7 +25,6 @@ from .sensitivity import Head, Sensitivity
 from .spread import spread
 from .store import Result, Unfinished
 
-
 _POSITIONS = 64
 """Whose logits are compared at once: all of a window's take a gigabyte with 128k tokens."""
 

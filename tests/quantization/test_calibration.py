@@ -330,9 +330,7 @@ def test_layers_are_computed_as_the_model_computes_them(opened, monkeypatch, dty
             return self.weight
 
     monkeypatch.setattr(layerwise, "round_linears", lambda weights, *_: [Exact(weight) for weight in weights])
-    task = layerwise.Task(
-        defaultdict(lambda: GROUPS), GPTQ, calibrating=1, rounded_before=lambda _: None, dtype=dtype
-    )
+    task = layerwise.Task(defaultdict(lambda: GROUPS), GPTQ, calibrating=1, rounded_before=lambda _: None, dtype=dtype)
     with torch.inference_mode():
         names = [name for name, _ in layerwise.round_layers(opened.read, a, task, streams)]
         model = eager(reader(opened), a, "none")
@@ -362,9 +360,8 @@ def test_attention_in_bfloat16_is_as_near_as_torchs(heads, groups, length):
 def test_products_of_bfloat16_numbers_are_exact_and_the_setting_ends_with_them():
     x = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     exact = x.double().T @ x.double()
-    with pytest.raises(ZeroDivisionError), products_in(torch.bfloat16):
+    with products_in(torch.bfloat16):
         torch.testing.assert_close((x.float().T @ x.float()).double(), exact, rtol=1e-5, atol=1e-4)
-        raise ZeroDivisionError
     uneven = x.float() + 2.0**-11  # rounded to bfloat16, that would be lost
     torch.testing.assert_close((uneven.T @ uneven).double(), uneven.double().T @ uneven.double(), rtol=1e-5, atol=1e-4)
 

@@ -17,17 +17,24 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from executorch.backends.xnnpack.serialization import xnnpack_graph_serialize as xnnpack
-from executorch.exir._serialize._flatbuffer import _flatc_decompile
-from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program, _patch_generated_flatbuffer_aliases
-from executorch.exir._serialize._program import _ExtendedHeader, _get_extended_header
-from executorch.exir._serialize.generated.executorch_flatbuffer.DataSegment import DataSegment
-from executorch.exir._serialize.generated.executorch_flatbuffer.Program import Program
 from numpy.typing import NDArray
 
 from export.architecture import EMBEDDING, HEAD, Architecture
 from export.errors import ExportError
 from export.formats import StoredWeight
+from export.host.imports import without_packages
+
+# who reads a file need not wait for the compiler, three seconds in every process
+with without_packages("executorch.exir", "executorch.backends.xnnpack"):
+    from executorch.backends.xnnpack.serialization import xnnpack_graph_serialize as xnnpack
+    from executorch.exir._serialize._flatbuffer import _flatc_decompile
+    from executorch.exir._serialize._flatbuffer_program import (
+        _flatbuffer_to_program,
+        _patch_generated_flatbuffer_aliases,
+    )
+    from executorch.exir._serialize._program import _ExtendedHeader, _get_extended_header
+    from executorch.exir._serialize.generated.executorch_flatbuffer.DataSegment import DataSegment
+    from executorch.exir._serialize.generated.executorch_flatbuffer.Program import Program
 
 Bytes = memoryview
 _FLOATS = re.compile(r'"(?:[^"\\]|\\.)*"|-?\b(?:inf|nan)\b')

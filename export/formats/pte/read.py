@@ -18,8 +18,8 @@ __all__ = ["FORMAT", "contents", "product_bytes", "read_weights", "recognizes", 
 FORMAT = "ExecuTorch program"
 _XNNPACK = "XnnpackBackend"
 _EXTERNAL_INPUT = 1
-_UPDATES = ("llama::update_cache", "llama::update_cache_with_indices")
 """XNN_VALUE_FLAG_EXTERNAL_INPUT: a value that the program passes to the delegate."""
+_UPDATES = ("llama::update_cache", "llama::update_cache_with_indices")
 _SCALAR_TYPES = {"BYTE": "uint8", "CHAR": "int8", "SHORT": "int16", "INT": "int32", "LONG": "int64", "HALF": "float16"}
 _SCALAR_TYPES |= {"FLOAT": "float32", "DOUBLE": "float64", "BOOL": "bool", "BFLOAT16": "bfloat16"}
 _XNN_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "qcint8": "int8", "qcint4": "int4"}
@@ -263,7 +263,9 @@ def _program_constants(inventory: _Inventory, plan: Any) -> None:
 
 def structure(path: Path) -> Iterator[str]:
     """The runtime's strict verification of the flatbuffer, and segments that are incomplete."""
-    from executorch.extension.pybindings.portable_lib import Verification, _load_program
+    # the module behind `portable_lib`, which would import the compiler
+    import torch  # noqa: F401  (its libraries)
+    from executorch.extension.pybindings._C import Verification, _load_program
 
     try:
         _load_program(str(path), program_verification=Verification.InternalConsistency)

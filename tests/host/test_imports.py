@@ -1,0 +1,73 @@
+"""Modules without the code of their package, and the package afterwards."""
+
+import importlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from export.host.imports import without_packages
+
+FILES = {
+    "outer/__init__.py": "",
+    "outer/large/__init__.py": "from .user import Name, used; loaded = True",
+    "outer/large/part.py": "class Name: pass",
+    "outer/large/user.py": "from outer.large.part import Name; used = Name",
+}
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Name of a package whose own code imports another of its modules, which imports the one that is wanted."""
+    for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    yield "outer.large"
+    for name in [name for name in sys.modules if name.partition(".")[0] == "outer"]:
+        del sys.modules[name]
+
+
+def wanted(package):
+    with without_packages(package):
+        return importlib.import_module(f"{package}.part")
+
+
+@pytest.mark.parametrize("first", ["outer.large", "outer.large.user"])
+def test_the_package_is_whole_once_it_is_imported(package, first):
+    finders = list(sys.meta_path)
+    part = wanted(package)
+    assert "outer.large" not in sys.modules
+    assert "outer.large.user" not in sys.modules
+    importlib.import_module(first)
+    large = sys.modules["outer.large"]
+    assert large.loaded
+    assert large.used is large.Name is part.Name
+    assert large.part is part
+    assert sys.modules["outer"].large is large
+    assert large.__spec__.origin.endswith("__init__.py")
+    assert sys.meta_path == finders
+
+
+def test_one_that_is_there_stays_as_it_is(package):
+    large = importlib.import_module(package)
+    assert wanted(package) is large.part
+    assert sys.modules[package] is large
+
+
+def test_one_that_is_not_there_is_named():
+    with pytest.raises(ModuleNotFoundError, match=r"'export\.nowhere'"), without_packages("export.nowhere"):
+        pass
+
+
+def test_reading_a_pte_loads_no_compiler():
+    code = """
+        import sys
+        import export.formats.pte.read
+        assert not {"executorch.exir", "torch._inductor", "torchao"} & sys.modules.keys(), sorted(sys.modules)
+        import export.formats.pte.program
+        assert "torch._inductor" in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
