@@ -131,8 +131,7 @@ def xnnpack_graph(blob: Bytes) -> Any:
     """A delegate's graph as JSON, through the library's own flatc and schema."""
     header = xnnpack.XNNHeader.from_bytes(bytes(blob[: xnnpack.XNNHeader.EXPECTED_LENGTH]))
     with tempfile.TemporaryDirectory() as folder:
-        schema, binary = Path(folder) / "schema.fbs", Path(folder) / "graph.bin"
-        schema.write_bytes(xnnpack._get_schema_bytes())
+        schema, binary = Path(xnnpack.__file__).with_name("schema.fbs"), Path(folder) / "graph.bin"
         binary.write_bytes(blob[header.flatbuffer_offset : header.flatbuffer_offset + header.flatbuffer_size])
         _flatc_decompile(folder, str(schema), str(binary), ["--raw-binary"])
         return json.loads(_FLOATS.sub(_json_number, (Path(folder) / "graph.json").read_text(encoding="utf-8")))
