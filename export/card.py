@@ -67,6 +67,7 @@ def render(manifest: Manifest, measured: Sequence[Measured]) -> str:
         calibration=manifest.quantization.calibration,
         weights=storage.line(manifest),
         cache=storage.cache(manifest.contract.kv),
+        process=storage.process(manifest),
         measured=measured,
         usage=Markdown(how_to_run.strip()),
         licence=_LICENCES.get(manifest.plan.model.license) or manifest.plan.model.license,

@@ -50,6 +50,7 @@ def export(plan: Plan, source: Origin | None, out: Path) -> Manifest:
             card.write(folder, described, [])
         console.print(f"  weights: {storage.line(described)}", soft_wrap=True)
         console.print(f"  KV cache: {storage.cache(described.contract.kv)}", soft_wrap=True)
+        console.print(f"  memory to run it: {storage.process(described)}", soft_wrap=True)
     return described
 
 

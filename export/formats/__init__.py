@@ -149,6 +149,9 @@ class Format(Protocol):
     def lower(self, model: "QuantizedModel", build: Build) -> Lowered:
         """Write the artifact's files into `build.folder`."""
 
+    def process_bytes(self, described: Manifest) -> int | None:
+        """Memory at the peak of a process that runs an artifact in our runner, every slot filled; None: unknown."""
+
 
 class Reader(Protocol):
     """`export/formats/NAME/read.py`: reads files of this or any other exporter without running them.

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from export.architecture import EMBEDDING, GATE_UP, HEAD, QKV, ROTATE_IN, ROTATE_OUT
-from export.formats import cache_bytes
+from export.formats import cache_bytes, load
 from export.manifest import UNKNOWN, KVLayout, LayerInfo, Manifest
 
 _KINDS = (*QKV, "self_attn.o_proj", *GATE_UP, "mlp.down_proj")
@@ -97,6 +97,12 @@ def cache(kv: KVLayout) -> str:
     """Of a KV cache: `io, int8, 23.6 MB`, `io, float32, window of 1,024 tokens, 14.7 MB`."""
     policy = f", window of {kv.window:,} tokens" if kv.window else f", the first {kv.sink} stay" if kv.sink else ""
     return f"{kv.kind}, {kv.dtype}{policy}, {cache_bytes(kv) / 1e6:.1f} MB"
+
+
+def process(described: Manifest) -> str:
+    """Memory of a process that runs it in our runner with a full context: `243 MB`, `unknown`."""
+    needed = load(described.plan.target.backend).process_bytes(described)
+    return UNKNOWN if needed is None else f"{needed / 1e6:,.0f} MB"
 
 
 def _chosen(described: Manifest) -> Iterator[str]:

@@ -15,8 +15,8 @@ from export.architecture import Strict
 from export.checkpoints import chat_template
 from export.errors import ExportError
 from export.manifest import TokenizerIds
-from runtime_tests.sessions import common_prefix, saved
-from runtime_tests.sessions.base import Session, leaving
+from runtime_tests.sessions import saved
+from runtime_tests.sessions.base import Session, common_prefix, leaving
 
 from .stream import TextStream
 

@@ -19,7 +19,7 @@ from export.plan import ModelSpec, file_of, load_named, names
 from runtime_tests import jobs
 from runtime_tests.evaluation import Windows
 from runtime_tests.evidence.record import Outcome
-from runtime_tests.sessions import common_prefix
+from runtime_tests.sessions.base import common_prefix
 
 from . import gates
 from .comparisons import References

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devices import Device, DeviceError, NoSpaceError, Transport, last_line
-from export import manifest
+from export import formats, manifest
 from export.errors import ExportError
+from export.formats import storage
 from export.host.console import stage
 from export.manifest import Manifest
 from runtime_tests import sessions
@@ -87,8 +88,20 @@ class AttachedDevice:
     def prepare(self, manifests: Sequence[Manifest]) -> None:
         """Push the runners before any work: a missing one ends the run with one line and is no artifact's failure."""
         for described in manifests:
+            self._require_memory(described)
+        for described in manifests:
             with stage("runner", described.plan.target.name):
                 self._with_room(described, partial(self._runner, described.plan.target.session))
+
+    def _require_memory(self, described: Manifest) -> None:
+        """Raises DeviceError: the device has less memory than the process takes when its context is full."""
+        needed, there = formats.load(described.plan.target.backend).process_bytes(described), self.environment()
+        if needed and 0 < there.memory_bytes < needed:
+            raise DeviceError(
+                f"{self.device.name}: {described.id} takes {storage.process(described)} with a full context, the "
+                f"device has {there.memory_bytes / 1e6:,.0f} MB; build it with a shorter context (--context) or fewer "
+                "bytes a token (--cache)"
+            )
 
     def environment(self) -> Environment:
         """As last reported: the record of a lost device still names the device."""

@@ -3,7 +3,6 @@
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -54,13 +53,7 @@ def greedy(
     session: Session, prompt: Sequence[int], most: int, ended: Callable[[Sequence[int]], bool] = lambda _: False
 ) -> list[int]:
     """The most likely tokens after a prompt: `most` of them, or up to the first one after which `ended` holds."""
-    session.reset()
-    tokens = [int(session.feed(prompt).argmax())]
+    tokens = [int(session.prefill(prompt).argmax())]
     while len(tokens) < most and not ended(tokens):
         tokens.append(int(session.feed(tokens[-1:]).argmax()))
     return tokens
-
-
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two answers share before the first difference."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
+from operator import eq
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -45,6 +47,11 @@ def turned(keys: NDArray[np.float32], frequencies: Sequence[float], first: int, 
     return np.concatenate([one * cos - other * sin, other * cos + one * sin], axis=-1)
 
 
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two texts share before the first difference."""
+    return sum(1 for _ in takewhile(bool, map(eq, first, second)))
+
+
 class Session(ABC):
     """One loaded artifact with one KV cache; it takes token ids, never text.
 
@@ -70,6 +77,8 @@ class Session(ABC):
         """Tokens behind the sink that have left, first to last."""
         self.room, self.window = context_length, context_length
         """Of the cache, and tokens that each one attends to: fewer where `keep` was told of a window."""
+        self.prefilled = 0
+        """Tokens, from the first on, that are in the cache by the calls of a `prefill`."""
         self.oldest = 0
         """Position of the first token that is in the cache; more than 0 where its window has moved on."""
 
@@ -121,7 +130,7 @@ class Session(ABC):
 
     def reset(self) -> None:
         """Empty the cache."""
-        self.tokens, self.left, self.oldest = [], [], 0
+        self.tokens, self.left, self.oldest, self.prefilled = [], [], 0, 0
 
     @property
     def earliest(self) -> int:
@@ -163,6 +172,21 @@ class Session(ABC):
                 + (f", from {self.earliest} on it is possible" if self.earliest else "")
             )
         del self.tokens[length:]
+        self.prefilled = min(self.prefilled, length)
+
+    def prefill(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """What `reset` and `feed` give, to the bit, without the calls that the last `prefill` began with as well.
+
+        So what many prompts begin with is computed once. Errors as in `feed`.
+        """
+        same = common_prefix(self.tokens[: self.prefilled], tokens[:-1]) if not (self.left or self.oldest) else 0
+        kept = 0
+        while (end := kept + self.longest(kept)) <= same:
+            kept = end
+        self.rewind(kept)
+        logits = self.feed(tokens[kept:])
+        self.prefilled = len(tokens)
+        return logits
 
     def feed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Append tokens to the cache (many: prefill, one: decode); float32 logits [V] after the last one.

@@ -168,11 +168,11 @@ def _scores(
 ) -> Iterator[tuple[float, bool]]:
     """log P(continuation | context) in nats, and whether it is the greedy answer, for each continuation.
 
-    The context is fed once. Every continuation starts from the same cache, so its score does not depend on the
-    others'. The last token of a continuation is never fed.
+    The context is fed once, and what it shares with the one before, as the examples of few-shot prompts, not again.
+    Every continuation starts from the same cache, so its score does not depend on the others'. The last token of a
+    continuation is never fed.
     """
-    session.reset()
-    after_context = session.feed(context)
+    after_context = session.prefill(context)
     for continuation in continuations:
         if not continuation:
             yield _CERTAIN
@@ -180,8 +180,7 @@ def _scores(
         if len(context) >= session.earliest:
             session.rewind(len(context))
         else:  # the window has moved past it
-            session.reset()
-            session.feed(context)
+            session.prefill(context)
         total, greedy = _step(after_context[None], continuation[:1])
         for first in range(0, len(continuation) - 1, _ROWS):
             fed = continuation[first : min(first + _ROWS, len(continuation) - 1)]

@@ -12,6 +12,7 @@ import pytest
 import devices
 from devices import DeviceLostError, NoSpaceError
 from export import manifest
+from export.formats import storage
 from runtime_tests import __main__ as cli
 from runtime_tests import validate
 from runtime_tests.device_runner import build, compilers, sdk
@@ -222,6 +223,21 @@ def small(tmp_path, folder, real_runner):
         return Small
 
     return holding
+
+
+def test_a_device_with_too_little_memory_is_refused_before_any_work(desk, folder, tmp_path):
+    place, described = desk().place, manifest.read(folder)
+    needed = storage.process(described)
+    place.facts = f"memory_kb=9000\n{place.facts}"
+    with pytest.raises(
+        devices.DeviceError, match=f"takes {needed} with a full context, the device has 9 MB"
+    ) as refusal:
+        place.prepare([described])
+    assert "--context" in str(refusal.value)
+    assert not list((tmp_path / "there").glob("run*/*"))
+    place.facts = place.facts.partition("\n")[2]
+    place.prepare([described])
+    assert list((tmp_path / "there").glob("runners/*"))
 
 
 def test_what_other_artifacts_left_there_makes_room(check, desk, small, tmp_path):

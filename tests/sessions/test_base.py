@@ -67,6 +67,47 @@ def test_calls_become_shorter_where_a_session_says_so():
     ]
 
 
+def test_what_prompts_begin_with_is_computed_once_in_the_same_calls():
+    session, prompts = Remembering(), [[*range(1, 20)], [*range(1, 19), 50, 51], [*range(1, 9), 7], [1, 2], [1, 2, 3]]
+    for prompt, first in zip(prompts, (0, 16, 8, 0, 0), strict=True):
+        session.calls.clear()
+        alone = Remembering()
+        expected = alone.feed(prompt)
+        assert np.array_equal(session.prefill(prompt), expected)
+        assert session.calls == [call for call in alone.calls if call[0] >= first]
+        assert session.tokens == prompt
+        session.feed([9])  # an answer, in calls of one token
+
+
+def test_answers_windows_and_rewinds_are_not_taken_for_a_prompt():
+    session = Remembering()
+    session.prefill([*range(1, 10)])
+    session.feed([10] * 7)
+    session.calls.clear()
+    session.prefill([*range(1, 10), *[10] * 7, 11])  # the second call would hold what single tokens wrote
+    assert session.calls[0] == (8, [9, *[10] * 7])
+    session.rewind(4)
+    session.calls.clear()
+    session.prefill([*range(1, 10)])
+    assert session.calls[0][0] == 0
+    for attribute, value in (("left", [3]), ("oldest", 2)):
+        session.prefill([*range(1, 20)])
+        setattr(session, attribute, value)
+        session.calls.clear()
+        session.prefill([*range(1, 20)])
+        assert session.calls[0][0] == 0
+
+
+def test_a_prompt_that_does_not_fit_leaves_what_it_shares():
+    session = Remembering()
+    session.prefill([*range(1, 20)])
+    session.calls.clear()
+    with pytest.raises(ContextError):
+        session.prefill([*range(1, 9), *[5] * CONTEXT])
+    assert session.prefilled == session.position == 8
+    assert not session.calls
+
+
 def test_logits_are_the_callers_own():
     session = Remembering()
     first = session.feed([1, 2])

@@ -175,3 +175,16 @@ def test_a_prompt_that_parts_before_the_window_is_fed_again(tiny, expected):
     assert cache.share([*TOKENS[:100], 5]) == 0
     logits = cache.feed(TOKENS[:70], lambda: False)
     assert np.abs(logits - expected[69]).max() <= 2e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("target", "kind"),
+    [("onnx-cpu", None), ("onnx-cpu", "int8"), ("executorch-xnnpack", None), ("executorch-xnnpack", "int8")],
+)
+def test_prompts_that_begin_alike_give_the_bits_of_each_alone(tiny, target, kind):
+    folder = tiny(target, "int4-g32", kind, context_length=CONTEXT)
+    session, alone = opened(folder), opened(folder)
+    for prompt in (TOKENS[:700], [*TOKENS[:650], 3, 4], [*TOKENS[:520], 5]):
+        alone.reset()
+        assert np.array_equal(session.prefill(prompt), alone.feed(prompt))
+        assert np.array_equal(session.feed([7]), alone.feed([7]))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from export.architecture import Architecture
 from export.errors import ExportError
 from export.formats import Build, Lowered, Needs, cache_of, clients, kv_layout, refuse_plain_attention
-from export.manifest import IOContract, KVLayout, TensorSpec, TokenizerIds
+from export.manifest import IOContract, KVLayout, Manifest, TensorSpec, TokenizerIds
 from export.plan import Cache, Plan, WeightScheme
 
 if TYPE_CHECKING:
@@ -161,6 +161,12 @@ def _contract_of(architecture: Architecture, plan: Plan) -> IOContract:
         max_prefill=kv.context_length,
         logits=plan.target.logits,
     )
+
+
+def process_bytes(described: Manifest) -> int | None:
+    """Of our session."""
+    del described
+    return None
 
 
 def genai_config(architecture: Architecture, contract: IOContract, tokenizer: TokenizerIds) -> str:

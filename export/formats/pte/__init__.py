@@ -4,6 +4,7 @@
 file, and `lowering.py` makes that take seconds.
 """
 
+from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from export.formats import (
     refuse_any_scales,
     refuse_plain_attention,
 )
-from export.manifest import IOContract, KVLayout, TensorSpec, TokenizerIds
+from export.manifest import IOContract, KVLayout, Manifest, TensorSpec, TokenizerIds
 from export.plan import Cache, Plan
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ _SLACK = 256
 """Slots beyond a window: so many tokens more than one fit in a call, and the cache can be rewound by as many."""
 _SCALE_BYTES = {"int8": 5}
 """Of a head in one slot: a float32 scale and an int8 zero."""
+_MAPPED = 65536
+"""Bytes of a file that Linux maps where one is read."""
 _LIBRARIES_BYTES = 100_000_000
 _LAYER_BYTES = 10_000_000
 """Measured memory of executorch and its libraries, and of a layer's graph with every node's values and history."""
@@ -106,6 +109,21 @@ def lower(model: "QuantizedModel", build: Build) -> Lowered:
     contract = _io_contract(model.architecture, build.plan)
     facts = program.write(model, build, contract)
     return Lowered(contract, facts)
+
+
+def process_bytes(described: Manifest) -> int | None:
+    """Of our C++ runner: program and packed weights, the cache, a piece of a prompt, and the embedding's rows.
+
+    The system maps 64 kB of the table where a token is looked up; text repeats itself, so a full context looks at
+    about two thirds as many places as it has tokens. Measured: docs/runner.md.
+    """
+    a, contract = described.architecture, described.contract
+    row = a.hidden_size * (1 if EMBEDDING in {layer.name for layer in described.quantization.layers} else 4)
+    places = a.vocab_size * row / _MAPPED
+    seen = places * (1 - exp(-contract.kv.context_length * 2 / 3 / places)) if places else 0
+    activations = 3 * 4 * contract.max_prefill * a.intermediate_size
+    program = 11_000_000 + 250_000 * a.num_hidden_layers + round(1.04 * described.artifact_bytes)
+    return program + cache_bytes(contract.kv) + activations + round(seen * _MAPPED)
 
 
 def methods(
