@@ -183,7 +183,10 @@ class Session(ABC):
         kept = 0
         while (end := kept + self.longest(kept)) <= same:
             kept = end
-        self.rewind(kept)
+        if kept:
+            self.rewind(kept)
+        else:
+            self.reset()
         logits = self.feed(tokens[kept:])
         self.prefilled = len(tokens)
         return logits

@@ -2,7 +2,7 @@
 
 import pytest
 
-from export import card, manifest
+from export import card, formats, manifest
 from export.architecture import EMBEDDING, HEAD, ROTATE_IN, ROTATE_OUT
 from export.formats import storage
 from export.toolbox import inspection
@@ -116,3 +116,26 @@ def test_card_and_inspect_say_it_instead_of_the_recipes_own_words(described, bui
     out = capsys.readouterr().out
     assert words in out
     assert described.plan.quant.description not in out
+
+
+@pytest.mark.parametrize("target", ["executorch-xnnpack", "onnx-cpu"])
+def test_memory_grows_with_the_cache_and_the_bits(tiny, target):
+    described = manifest.read(tiny(target))
+    kv, measure = described.contract.kv, formats.load(described.plan.target.backend).process_bytes
+
+    def of_kv(**changes):
+        contract = described.contract.model_copy(update={"kv": kv.model_copy(update=changes)})
+        return measure(described.model_copy(update={"contract": contract}))
+
+    assert of_kv(slots=10 * kv.context_length) - of_kv() == 9 * formats.cache_bytes(kv)
+    assert storage.process(described) == f"{measure(described) / 1e6:,.0f} MB"
+    if target == "onnx-cpu":
+        wider = stored(described, in_place(["mlp"], bits=8))
+        assert measure(wider) > measure(described)
+
+
+def test_memory_that_is_not_known_is_unknown(tiny):
+    assert storage.process(manifest.read(tiny("coreml"))) == "unknown"
+    described = manifest.read(tiny("onnx-cpu"))
+    assert storage.process(stored(described, lambda layer: None if "mlp" in layer.name else layer)) == "unknown"
+    assert "| memory of a process with a full context | unknown |" in card.render(manifest.read(tiny("coreml")), [])

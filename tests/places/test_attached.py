@@ -12,7 +12,7 @@ import pytest
 import devices
 from devices import DeviceLostError, NoSpaceError
 from export import manifest
-from export.formats import storage
+from export.formats import load, storage
 from runtime_tests import __main__ as cli
 from runtime_tests import validate
 from runtime_tests.device_runner import build, compilers, sdk
@@ -223,6 +223,11 @@ def small(tmp_path, folder, real_runner):
         return Small
 
     return holding
+
+
+def test_memory_is_about_what_was_computed(check, folder):
+    measured = check().latency.peak_rss_bytes
+    assert measured / 1.4 < load("pte").process_bytes(manifest.read(folder)) < 1.4 * measured
 
 
 def test_a_device_with_too_little_memory_is_refused_before_any_work(desk, folder, tmp_path):

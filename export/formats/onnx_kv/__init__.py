@@ -5,12 +5,13 @@ for clients that score prompts.
 """
 
 import json
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.architecture import Architecture
+from export.architecture import EMBEDDING, HEAD, Architecture
 from export.errors import ExportError
-from export.formats import Build, Lowered, Needs, cache_of, clients, kv_layout, refuse_plain_attention
+from export.formats import Build, Lowered, Needs, cache_bytes, cache_of, clients, kv_layout, refuse_plain_attention
 from export.manifest import IOContract, KVLayout, Manifest, TensorSpec, TokenizerIds
 from export.plan import Cache, Plan, WeightScheme
 
@@ -39,6 +40,8 @@ limit make it 55 % longer."""
 _CHUNK = 128
 """Tokens of a prompt that onnxruntime-genai feeds at a time. It holds logits of all of them: a prompt of 1,900 tokens
 takes 8.7 s of CPU time and 326 MB in pieces, 12.0 s and 423 MB at once (SmolLM2-135M)."""
+_CALL = 256
+"""Tokens of a prompt that our session feeds at a time."""
 _SLACK = 256
 """Slots beyond a window. When all are taken, as many tokens leave at once; until then the cache can be rewound."""
 _BLOCK_SIZES = (256, 128, 64, 32, 16)
@@ -164,9 +167,22 @@ def _contract_of(architecture: Architecture, plan: Plan) -> IOContract:
 
 
 def process_bytes(described: Manifest) -> int | None:
-    """Of our session."""
-    del described
-    return None
+    """Of our session: Python with onnxruntime, the table, weights as it packs them, the cache, a call's activations.
+
+    Of each 32 int4 weights onnxruntime holds 24 bytes, integers with a float32 scale and sum, and their scale as it
+    was; of 32 int8 ones 40 bytes. Loading leaves up to 16 MB in the allocator. Measured: docs/runner.md.
+    """
+    a, contract = described.architecture, described.contract
+    bits = {layer.name: layer.bits for layer in described.quantization.layers}
+    if a.tie_word_embeddings and EMBEDDING in bits:
+        bits[HEAD] = bits[EMBEDDING]
+    shapes = a.all_linear_shapes()
+    if not bits.keys() >= shapes.keys():
+        return None  # floats are packed too, but not all of them
+    packed = sum(prod(shape) * (26 if bits[name] == 4 else 40) / 32 for name, shape in shapes.items())
+    call = 4 * min(_CALL, contract.kv.context_length) * a.intermediate_size
+    left = min(16_000_000, 20 * a.hidden_size * a.intermediate_size)
+    return round(65_000_000 + a.vocab_size * a.hidden_size + packed + cache_bytes(contract.kv) + 10 * call + left)
 
 
 def genai_config(architecture: Architecture, contract: IOContract, tokenizer: TokenizerIds) -> str:

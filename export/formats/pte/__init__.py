@@ -4,7 +4,7 @@
 file, and `lowering.py` makes that take seconds.
 """
 
-from math import exp
+from math import exp, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,15 +114,15 @@ def lower(model: "QuantizedModel", build: Build) -> Lowered:
 def process_bytes(described: Manifest) -> int | None:
     """Of our C++ runner: program and packed weights, the cache, a piece of a prompt, and the embedding's rows.
 
-    The system maps 64 kB of the table where a token is looked up; text repeats itself, so a full context looks at
-    about two thirds as many places as it has tokens. Measured: docs/runner.md.
+    The system maps 64 kB of the table where a token is looked up; the different tokens of a text grow as the root of
+    its length. Measured: docs/runner.md.
     """
     a, contract = described.architecture, described.contract
     row = a.hidden_size * (1 if EMBEDDING in {layer.name for layer in described.quantization.layers} else 4)
     places = a.vocab_size * row / _MAPPED
-    seen = places * (1 - exp(-contract.kv.context_length * 2 / 3 / places)) if places else 0
+    seen = places * (1 - exp(-30 * sqrt(contract.kv.context_length) / places)) if places else 0
     activations = 3 * 4 * contract.max_prefill * a.intermediate_size
-    program = 11_000_000 + 250_000 * a.num_hidden_layers + round(1.04 * described.artifact_bytes)
+    program = 9_000_000 + 250_000 * a.num_hidden_layers + round(1.04 * described.artifact_bytes)
     return program + cache_bytes(contract.kv) + activations + round(seen * _MAPPED)
 
 
