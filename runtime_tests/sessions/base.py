@@ -175,7 +175,7 @@ class Session(ABC):
         self.prefilled = min(self.prefilled, length)
 
     def prefill(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """What `reset` and `feed` give, to the bit, without the calls that the last `prefill` began with as well.
+        """What `reset` and `feed` give, by the same calls, without those that the last `prefill` began with as well.
 
         So what many prompts begin with is computed once. Errors as in `feed`.
         """

@@ -181,10 +181,12 @@ def test_a_prompt_that_parts_before_the_window_is_fed_again(tiny, expected):
     ("target", "kind"),
     [("onnx-cpu", None), ("onnx-cpu", "int8"), ("executorch-xnnpack", None), ("executorch-xnnpack", "int8")],
 )
-def test_prompts_that_begin_alike_give_the_bits_of_each_alone(tiny, target, kind):
+def test_prompts_that_begin_alike_give_the_logits_of_each_alone(tiny, target, kind):
+    """In the same calls; the last bit of ExecuTorch's own attention differs from call to call on a busy machine."""
+    exact = 0.0 if target == "onnx-cpu" else 1e-6
     folder = tiny(target, "int4-g32", kind, context_length=CONTEXT)
     session, alone = opened(folder), opened(folder)
     for prompt in (TOKENS[:700], [*TOKENS[:650], 3, 4], [*TOKENS[:520], 5]):
         alone.reset()
-        assert np.array_equal(session.prefill(prompt), alone.feed(prompt))
-        assert np.array_equal(session.feed([7]), alone.feed([7]))
+        np.testing.assert_allclose(session.prefill(prompt), alone.feed(prompt), rtol=exact, atol=exact)
+        np.testing.assert_allclose(session.feed([7]), alone.feed([7]), rtol=exact, atol=exact)
