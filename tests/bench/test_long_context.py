@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from export.errors import ExportError
+from export.manifest import KVLayout
+from export.plan import Target, load_named, names
 from runtime_tests.bench import publish
 from runtime_tests.bench.studies import long_context
 from runtime_tests.device_runner import Feed, Logits
@@ -70,3 +72,25 @@ def test_the_committed_page_is_that_of_its_record():
     study = long_context.LongContext.model_validate_json(record.read_bytes())
     assert record.with_suffix(".md").read_text(encoding="utf-8") == long_context.page(study)
     assert record.with_suffix(".svg").read_text(encoding="utf-8") == long_context.figure(study)
+
+
+def test_every_kind_and_policy_of_a_runtime_that_reads_fast_is_compared(monkeypatch):
+    asked = {
+        name: list(long_context._asked_for(load_named(Target, "targets", name), 8192)) for name in names("targets")
+    }
+    assert asked["onnx-cpu"] == [
+        (8192, "float32", None),
+        (8192, "int8", None),
+        (8192, None, "window-1024"),
+        (2048, None, "sink-4"),
+    ]
+    assert asked["coreml"] == []
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert list(long_context._asked_for(load_named(Target, "targets", "coreml"), 512)) == [(512, "float16", None)]
+
+
+def test_a_cache_is_named_with_its_policy():
+    kv = KVLayout(kind="io", dtype="float32", layers=1, kv_heads=1, head_dim=2, context_length=2048)
+    assert long_context._words(kv) == "float32"
+    assert long_context._words(kv.model_copy(update={"window": 1024})) == "float32, window of 1,024"
+    assert long_context._words(kv.model_copy(update={"sink": 4})) == "float32, 2,048 slots, the first 4 stay"

@@ -24,8 +24,8 @@ from export.build.command import run as run_app
 from export.checkpoints import tokenizer
 from export.errors import ExportError
 from export.host.console import say, stage
-from export.manifest import ROOT, Manifest
-from export.plan import ModelSpec, Target, load_named, load_plan, names
+from export.manifest import ROOT, KVLayout, Manifest
+from export.plan import Cache, ModelSpec, Policy, Target, load_named, load_plan, names
 from export.toolbox import charts, significance
 from export.toolbox.tables import NONE, Row, plain
 from runtime_tests import evaluation, reference
@@ -44,6 +44,10 @@ _RUNNERS = {"executorch-xnnpack": "device_runner"}
 """Targets that our C++ runner reads, for stock ExecuTorch's int8 takes an hour on x86; our session reads the others."""
 _TEXTS = ("wikitext2.txt",)
 """A stream of each; each takes some ten minutes an artifact on a busy machine."""
+_ON_MACS = ("coreml",)
+"""Elsewhere our evaluator reads them."""
+_POLICIES: dict[Policy, int] = {"window-1024": 8192, "sink-4": 2048}
+"""With the context that they are built for: tokens leave only where it is full."""
 _PLACES = (512, 1024, 2048, 4096, 6144, 8192)
 _READ = 192
 """Tokens of text before each place whose predictions are read."""
@@ -158,9 +162,9 @@ def main(
     trained = load_named(ModelSpec, "models", model).architecture
     context = min(trained.max_position_embeddings if trained else _PLACES[-1], _PLACES[-1])
     plans = [
-        load_plan(model, recipe, target, context, cache=kind)
+        load_plan(model, recipe, target, length, cache=kind, policy=policy)
         for target in names("targets")
-        for kind in formats.load(load_named(Target, "targets", target).backend).CACHES
+        for length, kind, policy in _asked_for(load_named(Target, "targets", target), context)
     ]
     folders = [*(ROOT / exports.built(plan, source) for plan in plans), *(also or ())]
     artifacts = [(folder, manifest.read(folder)) for folder in folders]
@@ -177,6 +181,17 @@ def main(
         say("", title, *plain(rows))
     if write:
         publish.publish_study(_PAGE, study, page(study), figure(study))
+
+
+def _asked_for(target: Target, context: int) -> Iterator[tuple[int, Cache | None, Policy | None]]:
+    """Context, kind and policy of the caches that are compared; none where reading takes an hour each."""
+    if target.name in _ON_MACS and sys.platform != "darwin":
+        return
+    backend = formats.load(target.backend)
+    yield from ((context, kind, None) for kind in backend.CACHES)
+    for policy, length in _POLICIES.items():
+        if policy.partition("-")[0] not in backend.NO_POLICIES:
+            yield min(length, context), None, policy
 
 
 def _readers(artifacts: list[tuple[Path, Manifest]], source: str | None, streams: list[Stream]) -> Iterator[Reader]:
@@ -198,7 +213,13 @@ def _readers(artifacts: list[tuple[Path, Manifest]], source: str | None, streams
         with stage("artifact", described.id):
             logits = [_rows(folder, described, one.script(), threads) for one in streams]
             at = _judged(streams, logits, exact, firsts.setdefault(target.name, logits))
-        yield Reader(label=target.name, cache=kv.dtype, cache_bytes=formats.cache_bytes(kv), at=at)
+        yield Reader(label=target.name, cache=_words(kv), cache_bytes=formats.cache_bytes(kv), at=at)
+
+
+def _words(kv: KVLayout) -> str:
+    """`int8`, `float32, window of 1,024`, `float32, 2,048 slots, the first 4 stay`."""
+    policy = f", window of {kv.window:,}" if kv.window else f", {kv.room:,} slots, the first {kv.sink} stay"
+    return kv.dtype + policy * bool(kv.window or kv.sink)
 
 
 def _rows(folder: Path, described: Manifest, script: Sequence[Command], threads: int) -> NDArray[np.float32]:
@@ -291,7 +312,7 @@ def figure(study: LongContext) -> str:
             charts.rect(514, row - 5, 10, 10, fill=charts.colour(number)),
             charts.text(530, row + 4, name),
         ]
-    return charts.document(780, 408, label, parts)
+    return charts.document(900, 408, label, parts)
 
 
 def _last(reader: Reader) -> float:
