@@ -15,8 +15,9 @@ def without_packages(*packages: str) -> Iterator[None]:
 
     A package that is imported already stays as it is.
     """
-    bare = [_put(package) for package in packages if package not in sys.modules]
+    bare: list[ModuleType] = []
     try:
+        bare.extend(_put(package) for package in packages if package not in sys.modules)
         yield
     finally:
         for module in bare:
@@ -49,13 +50,17 @@ class _Rest(MetaPathFinder, Loader):
         del path, target
         if fullname != self.spec.name:
             return None
-        sys.meta_path.remove(self)
-        return util.spec_from_loader(fullname, self, origin=self.spec.origin, is_package=True)
+        spec = util.spec_from_loader(fullname, self, origin=self.spec.origin, is_package=True)
+        assert spec
+        spec.submodule_search_locations = self.spec.submodule_search_locations
+        return spec
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         del spec
         return self.module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__, module.__loader__ = self.spec, self.loader
+        sys.meta_path.remove(self)
+        module.__loader__ = self.loader
         self.loader.exec_module(module)
+        module.__spec__ = self.spec

@@ -75,8 +75,8 @@ def target(weight: Tensor, lost: Tensor, order: Tensor, factor: Tensor) -> Tenso
     """
     # min over T of Σ |y − T x̂|² + λ |W − T|²  has the solution  T = W + Σ (y − W x̂) x̂ᵀ (Σ x̂ x̂ᵀ + λ)⁻¹
     # The factor is triangular: only columns from `now` on are not multiplied by zero there, and then those before.
-    columns, whole = blocks(len(factor), _FACTORED), torch.empty_like(weight)
-    ordered, halfway, answer = lost[:, order], whole, torch.empty_like(weight)
+    columns, ordered = blocks(len(factor), _FACTORED), lost[:, order]
+    halfway, answer = torch.empty_like(weight), torch.empty_like(weight)
     for now in columns:
         halfway[:, now] = ordered[:, now.start :] @ factor[now, now.start :].T
     for now in columns:

@@ -75,7 +75,7 @@ def products_in(dtype: torch.dtype) -> Iterator[None]:
 def blocks(size: int, most: int = _ROWS) -> list[slice]:
     """0 … size cut into parts of about one length, each of at most `most`; an even number, for two cores."""
     count = -(-size // most)
-    count += count > 1 and count % 2
+    count += 1 < count < size and count % 2
     edges = [size * i // count for i in range(count + 1)]
     return [slice(*edge) for edge in pairwise(edges)]
 

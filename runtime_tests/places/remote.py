@@ -99,8 +99,8 @@ class AttachedDevice:
         if needed and 0 < there.memory_bytes < needed:
             raise DeviceError(
                 f"{self.device.name}: {described.id} takes {storage.process(described)} with a full context, the "
-                f"device has {there.memory_bytes / 1e6:,.0f} MB; build it with a shorter context (--context) or fewer "
-                "bytes a token (--cache)"
+                f"device has {there.memory_bytes / 1e6:,.0f} MB; build it with a shorter context (--context), fewer "
+                "bytes a token (--cache) or from a smaller model"
             )
 
     def environment(self) -> Environment:

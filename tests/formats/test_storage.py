@@ -130,12 +130,15 @@ def test_memory_grows_with_the_cache_and_the_bits(tiny, target):
     assert of_kv(slots=10 * kv.context_length) - of_kv() == 9 * formats.cache_bytes(kv)
     assert storage.process(described) == f"{measure(described) / 1e6:,.0f} MB"
     if target == "onnx-cpu":
-        wider = stored(described, in_place(["mlp"], bits=8))
-        assert measure(wider) > measure(described)
+        for changes, more in (({"bits": 8}, True), ({"group_size": 64}, False)):
+            assert (measure(stored(described, in_place(["mlp"], **changes))) > measure(described)) is more
 
 
 def test_memory_that_is_not_known_is_unknown(tiny):
     assert storage.process(manifest.read(tiny("coreml"))) == "unknown"
     described = manifest.read(tiny("onnx-cpu"))
-    assert storage.process(stored(described, lambda layer: None if "mlp" in layer.name else layer)) == "unknown"
+    for name in ("mlp", EMBEDDING):
+        left_out = stored(described, lambda layer, name=name: None if name in layer.name else layer)
+        assert storage.process(left_out) == "unknown"
+    assert storage.process(stored(described, in_place(["mlp"], levels="nf4"))) == "unknown"
     assert "| memory of a process with a full context | unknown |" in card.render(manifest.read(tiny("coreml")), [])

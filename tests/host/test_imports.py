@@ -4,6 +4,8 @@ import importlib
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from importlib import util
 
 import pytest
 
@@ -55,6 +57,25 @@ def test_one_that_is_there_stays_as_it_is(package):
     large = importlib.import_module(package)
     assert wanted(package) is large.part
     assert sys.modules[package] is large
+
+
+def test_asking_where_a_package_is_changes_nothing(package):
+    part = wanted(package)
+    assert util.find_spec(package)
+    assert importlib.import_module(package).part is part
+
+
+def test_one_that_is_missing_leaves_the_others_as_they_were(package):
+    with pytest.raises(ModuleNotFoundError), without_packages(package, "outer.missing"):
+        pass
+    assert importlib.import_module(package).loaded
+
+
+def test_another_thread_waits_for_the_whole_package(package, tmp_path):
+    (tmp_path / "outer/large/__init__.py").write_text("import time; time.sleep(0.5); loaded = True")
+    wanted(package)
+    with ThreadPoolExecutor(2) as pool:
+        assert all(module.loaded for module in pool.map(importlib.import_module, [package] * 2))
 
 
 def test_one_that_is_not_there_is_named():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from export.architecture import EMBEDDING, HEAD, Architecture
 from export.errors import ExportError
 from export.formats import Build, Lowered, Needs, cache_bytes, cache_of, clients, kv_layout, refuse_plain_attention
-from export.manifest import IOContract, KVLayout, Manifest, TensorSpec, TokenizerIds
+from export.manifest import IOContract, KVLayout, LayerInfo, Manifest, TensorSpec, TokenizerIds
 from export.plan import Cache, Plan, WeightScheme
 
 if TYPE_CHECKING:
@@ -169,20 +169,27 @@ def _contract_of(architecture: Architecture, plan: Plan) -> IOContract:
 def process_bytes(described: Manifest) -> int | None:
     """Of our session: Python with onnxruntime, the table, weights as it packs them, the cache, a call's activations.
 
-    Of each 32 int4 weights onnxruntime holds 24 bytes, integers with a float32 scale and sum, and their scale as it
-    was; of 32 int8 ones 40 bytes. Loading leaves up to 16 MB in the allocator. Measured: docs/runner.md.
+    Weights are packed with a float32 scale and sum for each block, and the scale stays as a constant too. Loading
+    leaves up to 16 MB in the allocator. Measured: docs/runner.md.
     """
     a, contract = described.architecture, described.contract
-    bits = {layer.name: layer.bits for layer in described.quantization.layers}
-    if a.tie_word_embeddings and EMBEDDING in bits:
-        bits[HEAD] = bits[EMBEDDING]
-    shapes = a.all_linear_shapes()
-    if not bits.keys() >= shapes.keys():
-        return None  # floats are packed too, but not all of them
-    packed = sum(prod(shape) * (26 if bits[name] == 4 else 40) / 32 for name, shape in shapes.items())
+    layers = {layer.name: layer for layer in described.quantization.layers}
+    if a.tie_word_embeddings and EMBEDDING in layers:
+        layers[HEAD] = layers[EMBEDDING]
+    shapes = {EMBEDDING: (a.vocab_size, a.hidden_size), **a.all_linear_shapes()}
+    if any(name not in layers or layers[name].levels != "even" for name in shapes):
+        return None  # of floats and other levels not all is packed, and some is computed as a whole
+    table = prod(shapes.pop(EMBEDDING)) * layers[EMBEDDING].bits / 8
+    packed = sum(_packed_bytes(layers[name], *shape) for name, shape in shapes.items())
     call = 4 * min(_CALL, contract.kv.context_length) * a.intermediate_size
     left = min(16_000_000, 20 * a.hidden_size * a.intermediate_size)
-    return round(65_000_000 + a.vocab_size * a.hidden_size + packed + cache_bytes(contract.kv) + 10 * call + left)
+    return round(60_000_000 + table + packed + cache_bytes(contract.kv) + 10 * call + left)
+
+
+def _packed_bytes(layer: LayerInfo, rows: int, columns: int) -> float:
+    group_size = None if layer.group_size == columns else layer.group_size
+    blocks = columns / block_size(WeightScheme(bits=layer.bits, group_size=group_size), columns)
+    return rows * (columns * layer.bits / 8 + 12 * blocks)
 
 
 def genai_config(architecture: Architecture, contract: IOContract, tokenizer: TokenizerIds) -> str:

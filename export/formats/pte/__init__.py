@@ -118,7 +118,8 @@ def process_bytes(described: Manifest) -> int | None:
     its length. Measured: docs/runner.md.
     """
     a, contract = described.architecture, described.contract
-    row = a.hidden_size * (1 if EMBEDDING in {layer.name for layer in described.quantization.layers} else 4)
+    bits = {layer.name: layer.bits for layer in described.quantization.layers}
+    row = a.hidden_size * bits.get(EMBEDDING, 32) / 8
     places = a.vocab_size * row / _MAPPED
     seen = places * (1 - exp(-30 * sqrt(contract.kv.context_length) / places)) if places else 0
     activations = 3 * 4 * contract.max_prefill * a.intermediate_size
