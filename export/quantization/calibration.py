@@ -22,7 +22,7 @@ from .layerwise import ReadWeight, Streams, Task, chunks, round_layers, round_la
 from .nearest import Rounded, round_to_nearest
 from .schemes import Schemes
 from .sensitivity import Head, Sensitivity
-from .spread import spread
+from .spread import exact_products, spread
 from .store import Result, Unfinished
 
 _POSITIONS = 64
@@ -36,7 +36,7 @@ def calibrate(checkpoint: Checkpoint, recipe: QuantRecipe, unfinished: Unfinishe
     """
     assert recipe.calibration is not None
     outside = round_outside(checkpoint, schemes.of_recipe(recipe, checkpoint.architecture))
-    with processors.computing_on(device):
+    with processors.computing_on(device), exact_products(processors.computing_in(device)):
         ids = tokens(checkpoint, recipe.calibration, unfinished, device)
         calibrator = Calibrator(checkpoint, recipe, outside, unfinished, *split(ids, recipe.calibration.held_out_every))
         if recipe.method == "scales":

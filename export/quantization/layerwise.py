@@ -209,8 +209,8 @@ class _Sublayer:
 def attend_in_bfloat16(q: Tensor, k: Tensor, v: Tensor, _visible: Tensor) -> Tensor:
     """Causal attention of q [B, H, S, D] to k and v [B, G, S, D], bfloat16 on the CPU, within `products_in(bfloat16)`.
 
-    torch's own kernel takes three times as long: it multiplies in float32, and also what no query sees. Scores are
-    float32, and their softmax is multiplied in bfloat16, as by that kernel.
+    torch's own kernel takes three times as long: it multiplies by MKL, and also what no query sees. Scores are float32;
+    their softmax is rounded to bfloat16 at most, as by that kernel.
     """
     batch, _, length, dim = q.shape
     groups = k.shape[1]

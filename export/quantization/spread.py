@@ -6,7 +6,7 @@ order. (torch's own threads split one sum among them, and wait for each other in
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 from typing import TypeVar
 
@@ -59,9 +59,10 @@ def one_torch_thread() -> Iterator[None]:
 
 @contextmanager
 def products_in(dtype: torch.dtype) -> Iterator[None]:
-    """Float32 matrices on the CPU are multiplied in bfloat16, where `dtype` is that, and summed in float32.
+    """Where `dtype` is bfloat16, oneDNN multiplies float32 matrices on the CPU, rounded to bfloat16 if that is faster.
 
-    Of numbers that are bfloat16 that is the exact product, at twice the speed and more. It holds for all threads.
+    It is faster with AMX. Without it oneDNN computes in float32, more than twice as fast as MKL does on AMD. Sums are
+    float32 in any case, so of numbers that are bfloat16 it is the exact product. It holds for all threads.
     """
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
@@ -70,6 +71,11 @@ def products_in(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         settings.fp32_precision = before
+
+
+def exact_products(dtype: torch.dtype) -> AbstractContextManager[None]:
+    """The same, where nothing is rounded."""
+    return products_in(torch.float32 if torch.cpu._is_amx_tile_supported() else dtype)
 
 
 def blocks(size: int, most: int = _ROWS) -> list[slice]:

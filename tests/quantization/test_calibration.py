@@ -18,7 +18,7 @@ from export.quantization import calibration, gptq, layerwise, processors
 from export.quantization.eager import eager
 from export.quantization.gptq import Moments, choose_integers, inverse_factor, round_linears, target
 from export.quantization.nearest import SMALLEST_SCALE, best_scales, round_to_nearest
-from export.quantization.spread import products_in
+from export.quantization.spread import exact_products, products_in
 from export.quantization.store import Unfinished
 from export.toolbox import synth
 
@@ -358,15 +358,24 @@ def test_attention_in_bfloat16_is_as_near_as_torchs(heads, groups, length):
 
 
 def test_products_of_bfloat16_numbers_are_exact_and_the_setting_ends_with_them():
-    x = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    exact, uneven = x.double().T @ x.double(), x.float() * (1 + 2.0**-10)  # bits that bfloat16 lacks
+    x, settings = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)).bfloat16(), torch.backends.mkldnn
+    before = settings.matmul.fp32_precision
     with products_in(torch.bfloat16):
-        torch.testing.assert_close((x.float().T @ x.float()).double(), exact, rtol=1e-5, atol=1e-4)
-        rounded = (uneven.T @ uneven).double()
-    exact = uneven.double().T @ uneven.double()
-    torch.testing.assert_close((uneven.T @ uneven).double(), exact, rtol=1e-5, atol=1e-4)
-    if processors.computing_in("cpu") == torch.bfloat16:
-        assert float((rounded - exact).abs().max()) > 1e-2
+        assert settings.matmul.fp32_precision == "bf16"
+        ours = (x.float().T @ x.float()).double()
+    assert settings.matmul.fp32_precision == before
+    torch.testing.assert_close(ours, x.double().T @ x.double(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_exact_products_round_no_number(dtype):
+    x = torch.randn(2048, 256, generator=torch.Generator().manual_seed(0))
+    with exact_products(dtype):
+        ours = (x.T @ x).double()
+    torch.testing.assert_close(ours, x.double().T @ x.double(), rtol=1e-5, atol=4e-3)
+    rounded = x.bfloat16().double()
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(rounded.T @ rounded, x.double().T @ x.double(), rtol=1e-5, atol=4e-3)
 
 
 def test_noise_of_one_step_takes_the_weights_off_their_grid():
