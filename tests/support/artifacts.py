@@ -11,6 +11,7 @@ from export import formats, manifest, pipeline
 from export.errors import load_record
 from export.formats import admission
 from export.plan import Target
+from export.toolbox import verification
 from runtime_tests.sessions import open_session
 from tests.support.processes import FAKES
 
@@ -108,3 +109,15 @@ def spoil_weight(folder, name):
                 reseal(folder)
                 return
     raise AssertionError(f"{name} is in no file of {folder}")
+
+
+def found(folder):
+    """What verify finds, a line each."""
+    findings = verification.verify(folder, 100)
+    assert all("\n" not in finding for finding in findings)
+    return findings
+
+
+def only(findings, words):
+    assert len(findings) == 1, findings
+    assert words in findings[0]

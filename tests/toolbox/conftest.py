@@ -1,10 +1,32 @@
-"""What tests of signatures share."""
+"""What tests of verify and of signatures share."""
+
+import shutil
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from export.toolbox import verification
+from export.toolbox import model_checks, verification
 from tests.support.artifacts import write_key
+
+FORMATS = ("onnx-cpu", "executorch-xnnpack", "coreml")
+
+
+@pytest.fixture(params=FORMATS)
+def folder(request, tiny, tmp_path):
+    """A copy to break, of every format."""
+    return shutil.copytree(tiny(request.param), tmp_path / "artifact")
+
+
+@pytest.fixture
+def copy(tiny, tmp_path):
+    """A copy to break, of one format."""
+    return lambda name: shutil.copytree(tiny(name), tmp_path / "artifact")
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """The model is read in this process: no import of the libraries for every case."""
+    monkeypatch.setattr(verification, "in_child", lambda folder, limit_s: model_checks.check(folder))
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +36,7 @@ def keys(tmp_path_factory):
 
 @pytest.fixture
 def no_child(monkeypatch):
-    """The model itself is not read: signatures are of bytes."""
+    """Findings of files and manifest only."""
     monkeypatch.setattr(verification, "in_child", lambda folder, limit_s: [])
 
 
