@@ -6,6 +6,7 @@ from export import card, formats, manifest
 from export.architecture import EMBEDDING, HEAD, ROTATE_IN, ROTATE_OUT
 from export.formats import storage
 from export.toolbox import inspection
+from runtime_tests.sessions import session_module
 from tests.support.artifacts import export_with
 
 FALSE = "int4 groups of 64, embedding int8, last two layers int8"
@@ -142,3 +143,7 @@ def test_memory_that_is_not_known_is_unknown(tiny):
         assert storage.process(left_out) == "unknown"
     assert storage.process(stored(described, in_place(["mlp"], levels="nf4"))) == "unknown"
     assert "| memory of a process with a full context | unknown |" in card.render(manifest.read(tiny("coreml")), [])
+
+
+def test_memory_counts_the_calls_that_our_session_makes(tiny):
+    assert formats.load("onnx_kv")._CALL == session_module(manifest.read(tiny("onnx-cpu"))).PIECE
