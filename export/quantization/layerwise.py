@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from export.plan import Gptq, WeightScheme
 
 from .gptq import Moments, round_linears
 from .nearest import Rounded, round_at_best_scales
-from .spread import blocks, crossed_moments, product, products_in, second_moments, spread
+from .spread import blocks, crossed_moments, product, second_moments, spread
 
 ReadWeight = Callable[[str], Tensor]
 _WINDOWS_AT_ONCE = 2
@@ -147,7 +148,8 @@ def round_layers(read: ReadWeight, a: Architecture, task: Task, streams: Streams
     for index in range(a.num_hidden_layers):
         prefix = f"model.layers.{index}."
         exact = load_layer(read, a, prefix)
-        full, quantized = _computing(exact, a, task.dtype), _computing(exact, a, task.dtype)
+        full = _computing(exact, a, task.dtype)
+        quantized = load_layer(full.get_parameter, a, "")  # the same weights, until its own are put in their place
         for names in _SUBLAYERS:
             weights = {
                 name: exact.get_parameter(f"{names.module}.{name}.weight") for name in (*names.first, names.last)
@@ -207,10 +209,9 @@ class _Sublayer:
 
 
 def attend_in_bfloat16(q: Tensor, k: Tensor, v: Tensor, _visible: Tensor) -> Tensor:
-    """Causal attention of q [B, H, S, D] to k and v [B, G, S, D], bfloat16 on the CPU, within `products_in(bfloat16)`.
+    """Causal attention of q [B, H, S, D] to k and v [B, G, S, D], bfloat16 on the CPU; scores are float32.
 
-    torch's own kernel takes three times as long: it multiplies by MKL, and also what no query sees. Scores are float32;
-    their softmax is rounded to bfloat16 at most, as by that kernel.
+    torch's own kernel takes three times as long: it multiplies by MKL, and also what no query sees.
     """
     batch, _, length, dim = q.shape
     groups = k.shape[1]
@@ -239,26 +240,32 @@ class _Pair:
     """The checkpoint's, float32."""
     task: Task
 
+    @property
+    def device(self) -> str:
+        return self.weights[self.names.last].device.type
+
     def round(self, streams: Streams) -> Iterator[tuple[str, Rounded]]:
         """Round the first linears, then the last one, which reads what the rounded first ones make; then go on."""
-        used, device = slice(self.task.calibrating), streams.full.device.type
-        yield from self._round(self.names.first, lambda: self._of_first(streams, used))
-        between = streams.full.new_empty(*streams.full.shape[:2], self.weights[self.names.last].shape[1])
-        between = between.to(self.task.dtype)
+        used = slice(self.task.calibrating)
 
-        def pass_through(chunk: tuple[Tensor, Tensor, Tensor]) -> None:
-            full, quantized, inner = chunk
+        def pass_through(full: Tensor) -> None:
             full.add_(self.full.last(self.full.between(full)))
+
+        def read(chunk: tuple[Tensor, Tensor]) -> None:
+            quantized, inner = chunk
             inner.copy_(self.quantized.between(quantized))
 
         def add(chunk: tuple[Tensor, Tensor]) -> None:
             quantized, inner = chunk
             quantized.add_(self.quantized.last(inner))
 
-        with products_in(self.task.dtype):
-            spread(pass_through, zip(*map(chunks, (streams.full, streams.quantized, between)), strict=True), device)
+        moving = [partial(pass_through, chunk) for chunk in chunks(streams.full)]
+        yield from self._round(self.names.first, lambda: self._of_first(streams, used), moving)
+        width = self.weights[self.names.last].shape[1]
+        between = streams.full.new_empty(*streams.full.shape[:2], width, dtype=self.task.dtype)
+        spread(read, zip(chunks(streams.quantized), chunks(between), strict=True), self.device)
         yield from self._round((self.names.last,), lambda: self._of_last(streams, between, used))
-        spread(add, zip(chunks(streams.quantized), chunks(between), strict=True), device)
+        spread(add, zip(chunks(streams.quantized), chunks(between), strict=True), self.device)
 
     def _of_first(self, streams: Streams, used: slice) -> Moments:
         """They should give for the quantized model's inputs what they give in the full model for its own."""
@@ -269,7 +276,7 @@ class _Pair:
             return x, (self.full.norm(full) - self.quantized.norm(quantized)).to(x.dtype)
 
         pieces = zip(chunks(streams.full[used]), chunks(streams.quantized[used]), strict=True)
-        x, missing = map(_tokens, zip(*spread(read, pieces, streams.full.device.type), strict=True))
+        x, missing = map(_tokens, zip(*spread(read, pieces, self.device), strict=True))
         weight = torch.cat([self.weights[name] for name in self.names.first])
         return Moments(second_moments(x), product(weight, crossed_moments(missing, x)))
 
@@ -282,25 +289,33 @@ class _Pair:
             return lost.to(inner.dtype)
 
         pieces = zip(*(chunks(x[used]) for x in (streams.full, streams.quantized, between)), strict=True)
-        lost = _tokens(spread(lose, pieces, streams.full.device.type))
-        x = _tokens([between[used]])
+        lost = _tokens(spread(lose, pieces, self.device))
+        x = between[used].flatten(0, 1)
         return Moments(second_moments(x), crossed_moments(lost, x))
 
-    def _round(self, linears: tuple[str, ...], moments: Callable[[], Moments]) -> Iterator[tuple[str, Rounded]]:
-        """Round linears that read the same inputs; from now on the quantized model computes with the result."""
+    def _round(
+        self, linears: tuple[str, ...], moments: Callable[[], Moments], meanwhile: Sequence[Callable[[], None]] = ()
+    ) -> Iterator[tuple[str, Rounded]]:
+        """Round linears that read the same inputs; from now on the quantized model computes with the result.
+
+        Rounding alone leaves processors idle: `meanwhile` is done beside it, after the moments.
+        """
         names = [f"{self.layer}{self.names.module}.{linear}.weight" for linear in linears]
-        before = [self.task.rounded_before(name) for name in names]
-        rounded = [weight for weight in before if weight]
-        if len(rounded) < len(names):  # they are rounded together, or none
+        before = [weight for name in names if (weight := self.task.rounded_before(name))]
+        if len(before) == len(names):  # they are rounded together, or none
+            rounding: Callable[[], list[Rounded]] = partial(list, before)
+        else:
             weights = [self.weights[linear] for linear in linears]
             schemes = [self.task.schemes[name] for name in names]
-            try:
-                rounded = round_linears(weights, schemes, moments(), self.task.settings)
-            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-                raise ExportError(
-                    f"{names[0]}: its calibration inputs have no Cholesky factor; raise `damping` or calibrate with "
-                    "more text"
-                ) from None
+            rounding = partial(round_linears, weights, schemes, moments(), self.task.settings)
+        jobs: list[Callable[[], Any]] = [rounding, *meanwhile]
+        try:
+            rounded, *_ = spread(lambda job: job(), jobs, self.device)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            raise ExportError(
+                f"{names[0]}: its calibration inputs have no Cholesky factor; raise `damping` or calibrate with "
+                "more text"
+            ) from None
         for linear, name, weight in zip(linears, names, rounded, strict=True):
             dequantized = weight.dequantized().to(self.task.dtype)
             self.quantized.linears[linear].weight = nn.Parameter(dequantized, requires_grad=False)

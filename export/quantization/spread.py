@@ -4,9 +4,12 @@ Work is cut into pieces by its size alone. Each piece is computed by one thread,
 order. (torch's own threads split one sum among them, and wait for each other in every small operation.)
 """
 
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from itertools import pairwise
 from typing import TypeVar
 
@@ -26,24 +29,53 @@ _ROWS = 256
 def spread(function: Callable[[T], R], pieces: Iterable[T], device: str = "cpu", workers: int | None = None) -> list[R]:
     """The function of every piece, in their order; on a GPU, which is parallel in itself, one after another.
 
-    `workers`: threads, by default one for each processor. The first exception ends it; pieces not begun are left.
+    `workers`: threads, by default one for each processor; the caller's is one of them, so a piece may itself be spread.
+    The first exception ends it; pieces not begun are left.
     """
     if device != "cpu":
         return [function(piece) for piece in pieces]
     inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    left, taking, results = enumerate(pieces), threading.Lock(), dict[int, R]()
 
-    def run(piece: T) -> R:  # both modes belong to threads
-        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
-            return function(piece)
+    def taken() -> tuple[int, T] | None:
+        with taking:
+            return next(left, None)
+
+    def work() -> None:
+        nonlocal left
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):  # both modes belong to threads
+            try:
+                while numbered := taken():
+                    results[numbered[0]] = function(numbered[1])
+            except BaseException:
+                left = enumerate(())
+                raise
+
+    with one_torch_thread():
+        helpers = [_helpers(os.getpid()).submit(work) for _ in range((workers or _processors()) - 1)]
+        try:
+            work()
+        finally:
+            begun = [helper for helper in helpers if not helper.cancel()]
+            wait(begun)
+        for helper in begun:
+            helper.result()
+    return [results[i] for i in range(len(results))]
+
+
+@cache
+def _processors() -> int:
+    return processor.usable()
+
+
+@cache
+def _helpers(_process: int) -> ThreadPoolExecutor:
+    """Threads that wait for work; those of a process are not in its forks."""
 
     def alone() -> None:  # else MKL takes as many threads in each of ours as there are cores
         torch.set_num_threads(1)
 
-    with one_torch_thread(), ThreadPoolExecutor(workers or processor.usable(), initializer=alone) as pool:
-        try:
-            return list(pool.map(run, pieces))
-        finally:
-            pool.shutdown(cancel_futures=True)
+    return ThreadPoolExecutor(256, "spread", alone)
 
 
 @contextmanager
