@@ -12,6 +12,7 @@ from export.architecture import EMBEDDING, FINAL_NORM, HEAD, ROTATE_IN, ROTATE_O
 from export.checkpoints import Checkpoint, tokenizer
 from export.checkpoints.integers import Unfit
 from export.errors import ExportError
+from export.host import memory
 from export.host.console import track
 from export.manifest import CalibrationInfo, Candidate
 from export.model import Llama, RMSNorm
@@ -50,7 +51,9 @@ def round_outside(checkpoint: Checkpoint, base: Schemes) -> dict[str, Rounded]:
     """What is quantized besides the linears of layers: embedding, head, rotations, each to nearest."""
     linears = checkpoint.architecture.linear_shapes()
     outside = {name: scheme for name, scheme in base.by_name.items() if name not in linears}
-    return {name: round_to_nearest(checkpoint.read(name), scheme) for name, scheme in outside.items()}
+    rounded = {name: round_to_nearest(checkpoint.read(name), scheme) for name, scheme in outside.items()}
+    memory.give_back()  # what comes next takes more than this
+    return rounded
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class Calibrator:
             linears = self.collected(self.walk(chosen, unfinished, streams))
             held_out = Streams(*(stream[len(self.used) :].clone() for stream in (streams.full, streams.quantized)))
             del streams  # most of the memory; the loss needs the held-out windows only
+            memory.give_back()
             kl = self.kl(held_out)
         return self.result(linears, chosen, self.used.numel(), kl, candidates)
 

@@ -24,6 +24,7 @@ from export.plan import Device, ModelSpec, QuantRecipe, load_named
 from export.quantization import processors, schemes
 from export.quantization.calibration import Calibrator, round_outside, split, tokens
 from export.quantization.rotation import rotated
+from export.quantization.spread import exact_products
 from export.quantization.store import Unfinished
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -48,19 +49,23 @@ def main(
     whole = opened.architecture.num_hidden_layers
     short = opened.architecture.model_copy(update={"num_hidden_layers": min(layers, whole)})
     opened = dataclasses.replace(opened, architecture=short)
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        torch.inference_mode(),
+        processors.computing_on(device),
+        exact_products(processors.computing_in(device)),
+    ):
         unfinished = Unfinished(Path(folder))
         begun = time.perf_counter()
         outside = round_outside(opened, schemes.of_recipe(recipe, short))
         ids = tokens(opened, recipe.calibration, unfinished, device)
         calibrator = Calibrator(opened, recipe, outside, unfinished, *split(ids, recipe.calibration.held_out_every))
         times = [time.perf_counter()]
-        with torch.inference_mode():
-            for done, _ in enumerate(calibrator.walk(calibrator.base, unfinished, calibrator.streams()), 1):
-                if done % _LINEARS_OF_A_LAYER == 0:
-                    times.append(time.perf_counter())
-                    peak = processes.peak_bytes(resource.getrusage(resource.RUSAGE_SELF)) / 1e9
-                    say(f"layer {len(times) - 2}: {times[-1] - times[-2]:.0f} s, peak memory {peak:.1f} GB", flush=True)
+        for done, _ in enumerate(calibrator.walk(calibrator.base, unfinished, calibrator.streams()), 1):
+            if done % _LINEARS_OF_A_LAYER == 0:
+                times.append(time.perf_counter())
+                peak = processes.peak_bytes(resource.getrusage(resource.RUSAGE_SELF)) / 1e9
+                say(f"layer {len(times) - 2}: {times[-1] - times[-2]:.0f} s, peak memory {peak:.1f} GB", flush=True)
     start_s, layer_s = times[0] - begun, (times[-1] - times[0]) / (len(times) - 1)
     say(f"before the first layer: {start_s:.0f} s")
     say(f"{whole} layers at {layer_s:.0f} s: {(start_s + whole * layer_s) / 60:.0f} minutes ({ids.numel():,} tokens)")
