@@ -108,11 +108,6 @@ def round_layers_at_best_scales(
             yield full_name, round_at_best_scales(linear.weight.detach(), importance[name], schemes[full_name])
 
 
-def _tokens(windows: Sequence[Tensor]) -> Tensor:
-    """[W, L, K] of several chunks → [T, K]."""
-    return torch.cat(list(windows)).flatten(0, 1)
-
-
 # ── GPTQ: the full and the quantized model side by side ─────────────────────────────────────────────────────────────
 
 
@@ -270,28 +265,30 @@ class _Pair:
     def _of_first(self, streams: Streams, used: slice) -> Moments:
         """They should give for the quantized model's inputs what they give in the full model for its own."""
 
-        def read(chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            full, quantized = chunk
-            x = self.quantized.normed(quantized)
-            return x, (self.full.norm(full) - self.quantized.norm(quantized)).to(x.dtype)
+        def read(chunk: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+            full, quantized, x, missing = chunk
+            x.copy_(self.quantized.normed(quantized))
+            missing.copy_(self.full.norm(full) - self.quantized.norm(quantized))
 
-        pieces = zip(chunks(streams.full[used]), chunks(streams.quantized[used]), strict=True)
-        x, missing = map(_tokens, zip(*spread(read, pieces, self.device), strict=True))
+        x, missing = (torch.empty_like(streams.full[used], dtype=self.task.dtype) for _ in range(2))
+        pieces = zip(*map(chunks, (streams.full[used], streams.quantized[used], x, missing)), strict=True)
+        spread(read, pieces, self.device)
+        x, missing = x.flatten(0, 1), missing.flatten(0, 1)
         weight = torch.cat([self.weights[name] for name in self.names.first])
         return Moments(second_moments(x), product(weight, crossed_moments(missing, x)))
 
     def _of_last(self, streams: Streams, between: Tensor, used: slice) -> Moments:
         """It should bring the quantized stream to where the full one is by now: only it can take back what was lost."""
 
-        def lose(chunk: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-            full, quantized, inner = chunk
-            lost: Tensor = full - quantized - self.quantized.last(inner)
-            return lost.to(inner.dtype)
+        def lose(chunk: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+            full, quantized, inner, lost = chunk
+            lost.copy_(full - quantized - self.quantized.last(inner))
 
-        pieces = zip(*(chunks(x[used]) for x in (streams.full, streams.quantized, between)), strict=True)
-        lost = _tokens(spread(lose, pieces, self.device))
+        lost = torch.empty_like(streams.full[used], dtype=self.task.dtype)
+        pieces = zip(*map(chunks, (streams.full[used], streams.quantized[used], between[used], lost)), strict=True)
+        spread(lose, pieces, self.device)
         x = between[used].flatten(0, 1)
-        return Moments(second_moments(x), crossed_moments(lost, x))
+        return Moments(second_moments(x), crossed_moments(lost.flatten(0, 1), x))
 
     def _round(
         self, linears: tuple[str, ...], moments: Callable[[], Moments], meanwhile: Sequence[Callable[[], None]] = ()

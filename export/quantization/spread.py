@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ from export.host import processor
 
 T = TypeVar("T")
 R = TypeVar("R")
-_TOKENS = 2048
+_TOKENS = 4096
 """Tokens that are multiplied at once."""
 _ROWS = 256
 """Rows of a product, or of a weight, that one thread computes, at most."""
@@ -125,13 +125,13 @@ def second_moments(x: Tensor) -> Tensor:
     """
     total = torch.zeros(x.shape[1], x.shape[1], device=x.device)
 
-    def add(rows: slice) -> None:
-        for part in torch.split(x, _TOKENS):
-            columns = part[:, rows.start :].float()
-            total[rows, rows.start :].addmm_(columns[:, : rows.stop - rows.start].T, columns)
+    def add(columns: Tensor, rows: slice) -> None:
+        total[rows, rows.start :].addmm_(columns[:, rows].T, columns[:, rows.start :])
 
+    room = total.new_empty(min(len(x), _TOKENS), x.shape[1])
     with products_in(x.dtype):
-        spread(add, blocks(x.shape[1]), x.device.type)
+        for part in torch.split(x, _TOKENS):
+            spread(partial(add, room[: len(part)].copy_(part)), blocks(x.shape[1], _ROWS // 2), x.device.type)
     return total.triu_() + total.triu(1).T
 
 
