@@ -3,9 +3,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "attention_tile.h"
+#include "scratch.h"
 
 namespace runner {
 namespace {
@@ -23,13 +23,6 @@ AttendTile<Number> tile_function(Isa isa, int64_t head_dim) {
 #endif
   (void)isa, (void)head_dim;
   return attend_tile_baseline;
-}
-
-/// Memory that a thread reuses: a decode step has dozens of calls.
-float* scratch(int64_t floats) {
-  thread_local std::vector<float> room;
-  if (room.size() < static_cast<size_t>(floats)) room.resize(floats);
-  return room.data();
 }
 
 /// How a call is cut: by groups, blocks of queries and, where these are few, ranges of keys. It does not depend on the
@@ -104,12 +97,12 @@ void attend_in_tiles(const Attention<Number>& call, Isa isa, const Parallel& par
   const Cut c = cut(call);
   const AttendTile<Number> attend_tile = tile_function<Number>(isa, call.head_dim);
   const int64_t tasks = c.row_blocks * c.splits, size = partial_floats(call, c);
-  std::vector<float> shared(c.splits > 1 ? tasks * size : 0);
+  float* shared = c.splits > 1 ? scratch<Scratch::call>(tasks * size) : nullptr;
   const auto task = [&](size_t index) {
     const int64_t row_block = static_cast<int64_t>(index) / c.splits, split = static_cast<int64_t>(index) % c.splits;
     const Tile tile = tile_of(call, c, row_block, split);
-    float* room = scratch(tile_scratch(call, c.rows) + size);
-    float* parts = c.splits > 1 ? shared.data() + index * size : room + tile_scratch(call, c.rows);
+    float* room = scratch<Scratch::task>(tile_scratch(call, c.rows) + size);
+    float* parts = c.splits > 1 ? shared + index * size : room + tile_scratch(call, c.rows);
     attend_tile(call, tile, partial_at(call, c, parts), room);
     if (c.splits == 1) finish(call, c, tile, parts, call.out);
   };
@@ -121,7 +114,7 @@ void attend_in_tiles(const Attention<Number>& call, Isa isa, const Parallel& par
   }
   if (c.splits == 1) return;
   for (int64_t block = 0; block < c.row_blocks; ++block)
-    finish(call, c, tile_of(call, c, block, 0), shared.data() + block * c.splits * size, call.out);
+    finish(call, c, tile_of(call, c, block, 0), shared + block * c.splits * size, call.out);
 }
 
 }  // namespace

@@ -1,18 +1,17 @@
 // Attention with int8 operands as tasks over a fixed grid of keys.
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "int8_tile.h"
+#include "scratch.h"
 
 namespace runner {
 namespace {
 
 constexpr int64_t kGrid = 512;              // keys of a softmax of its own, at every row's same positions
 constexpr int64_t kRowsOfTile = 48;         // rows that share a block of keys while it is unpacked
-constexpr int64_t kTasks = 16;              // enough for the threads of a phone to end together
+constexpr int64_t kTasksOfThread = 2;       // so that threads end together
 constexpr int64_t kSerialWork = 256 * 1024;  // multiply-adds, some 16 µs: a second thread costs more than it saves
-constexpr int64_t kLine = 16;               // floats
 
 Int8Tile tile_function(Isa isa, int64_t head_dim) {
 #if defined(__x86_64__)
@@ -23,14 +22,6 @@ Int8Tile tile_function(Isa isa, int64_t head_dim) {
   if (head_dim % 16 == 0) return isa == Isa::dotprod ? int8_tile_dotprod : int8_tile_baseline;
 #endif
   return int8_tile_portable;
-}
-
-/// Memory that a thread reuses, a cache line's multiple: a decode step has dozens of calls.
-float* scratch(int64_t floats) {
-  thread_local std::vector<float> room;
-  if (room.size() < static_cast<size_t>(floats + kLine)) room.resize(floats + kLine);
-  const auto place = reinterpret_cast<uintptr_t>(room.data());
-  return room.data() + (64 - place % 64) % 64 / sizeof(float);
 }
 
 /// How a call is cut. Rows may be cut in any way, since each depends on its own position only; keys only by the grid.
@@ -47,13 +38,14 @@ Cut cut(const Shape& call, size_t threads) {
   c.splits = ceil_div(call.seen(call.new_tokens - 1), kGrid);
   c.queries = std::min(call.new_tokens, std::max<int64_t>(1, kRowsOfTile / share));
   c.query_blocks = ceil_div(call.new_tokens, c.queries);
-  // A decode step is bound by memory: its tiles take many groups, so that each reads long stretches.
-  const int64_t wanted = threads == 1 ? 1 : std::min(call.groups, ceil_div(kTasks, c.splits));
-  c.groups = call.new_tokens == 1 ? ceil_div(call.groups, wanted) : 1;
+  // A decode step is bound by memory: its tiles take as many groups as leave every thread its tasks, for a tile of one
+  // group reads a line here and there, and keeps few of them in the nearest cache.
+  const int64_t wanted = threads == 1 ? 1 : kTasksOfThread * static_cast<int64_t>(threads);
+  c.groups = call.new_tokens == 1 ? ceil_div(call.groups, std::min(call.groups, ceil_div(wanted, c.splits))) : 1;
   c.group_blocks = ceil_div(call.groups, c.groups);
   c.row_blocks = c.group_blocks * c.query_blocks;
   c.rows = c.groups * c.queries * share;
-  c.by_keys = threads > 1 && c.splits > 1 && c.row_blocks < kTasks;
+  c.by_keys = threads > 1 && c.splits > 1 && c.row_blocks < wanted;
   return c;
 }
 
@@ -108,17 +100,18 @@ void attend_int8(const Int8Attention& call, Isa isa, const Parallel& parallel) {
   const Int8Tile attend_tile = tile_function(isa, call.head_dim);
   const int64_t dim = call.head_dim, size = partial_floats(call, c), room = int8_scratch(call, c.rows);
   const int64_t tasks = c.by_keys ? c.row_blocks * c.splits : c.row_blocks;
-  std::vector<float> shared(c.by_keys ? tasks * size : 0);
+  float* shared = c.by_keys ? scratch<Scratch::call>(tasks * size) : nullptr;
   const auto part = [&](int64_t row_block, int64_t split, float* at) {
-    attend_tile(call, tile_of(call, c, row_block, split), partial_at(c.rows, dim, at), scratch(room + 2 * size) + 2 * size);
+    float* own = scratch<Scratch::task>(room + 2 * size) + 2 * size;
+    attend_tile(call, tile_of(call, c, row_block, split), partial_at(c.rows, dim, at), own);
   };
   const auto folded = [&](int64_t row_block, float* into, float* at) {
     const int64_t rows = tile_rows(call, tile_of(call, c, row_block, 0));
     fold(rows, dim, partial_at(c.rows, dim, into), partial_at(c.rows, dim, at));
   };
   const auto task = [&](size_t index) {
-    if (c.by_keys) return part(index / c.splits, index % c.splits, shared.data() + index * size);
-    float* whole = scratch(room + 2 * size);
+    if (c.by_keys) return part(index / c.splits, index % c.splits, shared + index * size);
+    float* whole = scratch<Scratch::task>(room + 2 * size);
     for (int64_t s = 0; s < c.splits; ++s) {
       part(index, s, s == 0 ? whole : whole + size);
       if (s > 0) folded(index, whole, whole + size);
@@ -132,7 +125,7 @@ void attend_int8(const Int8Attention& call, Isa isa, const Parallel& parallel) {
   }
   if (!c.by_keys) return;
   for (int64_t block = 0; block < c.row_blocks; ++block) {
-    float* parts = shared.data() + block * c.splits * size;
+    float* parts = shared + block * c.splits * size;
     for (int64_t s = 1; s < c.splits; ++s) folded(block, parts, parts + s * size);
     finish(call, tile_of(call, c, block, 0), partial_at(c.rows, dim, parts), call.out);
   }

@@ -24,6 +24,7 @@ typedef int32_t Word;
 #endif
 constexpr bool kWhole = kStep < 4;  // words hold value - zero; four int8 hold the value, and zeros are subtracted later
 typedef Word Words __attribute__((vector_size(kLanes * 4)));
+typedef int64_t Pairs __attribute__((vector_size(kLanes * 4)));  // of words
 typedef Word FourWords __attribute__((vector_size(16)));
 typedef Word UnalignedWords __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
@@ -39,7 +40,7 @@ inline Words dots(Words sums, Words key, Words query) {
   return (Words)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)key, (__m512i)query);
 }
 inline FourWords four_words(const int8_t* key, int) {
-  return (FourWords)_mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(key)), _mm_set1_epi8(-128));
+  return (FourWords)_mm_loadu_si128(reinterpret_cast<const __m128i*>(key));
 }
 #elif defined(__x86_64__)
 inline FourWords four_words(const int8_t* key, int zero) {
@@ -71,7 +72,8 @@ inline Words dots(Words sums, Words key, Words query) {
 #endif
 #endif
 
-// joined: FourWords of keys j, j + 4, … side by side, so that transposing the fours leaves the keys in order.
+// joined: FourWords of keys j, j + 4, … side by side, so that transposing the fours leaves the keys in order. FOURS and
+// TWOS: a shuffle of words, or of pairs of them, in every four words.
 #if defined(__AVX512F__)
 typedef Word EightWords __attribute__((vector_size(32)));
 inline Words joined(const FourWords* f) {
@@ -81,12 +83,20 @@ inline Words joined(const FourWords* f) {
 }
 #define FOURS(a, b, c, d) \
   a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12
+#define TWOS(a, b) a, b, a + 2, b + 2, a + 4, b + 4, a + 6, b + 6
 #elif defined(__AVX2__)
 inline Words joined(const FourWords* f) { return __builtin_shufflevector(f[0], f[4], 0, 1, 2, 3, 4, 5, 6, 7); }
 #define FOURS(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4
+#define TWOS(a, b) a, b, a + 2, b + 2
 #else
 inline Words joined(const FourWords* f) { return f[0]; }
 #define FOURS(a, b, c, d) a, b, c, d
+#define TWOS(a, b) a, b
+#endif
+#if defined(__AVX512VNNI__)
+inline Words with_offset(Words keys) { return keys ^ (static_cast<Word>(0x80808080) - Words{}); }
+#else
+inline Words with_offset(Words keys) { return keys; }
 #endif
 constexpr int kB = kLanes;  // where a shuffle's second operand begins
 
@@ -116,42 +126,62 @@ struct Queries {
 /// A position's place in one group of a cache.
 inline int64_t place(const Shape& call, int64_t position, int64_t group) { return position * call.groups + group; }
 
+/// What belongs to a block's keys and values. Of lanes behind the last key, numbers that are finite.
+inline void gather_scales(const Int8Attention& call, int64_t begin, int64_t group, const Block& block) {
+  const int64_t groups = call.groups, first = place(call, begin, group);
+  const int8_t *key_zeros = call.key.zeros + first, *value_zeros = call.value.zeros + first;
+  const float *key_scales = call.key.scales + first, *value_scales = call.value.scales + first;
+  for (int64_t j = 0; j < block.present; ++j) {
+    block.zeros[j] = static_cast<Word>(key_zeros[j * groups] + kOffset);
+    block.scales[j] = key_scales[j * groups];
+    block.value_scales[j] = value_scales[j * groups];
+    block.value_zeros[j] = static_cast<float>(value_zeros[j * groups]);
+  }
+  for (int64_t j = block.present; j % kLanes != 0; ++j)
+    block.zeros[j] = 0, block.scales[j] = 0.0F, block.value_scales[j] = 0.0F, block.value_zeros[j] = 0.0F;
+}
+
+/// `count` keys, at most kLanes of them, become the lanes `j` … of the block's words; the last key fills the rest.
+template <bool Full>
+inline void gather_lanes(
+    const int8_t* from, int64_t stride, int64_t dim, int64_t j, int64_t count, const Block& block) {
+  const int64_t last = count - 1;
+  Words sums = {};
+  const Words ones = static_cast<Word>(kStep == 4 ? 0x01010101 : 0) - Words{};
+  Word* to = block.keys + j;
+  for (int64_t d = 0; d < dim; d += 4 * kStep, to += 4 * kInt8Block) {
+    FourWords fours[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      const int64_t at = Full || i < last ? i : last;
+      fours[i] = four_words(from + at * stride + d, kWhole ? static_cast<int>(block.zeros[j + at]) : 0);
+    }
+    const Words a = with_offset(joined(fours)), b = with_offset(joined(fours + 1));
+    const Words c = with_offset(joined(fours + 2)), e = with_offset(joined(fours + 3));
+    const Pairs low = (Pairs)__builtin_shufflevector(a, b, FOURS(0, kB, 1, kB + 1));
+    const Pairs low2 = (Pairs)__builtin_shufflevector(c, e, FOURS(0, kB, 1, kB + 1));
+    const Pairs high = (Pairs)__builtin_shufflevector(a, b, FOURS(2, kB + 2, 3, kB + 3));
+    const Pairs high2 = (Pairs)__builtin_shufflevector(c, e, FOURS(2, kB + 2, 3, kB + 3));
+    const Words words[4] = {
+        (Words)__builtin_shufflevector(low, low2, TWOS(0, kB / 2)),
+        (Words)__builtin_shufflevector(low, low2, TWOS(1, kB / 2 + 1)),
+        (Words)__builtin_shufflevector(high, high2, TWOS(0, kB / 2)),
+        (Words)__builtin_shufflevector(high, high2, TWOS(1, kB / 2 + 1))};
+    for (int n = 0; n < 4; ++n) {
+      store_words(to + n * kInt8Block, words[n]);
+      if (!kWhole) sums = dots(sums, words[n], ones);
+    }
+  }
+  if (!kWhole) store_words(block.sums + j, sums);
+}
+
 inline void gather_keys(const Int8Attention& call, int64_t begin, int64_t group, const Block& block) {
   const int64_t dim = call.head_dim, stride = call.groups * dim;
-  for (int64_t j = 0; j < block.present; j += kLanes) {
-    const int8_t* keys[kLanes];
-    int zeros[kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      const int64_t last = block.present - 1, at = place(call, begin + (j + i < last ? j + i : last), group);
-      keys[i] = call.key.values + at * dim, zeros[i] = call.key.zeros[at];
-      block.zeros[j + i] = static_cast<Word>(zeros[i] + kOffset), block.scales[j + i] = call.key.scales[at];
-      block.value_scales[j + i] = call.value.scales[at];
-      block.value_zeros[j + i] = static_cast<float>(call.value.zeros[at]);
-      for (int64_t d = 0; d < dim; d += 64) __builtin_prefetch(keys[i] + kAhead * stride + d);
-    }
-    Words sums = {};
-    const Words ones = static_cast<Word>(kStep == 4 ? 0x01010101 : 0) - Words{};
-    Word* to = block.keys + j;
-    for (int64_t d = 0; d < dim; d += 4 * kStep, to += 4 * kInt8Block) {
-      FourWords fours[kLanes];
-      for (int i = 0; i < kLanes; ++i) fours[i] = four_words(keys[i] + d, zeros[i]);
-      const Words a = joined(fours), b = joined(fours + 1), c = joined(fours + 2), e = joined(fours + 3);
-      const Words low = __builtin_shufflevector(a, b, FOURS(0, kB, 1, kB + 1));
-      const Words low2 = __builtin_shufflevector(c, e, FOURS(0, kB, 1, kB + 1));
-      const Words high = __builtin_shufflevector(a, b, FOURS(2, kB + 2, 3, kB + 3));
-      const Words high2 = __builtin_shufflevector(c, e, FOURS(2, kB + 2, 3, kB + 3));
-      const Words words[4] = {
-          __builtin_shufflevector(low, low2, FOURS(0, 1, kB, kB + 1)),
-          __builtin_shufflevector(low, low2, FOURS(2, 3, kB + 2, kB + 3)),
-          __builtin_shufflevector(high, high2, FOURS(0, 1, kB, kB + 1)),
-          __builtin_shufflevector(high, high2, FOURS(2, 3, kB + 2, kB + 3))};
-      for (int n = 0; n < 4; ++n) {
-        store_words(to + n * kInt8Block, words[n]);
-        if (!kWhole) sums = dots(sums, words[n], ones);
-      }
-    }
-    if (!kWhole) store_words(block.sums + j, sums);
-  }
+  const int8_t* from = call.key.values + place(call, begin, group) * dim;
+  for (int64_t i = 0; i < block.present; ++i)
+    for (int64_t d = 0; d < dim; d += 64) __builtin_prefetch(from + (i + kAhead) * stride + d);
+  int64_t j = 0;
+  for (; j + kLanes <= block.present; j += kLanes) gather_lanes<true>(from + j * stride, stride, dim, j, kLanes, block);
+  if (j < block.present) gather_lanes<false>(from + j * stride, stride, dim, j, block.present - j, block);
 }
 
 inline void gather_values(const int8_t* from, int64_t stride, int64_t dim, const Block& block) {
@@ -271,6 +301,7 @@ void INT8_TILE(const Int8Attention& call, const Tile& tile, const Partial& parti
     for (int64_t group = tile.group_begin; group < tile.group_end; ++group) {
       const int64_t first = (group - tile.group_begin) * of_group;
       const int8_t* from = call.value.values + place(call, begin, group) * dim;
+      gather_scales(call, begin, group, block);
       gather_keys(call, begin, group, block);
       if (of_group <= kMostRows) {  // so few rows convert values as they meet them
         const Values<int8_t> values = {from, stride, block.value_scales, block.value_zeros};

@@ -45,7 +45,11 @@ inline Vector load(const Bfloat16* from) {
 }
 inline void store(float* to, Vector value) { *reinterpret_cast<Unaligned*>(to) = value; }
 inline Vector all(float value) { return value - Vector{}; }
+#if defined(__AVX512F__)  // compilers make a comparison and a choice of it
+inline Vector larger(Vector a, Vector b) { return (Vector)_mm512_max_ps((__m512)a, (__m512)b); }
+#else
 inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+#endif
 
 // add_pairs: within every four lanes the sums of neighbours, first those of a, then those of b. fold: the fours added up.
 #if defined(__AVX512F__)
@@ -106,9 +110,18 @@ inline Four sums_of(const Vector v[kColumns]) {
 }
 
 inline float maximum_of(Vector v) {
-  float highest = v[0];
-  for (int i = 1; i < kLanes; ++i) highest = v[i] > highest ? v[i] : highest;
-  return highest;
+#if defined(__AVX512F__)
+  const Eight low = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+  const Eight high = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15), eight = low > high ? low : high;
+  const Four a = __builtin_shufflevector(eight, eight, 0, 1, 2, 3), b = __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+#elif defined(__AVX2__)
+  const Four a = __builtin_shufflevector(v, v, 0, 1, 2, 3), b = __builtin_shufflevector(v, v, 4, 5, 6, 7);
+#else
+  const Four a = v, b = v;
+#endif
+  const Four four = a > b ? a : b;
+  const float one = four[0] > four[1] ? four[0] : four[1], other = four[2] > four[3] ? four[2] : four[3];
+  return one > other ? one : other;
 }
 
 inline float sum_of(Vector v) {
