@@ -77,7 +77,7 @@ def cells(one: Run, described: Manifest) -> dict[str, Cell]:
 def most_memory(described: Manifest) -> int:
     """What Core ML itself, weights, caches and the largest call's logits take, half as much again of all but itself."""
     a, kv = described.architecture, described.contract.kv
-    cache = 2 * 2 * kv.layers * kv.kv_heads * kv.context_length * kv.head_dim
+    cache = 2 * 2 * kv.layers * kv.kv_heads * kv.room * kv.head_dim
     return int(_CORE_ML_BYTES + 1.5 * (described.artifact_bytes + cache + 6 * a.vocab_size * max(calls.LENGTHS)))
 
 

@@ -269,6 +269,7 @@ OPS: dict[str, _Op] = {
     "matmul": _matmul,
     "maximum": lambda i: torch.maximum(i["x"], i["y"]),
     "minimum": lambda i: torch.minimum(i["x"], i["y"]),
+    "mod": lambda i: i["x"] % i["y"],
     "mul": lambda i: i["x"] * i["y"],
     "real_div": lambda i: i["x"] / i["y"],
     "reduce_max": lambda i: i["x"].amax(_integers(i, "axes", []), keepdim=bool(_integer(i, "keep_dims", 0))),

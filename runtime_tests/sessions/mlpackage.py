@@ -59,6 +59,7 @@ class PackageSession(Session):
     def __init__(self, model: Any, contract: IOContract, *, measures_speed: bool) -> None:
         vocab_size = int(contract.outputs[0].shape[-1])
         super().__init__(contract.kv.context_length, min(contract.max_prefill, PIECE), contract.logits, vocab_size)
+        self.keep(contract.kv)
         self.measures_speed = measures_speed
         self.ids, self.mask = (spec.name for spec in contract.inputs)
         self.output, self.states = contract.outputs[0].name, tuple(spec.name for spec in contract.states)
@@ -72,11 +73,12 @@ class PackageSession(Session):
 
     def step(self, tokens: Sequence[int], position: int) -> NDArray[np.floating[Any]]:
         outputs = self.model.predict(self._inputs(tokens, position), state=self.state)
+        self.oldest = max(self.oldest, position + len(tokens) - self.room)
         logits: NDArray[np.floating[Any]] = np.asarray(outputs[self.output])[0]
         return logits
 
     def longest(self, position: int) -> int:
-        most = self.largest_call
+        most = min(self.largest_call, self.room - position % self.room)
         while most > 1 and most * (position + most) > _PAIRS:
             most //= 2
         return most

@@ -54,7 +54,7 @@ def package(tmp_path_factory, weights):
 
     model = quantize(weights, plan().quant, tmp_path_factory.mktemp("store"))
     path = tmp_path_factory.mktemp("far") / "model.mlpackage"
-    mlpackage.convert(model, LONGEST, path, "fused")
+    mlpackage.convert(model, mlpackage.io_contract(model.architecture, plan(target="coreml")), path, "fused")
     return path
 
 

@@ -72,7 +72,6 @@ def test_another_window_than_the_files_is_refused(tiny, tmp_path, window):
             "a cache of int8 would round them .* takes --cache float32$",
         ),
         ("coreml", {"policy": "sink-4"}, "^target 'coreml' with --policy sink-4: its states are of float16"),
-        ("coreml", {"policy": "window-16"}, "^target 'coreml' with --policy window-16: its mask is an input"),
     ],
 )
 def test_what_a_runtime_cannot_do_exactly_is_refused_before_any_work(target, options, words):

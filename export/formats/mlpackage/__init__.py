@@ -33,10 +33,11 @@ TOOLS = ("coremltools",)
 CACHES: tuple[Cache, ...] = ("float16",)
 NO_CACHES: dict[Cache, str] = dict.fromkeys(("float32", "bfloat16", "int8"), "Core ML's states are of float16 only")
 NO_POLICIES: dict[str, str] = {
-    "window": "its mask is an input, which stock clients fill with all that came before",
     "sink": "its states are of float16, and keys that move would be rounded again each time",
 }
 LOGGERS = ("coremltools",)
+_SLACK = 256
+"""Slots beyond a window: so many tokens more than one fit in a call, and the cache can be rewound by as many."""
 _NATIVE = "libmilstoragepython*"
 """What writes weights; builds from source have none."""
 _BUILT_ON_LINUX = ("x86_64",)
@@ -117,16 +118,15 @@ def lower(model: "QuantizedModel", build: Build) -> Lowered:
     """Write the package and count its contents."""
     from . import file
 
-    context_length = build.plan.model.context_length
-    package = build.folder / build.plan.target.artifact
-    convert(model, context_length, package, build.plan.target.attention)
+    package, contract = build.folder / build.plan.target.artifact, io_contract(model.architecture, build.plan)
+    convert(model, contract, package, build.plan.target.attention)
     facts = file.seal(package, metadata(build.plan, model.key), build.plan.model.license)
     if subnormal := facts["subnormal_scales"]:
         note(f"{subnormal} scales are subnormal in fp16, and a GPU may take them for zero; the card says so")
     facts["float_values"] = (
         "fp16, RMSNorm in fp32" if model.recipe.linear else "fp16, rounded from float32; RMSNorm in fp32"
     )
-    return Lowered(_contract(model.architecture, build.plan), facts)
+    return Lowered(contract, facts)
 
 
 def process_bytes(described: Manifest) -> int | None:
@@ -135,7 +135,7 @@ def process_bytes(described: Manifest) -> int | None:
     return None
 
 
-def convert(model: "QuantizedModel", context_length: int, package: Path, attention: Attention) -> None:
+def convert(model: "QuantizedModel", contract: IOContract, package: Path, attention: Attention) -> None:
     """Author the program and let coremltools write it without the passes that change a program.
 
     Only its fixed backend passes remain: valid names and the deduplication of constants.
@@ -145,14 +145,15 @@ def convert(model: "QuantizedModel", context_length: int, package: Path, attenti
 
     from .graph import author
 
-    def flexible() -> Any:
-        return ct.RangeDim(1, context_length, default=1)
+    def flexible(most: int) -> Any:
+        return ct.RangeDim(1, most, default=1)
 
+    new, positions = contract.max_prefill, contract.kv.context_length
     inputs = [
-        ct.TensorType("inputIds", (1, flexible()), dtype=np.int32),
-        ct.TensorType("causalMask", (1, 1, flexible(), flexible()), dtype=np.float16),
+        ct.TensorType("inputIds", (1, flexible(new)), dtype=np.int32),
+        ct.TensorType("causalMask", (1, 1, flexible(new), flexible(positions)), dtype=np.float16),
     ]
-    program = author(model, context_length, attention)
+    program = author(model, contract.kv, attention)
     # hides coremltools' progress bars and the warning about its temporary folder; its errors are raised
     with redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore", category=ResourceWarning):
         ct.convert(
@@ -188,10 +189,10 @@ def listing(model: str, weights: str) -> str:
     return json.dumps(listed, indent=4) + "\n"
 
 
-def _contract(a: Architecture, plan: Plan) -> IOContract:
-    """Apple's stateful convention."""
-    kv = kv_layout(plan, a, "state")
-    cache = (a.num_hidden_layers, 1, a.num_key_value_heads, kv.context_length, a.head_dim)
+def io_contract(a: Architecture, plan: Plan) -> IOContract:
+    """Apple's stateful convention. In slots that go round, a call takes what overwrites nothing that it has to see."""
+    kv = kv_layout(plan, a, "state", slack=_SLACK)
+    cache = (a.num_hidden_layers, 1, a.num_key_value_heads, kv.room, a.head_dim)
     return IOContract(
         inputs=(
             TensorSpec(name="inputIds", dtype="int32", shape=(1, "sequence")),
@@ -200,7 +201,7 @@ def _contract(a: Architecture, plan: Plan) -> IOContract:
         outputs=(TensorSpec(name="logits", dtype="float16", shape=(1, "sequence", a.vocab_size)),),
         states=tuple(TensorSpec(name=name, dtype=kv.dtype, shape=cache) for name in ("keyCache", "valueCache")),
         kv=kv,
-        max_prefill=kv.context_length,
+        max_prefill=kv.slots - kv.window + 1 if kv.window and kv.slots else kv.context_length,
         logits="all",
     )
 

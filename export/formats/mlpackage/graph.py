@@ -7,7 +7,11 @@ The convention is that of Apple's "On Device Llama 3.1 with Core ML" and of swif
 new tokens and an additive mask whose last dimension is the number of cache slots in use, so start = end - q. A step
 writes keys and values of its tokens into slots start…end-1 of both states, then attends to slots 0…end-1.
 
-Shapes: q new tokens, e slots in use after them, H query heads, G key/value heads, D head_dim, C context length.
+With a window the states have C slots, fewer than there are positions, and the token of position p is in slot p mod C: it
+leaves when that of p + C comes. The mask's last dimension counts positions then; what it holds is not read, since the
+program knows what each token sees. All C slots are attended to, and a call's tokens lie in slots that follow each other.
+
+Shapes: q new tokens, e positions or slots in use after them, H query heads, G key/value heads, D head_dim, C slots.
 """
 
 from collections.abc import Sequence
@@ -25,6 +29,7 @@ from export.architecture import EMBEDDING, FINAL_NORM, GATE_UP, HEAD, QKV, ROTAT
 from export.checkpoints.integers import Integers
 from export.errors import ExportError
 from export.host.console import track
+from export.manifest import KVLayout
 from export.model import rope_tables
 from export.plan import Attention
 from export.quantization.store import QuantizedModel
@@ -41,10 +46,12 @@ class _Step:
 
     start: Var
     """int32 [1]: slot of the first new token."""
+    stop: Var
+    """int32 [1]: the slot behind the last new token."""
     end: Var
-    """int32 [1]: slots in use after this call."""
+    """int32 [1]: positions in use after this call."""
     positions: Var
-    """int32 [1, q]: slots of the new tokens."""
+    """int32 [1, q]: those of the new tokens."""
     cos: Var
     """fp16 [1, q, D]"""
     sin: Var
@@ -60,19 +67,19 @@ class _Caches:
     """fp16 [layers, 1, G, C, D] each."""
 
 
-def author(model: QuantizedModel, context_length: int, attention: Attention) -> Program:
+def author(model: QuantizedModel, kv: KVLayout, attention: Attention) -> Program:
     """The whole program with its weights, each of which is read once."""
     program = Program()
-    with Function(_interface(model.architecture, context_length), opset_version=ct.target.iOS18) as function:
-        function.set_outputs([_decoder(model, function.inputs, attention)])
+    with Function(_interface(model.architecture, kv), opset_version=ct.target.iOS18) as function:
+        function.set_outputs([_decoder(model, function.inputs, kv, attention)])
     program.add_function("main", function)
     return program
 
 
-def _interface(a: Architecture, context_length: int) -> dict[str, Var]:
+def _interface(a: Architecture, kv: KVLayout) -> dict[str, Var]:
     """Inputs `inputIds` int32 [1, q], `causalMask` fp16 [1, 1, q, e]; states fp16 [layers, 1, G, C, D]."""
     new, end = get_new_symbol(), get_new_symbol()
-    cache = (a.num_hidden_layers, 1, a.num_key_value_heads, context_length, a.head_dim)
+    cache = (a.num_hidden_layers, 1, a.num_key_value_heads, kv.room, a.head_dim)
     return {
         "inputIds": mb.placeholder((1, new), types.int32),
         "causalMask": mb.placeholder((1, 1, new, end), types.fp16),
@@ -81,14 +88,13 @@ def _interface(a: Architecture, context_length: int) -> dict[str, Var]:
     }
 
 
-def _decoder(model: QuantizedModel, inputs: dict[str, Var], attention: Attention) -> Var:
+def _decoder(model: QuantizedModel, inputs: dict[str, Var], kv: KVLayout, attention: Attention) -> Var:
     """Logits fp16 [1, q, V] of every new position."""
     attend = {"fused": _fused, "plain": _plain}[attention]
     a = model.architecture
     states = (inputs["keyCache"], inputs["valueCache"])
     caches = _Caches(states, (mb.read_state(input=states[0]), mb.read_state(input=states[1])))
-    context_length: int = states[0].shape[3]
-    step = _prepare(a, inputs["inputIds"], inputs["causalMask"], context_length)
+    step = _prepare(a, inputs["inputIds"], inputs["causalMask"], kv)
     table = _weight(model, (EMBEDDING,))
     x = mb.gather(
         x=table, indices=inputs["inputIds"], axis=0, batch_dims=0, validate_indices=False, name=mil_name((EMBEDDING,))
@@ -99,9 +105,9 @@ def _decoder(model: QuantizedModel, inputs: dict[str, Var], attention: Attention
         prefix = f"model.layers.{i}."
         normed = rms_norm(model, x, f"{prefix}input_layernorm.weight")
         queries = _project(model, normed, i, step, caches)
-        keys, values = (_slots(cache, i, step.end) for cache in caches.values)
+        keys, values = (_slots(cache, i, np.array([kv.slots], np.int32) if kv.slots else step.end) for cache in caches.values)
         if i == 0:  # behind the first write: a state that is read before it is written may be copied as a whole
-            bias = _attention_bias(a, inputs["causalMask"], step, keys, context_length)
+            bias = _attention_bias(a, inputs["causalMask"], step, keys, kv)
         x = mb.add(x=x, y=_attention(model, attend(queries, keys, values, bias), i))
         normed = rms_norm(model, x, f"{prefix}post_attention_layernorm.weight")
         x = mb.add(x=x, y=_swiglu(model, normed, prefix))
@@ -113,7 +119,7 @@ def _decoder(model: QuantizedModel, inputs: dict[str, Var], attention: Attention
     return mb.linear(x=x, weight=head, name="logits")
 
 
-def _prepare(a: Architecture, ids: Var, mask: Var, context_length: int) -> _Step:
+def _prepare(a: Architecture, ids: Var, mask: Var, kv: KVLayout) -> _Step:
     """Slots and rotary tables of this call.
 
     Lengths are those of inputs, never of a slice between two computed slots: off the CPU, Core ML has refused such
@@ -122,11 +128,13 @@ def _prepare(a: Architecture, ids: Var, mask: Var, context_length: int) -> _Step
     new = mb.slice_by_size(x=mb.shape(x=ids), begin=[1], size=[1])
     end = mb.slice_by_size(x=mb.shape(x=mask), begin=[3], size=[1], name="end")
     start = mb.sub(x=end, y=new, name="start")
+    slot = mb.mod(x=start, y=np.int32(kv.room), name="slot") if kv.slots else start
     counted = mb.cumsum(x=mb.cast(x=mb.equal(x=ids, y=ids), dtype="int32"), axis=1)  # 1…q
     positions = mb.add(x=counted, y=mb.sub(x=start, y=np.int32(1)), name="positions")
-    cos, sin = (table.numpy() for table in rope_tables(a, context_length))
+    cos, sin = (table.numpy() for table in rope_tables(a, kv.context_length))
     return _Step(
-        start=start,
+        start=slot,
+        stop=mb.add(x=slot, y=new, name="stop") if kv.slots else end,
         end=end,
         positions=positions,
         cos=_rows(np.concatenate([cos, cos], axis=1), positions, "cos"),
@@ -140,16 +148,17 @@ def _rows(table: NDArray[np.floating[Any]], positions: Var, name: str) -> Var:
     return mb.gather(x=stored, indices=positions, axis=0, batch_dims=0, validate_indices=False, name=name)
 
 
-def _attention_bias(a: Architecture, mask: Var, step: _Step, keys: Var, context_length: int) -> Var:
+def _attention_bias(a: Architecture, mask: Var, step: _Step, keys: Var, kv: KVLayout) -> Var:
     """The caller's mask with later slots and an empty first one hidden; repeated for a group's heads: [1, 1, H/G·q, e].
+
+    With a window also what has left it. Slots that go round have no mask of the caller's: [1, 1, H/G·q, C].
 
     swift-transformers passes zeros of shape [1, 1, 1, e] even for a prompt, with e one more than there are tokens:
     its first token lands in slot 1. So the program is causal by itself, and slot 0 is hidden where it was never
     written: where the used slots `keys` [1, G, e, D] of layer 0 begin with zeros. Rotary embedding depends on
     differences of positions only, so the shift by one does not matter.
     """
-    slots = np.arange(context_length, dtype=np.float32)
-    columns = mb.slice_by_index(x=slots, begin=[0], end=step.end, name="key_slot")  # [e]
+    columns = _positions_of_slots(step, kv)
     queries = mb.expand_dims(x=mb.cast(x=step.positions, dtype="fp32"), axes=[2])  # [1, q, 1]
     first = mb.slice_by_size(x=keys, begin=[0, 0, 0, 0], size=[-1, -1, 1, -1])
     empty = mb.cast(x=_is_zero(first), dtype="fp32")  # [1, 1, 1, 1]
@@ -157,11 +166,25 @@ def _attention_bias(a: Architecture, mask: Var, step: _Step, keys: Var, context_
     # fp32 holds every slot exactly, fp16 none beyond 2048.
     later = mb.clip(x=mb.sub(x=columns, y=queries), alpha=np.float32(0), beta=np.float32(1))  # [1, q, e]
     earlier = mb.clip(x=mb.sub(x=empty, y=columns), alpha=np.float32(0), beta=np.float32(1))  # [1, 1, 1, e]
+    unseen = mb.maximum(x=later, y=earlier)
+    if kv.window:
+        left = mb.sub(x=queries, y=mb.add(x=columns, y=np.float32(kv.window - 1)))
+        unseen = mb.maximum(x=unseen, y=mb.clip(x=left, alpha=np.float32(0), beta=np.float32(1)))
     # fp16's lowest number instead of -inf, since 0 · -inf is NaN; the minimum of two masks instead of their sum, which
     # could leave fp16's range
-    hidden = mb.mul(x=mb.cast(x=mb.maximum(x=later, y=earlier), dtype="fp16"), y=_FP16_LOWEST)
-    bias = mb.minimum(x=mask, y=hidden)  # [1, 1, q, e]
+    hidden = mb.mul(x=mb.cast(x=unseen, dtype="fp16"), y=_FP16_LOWEST)
+    bias = hidden if kv.slots else mb.minimum(x=mask, y=hidden)  # [1, 1, q, e]
     return mb.tile(x=bias, reps=[1, 1, a.num_attention_heads // a.num_key_value_heads, 1], name="attention_bias")
+
+
+def _positions_of_slots(step: _Step, kv: KVLayout) -> Var:
+    """fp32 [e]: slots are positions. Of C slots that go round fp32 [C]: those below 0 were never written."""
+    if not kv.slots:
+        slots = np.arange(kv.context_length, dtype=np.float32)
+        return mb.slice_by_index(x=slots, begin=[0], end=step.end, name="key_slot")
+    newest = mb.sub(x=step.end, y=np.int32(1))
+    before = mb.sub(x=mb.add(x=newest, y=np.int32(kv.slots)), y=np.arange(kv.slots, dtype=np.int32))  # never negative
+    return mb.cast(x=mb.sub(x=newest, y=mb.mod(x=before, y=np.int32(kv.slots))), dtype="fp32", name="key_position")
 
 
 def _is_zero(keys: Var) -> Var:
@@ -226,10 +249,10 @@ def _rotate(x: Var, step: _Step) -> Var:
 
 
 def _write(caches: _Caches, layer: int, new: tuple[Var, Var], step: _Step) -> None:
-    """Put new keys and values [1, G, q, D] into slots start…end-1 of a layer, as coremltools' own front end does."""
+    """Put new keys and values [1, G, q, D] into slots start…stop-1 of a layer, as coremltools' own front end does."""
     rest = np.array([0], np.int32)
     begin = mb.concat(values=[np.array([layer, 0, 0], np.int32), step.start, rest], axis=0)
-    end = mb.concat(values=[np.array([layer + 1, 0, 0], np.int32), step.end, rest], axis=0)
+    end = mb.concat(values=[np.array([layer + 1, 0, 0], np.int32), step.stop, rest], axis=0)
     updated = []
     for state, value, update in zip(caches.states, caches.values, new, strict=True):
         changed = mb.slice_update(
@@ -246,8 +269,8 @@ def _write(caches: _Caches, layer: int, new: tuple[Var, Var], step: _Step) -> No
     caches.values = (updated[0], updated[1])
 
 
-def _slots(cache: Var, layer: int, end: Var) -> Var:
-    """Slots 0…e-1 of one layer: [1, G, e, D]."""
+def _slots(cache: Var, layer: int, end: Var | NDArray[np.int32]) -> Var:
+    """Slots 0…end-1 of one layer: [1, G, end, D]."""
     stop = mb.concat(values=[np.array([layer + 1, 0, 0], np.int32), end, np.array([0], np.int32)], axis=0)
     return mb.slice_by_index(
         x=cache,

@@ -13,7 +13,7 @@ from . import FILES, MODEL, WEIGHTS, listing, metadata
 
 OPERATIONS = frozenset({
     "abs", "add", "cast", "clip", "concat", "const", "constexpr_blockwise_shift_scale", "cumsum", "equal",
-    "expand_dims", "gather", "linear", "matmul", "maximum", "minimum", "mul", "read_state", "reduce_max",
+    "expand_dims", "gather", "linear", "matmul", "maximum", "minimum", "mod", "mul", "read_state", "reduce_max",
     "reduce_mean", "reshape", "rsqrt", "scaled_dot_product_attention", "shape", "silu", "slice_by_index",
     "slice_by_size", "slice_update", "softmax", "split", "square", "sub", "tile", "transpose", "write_state",
     "greater", "less", "logical_and", "logical_or",  # of earlier releases only, which new ones are compared with

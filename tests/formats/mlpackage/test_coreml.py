@@ -251,7 +251,7 @@ def muted(request, model, built, tmp_path_factory):
     """Such a model and a session of its package."""
     changed = _Muted(**vars(model))
     package = tmp_path_factory.mktemp("muted") / "model.mlpackage"
-    mlpackage.convert(changed, 256, package, request.param)
+    mlpackage.convert(changed, built[1].contract, package, request.param)
     return changed, PackageSession(Evaluated(package, 1), built[1].contract, measures_speed=False)
 
 
@@ -292,9 +292,10 @@ def test_no_length_is_that_of_a_slice_between_two_slots(package):
     assert {op.kind for op in begins} == {"const"}
 
 
-def test_slots_beyond_2048_are_told_apart(model, tmp_path):
+def test_slots_beyond_2048_are_told_apart(model, plan, tmp_path):
     """fp16 holds no odd number there: a token would see the one after it."""
-    mlpackage.convert(model, 2304, tmp_path / "long.mlpackage", "fused")
+    longer = plan.model_copy(update={"model": plan.model.model_copy(update={"context_length": 2304})})
+    mlpackage.convert(model, mlpackage.io_contract(model.architecture, longer), tmp_path / "long.mlpackage", "fused")
     long = Evaluated(tmp_path / "long.mlpackage", 1)
 
     def first(*tokens):
