@@ -5,7 +5,10 @@
 namespace runner {
 namespace {
 
-constexpr int kAhead = 16;  // positions that are prefetched ahead
+/// Positions that are prefetched ahead. What is read in halves takes longer to compute with than to load: early is better,
+/// up to what the second cache of a small processor holds.
+template <class Number>
+constexpr int kAhead = sizeof(Number) < sizeof(float) ? kKeyBlock : 16;
 
 /// Scores of R rows against four keys that are `key_stride` apart; past the first `present` the last is repeated.
 template <int R, int Ahead, class Number>
@@ -105,7 +108,7 @@ inline void attend_tile(const Attention<Number>& call, const Tile& tile, const P
       if (sizeof(Number) < sizeof(float) && group_rows(call, tile) > kMostRows)  // fewer rows convert as they go
         attend_group<0>(call, tile, widened(block, dim, room), begin, first, queries, scores, partial);
       else
-        attend_group<kAhead>(call, tile, block, begin, first, queries, scores, partial);
+        attend_group<kAhead<Number>>(call, tile, block, begin, first, queries, scores, partial);
     }
   }
 }
