@@ -39,14 +39,24 @@ def test_a_policy_ends_the_id_and_is_in_the_command():
 def test_the_contract_tells_the_slots_that_are_reused(tiny):
     described = manifest.read(tiny("onnx-cpu", "fp32", None, "window-24", context_length=1024))
     kv = described.contract.kv
+    package = manifest.read(tiny("coreml", "fp32", None, "window-24", context_length=1024)).contract
+    assert (package.kv.window, package.kv.slots, package.max_prefill) == (24, 280, 257)
+    assert package.states[0].shape == (2, 1, kv.kv_heads, 280, kv.head_dim)
     assert (kv.window, kv.slots, kv.context_length) == (24, 24 + 256, 1024)
     assert cache_bytes(kv) == 2 * kv.layers * kv.kv_heads * kv.head_dim * 4 * 280
     assert storage.cache(kv) == f"io, float32, window of 24 tokens, {cache_bytes(kv) / 1e6:.1f} MB"
 
 
 @pytest.mark.parametrize("window", [None, 23])
-def test_another_window_than_the_files_is_refused(tiny, tmp_path, window):
-    folder = shutil.copytree(tiny("onnx-cpu", "fp32", None, "window-24", context_length=1024), tmp_path / "artifact")
+@pytest.mark.parametrize(
+    ("target", "file"),
+    [
+        ("onnx-cpu", r"genai_config|'local_window_size': 24"),
+        ("coreml", "model.mlmodel: metadata is not that of the manifest; refused"),
+    ],
+)
+def test_another_window_than_the_files_is_refused(tiny, tmp_path, target, file, window):
+    folder = shutil.copytree(tiny(target, "fp32", None, "window-24", context_length=1024), tmp_path / "artifact")
     described = manifest.read(folder)
     kv = described.contract.kv.model_copy(update={"window": window})
     contract = described.contract.model_copy(update={"kv": kv})
@@ -54,7 +64,7 @@ def test_another_window_than_the_files_is_refused(tiny, tmp_path, window):
     with pytest.raises(ExportError, match=rf"contract\.kv\.window is {window}, expected 24"):
         admission.admit(folder)
     reseal(folder, contract=contract, plan=described.plan.model_copy(update={"policy": window and f"window-{window}"}))
-    with pytest.raises(ExportError, match=r"genai_config|'local_window_size': 24"):
+    with pytest.raises(ExportError, match=file):
         admission.admit(folder)
 
 

@@ -8,6 +8,7 @@ from export import checkpoints, manifest
 from export.model import rope_tables, rotate, without
 from export.quantization.eager import eager
 from runtime_tests.chat.conversation import PrefixCache
+from runtime_tests.coreml.package import PackageError
 from runtime_tests.sessions import saved
 from runtime_tests.sessions.base import ContextError, leaving
 from tests.support.artifacts import opened
@@ -69,6 +70,14 @@ def test_a_rewind_is_exact_or_refused(tiny, expected, target, most):
     session.feed(TOKENS[:60])
     session.rewind(1)
     assert np.abs(session.feed(TOKENS[1:9]) - expected[8]).max() <= most * scale
+
+
+def test_a_call_that_would_go_round_does_not_answer(tiny):
+    """A package writes a call's tokens by one slice: our session ends calls where slots begin anew, others must too."""
+    session = windowed(tiny, "coreml")
+    session.feed(TOKENS[: session.room - 3])
+    with pytest.raises(PackageError, match=r"slice_update.*: slice 277:282:1 of dimension 3, which has 280$"):
+        session.step(TOKENS[:5], session.position)
 
 
 def test_onnxruntime_genai_computes_with_the_same_window(tiny, expected):

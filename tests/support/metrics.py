@@ -10,10 +10,10 @@ def random_tokens(count, seed=7, vocab=512):
     return torch.randint(0, vocab, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def eager_logits(model, tokens):
-    """Of a checkpoint or a quantized model, float32 [S, V]."""
+def eager_logits(model, tokens, window=None):
+    """Of a checkpoint or a quantized model, float32 [S, V]; each token attends to the last `window`, or to all."""
     with torch.no_grad():
-        return eager(model.read, model.architecture, "none")(torch.tensor([list(tokens)]))[0][0]
+        return eager(model.read, model.architecture, "none", window)(torch.tensor([list(tokens)]))[0][0]
 
 
 def forced_logits(session, tokens, prefill):

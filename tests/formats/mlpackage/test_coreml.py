@@ -234,6 +234,14 @@ def test_swift_transformers_calls_give_the_same_logits(session, tokens, referenc
     assert sqnr_db(reference, as_swift_transformers_calls(session, tokens)) >= 50
 
 
+def test_swift_transformers_calls_go_round_in_a_window(tiny, model):
+    """Its masks hide nothing, so the program alone knows what has left; slot 0 is written after the others."""
+    described = manifest.read(folder := tiny("coreml", "int4-g32", None, "window-24", context_length=1024))
+    ids = random_tokens(described.contract.kv.room + 20, vocab=250)
+    called = as_swift_transformers_calls(open_session(folder, described, threads=1), ids)
+    assert sqnr_db(eager_logits(model, ids, 24)[PREFILL - 1 :], called) >= 50
+
+
 class _Muted(QuantizedModel):
     """Some tokens have a row of zeros in the embedding, as reserved ones may, and so keys of zeros in every layer."""
 
