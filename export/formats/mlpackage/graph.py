@@ -7,9 +7,9 @@ The convention is that of Apple's "On Device Llama 3.1 with Core ML" and of swif
 new tokens and an additive mask whose last dimension is the number of cache slots in use, so start = end - q. A step
 writes keys and values of its tokens into slots start…end-1 of both states, then attends to slots 0…end-1.
 
-With a window the states have C slots, fewer than there are positions, and the token of position p is in slot p mod C: it
-leaves when that of p + C comes. The mask's last dimension counts positions then; what it holds is not read, since the
-program knows what each token sees. All C slots are attended to, and a call's tokens lie in slots that follow each other.
+With a window the states have C slots, fewer than there are positions, and the token of position p is in slot p mod C:
+it leaves when that of p + C comes. The mask's last dimension counts positions then; what it holds is not read, since
+the program knows what each token sees. All C slots are attended to; a call's tokens lie in slots that follow each other.
 
 Shapes: q new tokens, e positions or slots in use after them, H query heads, G key/value heads, D head_dim, C slots.
 """
@@ -50,6 +50,8 @@ class _Step:
     """int32 [1]: the slot behind the last new token."""
     end: Var
     """int32 [1]: positions in use after this call."""
+    used: Var
+    """int32 [1]: slots that are attended to."""
     positions: Var
     """int32 [1, q]: those of the new tokens."""
     cos: Var
@@ -105,7 +107,7 @@ def _decoder(model: QuantizedModel, inputs: dict[str, Var], kv: KVLayout, attent
         prefix = f"model.layers.{i}."
         normed = rms_norm(model, x, f"{prefix}input_layernorm.weight")
         queries = _project(model, normed, i, step, caches)
-        keys, values = (_slots(cache, i, np.array([kv.slots], np.int32) if kv.slots else step.end) for cache in caches.values)
+        keys, values = (_slots(cache, i, step.used) for cache in caches.values)
         if i == 0:  # behind the first write: a state that is read before it is written may be copied as a whole
             bias = _attention_bias(a, inputs["causalMask"], step, keys, kv)
         x = mb.add(x=x, y=_attention(model, attend(queries, keys, values, bias), i))
@@ -136,6 +138,7 @@ def _prepare(a: Architecture, ids: Var, mask: Var, kv: KVLayout) -> _Step:
         start=slot,
         stop=mb.add(x=slot, y=new, name="stop") if kv.slots else end,
         end=end,
+        used=mb.const(val=np.array([kv.slots], np.int32), name="used") if kv.slots else end,
         positions=positions,
         cos=_rows(np.concatenate([cos, cos], axis=1), positions, "cos"),
         sin=_rows(np.concatenate([-sin, sin], axis=1), positions, "sin"),
@@ -269,7 +272,7 @@ def _write(caches: _Caches, layer: int, new: tuple[Var, Var], step: _Step) -> No
     caches.values = (updated[0], updated[1])
 
 
-def _slots(cache: Var, layer: int, end: Var | NDArray[np.int32]) -> Var:
+def _slots(cache: Var, layer: int, end: Var) -> Var:
     """Slots 0…end-1 of one layer: [1, G, end, D]."""
     stop = mb.concat(values=[np.array([layer + 1, 0, 0], np.int32), end, np.array([0], np.int32)], axis=0)
     return mb.slice_by_index(
