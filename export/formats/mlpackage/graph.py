@@ -9,7 +9,7 @@ writes keys and values of its tokens into slots start…end-1 of both states, th
 
 With a window the states have C slots, fewer than there are positions, and the token of position p is in slot p mod C:
 it leaves when that of p + C comes. The mask's last dimension counts positions then; what it holds is not read, since
-the program knows what each token sees. All C slots are attended to; a call's tokens lie in slots that follow each other.
+the program knows what each token sees. All C slots are attended to; a call's tokens lie in slots one behind the other.
 
 Shapes: q new tokens, e positions or slots in use after them, H query heads, G key/value heads, D head_dim, C slots.
 """

@@ -5,7 +5,6 @@
 #include <cmath>
 
 #include "attention_tile.h"
-#include "scratch.h"
 
 namespace runner {
 namespace {

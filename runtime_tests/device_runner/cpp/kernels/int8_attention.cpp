@@ -3,7 +3,6 @@
 #include <cmath>
 
 #include "int8_tile.h"
-#include "scratch.h"
 
 namespace runner {
 namespace {
