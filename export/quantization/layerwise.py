@@ -206,7 +206,7 @@ class _Sublayer:
 def attend_in_bfloat16(q: Tensor, k: Tensor, v: Tensor, _visible: Tensor) -> Tensor:
     """Causal attention of q [B, H, S, D] to k and v [B, G, S, D], bfloat16 on the CPU; scores are float32.
 
-    torch's own kernel takes three times as long: it multiplies by MKL, and also what no query sees.
+    torch's own kernel takes three times as long on AMD: it multiplies by MKL, and also what no query sees.
     """
     batch, _, length, dim = q.shape
     groups = k.shape[1]
@@ -314,6 +314,6 @@ class _Pair:
                 "more text"
             ) from None
         for linear, name, weight in zip(linears, names, rounded, strict=True):
-            dequantized = weight.dequantized().to(self.task.dtype)
+            dequantized = weight.dequantized().to(self.weights[linear].device, self.task.dtype)
             self.quantized.linears[linear].weight = nn.Parameter(dequantized, requires_grad=False)
             yield name, weight

@@ -7,7 +7,7 @@ order. (torch's own threads split one sum among them, and wait for each other in
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
 from itertools import pairwise
@@ -29,8 +29,8 @@ _ROWS = 256
 def spread(function: Callable[[T], R], pieces: Iterable[T], device: str = "cpu", workers: int | None = None) -> list[R]:
     """The function of every piece, in their order; on a GPU, which is parallel in itself, one after another.
 
-    `workers`: threads, by default one for each processor; the caller's is one of them, so a piece may itself be spread.
-    The first exception ends it; pieces not begun are left.
+    `workers`: threads at most, by default and never more than one for each processor. The caller's is one of them, so a
+    piece may itself be spread. The first exception ends it; pieces not begun are left.
     """
     if device != "cpu":
         return [function(piece) for piece in pieces]
@@ -43,6 +43,7 @@ def spread(function: Callable[[T], R], pieces: Iterable[T], device: str = "cpu",
 
     def work() -> None:
         nonlocal left
+        torch.set_num_threads(1)  # else MKL takes as many threads in each of ours as there are cores
         with torch.inference_mode(inference), torch.set_grad_enabled(gradients):  # both modes belong to threads
             try:
                 while numbered := taken():
@@ -51,16 +52,20 @@ def spread(function: Callable[[T], R], pieces: Iterable[T], device: str = "cpu",
                 left = enumerate(())
                 raise
 
+    helpers: list[Future[None]] = []
     with one_torch_thread():
-        helpers = [_helpers(os.getpid()).submit(work) for _ in range((workers or _processors()) - 1)]
         try:
+            helpers += (_helpers(os.getpid()).submit(work) for _ in range((workers or _processors()) - 1))
             work()
         finally:
+            left = enumerate(())  # one that is cancelled may wait long for a thread, and would keep the pieces alive
             begun = [helper for helper in helpers if not helper.cancel()]
             wait(begun)
         for helper in begun:
             helper.result()
-    return [results[i] for i in range(len(results))]
+    in_order = [results[i] for i in range(len(results))]
+    results.clear()
+    return in_order
 
 
 @cache
@@ -71,11 +76,7 @@ def _processors() -> int:
 @cache
 def _helpers(_process: int) -> ThreadPoolExecutor:
     """Threads that wait for work; those of a process are not in its forks."""
-
-    def alone() -> None:  # else MKL takes as many threads in each of ours as there are cores
-        torch.set_num_threads(1)
-
-    return ThreadPoolExecutor(256, "spread", alone)
+    return ThreadPoolExecutor(max(1, _processors() - 1), "spread")
 
 
 @contextmanager

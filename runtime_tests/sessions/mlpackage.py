@@ -72,14 +72,14 @@ class PackageSession(Session):
         self.state = self.model.make_state()
 
     def step(self, tokens: Sequence[int], position: int) -> NDArray[np.floating[Any]]:
+        self.oldest = max(self.oldest, position + len(tokens) - self.room)  # even where the call fails half-way
         outputs = self.model.predict(self._inputs(tokens, position), state=self.state)
-        self.oldest = max(self.oldest, position + len(tokens) - self.room)
         logits: NDArray[np.floating[Any]] = np.asarray(outputs[self.output])[0]
         return logits
 
     def longest(self, position: int) -> int:
         most = min(self.largest_call, self.room - position % self.room)
-        while most > 1 and most * (position + most) > _PAIRS:
+        while most > 1 and most * min(position + most, self.room) > _PAIRS:
             most //= 2
         return most
 
@@ -108,7 +108,10 @@ class PackageSession(Session):
             first = end
 
     def _inputs(self, tokens: Sequence[int], position: int) -> dict[str, NDArray[Any]]:
-        return {self.ids: np.array([tokens], np.int32), self.mask: causal_mask(position, len(tokens))}
+        past, new = position, len(tokens)
+        rings = self.room < self.context_length  # then only the mask's width is read
+        mask = np.zeros((1, 1, 1, past + new), np.float32) if rings else causal_mask(past, new)
+        return {self.ids: np.array([tokens], np.int32), self.mask: mask}
 
 
 def causal_mask(past: int, new: int) -> NDArray[np.float32]:

@@ -59,8 +59,8 @@ class OnnxSession(Session):
         self.binding.bind_cpu_input(self.ids, np.array([tokens], np.int64))
         self.binding.bind_cpu_input(self.mask, self.visible[:, : position + new])
         self.binding.bind_output(self.output, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        self.oldest = max(self.oldest, self._first(position + new))  # even where the call fails half-way
         self.runtime.run_with_iobinding(self.binding)
-        self.oldest = max(self.oldest, self._first(position + new))
         rows: NDArray[np.float32] = logits[0]
         return rows
 

@@ -36,8 +36,8 @@ class PteSession(Session):
         )
 
     def step(self, tokens: Sequence[int], position: int) -> NDArray[np.float32]:
+        self.oldest = max(self.oldest, position + len(tokens) - self.room)  # even where the call fails half-way
         (logits,) = self.method([torch.tensor([tokens]), torch.tensor([position])])
-        self.oldest = max(self.oldest, position + len(tokens) - self.room)
         last: NDArray[np.float32] = logits.reshape(1, -1).numpy()
         return last
 

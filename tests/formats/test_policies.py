@@ -89,6 +89,29 @@ def test_what_a_runtime_cannot_do_exactly_is_refused_before_any_work(target, opt
         request.asked(*PLAN[:2], [target], **options)
 
 
+def test_slots_that_a_package_has_not_are_refused(tiny, tmp_path):
+    """Sessions would take tokens that have left for tokens that are there."""
+    folder = shutil.copytree(tiny("coreml", "fp32", None, "window-24", context_length=1024), tmp_path / "artifact")
+    described = manifest.read(folder)
+    for change, said in (
+        (
+            {"kv": described.contract.kv.model_copy(update={"slots": 300})},
+            "states are not of 300 slots, as its cache is",
+        ),
+        (
+            {"max_prefill": 256},
+            r"input inputIds is int32 \[1, '1…257'\], the contract says int32 \[1, '1…256'\]; refused",
+        ),
+        (
+            {"states": tuple(s.model_copy(update={"shape": (2, 1, 2, 300, 64)}) for s in described.contract.states)},
+            "state keyCache is float16 .*280.*, the contract says float16 .*300",
+        ),
+    ):
+        reseal(folder, contract=described.contract.model_copy(update=change))
+        with pytest.raises(ExportError, match=said):
+            admission.admit(folder)
+
+
 def test_a_sink_tells_how_far_keys_turn(tiny, tmp_path):
     folder = shutil.copytree(tiny("onnx-cpu", "fp32", None, "sink-4", context_length=64), tmp_path / "artifact")
     described = manifest.read(folder)

@@ -56,6 +56,12 @@ def test_the_first_exception_ends_it_and_leaves_what_is_not_begun():
         assert torch.get_num_threads() == before
 
 
+def test_threads_do_not_pile_up():
+    for _ in range(300):
+        spread(lambda piece: piece, range(4), workers=9)
+    assert len([each for each in threading.enumerate() if each.name.startswith("spread")]) <= os.cpu_count()
+
+
 def test_a_fork_has_threads_of_its_own():
     def thread(_piece: int) -> int:
         time.sleep(0.01)
@@ -64,5 +70,8 @@ def test_a_fork_has_threads_of_its_own():
     spread(thread, range(4), workers=2)
     child = os.fork()
     if not child:
-        os._exit(0 if len(set(spread(thread, range(10), workers=2))) == 2 else 1)
+        try:
+            os._exit(0 if len(set(spread(thread, range(20), workers=2))) == 2 else 1)
+        finally:
+            os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

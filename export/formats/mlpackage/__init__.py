@@ -17,7 +17,7 @@ from export.architecture import Architecture
 from export.errors import ExportError
 from export.formats import Build, Lowered, Needs, kv_layout, refuse_any_scales
 from export.host.console import note
-from export.manifest import IOContract, Manifest, TensorSpec
+from export.manifest import IOContract, KVLayout, Manifest, TensorSpec
 from export.plan import Attention, Cache, Plan
 
 if TYPE_CHECKING:
@@ -192,18 +192,24 @@ def listing(model: str, weights: str) -> str:
 def io_contract(a: Architecture, plan: Plan) -> IOContract:
     """Apple's stateful convention. In slots that go round, a call takes what overwrites nothing that it has to see."""
     kv = kv_layout(plan, a, "state", slack=_SLACK)
-    cache = (a.num_hidden_layers, 1, a.num_key_value_heads, kv.room, a.head_dim)
     return IOContract(
         inputs=(
             TensorSpec(name="inputIds", dtype="int32", shape=(1, "sequence")),
             TensorSpec(name="causalMask", dtype="float16", shape=(1, 1, "sequence", "total")),
         ),
         outputs=(TensorSpec(name="logits", dtype="float16", shape=(1, "sequence", a.vocab_size)),),
-        states=tuple(TensorSpec(name=name, dtype=kv.dtype, shape=cache) for name in ("keyCache", "valueCache")),
+        states=tuple(
+            TensorSpec(name=name, dtype=kv.dtype, shape=cache_shape(kv)) for name in ("keyCache", "valueCache")
+        ),
         kv=kv,
         max_prefill=kv.slots - kv.window + 1 if kv.window and kv.slots else kv.context_length,
         logits="all",
     )
+
+
+def cache_shape(kv: KVLayout) -> tuple[int, ...]:
+    """Of the states: [layers, 1, G, C, D]."""
+    return (kv.layers, 1, kv.kv_heads, kv.room, kv.head_dim)
 
 
 def mil_name(names: Sequence[str]) -> str:

@@ -34,7 +34,7 @@ from export.model import rope_tables
 from export.plan import Attention
 from export.quantization.store import QuantizedModel
 
-from . import mil_name
+from . import cache_shape, mil_name
 
 _FP16_LOWEST = np.float16(-65504)
 _FP16_SMALLEST = np.finfo(np.float16).smallest_normal
@@ -72,21 +72,20 @@ class _Caches:
 def author(model: QuantizedModel, kv: KVLayout, attention: Attention) -> Program:
     """The whole program with its weights, each of which is read once."""
     program = Program()
-    with Function(_interface(model.architecture, kv), opset_version=ct.target.iOS18) as function:
+    with Function(_interface(kv), opset_version=ct.target.iOS18) as function:
         function.set_outputs([_decoder(model, function.inputs, kv, attention)])
     program.add_function("main", function)
     return program
 
 
-def _interface(a: Architecture, kv: KVLayout) -> dict[str, Var]:
+def _interface(kv: KVLayout) -> dict[str, Var]:
     """Inputs `inputIds` int32 [1, q], `causalMask` fp16 [1, 1, q, e]; states fp16 [layers, 1, G, C, D]."""
     new, end = get_new_symbol(), get_new_symbol()
-    cache = (a.num_hidden_layers, 1, a.num_key_value_heads, kv.room, a.head_dim)
     return {
         "inputIds": mb.placeholder((1, new), types.int32),
         "causalMask": mb.placeholder((1, 1, new, end), types.fp16),
-        "keyCache": mb.state_tensor_placeholder(cache, types.fp16),
-        "valueCache": mb.state_tensor_placeholder(cache, types.fp16),
+        "keyCache": mb.state_tensor_placeholder(cache_shape(kv), types.fp16),
+        "valueCache": mb.state_tensor_placeholder(cache_shape(kv), types.fp16),
     }
 
 

@@ -68,7 +68,7 @@ def contents(path: Path, architecture: Architecture | None) -> Contents:
             **dict(sorted(about.metadata.userDefined.items())),
         },
         entries=tuple(_entry(name, described.get(name, about)) for name in functions or ("main",)),
-        cache=tuple(_feature(state) for state in about.state),
+        cache=tuple(feature(state) for state in about.state),
         ops=counted(op.type for op in operations if op.type != "const"),
         delegate_calls={},
         delegated_ops={},
@@ -78,11 +78,11 @@ def contents(path: Path, architecture: Architecture | None) -> Contents:
 
 
 def _entry(name: str, described: Any) -> Entry:
-    inputs, outputs = (tuple(map(_feature, side)) for side in (described.input, described.output))
+    inputs, outputs = (tuple(map(feature, side)) for side in (described.input, described.output))
     return Entry(name=name, inputs=inputs, outputs=outputs, value=None)
 
 
-def _feature(described: Any) -> TensorSpec:
+def feature(described: Any) -> TensorSpec:
     """One input, output or state; a dimension with a range is written `1…256`."""
     kind = described.type
     array = kind.stateType.arrayType if kind.WhichOneof("Type") == "stateType" else kind.multiArrayType

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from export.formats import schema
-from export.manifest import Manifest
+from export.manifest import IOContract, Manifest
 
-from . import FILES, MODEL, WEIGHTS, listing, metadata
+from . import FILES, MODEL, WEIGHTS, cache_shape, listing, metadata
+from .read import feature
 
 OPERATIONS = frozenset({
     "abs", "add", "cast", "clip", "concat", "const", "constexpr_blockwise_shift_scale", "cumsum", "equal",
@@ -64,6 +65,7 @@ def _parts(spec: Any, described: Manifest) -> Iterator[str]:
     yield from _unknown("program", program)
     if dict(about.metadata.userDefined) != metadata(described.plan, described.quantization.key):
         yield "metadata is not that of the manifest"
+    yield from _interface(about, described.contract)
     for name, function in program.functions.items():
         if name != "main":
             yield f"function {name!r}"
@@ -72,6 +74,21 @@ def _parts(spec: Any, described: Manifest) -> Iterator[str]:
             yield from _unknown("block", block)
             for operation in block.operations:
                 yield from _operation(operation)
+
+
+def _interface(about: Any, contract: IOContract) -> Iterator[str]:
+    """Inputs and states that are not the contract's: sessions count slots, and tokens of a call, by the contract."""
+    most = {"sequence": contract.max_prefill, "total": contract.kv.context_length}
+    if any(spec.shape != cache_shape(contract.kv) for spec in contract.states):
+        yield f"the contract's states are not of {contract.kv.room} slots, as its cache is"
+    for kind, found, wanted in (("input", about.input, contract.inputs), ("state", about.state, contract.states)):
+        shapes = {each.name: feature(each) for each in found}
+        for spec in wanted:
+            shape = tuple(f"1…{most[size]}" if isinstance(size, str) else size for size in spec.shape)
+            expected = spec.model_copy(update={"shape": shape})
+            if (is_ := shapes.get(spec.name)) != expected:
+                told = f"{is_.dtype} {list(is_.shape)}" if is_ else "missing"
+                yield f"{kind} {spec.name} is {told}, the contract says {expected.dtype} {list(shape)}"
 
 
 def _operation(operation: Any) -> Iterator[str]:
