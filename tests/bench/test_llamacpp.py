@@ -72,5 +72,5 @@ def test_a_file_that_is_no_model_is_refused(tmp_path):
 
 
 def test_feeding_past_the_context_is_an_error(exact):
-    with pytest.raises(ValueError, match="llama_decode: status"):
+    with pytest.raises(ValueError, match="257 tokens at position 0: the context holds 256"):
         opened(exact).prompt(range(257))

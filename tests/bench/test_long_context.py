@@ -86,7 +86,10 @@ def test_every_kind_and_policy_of_a_runtime_that_reads_fast_is_compared(monkeypa
     ]
     assert asked["coreml"] == []
     monkeypatch.setattr("sys.platform", "darwin")
-    assert list(long_context._asked_for(load_named(Target, "targets", "coreml"), 512)) == [(512, "float16", None)]
+    assert list(long_context._asked_for(load_named(Target, "targets", "coreml"), 2048)) == [
+        (2048, "float16", None),
+        (2048, None, "window-1024"),
+    ]
 
 
 def test_a_cache_is_named_with_its_policy():

@@ -22,13 +22,13 @@ def arm(compiler):
     return built("aarch64", compiler)
 
 
-@pytest.mark.parametrize(("model", "bound"), [("fp32", 1e-4), ("int8 cache", 1e-4), ("bfloat16 cache", 0.05)])
+@pytest.mark.parametrize(("model", "bound"), [("fp32", 1e-4), ("int8 cache", 5e-3), ("bfloat16 cache", 0.05)])
 @pytest.mark.parametrize("processor", ["cortex-a72", "cortex-a76"])
 def test_aarch64_gives_the_same_answers(run, arm, processor, model, bound):
     """Started with its own C library, as on a device without GNU's. a72 has no dot-product instructions, a76 has.
 
-    Measured in float32: 1.9e-5, of logits up to 13; 9e-3 where attention's result is rounded to bfloat16, for which the
-    last bit of a sum can decide.
+    Measured in float32: 1.9e-5, of logits up to 13. Where keys and values are rounded to int8 and attention's result to
+    bfloat16, the last bit of a sum can decide: 1.2e-3 and 9e-3.
     """
     ids = random_tokens(60)
     commands = [Feed(ids[:40]), Logits(), *steps(ids[40:]), Generate(10)]

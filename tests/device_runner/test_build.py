@@ -44,6 +44,7 @@ def test_a_missing_tool_is_one_line(monkeypatch, tmp_path):
         build.build(compilers.host_abi(), folder=tmp_path)
     (tmp_path / "cmake").symlink_to("/bin/true")
     (tmp_path / "make").symlink_to("/bin/true")
+    monkeypatch.setattr(compilers, "_zig", lambda: None)
     with pytest.raises(sdk.UnavailableError, match=r"aarch64-linux-gnu-g\+\+: .* install g\+\+-aarch64-linux-gnu"):
         build.build("aarch64", folder=tmp_path)
 

@@ -10,6 +10,7 @@ from devices import DeviceBusyError, DeviceError
 from export.build.command import run
 from export.errors import ExportError
 from runtime_tests import __main__ as cli
+from runtime_tests.device_runner import compilers
 from runtime_tests.places import readiness
 from tests.support.artifacts import OWN_LIMITS
 
@@ -51,6 +52,7 @@ def asked(monkeypatch, tmp_path):
         for tool in tools:
             (tmp_path / "bin" / tool).symlink_to("/bin/true")
         monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+        monkeypatch.setattr(compilers, "_zig", lambda: None)
         monkeypatch.setattr(readiness, "open_transport", connect)
         monkeypatch.setattr(readiness.lab, "lacks", lambda: None)
         readiness.require(devices.load(name).model_copy(update=changes))
