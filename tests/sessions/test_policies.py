@@ -153,8 +153,9 @@ def test_a_cache_that_is_not_its_tokens_prefix_is_not_saved(tiny, tmp_path):
         saved.save(windowed(tiny, "onnx-cpu"), tmp_path / "window", bytes(32))
 
 
-def test_a_ring_is_saved_until_a_slot_is_taken_again(tiny, expected, tmp_path):
-    session = windowed(tiny, "executorch-xnnpack")
+@pytest.mark.parametrize(("target", "most"), [("executorch-xnnpack", 2e-5), ("coreml", 5e-3)])
+def test_a_ring_is_saved_until_a_slot_is_taken_again(tiny, expected, tmp_path, target, most):
+    session = windowed(tiny, target)
     session.feed(TOKENS[: session.room])
     saved.save(session, tmp_path / "saved", bytes(32))
     session.feed(TOKENS[session.room : 400])
@@ -162,7 +163,7 @@ def test_a_ring_is_saved_until_a_slot_is_taken_again(tiny, expected, tmp_path):
         saved.save(session, tmp_path / "later", bytes(32))
     saved.restore(session, tmp_path / "saved", bytes(32))
     logits = session.feed(TOKENS[session.room : 500])
-    assert np.abs(logits - expected[499]).max() <= 2e-5 * np.abs(expected).max()
+    assert np.abs(logits - expected[499]).max() <= most * np.abs(expected).max()
 
 
 def test_the_eager_models_cache_loses_tokens_exactly(tiny, attended):
