@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 _LIBRARIES = ("torch", "torchao", "transformers", "jinja2")
 """Packages that decide every artifact's bytes; a format adds its own."""
+_SLACK = 256
+"""Slots beyond a window: by so many tokens the cache can be rewound, and so many more than one fit in a call that writes
+into slots that go round; in ONNX as many leave at once."""
 _DTYPE = re.compile(r"(?:b?float|u?int|nf|fp)([1-9]\d?)")
 """A dtype's name ends with its bits."""
 
@@ -307,14 +310,12 @@ def check_policy(plan: Plan) -> None:
         )
 
 
-def kv_layout(
-    plan: Plan, a: Architecture, kind: Literal["io", "state"], *, scale_bytes: int = 0, slack: int = 0
-) -> KVLayout:
+def kv_layout(plan: Plan, a: Architecture, kind: Literal["io", "state"], *, scale_bytes: int = 0) -> KVLayout:
     """The contract's description of a KV cache, with a slot for each position of the context.
 
-    Where a window leaves `slack` more slots than it needs fewer than that, for those.
+    Of a cache with a window only those of the window and `_SLACK` more, where these are fewer.
     """
-    slots, frequencies = plan.window and plan.window + slack, ()
+    slots, frequencies = plan.window and plan.window + _SLACK, ()
     if plan.sink:
         from export.model import rope_frequencies  # loads torch, as nothing else here does
 

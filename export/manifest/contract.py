@@ -43,6 +43,11 @@ class KVLayout(Strict):
         """Positions that the buffers have room for."""
         return self.slots or self.context_length
 
+    @property
+    def longest_call(self) -> int:
+        """Most new tokens of a call whose slots go round: one more would overwrite what its first token sees."""
+        return self.slots - self.window + 1 if self.slots and self.window else self.context_length
+
 
 class TokenizerIds(Strict):
     """Special token ids, as runners need them."""

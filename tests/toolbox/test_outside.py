@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from contextlib import contextmanager
 
 import coremltools.proto.MIL_pb2 as mil
 import onnx
@@ -17,6 +18,15 @@ from tests.support.reliability import MOVED_ARTIFACT
 
 PACKAGE = "model.mlpackage"
 MODEL = f"{PACKAGE}/Data/com.apple.CoreML/model.mlmodel"
+
+
+@contextmanager
+def changed(folder):
+    """The graph, to be changed; then it is written and the folder sealed anew."""
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    yield model
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    reseal(folder)
 
 
 @MOVED_ARTIFACT
@@ -94,25 +104,21 @@ def test_links_and_pipes_are_refused_before_anything_is_read(copy, no_child, tmp
 @pytest.mark.parametrize("location", ["../secret", "/etc/passwd", "a/../../b", "", "tokenizer.json"])
 def test_external_data_that_leads_outside(copy, here, location):
     folder = copy("onnx-cpu")
-    model = onnx.load(folder / "model.onnx", load_external_data=False)
-    tensor = next(one for one in model.graph.initializer if one.external_data)
-    next(entry for entry in tensor.external_data if entry.key == "location").value = location
-    (folder / "model.onnx").write_bytes(model.SerializeToString())
-    reseal(folder)
+    with changed(folder) as model:
+        tensor = next(one for one in model.graph.initializer if one.external_data)
+        next(entry for entry in tensor.external_data if entry.key == "location").value = location
     only(found(folder), f"{tensor.name!r}: external data {location!r}, not model.onnx.data; refused")
 
 
 @pytest.mark.reliability("ONNX external data and genai_config.json that lead outside", "named, not opened")
 def test_external_data_of_a_tensor_inside_a_node(copy, here):
     folder = copy("onnx-cpu")
-    model = onnx.load(folder / "model.onnx", load_external_data=False)
     tensor = onnx.helper.make_tensor("hidden", onnx.TensorProto.FLOAT, [1], bytes(4), raw=True)
     onnx.external_data_helper.set_external_data(tensor, "../x", offset=0, length=4)
     tensor.ClearField("raw_data")
     inner = onnx.helper.make_graph([onnx.helper.make_node("Constant", [], ["c"], value=tensor)], "inner", [], [])
-    model.graph.node[0].attribute.append(onnx.helper.make_attribute("body", inner))
-    (folder / "model.onnx").write_bytes(model.SerializeToString())
-    reseal(folder)
+    with changed(folder) as model:
+        model.graph.node[0].attribute.append(onnx.helper.make_attribute("body", inner))
     only(found(folder), f"attribute '{model.graph.node[0].name}.body' has g; refused")
 
 

@@ -36,8 +36,6 @@ NO_POLICIES: dict[str, str] = {
     "sink": "its states are of float16, and keys that move would be rounded again each time",
 }
 LOGGERS = ("coremltools",)
-_SLACK = 256
-"""Slots beyond a window: so many tokens more than one fit in a call, and the cache can be rewound by as many."""
 _NATIVE = "libmilstoragepython*"
 """What writes weights; builds from source have none."""
 _BUILT_ON_LINUX = ("x86_64",)
@@ -191,7 +189,7 @@ def listing(model: str, weights: str) -> str:
 
 def io_contract(a: Architecture, plan: Plan) -> IOContract:
     """Apple's stateful convention. In slots that go round, a call takes what overwrites nothing that it has to see."""
-    kv = kv_layout(plan, a, "state", slack=_SLACK)
+    kv = kv_layout(plan, a, "state")
     return IOContract(
         inputs=(
             TensorSpec(name="inputIds", dtype="int32", shape=(1, "sequence")),
@@ -202,7 +200,7 @@ def io_contract(a: Architecture, plan: Plan) -> IOContract:
             TensorSpec(name=name, dtype=kv.dtype, shape=cache_shape(kv)) for name in ("keyCache", "valueCache")
         ),
         kv=kv,
-        max_prefill=kv.slots - kv.window + 1 if kv.window and kv.slots else kv.context_length,
+        max_prefill=kv.longest_call,
         logits="all",
     )
 

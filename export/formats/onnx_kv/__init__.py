@@ -42,8 +42,6 @@ _CHUNK = 128
 takes 8.7 s of CPU time and 326 MB in pieces, 12.0 s and 423 MB at once (SmolLM2-135M)."""
 _CALL = 256
 """Tokens of a prompt that our session feeds at a time."""
-_SLACK = 256
-"""Slots beyond a window. When all are taken, as many tokens leave at once; until then the cache can be rewound."""
 _BLOCK_SIZES = (256, 128, 64, 32, 16)
 """Block sizes of MatMulNBits and GatherBlockQuantized."""
 _BLOCKS_PER_CHANNEL = 16
@@ -139,7 +137,7 @@ def lower(model: "QuantizedModel", build: Build) -> Lowered:
 
 def _contract_of(architecture: Architecture, plan: Plan) -> IOContract:
     """Inputs and outputs named as by onnxruntime-genai's own builder."""
-    a, kv = architecture, kv_layout(plan, architecture, "io", slack=_SLACK)
+    a, kv = architecture, kv_layout(plan, architecture, "io")
     past, present = (
         tuple(
             TensorSpec(

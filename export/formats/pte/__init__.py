@@ -36,8 +36,6 @@ NO_CACHES: dict[Cache, str] = {
 NO_POLICIES: dict[str, str] = {}
 LOGGERS = ("executorch",)
 _MAX_PREFILL = 512
-_SLACK = 256
-"""Slots beyond a window: so many tokens more than one fit in a call, and the cache can be rewound by as many."""
 _SCALE_BYTES = {"int8": 5}
 """Of a head in one slot: a float32 scale and an int8 zero."""
 _MAPPED = 65536
@@ -166,7 +164,7 @@ def _io_contract(a: Architecture, plan: Plan) -> IOContract:
         outputs=(TensorSpec(name="logits", dtype="float32", shape=(1, 1, a.vocab_size)),),
         states=states(kv),
         kv=kv,
-        max_prefill=min(_MAX_PREFILL, kv.slots - plan.window + 1 if plan.window and kv.slots else kv.context_length),
+        max_prefill=min(_MAX_PREFILL, kv.longest_call),
         logits="last",
     )
 
@@ -190,4 +188,4 @@ def states(kv: KVLayout) -> tuple[TensorSpec, ...]:
 
 
 def _kv(plan: Plan, a: Architecture) -> KVLayout:
-    return kv_layout(plan, a, "state", scale_bytes=_SCALE_BYTES.get(cache_of(plan), 0), slack=_SLACK)
+    return kv_layout(plan, a, "state", scale_bytes=_SCALE_BYTES.get(cache_of(plan), 0))
