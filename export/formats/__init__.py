@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 _LIBRARIES = ("torch", "torchao", "transformers", "jinja2")
 """Packages that decide every artifact's bytes; a format adds its own."""
 _SLACK = 256
-"""Slots beyond a window: by so many tokens the cache can be rewound, and so many more than one fit in a call that writes
-into slots that go round; in ONNX as many leave at once."""
+"""Slots beyond a window: by so many tokens the cache can be rewound, and so many more than one fit in a call that
+writes into slots that go round; in ONNX as many leave at once."""
 _DTYPE = re.compile(r"(?:b?float|u?int|nf|fp)([1-9]\d?)")
 """A dtype's name ends with its bits."""
 
